@@ -1,0 +1,15 @@
+//! wavegen: raw-audio waveform generation. A recording goes in, and it plays on.
+#![forbid(unsafe_code)]
+
+pub mod audio;
+pub mod checkpoint;
+pub mod codec;
+pub mod engine;
+pub mod forecast;
+pub mod generate;
+pub mod metrics;
+pub mod model;
+pub mod plan;
+pub mod sampler;
+pub mod sink;
+pub mod train;
