@@ -1,1 +1,217 @@
-//! sampler
+//! Turns a distribution, uniform numbers and settings into a token; pure functions, shared by all engines.
+
+use crate::codec::{Codec, Token};
+use crate::model::config::N_FORECASTS;
+
+/// How plan tokens are drawn. `1.0` temperature, `0` top-k, `1.0` top-p and `0.0` min-p change nothing.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PlanSampling {
+    /// Divides the logits; 0 takes the likeliest token.
+    pub temperature: f32,
+    /// Keeps the k likeliest tokens; 0 keeps all.
+    pub top_k: usize,
+    /// Keeps the fewest likeliest tokens that hold this probability (Holtzman et al., 2020).
+    pub top_p: f32,
+    /// Drops tokens less likely than this share of the likeliest one (Nguyen et al., 2024).
+    pub min_p: f32,
+}
+
+impl Default for PlanSampling {
+    fn default() -> Self {
+        Self { temperature: 1.0, top_k: 0, top_p: 0.95, min_p: 0.0 }
+    }
+}
+
+/// How samples are drawn: the generation settings of the checkpoint, or the user's.
+pub type WaveSampling = crate::model::config::GenerationSettings;
+
+/// Draws an index from `logits` by inverse CDF over the kept tokens, in order of falling probability.
+///
+/// `uniform` lies in (0, 1). Ties keep the lower index first, so that the result is the same everywhere. A logit
+/// that is not a number counts as impossible.
+pub fn sample_logits(logits: &[f32], uniform: f32, settings: &PlanSampling) -> usize {
+    let value = |i: usize| if logits[i].is_nan() { f32::NEG_INFINITY } else { logits[i] };
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    order.sort_by(|&a, &b| value(b).total_cmp(&value(a)).then(a.cmp(&b)));
+    let Some(&best) = order.first() else { return 0 };
+    if settings.temperature <= 0.0 {
+        return best;
+    }
+    let top = f64::from(value(best));
+    let temperature = f64::from(settings.temperature);
+    let weights: Vec<f64> = order.iter().map(|&i| ((f64::from(value(i)) - top) / temperature).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    let limit = if settings.top_k == 0 { order.len() } else { settings.top_k.min(order.len()) };
+    let (mut kept, mut mass) = (0, 0.0);
+    while kept < limit && (kept == 0 || (mass < f64::from(settings.top_p) * total && weights[kept] >= f64::from(settings.min_p))) {
+        mass += weights[kept];
+        kept += 1;
+    }
+    let target = f64::from(uniform) * mass;
+    let mut cumulative = 0.0;
+    for (&index, weight) in order.iter().zip(&weights).take(kept) {
+        cumulative += weight;
+        if target < cumulative {
+            return index;
+        }
+    }
+    order[kept - 1]
+}
+
+/// Place of the logistic's uniform that is never passed: +-9.2 scales from the mean.
+const TAIL: f64 = 1e-4;
+
+/// A mixture of logistics over sample values, cut into tokens by the codec's bins.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Mixture {
+    /// Normalised log weights, [n_components]: first those around the forecast from the past, then the plan's.
+    pub log_weights: Vec<f32>,
+    /// Means as sample values, [n_components].
+    pub means: Vec<f32>,
+    /// Scales, [n_components].
+    pub scales: Vec<f32>,
+    /// The forecast that each half of the components stands around.
+    pub forecasts: [f32; N_FORECASTS],
+}
+
+/// Half the planned residual scale plus a quarter of the quantiser's step: the unit of a component's offset and scale.
+pub fn unit_scale(forecast: f32, log_scale: f32, codec: &Codec) -> f32 {
+    0.5 * log_scale.exp() + 0.25 * codec.bin_width(forecast)
+}
+
+/// Means move by at most this many units.
+pub const MAX_OFFSET: f32 = 4.0;
+/// Scales lie within e^+-this of the unit.
+pub const MAX_LOG_SCALE: f32 = 2.5;
+
+impl Mixture {
+    /// From the head's output: `head` = [weights | offsets | log scales], each [n_components].
+    pub fn from_head(head: &[f32], forecasts: [f32; N_FORECASTS], log_scale: f32, codec: &Codec) -> Self {
+        let n = head.len() / 3;
+        let per_forecast = n / N_FORECASTS;
+        let (weights, rest) = head.split_at(n);
+        let (offsets, log_scales) = rest.split_at(n);
+        let top = weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let log_total = top + weights.iter().map(|w| (w - top).exp()).sum::<f32>().ln();
+        let mut mixture = Self { forecasts, ..Self::default() };
+        for k in 0..n {
+            let forecast = forecasts[k / per_forecast];
+            let unit = unit_scale(forecast, log_scale, codec);
+            mixture.log_weights.push(weights[k] - log_total);
+            mixture.means.push(forecast + unit * MAX_OFFSET * (offsets[k] / MAX_OFFSET).tanh());
+            mixture.scales.push(unit * (MAX_LOG_SCALE * (log_scales[k] / MAX_LOG_SCALE).tanh()).exp());
+        }
+        mixture
+    }
+
+    /// ln P(token): the mixture's mass in the token's bin.
+    pub fn log_prob(&self, token: Token, codec: &Codec) -> f64 {
+        let (low, high) = (f64::from(codec.edge(token.into())), f64::from(codec.edge(usize::from(token) + 1)));
+        let terms: Vec<f64> = (0..self.means.len())
+            .map(|k| {
+                let (mean, scale) = (f64::from(self.means[k]), f64::from(self.scales[k]));
+                let (a, b) = ((low - mean) / scale, (high - mean) / scale);
+                f64::from(self.log_weights[k]) + log_sigmoid(b) + log_sigmoid(-a) + (-(a - b).min(-1e-12).exp_m1()).ln()
+            })
+            .collect();
+        let top = terms.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        top + terms.iter().map(|t| (t - top).exp()).sum::<f64>().ln()
+    }
+
+    /// Draws a token: `uniforms` choose the component and the place in its logistic, both in (0, 1).
+    pub fn sample(&self, uniforms: [f32; 2], settings: &WaveSampling, codec: &Codec) -> Token {
+        let n = self.means.len();
+        let per_forecast = n / N_FORECASTS;
+        let weight = |k: usize| {
+            let factor = if k < per_forecast { f64::from(settings.past) } else { 1.0 };
+            f64::from(self.log_weights[k]).exp() * factor
+        };
+        let target = f64::from(uniforms[0]) * (0..n).map(weight).sum::<f64>();
+        let mut chosen = n - 1;
+        let mut cumulative = 0.0;
+        for k in 0..n {
+            cumulative += weight(k);
+            if target < cumulative {
+                chosen = k;
+                break;
+            }
+        }
+        let forecast = f64::from(self.forecasts[chosen / per_forecast]);
+        let mean = forecast + f64::from(settings.offset) * (f64::from(self.means[chosen]) - forecast);
+        let u = f64::from(uniforms[1]).clamp(TAIL, 1.0 - TAIL);
+        let value = mean + f64::from(self.scales[chosen]) * f64::from(settings.grain) * (u / (1.0 - u)).ln();
+        codec.encode(value.clamp(-1.0, 1.0) as f32)
+    }
+}
+
+fn log_sigmoid(x: f64) -> f64 {
+    if x >= 0.0 { -(-x).exp().ln_1p() } else { x - x.exp().ln_1p() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn mixture(head: &[f32]) -> Mixture {
+        Mixture::from_head(head, [0.1, -0.05], -4.0, &Codec::default())
+    }
+
+    proptest! {
+        #[test]
+        fn probabilities_of_all_tokens_sum_to_one(
+            head in prop::collection::vec(-6.0f32..6.0, 18), p in -1.0f32..1.0, q in -1.0f32..1.0, s in -9.0f32..0.0,
+        ) {
+            let codec = Codec::default();
+            let m = Mixture::from_head(&head, [p, q], s, &codec);
+            let total: f64 = (0..codec.levels() as Token).map(|t| m.log_prob(t, &codec).exp()).sum();
+            prop_assert!((total - 1.0).abs() < 1e-6, "{total}");
+        }
+
+        #[test]
+        fn draws_follow_the_distribution(head in prop::collection::vec(-2.0f32..2.0, 18)) {
+            let codec = Codec::default();
+            let m = mixture(&head);
+            let all = WaveSampling { grain: 1.0, past: 1.0, offset: 1.0 };
+            let mut counts = vec![0.0; codec.levels()];
+            let n = 60;
+            for i in 0..n {
+                for j in 0..n {
+                    let u = [(i as f32 + 0.5) / n as f32, (j as f32 + 0.5) / n as f32];
+                    counts[usize::from(m.sample(u, &all, &codec))] += 1.0 / f64::from(n * n);
+                }
+            }
+            let distance: f64 = (0..codec.levels()).map(|t| (counts[t] - m.log_prob(t as Token, &codec).exp()).abs()).sum();
+            prop_assert!(distance < 0.2, "total variation {distance}");
+        }
+    }
+
+    #[test]
+    fn filters_keep_what_they_say() {
+        let logits = [0.0, 3.0, 2.0, f32::NAN, 1.0];
+        let plain = PlanSampling { top_p: 1.0, ..PlanSampling::default() };
+        let reachable = |s: &PlanSampling| {
+            let mut seen: Vec<usize> = (0..1000).map(|i| sample_logits(&logits, (i as f32 + 0.5) / 1000.0, s)).collect();
+            seen.sort_unstable();
+            seen.dedup();
+            seen
+        };
+        assert_eq!(reachable(&plain), [0, 1, 2, 4]);
+        assert_eq!(reachable(&PlanSampling { top_k: 2, ..plain }), [1, 2]);
+        assert_eq!(reachable(&PlanSampling { top_p: 0.6, ..plain }), [1]);
+        assert_eq!(reachable(&PlanSampling { min_p: 0.3, ..plain }), [1, 2]);
+        assert_eq!(reachable(&PlanSampling { temperature: 0.0, ..plain }), [1]);
+    }
+
+    #[test]
+    fn past_zero_never_follows_the_forecast_from_the_past() {
+        let codec = Codec::default();
+        let mut head = [0.0f32; 18];
+        head[..3].fill(5.0);
+        let m = mixture(&head);
+        let settings = WaveSampling { grain: 0.0, past: 0.0, offset: 1.0 };
+        for i in 0..100 {
+            assert_eq!(m.sample([(i as f32 + 0.5) / 100.0, 0.3], &settings, &codec), codec.encode(-0.05));
+        }
+    }
+}

@@ -1,1 +1,69 @@
-//! engine
+//! Engines turn a prompt's tokens and uniform random numbers into plan frames and tokens, one model step at a time.
+//!
+//! The caller draws the uniforms (see [`crate::rng`]), so an engine is a deterministic function of its inputs and
+//! two engines can be compared token by token. An engine knows nothing about audio files.
+
+pub mod reference;
+
+use crate::checkpoint::CheckpointError;
+use crate::codec::Token;
+use crate::model::config::ModelConfig;
+use crate::plan::PlanFrame;
+use crate::sampler::{PlanSampling, WaveSampling};
+
+/// Uniform numbers that [`Engine::render`] takes per sample: one chooses the component, one the place in it.
+pub const UNIFORMS_PER_SAMPLE: usize = 2;
+
+/// What can go wrong in an engine.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error("expected {expected} {what}, got {got}")]
+    Length { what: &'static str, expected: usize, got: usize },
+    #[error("token {token} at position {position} is outside the vocabulary of {levels}")]
+    Token { token: Token, position: usize, levels: usize },
+    #[error("the saved state does not fit this model: {0}")]
+    State(String),
+    #[error("the model")]
+    Checkpoint(#[from] CheckpointError),
+    #[error("computing a step")]
+    Tensor(#[from] candle_core::Error),
+}
+
+/// One stream of generation.
+pub trait Engine {
+    /// The model's sizes, codec and frame grid.
+    fn config(&self) -> &ModelConfig;
+
+    /// Forgets prompt and output; weights and settings stay.
+    fn reset(&mut self);
+
+    /// How plan tokens and samples are drawn from now on.
+    fn set_sampling(&mut self, plan: PlanSampling, wave: WaveSampling);
+
+    /// Resets, then reads `prompt` so that the next plan frame begins with the sample after it.
+    ///
+    /// The frame grid ends with the prompt's last token; a prompt that does not fill its first frame is padded in
+    /// front with silence.
+    fn prefill(&mut self, prompt: &[Token]) -> Result<(), EngineError>;
+
+    /// Samples the next plan frame; `uniforms` holds one number in (0, 1) per codebook.
+    fn next_plan(&mut self, uniforms: &[f32], out: &mut PlanFrame) -> Result<(), EngineError>;
+
+    /// Renders one plan frame into `out` (`hop` tokens); `uniforms` holds [`UNIFORMS_PER_SAMPLE`] numbers a token.
+    ///
+    /// Only `plan.bands` is read: a frame can come from [`Engine::next_plan`] or from elsewhere.
+    fn render(&mut self, plan: &PlanFrame, uniforms: &[f32], out: &mut [Token]) -> Result<(), EngineError>;
+
+    /// Teacher-forced: resets, reads `tokens` (a multiple of `hop`) under their own quantised plan and writes
+    /// -ln P(token) of each, in nats. The plan's own cost is not part of it; see [`Engine::score_plan`].
+    fn score(&mut self, tokens: &[Token], nll: &mut [f32]) -> Result<(), EngineError>;
+
+    /// Teacher-forced: -ln P of each plan frame of `tokens`, in nats per frame; the first frame is given.
+    fn score_plan(&mut self, tokens: &[Token]) -> Result<Vec<f32>, EngineError>;
+
+    /// The stream's whole state (caches, histories, positions), to be given to [`Engine::restore`].
+    fn save(&self) -> Result<Vec<u8>, EngineError>;
+
+    /// Continues from a saved state of the same model.
+    fn restore(&mut self, state: &[u8]) -> Result<(), EngineError>;
+}
