@@ -1,1 +1,231 @@
-//! plan
+//! Turns sound into a plan, one frame per hop that says what these milliseconds sound like, and frames into tokens.
+
+pub(crate) mod fourier;
+pub mod rvq;
+pub mod spectrum;
+
+use serde::{Deserialize, Serialize};
+
+pub use rvq::ResidualQuantizer;
+pub use spectrum::{DB_PER_UNIT, Spectrum};
+
+/// What a plan frame is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PlanConfig {
+    /// Samples per plan frame.
+    pub hop: usize,
+    /// Samples that a frame is computed from; they end with the frame's last sample. Even.
+    pub window: usize,
+    /// Centre of the lowest band, Hz.
+    pub lowest_hz: f64,
+    /// Centres of all bands lie below this, Hz.
+    pub highest_hz: f64,
+    /// Plan tokens per frame.
+    pub n_codebooks: usize,
+    /// Different values of a plan token.
+    pub n_entries: usize,
+}
+
+impl Default for PlanConfig {
+    fn default() -> Self {
+        Self {
+            hop: 512,
+            window: 2048,
+            lowest_hz: 27.5,
+            highest_hz: 7700.0,
+            n_codebooks: 4,
+            n_entries: 256,
+        }
+    }
+}
+
+impl PlanConfig {
+    /// Checks the settings against each other and the sample rate (Hz).
+    ///
+    /// # Errors
+    /// Names the first setting that cannot be.
+    pub fn validate(&self, sample_rate: u32) -> Result<(), PlanError> {
+        let nyquist = f64::from(sample_rate) / 2.0;
+        if self.hop == 0 || self.window < self.hop || !self.window.is_multiple_of(2) {
+            return Err(PlanError::Window {
+                hop: self.hop,
+                window: self.window,
+            });
+        }
+        if !(self.lowest_hz > 0.0 && self.lowest_hz < self.highest_hz && self.highest_hz <= nyquist)
+        {
+            return Err(PlanError::Bands {
+                lowest_hz: self.lowest_hz,
+                highest_hz: self.highest_hz,
+                nyquist,
+            });
+        }
+        if self.n_codebooks == 0 || self.n_entries == 0 || self.n_entries > MAX_ENTRIES {
+            return Err(PlanError::Codebooks {
+                n_codebooks: self.n_codebooks,
+                n_entries: self.n_entries,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Plan tokens are u16.
+const MAX_ENTRIES: usize = 1 << 16;
+
+/// What one hop sounds like.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PlanFrame {
+    /// One token per codebook.
+    pub tokens: Vec<u16>,
+    /// `ln(power + 1e-4) / 4` per band: what the tokens decode to.
+    pub bands: Vec<f32>,
+}
+
+/// Why a plan could not be made or read.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum PlanError {
+    /// The analysis window cannot hold a hop, or has no middle bin.
+    #[error(
+        "plan hop {hop} and window {window}: expected a hop of at least 1 and an even window no shorter than it"
+    )]
+    Window {
+        /// Samples per frame.
+        hop: usize,
+        /// Samples per analysis.
+        window: usize,
+    },
+    /// The bands do not fit between 0 Hz and half the sample rate.
+    #[error(
+        "plan bands from {lowest_hz} to {highest_hz} Hz: expected 0 < lowest < highest <= {nyquist} Hz"
+    )]
+    Bands {
+        /// Centre of the lowest band.
+        lowest_hz: f64,
+        /// Limit of the highest.
+        highest_hz: f64,
+        /// Half the sample rate.
+        nyquist: f64,
+    },
+    /// Plan tokens are u16 and there is at least one.
+    #[error(
+        "{n_codebooks} plan codebooks of {n_entries} entries: expected at least one of each and at most 65536 entries"
+    )]
+    Codebooks {
+        /// Tokens per frame.
+        n_codebooks: usize,
+        /// Values per token.
+        n_entries: usize,
+    },
+    /// A frame of another plan.
+    #[error("plan frame of {got} bands, expected {expected}")]
+    BandCount {
+        /// Bands of this plan.
+        expected: usize,
+        /// Bands given.
+        got: usize,
+    },
+    /// Mean and codebooks are of different plans.
+    #[error("plan codebooks of shape {got:?} do not go with a mean of {n_bands} bands")]
+    BookShape {
+        /// Length of the mean.
+        n_bands: usize,
+        /// Shape of the codebooks.
+        got: Vec<usize>,
+    },
+    /// A frame of another quantiser.
+    #[error("plan frame of {got} tokens, expected {expected}")]
+    TokenCount {
+        /// Codebooks of this quantiser.
+        expected: usize,
+        /// Tokens given.
+        got: usize,
+    },
+    /// A token that no entry belongs to.
+    #[error("plan token {token} of codebook {codebook}, which has {n_entries} entries")]
+    Token {
+        /// The token.
+        token: u16,
+        /// Its codebook.
+        codebook: usize,
+        /// Entries of it.
+        n_entries: usize,
+    },
+    /// Nothing to learn codebooks from.
+    #[error("no finite plan frames to fit codebooks to")]
+    NoFrames,
+    /// More lags than the analysis window determines.
+    #[error("linear prediction of order {order} from a plan needs an analysis window of {} samples, got {window}", 2 * order)]
+    Order {
+        /// Coefficients asked for.
+        order: usize,
+        /// Samples per analysis.
+        window: usize,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_that_cannot_be_are_refused_with_their_values() {
+        let config = PlanConfig::default();
+        assert_eq!(config.validate(16_000), Ok(()));
+        for (bad, said) in [
+            (
+                PlanConfig {
+                    hop: 0,
+                    ..config.clone()
+                },
+                "hop 0",
+            ),
+            (
+                PlanConfig {
+                    window: 500,
+                    ..config.clone()
+                },
+                "window 500",
+            ),
+            (
+                PlanConfig {
+                    window: 2047,
+                    ..config.clone()
+                },
+                "window 2047",
+            ),
+            (
+                PlanConfig {
+                    lowest_hz: f64::NAN,
+                    ..config.clone()
+                },
+                "NaN",
+            ),
+            (
+                PlanConfig {
+                    highest_hz: 9000.0,
+                    ..config.clone()
+                },
+                "9000",
+            ),
+            (
+                PlanConfig {
+                    n_entries: 70_000,
+                    ..config.clone()
+                },
+                "70000",
+            ),
+            (
+                PlanConfig {
+                    n_codebooks: 0,
+                    ..config.clone()
+                },
+                "0 plan codebooks",
+            ),
+        ] {
+            let message = bad.validate(16_000).unwrap_err().to_string();
+            assert!(message.contains(said), "{message}");
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! Turns past samples, and a plan frame, into linear forecasts of the next sample.
+//!
+//! `past`: backward-adaptive linear prediction, coefficients from the samples before (as ITU-T G.728 has them).
+//! `planned`: prediction with the coefficients of the spectrum that the plan frame describes. Neither is trained.
+
+mod history;
+mod lpc;
+mod past;
+mod planned;
+
+use ndarray::ArrayView2;
+use serde::{Deserialize, Serialize};
+
+use crate::plan::{PlanConfig, PlanError, Spectrum};
+
+pub use lpc::{Prediction, autocorrelation, levinson};
+pub use past::PastForecast;
+pub use planned::PlannedForecast;
+
+/// What the forecasts are computed from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ForecastConfig {
+    /// Coefficients of the forecast from the past.
+    pub order: usize,
+    /// Samples that these coefficients are computed from.
+    pub past_window: usize,
+    /// New coefficients after this many samples; divides the plan's hop.
+    pub past_hop: usize,
+    /// Coefficients of the forecast from the plan.
+    pub planned_order: usize,
+    /// Standard deviation by which the planned spectrum is blurred, Hz.
+    pub lag_window_hz: f64,
+}
+
+impl Default for ForecastConfig {
+    fn default() -> Self {
+        Self {
+            order: 256,
+            past_window: 4096,
+            past_hop: 64,
+            planned_order: 256,
+            lag_window_hz: 4.0,
+        }
+    }
+}
+
+impl ForecastConfig {
+    /// Checks the settings against each other and against the plan that the forecasts will follow.
+    ///
+    /// # Errors
+    /// Names the first setting that cannot be.
+    pub fn validate(&self, plan: &PlanConfig) -> Result<(), ForecastError> {
+        self.validate_alone()?;
+        if !plan.hop.is_multiple_of(self.past_hop) {
+            return Err(ForecastError::Hop {
+                past_hop: self.past_hop,
+                plan_hop: plan.hop,
+            });
+        }
+        if self.planned_order > plan.window / 2 {
+            return Err(PlanError::Order {
+                order: self.planned_order,
+                window: plan.window,
+            }
+            .into());
+        }
+        Ok(())
+    }
+
+    fn validate_alone(&self) -> Result<(), ForecastError> {
+        let Self {
+            order,
+            past_window,
+            past_hop,
+            planned_order,
+            lag_window_hz,
+        } = *self;
+        if order == 0 || order >= past_window {
+            return Err(ForecastError::Order { order, past_window });
+        }
+        if past_hop == 0 || past_hop > past_window {
+            return Err(ForecastError::PastHop {
+                past_hop,
+                past_window,
+            });
+        }
+        if planned_order == 0 {
+            return Err(ForecastError::PlannedOrder);
+        }
+        if !(lag_window_hz >= 0.0 && lag_window_hz.is_finite()) {
+            return Err(ForecastError::LagWindow { lag_window_hz });
+        }
+        Ok(())
+    }
+}
+
+/// Why no forecast can be made.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum ForecastError {
+    /// More coefficients than samples to compute them from.
+    #[error(
+        "forecast order {order}: expected at least 1 and less than the window of {past_window} samples"
+    )]
+    Order {
+        /// Coefficients.
+        order: usize,
+        /// Samples.
+        past_window: usize,
+    },
+    /// Coefficients that are never, or too rarely, renewed.
+    #[error(
+        "forecast hop {past_hop}: expected at least 1 and at most the window of {past_window} samples"
+    )]
+    PastHop {
+        /// Samples between new coefficients.
+        past_hop: usize,
+        /// Samples that they are computed from.
+        past_window: usize,
+    },
+    /// New coefficients would fall at other places in each plan frame.
+    #[error("forecast hop {past_hop} does not divide the plan's hop {plan_hop}")]
+    Hop {
+        /// Samples between new coefficients.
+        past_hop: usize,
+        /// Samples per plan frame.
+        plan_hop: usize,
+    },
+    /// No coefficients from the plan.
+    #[error("forecast order from the plan: expected at least 1, got 0")]
+    PlannedOrder,
+    /// A blur that is no number of Hz.
+    #[error("forecast lag window of {lag_window_hz} Hz: expected a finite number of at least 0")]
+    LagWindow {
+        /// The width given.
+        lag_window_hz: f64,
+    },
+    /// A plan that ends before the samples do.
+    #[error("{got} plan frames for {n_samples} samples, expected {expected}")]
+    FrameCount {
+        /// Frames that the samples need.
+        expected: usize,
+        /// Frames given.
+        got: usize,
+        /// Samples given.
+        n_samples: usize,
+    },
+    /// A state whose parts do not go together.
+    #[error("damaged forecast state: {got} {what}, expected {expected}")]
+    State {
+        /// The part.
+        what: &'static str,
+        /// Its length by the settings.
+        expected: usize,
+        /// Its length.
+        got: usize,
+    },
+    /// The plan does not serve for prediction.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+}
+
+/// Whether a part of a saved state has the length that its settings give it.
+fn check_length(what: &'static str, expected: usize, got: usize) -> Result<(), ForecastError> {
+    if got == expected {
+        Ok(())
+    } else {
+        Err(ForecastError::State {
+            what,
+            expected,
+            got,
+        })
+    }
+}
+
+/// The forecasts of every sample of an excerpt, each from the samples before it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Forecasts {
+    /// From the past, `[n_samples]`, in [-1, 1].
+    pub past: Vec<f32>,
+    /// From the plan, `[n_samples]`, in [-1, 1].
+    pub planned: Vec<f32>,
+    /// ln of the mean |residual| that the plan implies, `[n_samples]`.
+    pub log_scale: Vec<f32>,
+}
+
+/// Both forecasts of each sample, before the first of which there is silence: bit for bit what [`PastForecast`]
+/// and [`PlannedForecast`] give one after the other. `plan` is `[frames, n_bands]`, one frame per hop of the
+/// samples, the last of which may be cut short.
+///
+/// # Errors
+/// When the settings cannot be or the plan is too short or of other bands than `spectrum`'s.
+pub fn forecasts(
+    samples: &[f32],
+    plan: ArrayView2<f32>,
+    spectrum: &Spectrum,
+    config: &ForecastConfig,
+) -> Result<Forecasts, ForecastError> {
+    let expected = samples.len().div_ceil(spectrum.hop());
+    if plan.nrows() < expected {
+        return Err(ForecastError::FrameCount {
+            expected,
+            got: plan.nrows(),
+            n_samples: samples.len(),
+        });
+    }
+    let (mut past, mut planned) = (PastForecast::new(config)?, PlannedForecast::new(config)?);
+    let mut out = Forecasts::default();
+    out.past.reserve_exact(samples.len());
+    out.planned.reserve_exact(samples.len());
+    out.log_scale.reserve_exact(samples.len());
+    for (samples, bands) in samples.chunks(spectrum.hop()).zip(plan.outer_iter()) {
+        planned.begin_frame(spectrum, &bands.to_vec())?;
+        for &sample in samples {
+            out.past.push(past.forecast());
+            out.planned.push(planned.forecast());
+            past.push(sample);
+            planned.push(sample);
+        }
+        out.log_scale.resize(out.past.len(), planned.log_scale());
+    }
+    Ok(out)
+}

@@ -1,0 +1,122 @@
+//! Turns past samples and a plan frame into a forecast of the next sample, and into the size of its error.
+
+use serde::{Deserialize, Serialize};
+
+use super::history::History;
+use super::lpc::{levinson, predict};
+use super::{ForecastConfig, ForecastError, check_length};
+use crate::plan::Spectrum;
+
+/// Mean of |x| of a residual, as a part of its root mean square; between a Laplacian's (0.71) and a Gaussian's (0.8).
+const MEAN_TO_RMS: f64 = 0.7;
+const LEAST_SCALE: f64 = 1e-4;
+
+/// Linear prediction of a stream by the spectrum that the current plan frame describes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(try_from = "State", into = "State")]
+pub struct PlannedForecast {
+    config: ForecastConfig,
+    history: History,
+    /// `[order]`, the latest sample's last.
+    coefficients: Vec<f32>,
+    log_scale: f32,
+}
+
+impl PlannedForecast {
+    /// The forecast of a stream's first sample, before which there is silence; [`begin_frame`](Self::begin_frame)
+    /// comes next.
+    ///
+    /// # Errors
+    /// When the settings cannot be.
+    pub fn new(config: &ForecastConfig) -> Result<Self, ForecastError> {
+        config.validate_alone()?;
+        Ok(Self {
+            config: config.clone(),
+            history: History::new(config.planned_order),
+            coefficients: vec![0.0; config.planned_order],
+            log_scale: LEAST_SCALE.ln() as f32,
+        })
+    }
+
+    /// From here on samples follow the plan frame `bands`, `[n_bands]`.
+    ///
+    /// # Errors
+    /// When `bands` is no frame of `spectrum`, or its window too short for the order.
+    pub fn begin_frame(&mut self, spectrum: &Spectrum, bands: &[f32]) -> Result<(), ForecastError> {
+        let order = self.config.planned_order;
+        let prediction = levinson(
+            &spectrum.autocorrelation(bands, order, self.config.lag_window_hz)?,
+            order,
+        );
+        self.coefficients = prediction.coefficients;
+        self.coefficients.reverse();
+        self.log_scale = (prediction.residual_power.sqrt() * MEAN_TO_RMS + LEAST_SCALE).ln() as f32;
+        Ok(())
+    }
+
+    /// The forecast of the next sample, in [-1, 1].
+    pub fn forecast(&mut self) -> f32 {
+        predict(
+            &self.coefficients,
+            self.history.recent(self.config.planned_order, 0),
+        )
+    }
+
+    /// ln of the mean |residual| that the frame implies.
+    pub fn log_scale(&self) -> f32 {
+        self.log_scale
+    }
+
+    /// What the next sample was.
+    pub fn push(&mut self, sample: f32) {
+        self.history.push(sample);
+    }
+}
+
+/// What a [`PlannedForecast`] is saved as.
+#[derive(Serialize, Deserialize)]
+struct State {
+    config: ForecastConfig,
+    history: History,
+    coefficients: Vec<f32>,
+    log_scale: f32,
+}
+
+impl From<PlannedForecast> for State {
+    fn from(from: PlannedForecast) -> Self {
+        let PlannedForecast {
+            config,
+            history,
+            coefficients,
+            log_scale,
+        } = from;
+        Self {
+            config,
+            history,
+            coefficients,
+            log_scale,
+        }
+    }
+}
+
+impl TryFrom<State> for PlannedForecast {
+    type Error = ForecastError;
+
+    fn try_from(state: State) -> Result<Self, ForecastError> {
+        let State {
+            config,
+            history,
+            coefficients,
+            log_scale,
+        } = state;
+        config.validate_alone()?;
+        check_length("samples", config.planned_order, history.keep())?;
+        check_length("coefficients", config.planned_order, coefficients.len())?;
+        Ok(Self {
+            config,
+            history,
+            coefficients,
+            log_scale,
+        })
+    }
+}

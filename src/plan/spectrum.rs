@@ -1,0 +1,219 @@
+//! Turns samples into band powers, one frame per hop, and band powers into the autocorrelation they imply.
+
+use std::f64::consts::{FRAC_PI_2, TAU};
+
+use ndarray::Array2;
+use rayon::prelude::*;
+
+use super::fourier::{Fourier, Workspace};
+use super::{PlanConfig, PlanError};
+
+/// dB per unit of a band: bands are `ln(power) / 4`.
+pub const DB_PER_UNIT: f32 = 4.0 * 4.343;
+
+const UNITS_PER_NEPER: f64 = 0.25;
+/// Added to a band's power before its logarithm.
+const FLOOR: f64 = 1e-4;
+/// Bands are a quarter tone apart, or a bin of the transform where that is more.
+const BANDS_PER_OCTAVE: f64 = 24.0;
+/// White noise that keeps the predictor of a plan finite: relative to the power, and absolute.
+const WHITE: (f64, f64) = (1e-7, 1e-8);
+
+/// The plan's analysis: triangular bands over the power spectrum of the `window` samples that end with a frame.
+#[derive(Clone)]
+pub struct Spectrum {
+    sample_rate: u32,
+    hop: usize,
+    /// Rises as a sine until the frame's hop begins, falls as a cosine over it.
+    window: Vec<f64>,
+    /// Energy of the window.
+    energy: f64,
+    /// Per band: its first bin and the weights from there on, which sum to 1.
+    bands: Vec<(usize, Vec<f64>)>,
+    /// Per bin: the two bands it lies between and the weight of the upper one.
+    bins: Vec<(usize, usize, f64)>,
+    fourier: Fourier,
+}
+
+impl Spectrum {
+    /// The analysis of sound at `sample_rate` Hz.
+    ///
+    /// # Errors
+    /// When the settings cannot be, see [`PlanConfig::validate`].
+    pub fn new(sample_rate: u32, config: &PlanConfig) -> Result<Self, PlanError> {
+        config.validate(sample_rate)?;
+        let (rise, hop) = (config.window - config.hop, config.hop);
+        let ramp = |n: usize| (0..n).map(move |i| FRAC_PI_2 * (i as f64 + 0.5) / n as f64);
+        let window: Vec<f64> = ramp(rise)
+            .map(f64::sin)
+            .chain(ramp(hop).map(f64::cos))
+            .collect();
+        let bin_hz = f64::from(sample_rate) / config.window as f64;
+        let centres = band_centres(config, bin_hz);
+        let n_bins = config.window / 2 + 1;
+        Ok(Self {
+            sample_rate,
+            hop,
+            energy: window.iter().map(|w| w * w).sum(),
+            window,
+            bands: (0..centres.len())
+                .map(|band| triangle(&centres, band, bin_hz, n_bins))
+                .collect(),
+            bins: (0..n_bins)
+                .map(|bin| neighbours(&centres, bin as f64 * bin_hz))
+                .collect(),
+            fourier: Fourier::new(config.window),
+        })
+    }
+
+    /// Bands per frame.
+    pub fn n_bands(&self) -> usize {
+        self.bands.len()
+    }
+
+    /// Samples per frame.
+    pub fn hop(&self) -> usize {
+        self.hop
+    }
+
+    /// Samples a second, Hz.
+    pub fn sample_rate(&self) -> u32 {
+        self.sample_rate
+    }
+
+    /// The plan of mono samples: `[samples.len() / hop, n_bands]`, `ln(power + 1e-4) / 4`.
+    ///
+    /// Frame k is a function of the samples before `(k + 1) * hop` only; before the first there is silence.
+    pub fn analyse(&self, samples: &[f32]) -> Array2<f32> {
+        let mut plan = Array2::zeros((samples.len() / self.hop, self.n_bands()));
+        if let Some(rows) = plan.as_slice_mut() {
+            rows.par_chunks_exact_mut(self.n_bands())
+                .enumerate()
+                .for_each_init(
+                    || self.fourier.workspace(),
+                    |work, (frame, bands)| {
+                        self.analyse_frame(&samples[..(frame + 1) * self.hop], work, bands)
+                    },
+                );
+        }
+        plan
+    }
+
+    /// The frame that ends with `heard`.
+    fn analyse_frame(&self, heard: &[f32], work: &mut Workspace, bands: &mut [f32]) {
+        let recent = &heard[heard.len().saturating_sub(self.window.len())..];
+        let (silent, sounding) = work.block.split_at_mut(self.window.len() - recent.len());
+        silent.fill(0.0);
+        let window = &self.window[silent.len()..];
+        for ((y, &x), w) in sounding.iter_mut().zip(recent).zip(window) {
+            *y = f64::from(x) * w;
+        }
+        self.fourier.power(work);
+        for (band, (first, weights)) in bands.iter_mut().zip(&self.bands) {
+            let power: f64 = weights
+                .iter()
+                .zip(&work.power[*first..])
+                .map(|(w, p)| w * p)
+                .sum();
+            *band = ((power + FLOOR).ln() * UNITS_PER_NEPER) as f32;
+        }
+    }
+
+    /// Autocorrelation of the sound that a frame's bands describe, lags `0..=order`, per sample.
+    ///
+    /// ln power is interpolated between bands over ln f; `lag_window_hz` blurs the spectrum by a Gaussian of this
+    /// standard deviation; a trace of white noise keeps the result positive definite.
+    ///
+    /// # Errors
+    /// When `bands` is no frame of this plan, or the window determines fewer than `order` lags.
+    pub fn autocorrelation(
+        &self,
+        bands: &[f32],
+        order: usize,
+        lag_window_hz: f64,
+    ) -> Result<Vec<f64>, PlanError> {
+        if bands.len() != self.n_bands() {
+            return Err(PlanError::BandCount {
+                expected: self.n_bands(),
+                got: bands.len(),
+            });
+        }
+        if order > self.window.len() / 2 {
+            return Err(PlanError::Order {
+                order,
+                window: self.window.len(),
+            });
+        }
+        let mut work = self.fourier.workspace();
+        for (power, &(below, above, weight)) in work.power.iter_mut().zip(&self.bins) {
+            let band = f64::from(bands[below]) * (1.0 - weight) + f64::from(bands[above]) * weight;
+            *power = (band / UNITS_PER_NEPER).exp();
+        }
+        self.fourier.autocorrelation(&mut work);
+        let blur = TAU * lag_window_hz / f64::from(self.sample_rate);
+        let lag_window = |lag: usize| (-0.5 * (blur * lag as f64).powi(2)).exp() / self.energy;
+        let mut r: Vec<f64> = work.block[..=order]
+            .iter()
+            .enumerate()
+            .map(|(k, r)| r * lag_window(k))
+            .collect();
+        r[0] = r[0] * (1.0 + WHITE.0) + WHITE.1;
+        Ok(r)
+    }
+}
+
+/// Centres of the bands, Hz.
+fn band_centres(config: &PlanConfig, bin_hz: f64) -> Vec<f64> {
+    let spacing = BANDS_PER_OCTAVE.recip().exp2();
+    std::iter::successors(Some(config.lowest_hz), |&hz| {
+        Some((hz * spacing).max(hz + bin_hz))
+    })
+    .take_while(|&hz| hz < config.highest_hz)
+    .collect()
+}
+
+/// Weights of a band: a triangle over the bins between its neighbours' centres, of sum 1.
+fn triangle(centres: &[f64], band: usize, bin_hz: f64, n_bins: usize) -> (usize, Vec<f64>) {
+    let centre = centres[band];
+    let low = if band == 0 {
+        centre - bin_hz
+    } else {
+        centres[band - 1]
+    };
+    let high = centres.get(band + 1).copied().unwrap_or(centre * 1.03);
+    let weight = |bin: usize| {
+        let hz = bin as f64 * bin_hz;
+        ((hz - low) / (centre - low))
+            .min((high - hz) / (high - centre))
+            .max(0.0)
+    };
+    let weights: Vec<f64> = (0..n_bins).map(weight).collect();
+    let sum: f64 = weights.iter().sum();
+    match weights.iter().position(|&w| w > 0.0) {
+        Some(first) => {
+            let end = weights
+                .iter()
+                .rposition(|&w| w > 0.0)
+                .map_or(n_bins, |last| last + 1);
+            (first, weights[first..end].iter().map(|w| w / sum).collect())
+        }
+        // Narrower than a bin and between two: the nearest one.
+        None => (
+            ((centre / bin_hz).round() as usize).min(n_bins - 1),
+            vec![1.0],
+        ),
+    }
+}
+
+/// The bands that a bin lies between, and how far towards the upper one it is over ln f.
+fn neighbours(centres: &[f64], hz: f64) -> (usize, usize, f64) {
+    let hz = hz.max(1.0);
+    match centres.partition_point(|&centre| centre < hz) {
+        0 => (0, 0, 0.0),
+        above if above == centres.len() => (above - 1, above - 1, 0.0),
+        above => {
+            let (low, high) = (centres[above - 1].ln(), centres[above].ln());
+            (above - 1, above, (hz.ln() - low) / (high - low))
+        }
+    }
+}
