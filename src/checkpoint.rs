@@ -1,1 +1,316 @@
-//! checkpoint
+//! One safetensors file that holds a whole model: configuration and notes in its metadata, codebooks and weights.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+use ndarray::{ArrayD, IxDyn};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+
+use crate::model::Model;
+use crate::model::config::{ConfigError, GenerationSettings, ModelConfig};
+use crate::model::params::{Params, ParamsError};
+use crate::plan::{PlanError, ResidualQuantizer, Spectrum};
+
+/// Value of the metadata key `format`.
+const FORMAT: &str = "wavegen";
+/// Version of the file's layout; a file of another version is refused.
+const VERSION: &str = "1";
+const BUILT_IN: &[u8] = include_bytes!("../models/piano.safetensors");
+/// What error messages call the model inside the program.
+const BUILT_IN_NAME: &str = "(built-in model)";
+
+/// Why a file is no model that can be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    #[error("{path}: cannot be read or written")]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error("{path}: not a wavegen model ({reason}); models are .safetensors files made by `wavegen train`")]
+    Foreign { path: PathBuf, reason: String },
+    #[error("{path}: made for layout version {got}, this program reads version {VERSION}")]
+    Version { path: PathBuf, got: String },
+    #[error("{path}: the configuration does not hold together")]
+    Config { path: PathBuf, source: ConfigError },
+    #[error("{path}: damaged or incomplete, {what}")]
+    Damaged { path: PathBuf, what: String },
+}
+
+/// How the matrices of a file are stored; small tensors and codebooks are always f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    F32,
+    /// Half the size: IEEE half precision for tensors of rank 2.
+    F16,
+}
+
+/// A model as plain data, for any engine.
+#[derive(Clone, Debug)]
+pub struct Checkpoint {
+    pub config: ModelConfig,
+    pub generation: GenerationSettings,
+    /// Codebooks of the plan.
+    pub quantizer: ResidualQuantizer,
+    /// Weights by name, `plan.*` and `wave.*`, row-major.
+    pub weights: BTreeMap<String, ArrayD<f32>>,
+    /// Free text for people: licence, data, training figures.
+    pub notes: BTreeMap<String, String>,
+}
+
+const MEAN: &str = "codebooks.mean";
+const BOOKS: &str = "codebooks.books";
+
+impl Checkpoint {
+    /// The model inside the program.
+    pub fn built_in() -> Result<Self, CheckpointError> {
+        Self::from_bytes(BUILT_IN, Path::new(BUILT_IN_NAME))
+    }
+
+    /// Reads a file and checks that its tensors make the model that it describes.
+    pub fn load(path: &Path) -> Result<Self, CheckpointError> {
+        let bytes =
+            std::fs::read(path).map_err(|source| CheckpointError::Io { path: path.to_owned(), source })?;
+        Self::from_bytes(&bytes, path)
+    }
+
+    /// `path` is only what error messages call the bytes.
+    pub fn from_bytes(bytes: &[u8], path: &Path) -> Result<Self, CheckpointError> {
+        let foreign = |reason: String| CheckpointError::Foreign { path: path.to_owned(), reason };
+        let damaged = |what: String| CheckpointError::Damaged { path: path.to_owned(), what };
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| foreign(e.to_string()))?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        if metadata.get("format").map(String::as_str) != Some(FORMAT) {
+            return Err(foreign("its metadata does not say so".into()));
+        }
+        let version = metadata.get("version").cloned().unwrap_or_default();
+        if version != VERSION {
+            return Err(CheckpointError::Version { path: path.to_owned(), got: version });
+        }
+        let tensors = SafeTensors::deserialize(bytes).map_err(|e| damaged(e.to_string()))?;
+        let field = |name: &str| metadata.get(name).map(String::as_str).unwrap_or_default();
+        let config: ModelConfig =
+            serde_json::from_str(field("config")).map_err(|e| damaged(format!("its configuration: {e}")))?;
+        config.validate().map_err(|source| CheckpointError::Config { path: path.to_owned(), source })?;
+        let generation = serde_json::from_str(field("generation"))
+            .map_err(|e| damaged(format!("its generation settings: {e}")))?;
+        let notes = serde_json::from_str(field("notes")).map_err(|e| damaged(format!("its notes: {e}")))?;
+        let mut weights = BTreeMap::new();
+        for (name, view) in tensors.iter() {
+            let values = decode(&view).ok_or_else(|| damaged(format!("tensor '{name}' is {:?}", view.dtype())))?;
+            let array = ArrayD::from_shape_vec(IxDyn(view.shape()), values)
+                .map_err(|e| damaged(format!("tensor '{name}': {e}")))?;
+            if array.iter().any(|v| !v.is_finite()) {
+                return Err(damaged(format!("tensor '{name}' holds values that are not finite")));
+            }
+            weights.insert(name.to_owned(), array);
+        }
+        let mut take = |name: &str| {
+            weights.remove(name).ok_or_else(|| damaged(ParamsError::Missing(name.into()).to_string()))
+        };
+        let shape = |e: ndarray::ShapeError| damaged(format!("codebooks: {e}"));
+        let mean = take(MEAN)?.into_dimensionality().map_err(shape)?;
+        let books = take(BOOKS)?.into_dimensionality().map_err(shape)?;
+        let expected = [config.plan.n_codebooks, config.plan.n_entries];
+        let quantizer = ResidualQuantizer::new(mean, books).map_err(|e| damaged(e.to_string()))?;
+        let checkpoint = Self { config, generation, quantizer, weights, notes };
+        let n_bands = checkpoint.spectrum().map_err(|e| damaged(e.to_string()))?.n_bands();
+        let got = checkpoint.quantizer.books.shape();
+        if got != [expected[0], expected[1], n_bands] || checkpoint.quantizer.mean.len() != n_bands {
+            return Err(damaged(format!(
+                "codebooks of shape {got:?}, expected {:?}",
+                [expected[0], expected[1], n_bands]
+            )));
+        }
+        checkpoint.model().map_err(|e| damaged(e.to_string()))?;
+        Ok(checkpoint)
+    }
+
+    /// The analysis that the plan is made with.
+    pub fn spectrum(&self) -> Result<Spectrum, PlanError> {
+        Spectrum::new(self.config.codec.sample_rate, &self.config.plan)
+    }
+
+    /// Both transformers in candle, on the CPU.
+    pub fn model(&self) -> Result<Model, ParamsError> {
+        let mut tensors = BTreeMap::new();
+        for (name, array) in &self.weights {
+            let values: Vec<f32> = array.iter().copied().collect();
+            tensors.insert(name.clone(), Tensor::from_vec(values, array.shape(), &Device::Cpu)?);
+        }
+        let mut params = Params::stored(tensors);
+        let model = Model::new(&mut params, &self.config, self.quantizer.mean.len())?;
+        params.finish()?;
+        Ok(model)
+    }
+
+    /// An untrained model: random codebooks and weights, a pure function of `seed`. For tests and sizes.
+    pub fn untrained(config: ModelConfig, seed: u64) -> Result<Self, ParamsError> {
+        let n_bands = Spectrum::new(config.codec.sample_rate, &config.plan)
+            .map_err(|e| ParamsError::Tensor(candle_core::Error::wrap(e)))?
+            .n_bands();
+        let mut rng = crate::rng::Rng::new(seed);
+        let shape = (config.plan.n_codebooks, config.plan.n_entries, n_bands);
+        let mean = ndarray::Array1::from_elem(n_bands, -1.0);
+        let books = ndarray::Array3::from_shape_simple_fn(shape, || 0.3 * rng.normal());
+        let quantizer =
+            ResidualQuantizer::new(mean, books).map_err(|e| ParamsError::Tensor(candle_core::Error::wrap(e)))?;
+        let mut params = Params::new(seed);
+        Model::new(&mut params, &config, n_bands)?;
+        let weights = arrays(params.into_vars().iter().map(|(name, var)| (name, var.as_tensor())))?;
+        Ok(Self { config, generation: GenerationSettings::default(), quantizer, weights, notes: BTreeMap::new() })
+    }
+
+    /// Number of weights whose names begin with `prefix`.
+    pub fn n_weights(&self, prefix: &str) -> usize {
+        self.weights.iter().filter(|(name, _)| name.starts_with(prefix)).map(|(_, array)| array.len()).sum()
+    }
+
+    /// Writes the file under a temporary name and renames it when it is whole.
+    pub fn save(&self, path: &Path, precision: Precision) -> Result<(), CheckpointError> {
+        let io = |source| CheckpointError::Io { path: path.to_owned(), source };
+        let directory = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let bytes = self.to_bytes(precision).map_err(|e| io(std::io::Error::other(e)))?;
+        let mut file = tempfile::NamedTempFile::new_in(directory).map_err(io)?;
+        std::io::Write::write_all(&mut file, &bytes).map_err(io)?;
+        file.as_file().sync_all().map_err(io)?;
+        file.persist(path).map_err(|e| io(e.error))?;
+        Ok(())
+    }
+
+    fn to_bytes(&self, precision: Precision) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+        let json = |value: serde_json::Result<String>| value.unwrap_or_default();
+        let metadata = HashMap::from([
+            ("format".to_owned(), FORMAT.to_owned()),
+            ("version".to_owned(), VERSION.to_owned()),
+            ("config".to_owned(), json(serde_json::to_string(&self.config))),
+            ("generation".to_owned(), json(serde_json::to_string(&self.generation))),
+            ("notes".to_owned(), json(serde_json::to_string(&self.notes))),
+        ]);
+        let mean = self.quantizer.mean.clone().into_dyn();
+        let books = self.quantizer.books.clone().into_dyn();
+        let all = self.weights.iter().map(|(name, array)| (name.as_str(), array));
+        let mut stored: Vec<(&str, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+        for (name, array) in all.chain([(MEAN, &mean), (BOOKS, &books)]) {
+            let half = precision == Precision::F16 && array.ndim() == 2;
+            let bytes = if half {
+                array.iter().flat_map(|&v| half::f16::from_f32(v).to_le_bytes()).collect()
+            } else {
+                array.iter().flat_map(|v| v.to_le_bytes()).collect()
+            };
+            stored.push((name, if half { Dtype::F16 } else { Dtype::F32 }, array.shape().to_vec(), bytes));
+        }
+        let views = stored
+            .iter()
+            .map(|(name, dtype, shape, bytes)| Ok((*name, TensorView::new(*dtype, shape.clone(), bytes)?)))
+            .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
+        safetensors::serialize(views, Some(metadata))
+    }
+}
+
+/// Tensors as plain arrays.
+pub fn arrays<'a>(
+    tensors: impl Iterator<Item = (&'a String, &'a Tensor)>,
+) -> candle_core::Result<BTreeMap<String, ArrayD<f32>>> {
+    tensors
+        .map(|(name, tensor)| {
+            let values = tensor.flatten_all()?.to_vec1::<f32>()?;
+            let array = ArrayD::from_shape_vec(IxDyn(tensor.dims()), values).map_err(candle_core::Error::wrap)?;
+            Ok((name.clone(), array))
+        })
+        .collect()
+}
+
+fn decode(view: &TensorView) -> Option<Vec<f32>> {
+    let bytes = view.data();
+    match view.dtype() {
+        Dtype::F32 => Some(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
+        Dtype::F16 => {
+            Some(bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect())
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tiny() -> Checkpoint {
+        Checkpoint::untrained(ModelConfig::preset("tiny").unwrap(), 1).unwrap()
+    }
+
+    fn message(e: &dyn std::error::Error) -> String {
+        e.to_string()
+    }
+
+    #[test]
+    fn a_saved_model_loads_as_it_was() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("model.safetensors");
+        let mut model = tiny();
+        model.notes.insert("licence".into(), "CC0".into());
+        model.save(&path, Precision::F32).unwrap();
+        let back = Checkpoint::load(&path).unwrap();
+        assert_eq!((back.config, back.generation, back.notes), (model.config, model.generation, model.notes));
+        assert_eq!(back.weights, model.weights);
+        assert_eq!(back.quantizer.books, model.quantizer.books);
+    }
+
+    #[test]
+    fn half_precision_stays_within_its_rounding() {
+        let model = tiny();
+        let back =
+            Checkpoint::from_bytes(&model.to_bytes(Precision::F16).unwrap(), Path::new("half")).unwrap();
+        for (name, array) in &model.weights {
+            for (a, b) in array.iter().zip(&back.weights[name]) {
+                assert!((a - b).abs() <= a.abs() * 1e-3 + 1e-7, "{name}: {a} {b}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_model_is_refused_with_its_name() {
+        let path = Path::new("song.safetensors");
+        for bytes in [&b""[..], b"RIFF....WAVE", &[0xff; 64]] {
+            let error = Checkpoint::from_bytes(bytes, path).unwrap_err();
+            assert!(matches!(error, CheckpointError::Foreign { .. }) && message(&error).contains("song"), "{error}");
+        }
+        let foreign = safetensors::serialize(Vec::<(&str, TensorView)>::new(), None).unwrap();
+        assert!(matches!(Checkpoint::from_bytes(&foreign, path), Err(CheckpointError::Foreign { .. })));
+        assert!(matches!(Checkpoint::load(Path::new("/no/such/model")), Err(CheckpointError::Io { .. })));
+    }
+
+    #[test]
+    fn tensors_that_do_not_fit_are_named() {
+        let path = Path::new("bent");
+        let missing = |change: &dyn Fn(&mut Checkpoint)| {
+            let mut model = tiny();
+            change(&mut model);
+            message(&Checkpoint::from_bytes(&model.to_bytes(Precision::F32).unwrap(), path).unwrap_err())
+        };
+        let text = missing(&|m| drop(m.weights.remove("wave.head.bias")));
+        assert!(text.contains("'wave.head.bias' is missing"), "{text}");
+        let text = missing(&|m| m.config.wave_transformer.tiers[0].dim = 64);
+        assert!(text.contains("the configuration wants"), "{text}");
+        let text = missing(&|m| drop(m.weights.insert("wave.extra".into(), ArrayD::zeros(IxDyn(&[1])))));
+        assert!(text.contains("'wave.extra' belongs to no part"), "{text}");
+        let text = missing(&|m| m.weights.get_mut("wave.head.bias").unwrap().fill(f32::NAN));
+        assert!(text.contains("not finite"), "{text}");
+        let bytes = tiny().to_bytes(Precision::F32).unwrap();
+        let cut = Checkpoint::from_bytes(&bytes[..bytes.len() - 100], path).unwrap_err();
+        assert!(message(&cut).starts_with("bent"), "{cut}");
+    }
+
+    #[test]
+    fn another_version_is_refused() {
+        let bytes = tiny().to_bytes(Precision::F32).unwrap();
+        let text = String::from_utf8_lossy(&bytes[..2000]).into_owned();
+        let at = text.find("\"version\":\"1\"").unwrap();
+        let mut other = bytes.clone();
+        other[at + 11] = b'9';
+        let error = Checkpoint::from_bytes(&other, Path::new("future")).unwrap_err();
+        assert!(matches!(error, CheckpointError::Version { ref got, .. } if got == "9"), "{error}");
+    }
+}

@@ -1,5 +1,5 @@
 //! wavegen: raw-audio waveform generation. A recording goes in, and it plays on.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod audio;
 pub mod checkpoint;

@@ -11,6 +11,7 @@
 //! Nothing here knows about tokens, models or the command line.
 
 pub mod decode;
+pub mod level;
 pub mod resample;
 pub mod source;
 pub mod trim;

@@ -7,7 +7,7 @@ pub mod reference;
 
 use crate::checkpoint::CheckpointError;
 use crate::codec::Token;
-use crate::model::config::ModelConfig;
+use crate::model::config::{GenerationSettings, ModelConfig};
 use crate::plan::PlanFrame;
 use crate::sampler::{PlanSampling, WaveSampling};
 
@@ -34,8 +34,11 @@ pub trait Engine {
     /// The model's sizes, codec and frame grid.
     fn config(&self) -> &ModelConfig;
 
+    /// How samples are drawn now; before [`Engine::set_sampling`], the checkpoint's own settings.
+    fn generation(&self) -> GenerationSettings;
+
     /// Forgets prompt and output; weights and settings stay.
-    fn reset(&mut self);
+    fn reset(&mut self) -> Result<(), EngineError>;
 
     /// How plan tokens and samples are drawn from now on.
     fn set_sampling(&mut self, plan: PlanSampling, wave: WaveSampling);

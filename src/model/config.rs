@@ -165,7 +165,7 @@ impl ModelConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         let fail = |message: String| Err(ConfigError::Invalid(message));
         self.plan.validate(self.codec.sample_rate).map_err(|e| ConfigError::Invalid(e.to_string()))?;
-        self.forecast.validate().map_err(|e| ConfigError::Invalid(e.to_string()))?;
+        self.forecast.validate(&self.plan).map_err(|e| ConfigError::Invalid(e.to_string()))?;
         let plan = &self.plan_transformer;
         check_heads("plan transformer", plan.dim, plan.n_heads)?;
         if plan.window == 0 || plan.n_layers == 0 || plan.hidden_multiple == 0 {

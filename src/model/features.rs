@@ -1,0 +1,47 @@
+//! What the sample tier is told about its two forecasts: pure functions of forecasts and planned scale.
+
+use std::f32::consts::PI;
+
+use super::config::N_FORECASTS;
+use crate::codec::{Codec, Token};
+
+/// Features per sample.
+pub const N_FEATURES: usize = 5 * N_FORECASTS + 2;
+
+/// Forecasts `[past, planned]` as sample values and the ln of the planned residual scale -> features for the sample
+/// tier and the head's shortcut, and the token whose bin holds the forecast from the past.
+pub fn features(forecasts: [f32; N_FORECASTS], log_scale: f32, codec: &Codec) -> ([f32; N_FEATURES], Token) {
+    let half = codec.levels() as f32 / 2.0;
+    let mut out = [0.0; N_FEATURES];
+    let mut past_code = 0;
+    for (i, &forecast) in forecasts.iter().enumerate() {
+        let companded = codec.compand(forecast);
+        let place = ((companded + 1.0) * half).clamp(0.0, codec.levels() as f32 - 0.001);
+        let code = place.floor();
+        if i == 0 {
+            past_code = code as Token;
+        }
+        let fraction = place - code;
+        for (kind, value) in [
+            fraction,
+            (2.0 * PI * fraction).sin(),
+            companded,
+            4.0 * forecast,
+            (forecast.abs() + 1e-4).ln() / 4.0,
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            out[kind * N_FORECASTS + i] = value;
+        }
+    }
+    out[5 * N_FORECASTS] = log_scale / 4.0 + 1.0;
+    out[5 * N_FORECASTS + 1] = (codec.compand(forecasts[0]) - codec.compand(forecasts[1])) * 32.0;
+    (out, past_code)
+}
+
+/// The residual of a token around the code of its forecast, wrapped into the vocabulary.
+pub fn residual_code(token: Token, past_code: Token, codec: &Codec) -> Token {
+    let levels = codec.levels();
+    ((usize::from(token) + levels - usize::from(past_code)) % levels) as Token
+}

@@ -1,0 +1,367 @@
+//! The wave transformer: tiers of decreasing hop give the distribution of each sample from the samples before it, the
+//! plan and two forecasts.
+//!
+//! Tier i makes one step per `hop_i` samples, sees the samples before its step and the plan frame that it lies in, and
+//! hands a vector per sub-step down to tier i + 1. The last tier has hop 1 and feeds the mixture head.
+
+use candle_core::{D, Device, Result, Tensor};
+
+use super::block::{Block, KvCache, Linear, RmsNorm};
+use super::config::{ModelConfig, WaveTransformerConfig};
+use super::features::N_FEATURES;
+use super::params::{Init, Params, ParamsError};
+use crate::codec::{Codec, Token};
+
+/// Plan frames that the model sees at a time: the current one and the two before it.
+pub const PLAN_FRAMES: usize = 3;
+
+struct Tier {
+    hop: usize,
+    input: Linear,   // hop (or taps) * token width -> dim
+    plan_in: Linear, // plan_dim -> dim
+    blocks: Vec<Block>,
+    down: Option<Linear>, // dim -> sub-steps * dim of the next tier
+}
+
+/// Weights of all tiers and the head.
+pub struct WaveTransformer {
+    config: WaveTransformerConfig,
+    plan_hop: usize,
+    silence: Token,
+    token_embedding: Tensor, // (levels, token_dim)
+    token_values: Tensor,    // (levels, 2): companded, twice the linear value
+    plan_mlp: [Linear; 2],   // PLAN_FRAMES * n_bands -> plan_dim -> plan_dim
+    tiers: Vec<Tier>,
+    feature_in: Linear,         // N_FEATURES -> dim of the sample tier
+    past_code_in: Tensor,       // (levels, dim)
+    residual_code_in: Tensor,   // (levels, dim)
+    norm: RmsNorm,
+    head: Linear,               // dim -> 3 * n_components
+    shortcut: [Linear; 3],      // N_FEATURES -> shortcut_dim -> shortcut_dim -> 3 * n_components
+    planned_scales: [Linear; 2], // plan_dim -> slice_dim -> slices * n_components
+}
+
+/// Inputs of a batch of excerpts; all tokens are u32.
+pub struct WaveInputs {
+    /// `[batch, history + time]`: [`WaveTransformer::history`] tokens before the excerpt, then its own.
+    pub tokens: Tensor,
+    /// `[batch, time, N_FEATURES]`
+    pub features: Tensor,
+    /// `[batch, time]`: the bin of the forecast from the past.
+    pub past_codes: Tensor,
+    /// `[batch, time]`: the residual code of the sample before.
+    pub residual_codes: Tensor,
+    /// `[batch, 2 + time / plan hop, n_bands]`: two frames before the excerpt, then its own.
+    pub plan: Tensor,
+}
+
+/// What the model says of a plan frame: one vector per tier, and the planned scales of each slice.
+struct Planned {
+    tiers: Vec<Tensor>, // per tier [batch, frames, dim]
+    scales: Tensor,     // [batch, frames, slices, n_components]
+}
+
+/// Everything that changes while samples are generated one by one.
+pub struct WaveState {
+    /// Samples so far.
+    pub n: u64,
+    /// Ring caches by tier and block.
+    pub caches: Vec<Vec<KvCache>>,
+    /// The last [`WaveTransformer::history`] tokens.
+    pub tokens: Vec<Token>,
+    /// Residual code of the last sample.
+    pub residual_code: Token,
+    /// Vectors handed down to tier i + 1, `[1, sub-steps, dim]`; empty before the first step.
+    pub handed: Vec<Option<Tensor>>,
+    /// The last plan frames, oldest first, each `[n_bands]`.
+    pub plan: Vec<Vec<f32>>,
+    /// What the model derives from the plan frames, remade when a state is restored.
+    frame: Option<FrameView>,
+}
+
+/// Constants of one plan frame on the step path.
+struct FrameView {
+    token_table: Tensor,    // (levels, token_dim + 2)
+    plan: Vec<Tensor>,      // per tier (1, 1, dim)
+    scales: Tensor,         // (slices, n_components)
+}
+
+impl WaveTransformer {
+    pub fn new(params: &mut Params, config: &ModelConfig, n_bands: usize) -> std::result::Result<Self, ParamsError> {
+        let wave = config.wave_transformer.clone();
+        let levels = config.codec.levels();
+        let width = wave.token_dim + 2;
+        let sample_dim = wave.tiers.last().map_or(0, |t| t.dim);
+        let biased = |params: &mut Params, name: &str, inputs, outputs| {
+            Linear::with_bias(params, name, inputs, outputs, Init::Linear, Init::Zeros)
+        };
+        let mut tiers = Vec::with_capacity(wave.tiers.len());
+        for (i, tier) in wave.tiers.iter().enumerate() {
+            let built = params.under("tiers", |params| {
+                params.under(i, |params| {
+                    let seen = if tier.hop > 1 { tier.hop } else { wave.taps };
+                    let input = Linear::new(params, "input", seen * width, tier.dim)?;
+                    let plan_in = biased(params, "plan_in", wave.plan_dim, tier.dim)?;
+                    let blocks = (0..tier.n_layers)
+                        .map(|j| {
+                            params.under("blocks", |p| {
+                                p.under(j, |p| Block::new(p, tier.dim, tier.n_heads, tier.window, wave.hidden_multiple))
+                            })
+                        })
+                        .collect::<std::result::Result<_, _>>()?;
+                    let down = match wave.tiers.get(i + 1) {
+                        Some(next) => {
+                            Some(biased(params, "down", tier.dim, tier.hop / next.hop * next.dim)?)
+                        }
+                        None => None,
+                    };
+                    Ok::<_, ParamsError>(Tier { hop: tier.hop, input, plan_in, blocks, down })
+                })
+            })?;
+            tiers.push(built);
+        }
+        let zero = |params: &mut Params, name: &str, inputs, outputs| {
+            Linear::with_bias(params, name, inputs, outputs, Init::Zeros, Init::Zeros)
+        };
+        let code_table = |params: &mut Params, name: &str| params.get(name, &[levels, sample_dim], Init::Normal(0.02));
+        let scales_ramp = Init::Ramp { from: -1.2, to: 1.5, period: wave.components };
+        Ok(Self {
+            plan_hop: config.plan.hop,
+            silence: config.codec.silence(),
+            token_embedding: params.get("token_embedding", &[levels, wave.token_dim], Init::Normal(0.3))?,
+            token_values: token_values(&config.codec)?,
+            plan_mlp: [
+                biased(params, "plan_mlp.0", PLAN_FRAMES * n_bands, wave.plan_dim)?,
+                biased(params, "plan_mlp.1", wave.plan_dim, wave.plan_dim)?,
+            ],
+            tiers,
+            feature_in: biased(params, "feature_in", N_FEATURES, sample_dim)?,
+            past_code_in: code_table(params, "past_code_in")?,
+            residual_code_in: code_table(params, "residual_code_in")?,
+            norm: RmsNorm::new(params, "norm", sample_dim)?,
+            head: zero(params, "head", sample_dim, wave.head_dim())?,
+            shortcut: [
+                biased(params, "shortcut.0", N_FEATURES, wave.shortcut_dim)?,
+                biased(params, "shortcut.1", wave.shortcut_dim, wave.shortcut_dim)?,
+                zero(params, "shortcut.2", wave.shortcut_dim, wave.head_dim())?,
+            ],
+            planned_scales: [
+                biased(params, "planned_scales.0", wave.plan_dim, wave.slice_dim)?,
+                Linear::with_bias(
+                    params,
+                    "planned_scales.1",
+                    wave.slice_dim,
+                    wave.slices * wave.n_components(),
+                    Init::Zeros,
+                    scales_ramp,
+                )?,
+            ],
+            config: wave,
+        })
+    }
+
+    /// Tokens before a step that some tier reads.
+    pub fn history(&self) -> usize {
+        self.tiers.iter().map(|t| t.hop).max().unwrap_or(1).max(self.config.taps)
+    }
+
+    fn token_table(&self) -> Result<Tensor> {
+        Tensor::cat(&[&self.token_embedding, &self.token_values], 1)
+    }
+
+    /// `[batch, frames + 2, n_bands]` -> views of `frames` frames.
+    fn planned(&self, plan: &Tensor) -> Result<Planned> {
+        let (batch, all, _) = plan.dims3()?;
+        let frames = all + 1 - PLAN_FRAMES;
+        let at = |i: usize| plan.narrow(1, i, frames);
+        let (older, old, current) = (at(0)?, at(1)?, at(2)?);
+        let changes = [((&current - &old)? * 2.0)?, ((&old - &older)? * 2.0)?];
+        let seen = Tensor::cat(&[&current, &changes[0], &changes[1]], D::Minus1)?;
+        let vector = self.plan_mlp[1].forward(&self.plan_mlp[0].forward(&seen)?.silu()?)?.silu()?;
+        let scales = self.planned_scales[1].forward(&self.planned_scales[0].forward(&vector)?.silu()?)?;
+        Ok(Planned {
+            tiers: self.tiers.iter().map(|t| t.plan_in.forward(&vector)).collect::<Result<_>>()?,
+            scales: scales.reshape((batch, frames, self.config.slices, self.config.n_components()))?,
+        })
+    }
+
+    /// The last third of the head (log scales) bounded around the planned scales; all `[..., n_components]`.
+    fn bound_scales(&self, free: &Tensor, planned: &Tensor) -> Result<Tensor> {
+        let limit = f64::from(self.config.own_scale);
+        ((free / limit)?.tanh()? * limit)?.broadcast_add(planned)
+    }
+
+    fn shortcut(&self, features: &Tensor) -> Result<Tensor> {
+        let hidden = self.shortcut[0].forward(features)?.silu()?;
+        self.shortcut[2].forward(&self.shortcut[1].forward(&hidden)?.silu()?)
+    }
+
+    /// Whole excerpts: head outputs `[batch, time, 3 * n_components]`; time is a multiple of the plan's hop.
+    pub fn forward(&self, inputs: &WaveInputs) -> Result<Tensor> {
+        self.run(inputs, None)
+    }
+
+    /// Reads an excerpt (batch 1) as a new stream's first samples: head outputs as [`WaveTransformer::forward`] gives
+    /// them, and the state as `time` steps would leave it. `tokens` and `residual_code` are the caller's to set.
+    pub fn prefill(&self, inputs: &WaveInputs, state: &mut WaveState) -> Result<Tensor> {
+        state.n = inputs.features.dim(1)? as u64;
+        self.run(inputs, Some(&mut state.caches))
+    }
+
+    fn run(&self, inputs: &WaveInputs, mut caches: Option<&mut Vec<Vec<KvCache>>>) -> Result<Tensor> {
+        let (batch, time, _) = inputs.features.dims3()?;
+        let history = self.history();
+        let table = self.token_table()?;
+        let planned = self.planned(&inputs.plan)?;
+        let frames = time / self.plan_hop;
+        let mut handed: Option<Tensor> = None;
+        let mut x = inputs.features.clone();
+        for (i, (tier, plan)) in self.tiers.iter().zip(&planned.tiers).enumerate() {
+            let steps = time / tier.hop;
+            let codes = if tier.hop > 1 {
+                inputs.tokens.narrow(1, history - tier.hop, time)?.flatten_all()?
+            } else {
+                let taps = self.config.taps;
+                let shifted: Vec<Tensor> =
+                    (0..taps).map(|k| inputs.tokens.narrow(1, history - taps + k, time)).collect::<Result<_>>()?;
+                Tensor::stack(&shifted, 2)?.flatten_all()?
+            };
+            let mut z = tier.input.forward(&table.index_select(&codes, 0)?.reshape((batch, steps, ()))?)?;
+            let dim = z.dim(2)?;
+            if tier.hop == 1 {
+                z = (z + self.feature_in.forward(&inputs.features)?)?;
+                for (table, codes) in
+                    [(&self.past_code_in, &inputs.past_codes), (&self.residual_code_in, &inputs.residual_codes)]
+                {
+                    z = (z + table.index_select(&codes.flatten_all()?, 0)?.reshape((batch, steps, dim))?)?;
+                }
+            }
+            z = z
+                .reshape((batch, frames, self.plan_hop / tier.hop, dim))?
+                .broadcast_add(&plan.unsqueeze(2)?)?
+                .reshape((batch, steps, dim))?;
+            if let Some(from_above) = handed.take() {
+                z = (z + from_above)?;
+            }
+            for (j, block) in tier.blocks.iter().enumerate() {
+                z = block.forward(&z, caches.as_mut().map(|c| &mut c[i][j]))?;
+            }
+            if let Some(down) = &tier.down {
+                handed = Some(down.forward(&z)?.reshape((batch, (), self.next_dim(tier.hop)))?);
+            }
+            x = z;
+        }
+        let out = (self.head.forward(&self.norm.forward(&x)?)? + self.shortcut(&inputs.features)?)?;
+        let n_components = self.config.n_components();
+        let slices = self.config.slices;
+        let free = out.narrow(2, 2 * n_components, n_components)?.contiguous()?;
+        let free = free.reshape((batch, frames, slices, self.plan_hop / slices, n_components))?;
+        let scales =
+            self.bound_scales(&free, &planned.scales.unsqueeze(3)?)?.reshape((batch, time, n_components))?;
+        Tensor::cat(&[&out.narrow(2, 0, 2 * n_components)?.contiguous()?, &scales], 2)
+    }
+
+    /// Width of the tier below the one with this hop.
+    fn next_dim(&self, hop: usize) -> usize {
+        self.config.tiers.iter().find(|t| t.hop < hop).map_or(1, |t| t.dim)
+    }
+
+    /// A stream before its first sample: silence so far, with these two plan frames before the first.
+    pub fn new_state(&self, silent_bands: &[f32]) -> Result<WaveState> {
+        Ok(WaveState {
+            n: 0,
+            caches: self
+                .tiers
+                .iter()
+                .map(|t| t.blocks.iter().map(Block::empty_cache).collect())
+                .collect::<Result<_>>()?,
+            tokens: vec![self.silence; self.history()],
+            residual_code: 0,
+            handed: vec![None; self.tiers.len()],
+            plan: vec![silent_bands.to_vec(); PLAN_FRAMES],
+            frame: None,
+        })
+    }
+
+    /// Shifts a plan frame in; the next `plan hop` samples lie in it.
+    pub fn begin_frame(&self, state: &mut WaveState, bands: &[f32]) -> Result<()> {
+        state.plan.remove(0);
+        state.plan.push(bands.to_vec());
+        self.look_at_plan(state)
+    }
+
+    /// Remakes what the model derives from the state's plan frames.
+    pub fn look_at_plan(&self, state: &mut WaveState) -> Result<()> {
+        let plan = Tensor::from_vec(state.plan.concat(), (1, PLAN_FRAMES, state.plan[0].len()), &Device::Cpu)?;
+        let planned = self.planned(&plan)?;
+        let scales = planned.scales.squeeze(0)?.squeeze(0)?;
+        state.frame = Some(FrameView { token_table: self.token_table()?, plan: planned.tiers, scales });
+        Ok(())
+    }
+
+    /// Head outputs `[3 * n_components]` for the next sample; `begin_frame` came first.
+    pub fn step(&self, state: &mut WaveState, features: &[f32; N_FEATURES], past_code: Token) -> Result<Vec<f32>> {
+        let Some(frame) = &state.frame else {
+            candle_core::bail!("a sample was asked for before its plan frame");
+        };
+        let device = &Device::Cpu;
+        let features = Tensor::from_slice(features, (1, 1, N_FEATURES), device)?;
+        let mut x = features.clone();
+        for (i, tier) in self.tiers.iter().enumerate() {
+            if state.n % tier.hop as u64 != 0 {
+                continue;
+            }
+            let seen = if tier.hop > 1 { tier.hop } else { self.config.taps };
+            let codes: Vec<u32> = state.tokens[state.tokens.len() - seen..].iter().map(|&t| t.into()).collect();
+            let codes = Tensor::from_vec(codes, seen, device)?;
+            let mut z = tier.input.forward(&frame.token_table.index_select(&codes, 0)?.reshape((1, 1, ()))?)?;
+            if tier.hop == 1 {
+                z = (z + self.feature_in.forward(&features)?)?;
+                for (table, code) in
+                    [(&self.past_code_in, past_code), (&self.residual_code_in, state.residual_code)]
+                {
+                    z = (z + table.narrow(0, code.into(), 1)?.unsqueeze(0)?)?;
+                }
+            }
+            z = (z + &frame.plan[i])?;
+            if let Some(handed) = i.checked_sub(1).and_then(|above| state.handed[above].as_ref()) {
+                let sub_step = state.n / tier.hop as u64 % handed.dim(1)? as u64;
+                z = (z + handed.narrow(1, sub_step as usize, 1)?)?;
+            }
+            let pos = state.n / tier.hop as u64;
+            for (block, cache) in tier.blocks.iter().zip(&mut state.caches[i]) {
+                z = block.step(&z, cache, pos)?;
+            }
+            if let Some(down) = &tier.down {
+                state.handed[i] = Some(down.forward(&z)?.reshape((1, (), self.next_dim(tier.hop)))?);
+            }
+            x = z;
+        }
+        let out = (self.head.forward(&self.norm.forward(&x)?)? + self.shortcut(&features)?)?.flatten_all()?;
+        let n_components = self.config.n_components();
+        let slice = state.n as usize % self.plan_hop / (self.plan_hop / self.config.slices);
+        let free = out.narrow(0, 2 * n_components, n_components)?;
+        let scales = self.bound_scales(&free, &frame.scales.narrow(0, slice, 1)?.squeeze(0)?)?;
+        Tensor::cat(&[&out.narrow(0, 0, 2 * n_components)?, &scales], 0)?.to_vec1()
+    }
+
+    /// Tells the state which token came, and its residual code.
+    pub fn push(state: &mut WaveState, token: Token, residual_code: Token) {
+        state.tokens.remove(0);
+        state.tokens.push(token);
+        state.residual_code = residual_code;
+        state.n += 1;
+    }
+}
+
+/// Companded and (twice the) linear value of each token, `[levels, 2]`.
+fn token_values(codec: &Codec) -> Result<Tensor> {
+    let levels = codec.levels();
+    let values = (0..levels)
+        .flat_map(|i| {
+            let companded = (i as f32 + 0.5) / (levels as f32 / 2.0) - 1.0;
+            [companded, 2.0 * codec.decode(i as Token)]
+        })
+        .collect();
+    Tensor::from_vec(values, (levels, 2), &Device::Cpu)
+}

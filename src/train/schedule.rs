@@ -1,0 +1,82 @@
+//! How long training lasts and how the learning rate moves meanwhile.
+
+use std::time::{Duration, Instant};
+
+/// End of training, by work or by the clock.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Budget {
+    /// Optimizer steps of the wave transformer; the plan transformer makes [`PLAN_SHARE`] of the time's worth as many.
+    Steps(usize),
+    /// Time for both transformers together.
+    Time(Duration),
+}
+
+/// Part of a [`Budget::Time`] that the plan transformer gets; with [`Budget::Steps`] both make as many steps.
+pub const PLAN_SHARE: f64 = 0.15;
+/// Steps over which the learning rate rises from zero.
+const WARM_UP: f64 = 50.0;
+/// What the cosine falls to, as a share of the peak.
+const FLOOR: f64 = 0.02;
+
+/// Follows one part's progress.
+pub struct Clock {
+    budget: Budget,
+    start: Instant,
+    step: usize,
+}
+
+impl Clock {
+    /// `share` of a time budget is this part's.
+    pub fn start(budget: Budget, share: f64) -> Self {
+        let budget = match budget {
+            Budget::Time(total) => Budget::Time(total.mul_f64(share)),
+            steps => steps,
+        };
+        Self { budget, start: Instant::now(), step: 0 }
+    }
+
+    /// Steps made.
+    pub fn step(&self) -> usize {
+        self.step
+    }
+
+    pub fn elapsed(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    /// Counts a step.
+    pub fn advance(&mut self) {
+        self.step += 1;
+    }
+
+    /// Share of the budget that is used, 0 to 1.
+    pub fn done(&self) -> f64 {
+        match self.budget {
+            Budget::Steps(steps) => self.step as f64 / steps.max(1) as f64,
+            Budget::Time(time) => self.elapsed().as_secs_f64() / time.as_secs_f64().max(1e-9),
+        }
+        .min(1.0)
+    }
+
+    /// Factor on the peak learning rate: linear warm-up, then a cosine to nearly zero.
+    pub fn rate(&self) -> f64 {
+        rate(self.step, self.done())
+    }
+}
+
+fn rate(step: usize, done: f64) -> f64 {
+    let warm = ((step + 1) as f64 / WARM_UP).min(1.0);
+    warm * (FLOOR + (1.0 - FLOOR) * 0.5 * (1.0 + (std::f64::consts::PI * done).cos()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_rises_then_falls_to_its_floor() {
+        assert!(rate(0, 0.0) < 0.03 && (rate(100, 0.0) - 1.0).abs() < 1e-9);
+        assert!((rate(1000, 1.0) - FLOOR).abs() < 1e-9);
+        assert!(rate(1000, 0.3) > rate(1000, 0.6));
+    }
+}
