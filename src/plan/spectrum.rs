@@ -99,14 +99,11 @@ impl Spectrum {
         plan
     }
 
-<<<<<<< HEAD
-=======
     /// The plan frame of silence, `[n_bands]`.
     pub fn silent_frame(&self) -> Vec<f32> {
         vec![(FLOOR.ln() * UNITS_PER_NEPER) as f32; self.n_bands()]
     }
 
->>>>>>> f27c600 (model, checkpoint, reference engine, trainer: First whole draft.)
     /// The frame that ends with `heard`.
     fn analyse_frame(&self, heard: &[f32], work: &mut Workspace, bands: &mut [f32]) {
         let recent = &heard[heard.len().saturating_sub(self.window.len())..];
