@@ -67,8 +67,7 @@ impl Checkpoint {
 
     /// Reads a file and checks that its tensors make the model that it describes.
     pub fn load(path: &Path) -> Result<Self, CheckpointError> {
-        let bytes =
-            std::fs::read(path).map_err(|source| CheckpointError::Io { path: path.to_owned(), source })?;
+        let bytes = std::fs::read(path).map_err(|source| CheckpointError::Io { path: path.to_owned(), source })?;
         Self::from_bytes(&bytes, path)
     }
 
@@ -90,8 +89,8 @@ impl Checkpoint {
         let config: ModelConfig =
             serde_json::from_str(field("config")).map_err(|e| damaged(format!("its configuration: {e}")))?;
         config.validate().map_err(|source| CheckpointError::Config { path: path.to_owned(), source })?;
-        let generation = serde_json::from_str(field("generation"))
-            .map_err(|e| damaged(format!("its generation settings: {e}")))?;
+        let generation =
+            serde_json::from_str(field("generation")).map_err(|e| damaged(format!("its generation settings: {e}")))?;
         let notes = serde_json::from_str(field("notes")).map_err(|e| damaged(format!("its notes: {e}")))?;
         let mut weights = BTreeMap::new();
         for (name, view) in tensors.iter() {
@@ -103,9 +102,8 @@ impl Checkpoint {
             }
             weights.insert(name.to_owned(), array);
         }
-        let mut take = |name: &str| {
-            weights.remove(name).ok_or_else(|| damaged(ParamsError::Missing(name.into()).to_string()))
-        };
+        let mut take =
+            |name: &str| weights.remove(name).ok_or_else(|| damaged(ParamsError::Missing(name.into()).to_string()));
         let shape = |e: ndarray::ShapeError| damaged(format!("codebooks: {e}"));
         let mean = take(MEAN)?.into_dimensionality().map_err(shape)?;
         let books = take(BOOKS)?.into_dimensionality().map_err(shape)?;
@@ -226,9 +224,7 @@ fn decode(view: &TensorView) -> Option<Vec<f32>> {
     let bytes = view.data();
     match view.dtype() {
         Dtype::F32 => Some(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
-        Dtype::F16 => {
-            Some(bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect())
-        }
+        Dtype::F16 => Some(bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect()),
         _ => None,
     }
 }
@@ -261,8 +257,7 @@ mod tests {
     #[test]
     fn half_precision_stays_within_its_rounding() {
         let model = tiny();
-        let back =
-            Checkpoint::from_bytes(&model.to_bytes(Precision::F16).unwrap(), Path::new("half")).unwrap();
+        let back = Checkpoint::from_bytes(&model.to_bytes(Precision::F16).unwrap(), Path::new("half")).unwrap();
         for (name, array) in &model.weights {
             for (a, b) in array.iter().zip(&back.weights[name]) {
                 assert!((a - b).abs() <= a.abs() * 1e-3 + 1e-7, "{name}: {a} {b}");

@@ -35,10 +35,7 @@ pub struct Codec {
 
 impl Default for Codec {
     fn default() -> Self {
-        Self {
-            sample_rate: 16_000,
-            quantizer: Quantizer::Mulaw8,
-        }
+        Self { sample_rate: 16_000, quantizer: Quantizer::Mulaw8 }
     }
 }
 
@@ -119,10 +116,7 @@ static MULAW8: LazyLock<Table> = LazyLock::new(|| {
     let mut edges = std::array::from_fn(|i| expand(i as f64 / half - 1.0) as f32);
     edges[0] = -OUTER_EDGE;
     edges[LEVELS] = OUTER_EDGE;
-    Table {
-        centres: std::array::from_fn(|i| expand((i as f64 + 0.5) / half - 1.0) as f32),
-        edges,
-    }
+    Table { centres: std::array::from_fn(|i| expand((i as f64 + 0.5) / half - 1.0) as f32), edges }
 });
 
 /// The curve backwards: companded [-1, 1] to samples [-1, 1].
@@ -138,9 +132,7 @@ mod tests {
     /// The curve as the standard's formula, without a table.
     fn encode_by_formula(sample: f32) -> f64 {
         let x = f64::from(sample).clamp(-1.0, 1.0);
-        ((x.signum() * (MU * x.abs()).ln_1p() / LN_256 + 1.0) * 128.0)
-            .floor()
-            .clamp(0.0, 255.0)
+        ((x.signum() * (MU * x.abs()).ln_1p() / LN_256 + 1.0) * 128.0).floor().clamp(0.0, 255.0)
     }
 
     #[test]
@@ -155,32 +147,21 @@ mod tests {
     fn curve_meets_known_values() {
         let codec = Codec::default();
         // mu = 255: |x| = 1/255 is one 1/8 up the curve, |x| = 15/255 half of it.
-        for (sample, companded) in [
-            (0.0, 0.0),
-            (1.0 / 255.0, 0.125),
-            (-15.0 / 255.0, -0.5),
-            (1.0, 1.0),
-        ] {
+        for (sample, companded) in [(0.0, 0.0), (1.0 / 255.0, 0.125), (-15.0 / 255.0, -0.5), (1.0, 1.0)] {
             assert!((codec.compand(sample) - companded).abs() < 1e-6, "{sample}");
         }
         assert_eq!((codec.encode(0.0), codec.encode(-1e-6)), (128, 127));
         assert_eq!((codec.encode(-1.0), codec.encode(1.0)), (0, 255));
         assert!((codec.decode(255) - (256f32.powf(255.0 / 256.0) - 1.0) / 255.0).abs() < 1e-6);
         assert!((codec.edge(192) - 15.0 / 255.0).abs() < 1e-7);
-        assert_eq!(
-            (codec.edge(0), codec.edge(128), codec.edge(256)),
-            (-50.0, 0.0, 50.0)
-        );
+        assert_eq!((codec.edge(0), codec.edge(128), codec.edge(256)), (-50.0, 0.0, 50.0));
     }
 
     #[test]
     fn what_is_no_sample_still_has_a_token() {
         let codec = Codec::default();
         assert_eq!(codec.encode(f32::NAN), codec.silence());
-        assert_eq!(
-            (codec.encode(f32::NEG_INFINITY), codec.encode(f32::INFINITY)),
-            (0, 255)
-        );
+        assert_eq!((codec.encode(f32::NEG_INFINITY), codec.encode(f32::INFINITY)), (0, 255));
         assert_eq!(codec.decode(Token::MAX), codec.decode(255));
     }
 
@@ -188,10 +169,7 @@ mod tests {
     fn settings_are_written_by_name() {
         let json = serde_json::to_string(&Codec::default()).unwrap();
         assert_eq!(json, r#"{"sample_rate":16000,"quantizer":"mulaw8"}"#);
-        assert_eq!(
-            serde_json::from_str::<Codec>(&json).unwrap(),
-            Codec::default()
-        );
+        assert_eq!(serde_json::from_str::<Codec>(&json).unwrap(), Codec::default());
     }
 
     proptest! {

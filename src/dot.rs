@@ -24,10 +24,7 @@ where
         }
         width /= 2;
     }
-    a_rest
-        .iter()
-        .zip(b_rest)
-        .fold(lanes[0], |sum, (&x, &y)| sum + x * y)
+    a_rest.iter().zip(b_rest).fold(lanes[0], |sum, (&x, &y)| sum + x * y)
 }
 
 #[cfg(test)]

@@ -89,7 +89,8 @@ pub struct Adherence {
 /// Compares re-analysed audio with its plan, both [n_frames, n_bands]; frames that only one has are left out.
 pub fn adherence(heard: ArrayView2<f32>, planned: ArrayView2<f32>) -> Adherence {
     let n = heard.nrows().min(planned.nrows());
-    let difference = (&heard.slice(s![..n, ..]) - &planned.slice(s![..n, ..])).mapv(|d| f64::from(d) * f64::from(DB_PER_UNIT));
+    let difference =
+        (&heard.slice(s![..n, ..]) - &planned.slice(s![..n, ..])).mapv(|d| f64::from(d) * f64::from(DB_PER_UNIT));
     let count = difference.len().max(1) as f64;
     Adherence {
         rms_db: (difference.mapv(|d| d * d).sum() / count).sqrt() as f32,
@@ -209,7 +210,8 @@ pub fn failures(samples: &[f32], heard: &Track, planned: &Track, frames_per_seco
         found.push(Failure::Burst);
     }
     if runs(second, &|k| {
-        heard.level_db[k] > AUDIBLE_DB && flatness(heard.bands.row(k)) - flatness(planned.bands.row(k)) > f64::from(NOISE_DB)
+        heard.level_db[k] > AUDIBLE_DB
+            && flatness(heard.bands.row(k)) - flatness(planned.bands.row(k)) > f64::from(NOISE_DB)
     }) {
         found.push(Failure::Noise);
     }
@@ -289,8 +291,10 @@ mod tests {
 
     #[test]
     fn a_chord_is_tonal_and_noise_is_not() {
-        let chord: Vec<f32> = tone(16_000, 440.0, 0.1).iter().zip(tone(16_000, 660.0, 0.1)).map(|(a, b)| a + b).collect();
-        let (music, hiss) = (tonality_db(track(&chord).bands.view()), tonality_db(track(&noise(16_000, 0.1)).bands.view()));
+        let chord: Vec<f32> =
+            tone(16_000, 440.0, 0.1).iter().zip(tone(16_000, 660.0, 0.1)).map(|(a, b)| a + b).collect();
+        let (music, hiss) =
+            (tonality_db(track(&chord).bands.view()), tonality_db(track(&noise(16_000, 0.1)).bands.view()));
         assert!(music > 20.0 && hiss < 10.0, "chord {music}, noise {hiss}");
     }
 

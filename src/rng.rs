@@ -19,10 +19,7 @@ pub enum Kind {
 /// Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with `seed` as its key
 /// and (`t`, `stream`, `kind`) as its counter.
 pub fn uniform(seed: u64, stream: u32, kind: Kind, t: u64) -> f32 {
-    let bits = philox(
-        [t as u32, (t >> 32) as u32, stream, kind as u32],
-        [seed as u32, (seed >> 32) as u32],
-    );
+    let bits = philox([t as u32, (t >> 32) as u32, stream, kind as u32], [seed as u32, (seed >> 32) as u32]);
     open_unit(bits[0])
 }
 
@@ -38,12 +35,7 @@ fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for _ in 0..10 {
         let a = u64::from(MULTIPLIERS[0]) * u64::from(counter[0]);
         let b = u64::from(MULTIPLIERS[1]) * u64::from(counter[2]);
-        counter = [
-            (b >> 32) as u32 ^ counter[1] ^ key[0],
-            b as u32,
-            (a >> 32) as u32 ^ counter[3] ^ key[1],
-            a as u32,
-        ];
+        counter = [(b >> 32) as u32 ^ counter[1] ^ key[0], b as u32, (a >> 32) as u32 ^ counter[3] ^ key[1], a as u32];
         key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
     }
     counter
@@ -93,14 +85,8 @@ mod tests {
 
     #[test]
     fn philox_meets_the_published_vectors() {
-        assert_eq!(
-            philox([0; 4], [0; 2]),
-            [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]
-        );
-        assert_eq!(
-            philox([u32::MAX; 4], [u32::MAX; 2]),
-            [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]
-        );
+        assert_eq!(philox([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
+        assert_eq!(philox([u32::MAX; 4], [u32::MAX; 2]), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
     }
 
     #[test]
@@ -134,16 +120,10 @@ mod tests {
         let draws: Vec<f32> = (0..n).map(|_| rng.normal()).collect();
         let mean = draws.iter().sum::<f32>() / n as f32;
         let power = draws.iter().map(|x| x * x).sum::<f32>() / n as f32;
-        assert!(
-            mean.abs() < 0.02 && (power - 1.0).abs() < 0.02,
-            "mean {mean}, power {power}"
-        );
+        assert!(mean.abs() < 0.02 && (power - 1.0).abs() < 0.02, "mean {mean}, power {power}");
         let mut counts = [0usize; 5];
         (0..n).for_each(|_| counts[rng.below(5)] += 1);
-        assert!(
-            counts.iter().all(|&count| count.abs_diff(20_000) < 1_000),
-            "{counts:?}"
-        );
+        assert!(counts.iter().all(|&count| count.abs_diff(20_000) < 1_000), "{counts:?}");
         assert_eq!(rng.below(0), 0);
     }
 }

@@ -43,7 +43,9 @@ pub fn sample_logits(logits: &[f32], uniform: f32, settings: &PlanSampling) -> u
     let total: f64 = weights.iter().sum();
     let limit = if settings.top_k == 0 { order.len() } else { settings.top_k.min(order.len()) };
     let (mut kept, mut mass) = (0, 0.0);
-    while kept < limit && (kept == 0 || (mass < f64::from(settings.top_p) * total && weights[kept] >= f64::from(settings.min_p))) {
+    while kept < limit
+        && (kept == 0 || (mass < f64::from(settings.top_p) * total && weights[kept] >= f64::from(settings.min_p)))
+    {
         mass += weights[kept];
         kept += 1;
     }
@@ -191,7 +193,8 @@ mod tests {
         let logits = [0.0, 3.0, 2.0, f32::NAN, 1.0];
         let plain = PlanSampling { top_p: 1.0, ..PlanSampling::default() };
         let reachable = |s: &PlanSampling| {
-            let mut seen: Vec<usize> = (0..1000).map(|i| sample_logits(&logits, (i as f32 + 0.5) / 1000.0, s)).collect();
+            let mut seen: Vec<usize> =
+                (0..1000).map(|i| sample_logits(&logits, (i as f32 + 0.5) / 1000.0, s)).collect();
             seen.sort_unstable();
             seen.dedup();
             seen

@@ -9,9 +9,7 @@ use symphonia::core::codecs::CodecParameters;
 use symphonia::core::codecs::audio::{AudioDecoder, AudioDecoderOptions, well_known as codecs};
 use symphonia::core::errors::Error;
 use symphonia::core::formats::probe::Hint;
-use symphonia::core::formats::well_known::{
-    FORMAT_ID_ADTS, FORMAT_ID_CAF, FORMAT_ID_ISOMP4, FORMAT_ID_MP3,
-};
+use symphonia::core::formats::well_known::{FORMAT_ID_ADTS, FORMAT_ID_CAF, FORMAT_ID_ISOMP4, FORMAT_ID_MP3};
 use symphonia::core::formats::{FormatReader, Track, TrackType};
 use symphonia::core::io::{MediaSource, MediaSourceStream, ReadOnlySource};
 use symphonia::core::packet::Packet;
@@ -79,12 +77,8 @@ impl Decoder {
         let format = probe(source, prompt.as_ref())?;
         let (track, decoder) = choose_track(source, format.as_ref())?;
         let mut warnings = Vec::new();
-        if format
-            .default_track(TrackType::Audio)
-            .is_some_and(|default| default.id != track.id)
-        {
-            warnings
-                .push("the default audio track has no decoder: another one is used".to_string());
+        if format.default_track(TrackType::Audio).is_some_and(|default| default.id != track.id) {
+            warnings.push("the default audio track has no decoder: another one is used".to_string());
         }
         let spec = Spec {
             container: format.format_info().short_name.to_string(),
@@ -125,16 +119,12 @@ impl Decoder {
         };
         self.spec.sample_rate = first.sample_rate;
         self.spec.channels = first.channels;
-        self.spec.sample_format = prompt
-            .map(|prompt| prompt.format.sample_format)
-            .or_else(|| stored_format(self.decoder.as_ref()));
+        self.spec.sample_format =
+            prompt.map(|prompt| prompt.format.sample_format).or_else(|| stored_format(self.decoder.as_ref()));
         self.float_pcm = self.spec.sample_format.is_some_and(SampleFormat::is_float);
         if let Some(time_base) = track.time_base {
             let (numer, denom) = (time_base.numer.get(), time_base.denom.get());
-            self.frames_per_tick = (
-                u64::from(numer) * u64::from(first.sample_rate),
-                denom.into(),
-            );
+            self.frames_per_tick = (u64::from(numer) * u64::from(first.sample_rate), denom.into());
         }
         let exact_frames = match self.format.format_info().format {
             FORMAT_ID_ADTS => None,
@@ -152,9 +142,8 @@ impl Decoder {
         };
         if let Some(prompt) = prompt.filter(|prompt| prompt.missing_frames > 0) {
             let missing_s = prompt.missing_frames as f64 / f64::from(first.sample_rate);
-            self.warnings.push(format!(
-                "the file is truncated: {missing_s:.3} s of what its header states are missing"
-            ));
+            self.warnings
+                .push(format!("the file is truncated: {missing_s:.3} s of what its header states are missing"));
         }
         self.keep = kept.unwrap_or_else(|| vec![0..u64::MAX]);
         self.take_block()?;
@@ -171,38 +160,28 @@ impl Decoder {
             (0, None) => String::new(),
             (n, None) => format!(" (all {n} packets are damaged)"),
         };
-        AudioError::NoSamples {
-            path: self.source.name().into(),
-            detail,
-        }
+        AudioError::NoSamples { path: self.source.name().into(), detail }
     }
 
     /// The ranges that the container states and symphonia does not apply.
     fn stated_range(&mut self, track: &Track) -> Option<Keep> {
         match self.format.format_info().format {
             FORMAT_ID_ISOMP4 => {
-                let edits =
-                    EditList::read(&mut io::BufReader::new(self.source.file().ok()?), track.id)?;
+                let edits = EditList::read(&mut io::BufReader::new(self.source.file().ok()?), track.id)?;
                 // Fragments come on top of what the header counts.
                 let media_frames = track.num_frames.filter(|&n| n > 0 && !edits.fragmented);
                 let whole = vec![0..media_frames.unwrap_or(u64::MAX)];
                 let keep = edits.keep(self.spec.sample_rate, media_frames);
                 if keep.is_none() {
-                    self.warnings.push(
-                        "the file's edit list is not a plain excerpt: all of its audio is used"
-                            .into(),
-                    );
+                    self.warnings.push("the file's edit list is not a plain excerpt: all of its audio is used".into());
                 }
                 if let Some(keep) = keep.filter(|keep| *keep != whole) {
                     return Some(keep);
                 }
                 let metadata = self.format.metadata();
-                let tags = metadata
-                    .current()
-                    .map_or(&[][..], |revision| &revision.media.tags);
+                let tags = metadata.current().map_or(&[][..], |revision| &revision.media.tags);
                 let comment = tags.iter().find(|tag| tag.raw.key.contains("iTunSMPB"));
-                let by_comment = comment
-                    .and_then(|tag| trim::keep_by_itunes_comment(&tag.raw.value.to_string()));
+                let by_comment = comment.and_then(|tag| trim::keep_by_itunes_comment(&tag.raw.value.to_string()));
                 Some(by_comment.unwrap_or(whole))
             }
             FORMAT_ID_CAF => {
@@ -249,10 +228,7 @@ impl Decoder {
     /// Decodes until `block` holds kept samples; false at the end.
     fn fill(&mut self) -> Result<bool> {
         loop {
-            let past_end = self
-                .keep
-                .last()
-                .is_none_or(|last| self.position >= last.end);
+            let past_end = self.keep.last().is_none_or(|last| self.position >= last.end);
             if past_end || self.ended {
                 return Ok(false);
             }
@@ -260,9 +236,7 @@ impl Decoder {
                 self.note_shortfall();
                 return Ok(false);
             };
-            if (decoded.sample_rate, decoded.channels)
-                != (self.spec.sample_rate, self.spec.channels)
-            {
+            if (decoded.sample_rate, decoded.channels) != (self.spec.sample_rate, self.spec.channels) {
                 self.warnings.push(format!(
                     "from {:.3} s on the audio changes from {} Hz, {} channels to {} Hz, {} channels: only what comes before is used",
                     self.n_frames as f64 / f64::from(self.spec.sample_rate),
@@ -292,11 +266,7 @@ impl Decoder {
         };
         if self.float_pcm {
             let frame = self.n_frames + (bad / channels) as u64;
-            return Err(AudioError::NotFinite {
-                path: self.source.name().into(),
-                frame,
-                value: self.block[bad],
-            });
+            return Err(AudioError::NotFinite { path: self.source.name().into(), frame, value: self.block[bad] });
         }
         // No codec means to make these: the packet was damaged without its decoder noticing.
         self.damaged_packets += 1;
@@ -306,20 +276,12 @@ impl Decoder {
 
     fn note_shortfall(&mut self) {
         // Lossy codecs' containers count the last packet's frames loosely.
-        let slack_s = if self.spec.sample_format.is_some() {
-            0.0
-        } else {
-            0.1
-        };
-        let missing = self
-            .spec
-            .n_frames
-            .map_or(0, |expected| expected.saturating_sub(self.n_frames));
+        let slack_s = if self.spec.sample_format.is_some() { 0.0 } else { 0.1 };
+        let missing = self.spec.n_frames.map_or(0, |expected| expected.saturating_sub(self.n_frames));
         let missing_s = missing as f64 / f64::from(self.spec.sample_rate);
         if missing_s > slack_s && self.warnings.is_empty() {
-            self.warnings.push(format!(
-                "the file is truncated or damaged: {missing_s:.3} s of what it states are missing"
-            ));
+            self.warnings
+                .push(format!("the file is truncated or damaged: {missing_s:.3} s of what it states are missing"));
         }
     }
 
@@ -333,18 +295,16 @@ impl Decoder {
                     return Err(self.source.io_error(error));
                 }
                 Err(Error::IoError(_)) => {
-                    self.warnings
-                        .push("the file is truncated: what is there is used".into());
+                    self.warnings.push("the file is truncated: what is there is used".into());
                     break;
                 }
                 Err(Error::ResetRequired) => {
-                    self.warnings.push("the file holds several streams one after the other: only the first is used".into());
+                    self.warnings
+                        .push("the file holds several streams one after the other: only the first is used".into());
                     break;
                 }
                 Err(error) => {
-                    self.warnings.push(format!(
-                        "the file is damaged, only what comes before is used ({error})"
-                    ));
+                    self.warnings.push(format!("the file is damaged, only what comes before is used ({error})"));
                     break;
                 }
             };
@@ -355,12 +315,8 @@ impl Decoder {
                 Ok(buffer) if buffer.is_empty() => {}
                 Ok(buffer) => {
                     buffer.copy_to_vec_interleaved(&mut self.block);
-                    let (sample_rate, channels) =
-                        (buffer.spec().rate(), buffer.spec().channels().count());
-                    return Ok(Some(Decoded {
-                        sample_rate,
-                        channels,
-                    }));
+                    let (sample_rate, channels) = (buffer.spec().rate(), buffer.spec().channels().count());
+                    return Ok(Some(Decoded { sample_rate, channels }));
                 }
                 Err(_) => {
                     self.damaged_packets += 1;
@@ -388,14 +344,7 @@ fn stored_format(decoder: &dyn AudioDecoder) -> Option<SampleFormat> {
     }
     let params = decoder.codec_params();
     // ALAC's cookie states its bits after the packet length and a version byte.
-    let alac_bits = || {
-        params
-            .extra_data
-            .as_ref()
-            .filter(|_| codec == "alac")?
-            .get(5)
-            .map(|&bits| bits.into())
-    };
+    let alac_bits = || params.extra_data.as_ref().filter(|_| codec == "alac")?.get(5).map(|&bits| bits.into());
     let bits = params.bits_per_sample.or_else(alac_bits).unwrap_or(32);
     match (decoder.last_decoded(), bits) {
         (GenericAudioBufferRef::F32(_), _) => Some(SampleFormat::F32),
@@ -417,17 +366,12 @@ fn frames_of(packet: &Packet, (numer, denom): (u64, u64)) -> u64 {
 }
 
 /// The default audio track, or where it has no decoder the first that has one.
-fn choose_track(
-    source: &AudioSource,
-    format: &dyn FormatReader,
-) -> Result<(Track, Box<dyn AudioDecoder>)> {
+fn choose_track(source: &AudioSource, format: &dyn FormatReader) -> Result<(Track, Box<dyn AudioDecoder>)> {
     let registry = symphonia::default::get_codecs();
     let default = format.default_track(TrackType::Audio).map(|track| track.id);
     let mut tracks: Vec<&Track> = format.tracks().iter().collect();
     tracks.sort_by_key(|track| Some(track.id) != default);
-    let mut refusal = AudioError::NoAudioTrack {
-        path: source.name().into(),
-    };
+    let mut refusal = AudioError::NoAudioTrack { path: source.name().into() };
     for track in tracks {
         let Some(CodecParameters::Audio(params)) = &track.codec_params else {
             continue;
@@ -441,10 +385,7 @@ fn choose_track(
                     }
                     None => unsupported_name(params.codec).to_string(),
                 };
-                refusal = AudioError::UnsupportedCodec {
-                    path: source.name().into(),
-                    codec,
-                };
+                refusal = AudioError::UnsupportedCodec { path: source.name().into(), codec };
             }
             Err(_) => {}
         }
@@ -460,31 +401,21 @@ fn probe(source: &AudioSource, prompt: Option<&WavPrompt>) -> Result<Box<dyn For
         Some(prompt) => {
             let header = io::Cursor::new(prompt.format.plain_header());
             let longest_packet = 1 << 20;
-            Box::new(ReadOnlySource::new(
-                header
-                    .chain(prompt.data()?)
-                    .chain(io::repeat(0).take(longest_packet)),
-            ))
+            Box::new(ReadOnlySource::new(header.chain(prompt.data()?).chain(io::repeat(0).take(longest_packet))))
         }
         None => Box::new(source.file()?),
     };
     let stream = MediaSourceStream::new(media, Default::default());
     let probe = symphonia::default::get_probe();
-    probe
-        .probe(&Hint::new(), stream, Default::default(), Default::default())
-        .map_err(|error| AudioError::NotAudio {
-            path: source.name().into(),
-            reason: match error {
-                Error::IoError(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                    "it ends too soon".into()
-                }
-                Error::Unsupported(what) if what.contains("no suitable format") => {
-                    "no known format".into()
-                }
-                Error::Unsupported(what) | Error::DecodeError(what) => what.into(),
-                error => error.to_string(),
-            },
-        })
+    probe.probe(&Hint::new(), stream, Default::default(), Default::default()).map_err(|error| AudioError::NotAudio {
+        path: source.name().into(),
+        reason: match error {
+            Error::IoError(error) if error.kind() == io::ErrorKind::UnexpectedEof => "it ends too soon".into(),
+            Error::Unsupported(what) if what.contains("no suitable format") => "no known format".into(),
+            Error::Unsupported(what) | Error::DecodeError(what) => what.into(),
+            error => error.to_string(),
+        },
+    })
 }
 
 /// Names of codecs that symphonia recognises in containers but does not decode.
@@ -532,11 +463,7 @@ pub struct Tail {
 /// As [`Decoder::from_source`] and [`Decoder::next_block`].
 pub fn decode_tail(source: &AudioSource, max_s: f64) -> Result<Tail> {
     let mut decoder = Decoder::from_source(source)?;
-    let Spec {
-        channels,
-        sample_rate,
-        ..
-    } = *decoder.spec();
+    let Spec { channels, sample_rate, .. } = *decoder.spec();
     // Saturates for an infinite tail.
     let max_frames = (max_s * f64::from(sample_rate)).ceil().max(1.0) as usize;
     let max_samples = max_frames.saturating_mul(channels);
@@ -549,11 +476,7 @@ pub fn decode_tail(source: &AudioSource, max_s: f64) -> Result<Tail> {
     }
     samples.drain(..samples.len().saturating_sub(max_samples));
     Ok(Tail {
-        clip: Clip {
-            samples,
-            channels,
-            sample_rate,
-        },
+        clip: Clip { samples, channels, sample_rate },
         total_frames: decoder.position(),
         damaged_packets: decoder.damaged_packets,
         warnings: decoder.warnings,

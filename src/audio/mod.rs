@@ -52,18 +52,13 @@ impl Clip {
             return self.samples.clone();
         }
         let scale = 1.0 / self.channels as f32;
-        self.samples
-            .chunks_exact(self.channels)
-            .map(|frame| frame.iter().sum::<f32>() * scale)
-            .collect()
+        self.samples.chunks_exact(self.channels).map(|frame| frame.iter().sum::<f32>() * scale).collect()
     }
 }
 
 /// Copies mono samples to every one of `channels` channels, interleaved: `[n, channels]`.
 pub fn spread(mono: &[f32], channels: usize) -> Vec<f32> {
-    mono.iter()
-        .flat_map(|&sample| std::iter::repeat_n(sample, channels))
-        .collect()
+    mono.iter().flat_map(|&sample| std::iter::repeat_n(sample, channels)).collect()
 }
 
 /// What can go wrong between a file and samples; every message names the file and the way out.
@@ -103,9 +98,7 @@ pub enum AudioError {
         path: String,
     },
     /// An audio track whose codec has no decoder.
-    #[error(
-        "{path}: cannot decode {codec} audio; convert it to WAV or FLAC first (ffmpeg -i INPUT output.wav)"
-    )]
+    #[error("{path}: cannot decode {codec} audio; convert it to WAV or FLAC first (ffmpeg -i INPUT output.wav)")]
     UnsupportedCodec {
         /// The file.
         path: String,
@@ -121,9 +114,7 @@ pub enum AudioError {
         detail: String,
     },
     /// A NaN or an infinity in floating-point samples.
-    #[error(
-        "{path}: sample at frame {frame} is {value}, not a finite number; repair or re-export the file"
-    )]
+    #[error("{path}: sample at frame {frame} is {value}, not a finite number; repair or re-export the file")]
     NotFinite {
         /// The file.
         path: String,
@@ -146,9 +137,7 @@ pub enum AudioError {
     #[error("resampling failed: {0}")]
     Resample(String),
     /// More data than a WAV header can state.
-    #[error(
-        "{path}: a WAV file cannot hold more than 4 GiB; give a shorter prompt or fewer seconds"
-    )]
+    #[error("{path}: a WAV file cannot hold more than 4 GiB; give a shorter prompt or fewer seconds")]
     TooLong {
         /// The output file.
         path: String,
@@ -170,11 +159,7 @@ mod tests {
 
     #[test]
     fn downmix_is_the_mean_of_the_channels_and_spread_restores_their_count() {
-        let clip = Clip {
-            samples: vec![1.0, 0.0, -0.5, 0.5, 0.25, 0.75],
-            channels: 2,
-            sample_rate: 8000,
-        };
+        let clip = Clip { samples: vec![1.0, 0.0, -0.5, 0.5, 0.25, 0.75], channels: 2, sample_rate: 8000 };
         assert_eq!(clip.n_frames(), 3);
         assert_eq!(clip.downmix(), [0.5, 0.0, 0.5]);
         assert_eq!(spread(&clip.downmix(), 2), [0.5, 0.5, 0.0, 0.0, 0.5, 0.5]);

@@ -38,30 +38,13 @@ impl StreamResampler {
     pub fn new(from: u32, to: u32) -> Result<Self> {
         for rate in [from, to] {
             if !(LOWEST_RATE..=HIGHEST_RATE).contains(&rate) {
-                return Err(AudioError::SampleRate {
-                    rate,
-                    lowest: LOWEST_RATE,
-                    highest: HIGHEST_RATE,
-                });
+                return Err(AudioError::SampleRate { rate, lowest: LOWEST_RATE, highest: HIGHEST_RATE });
             }
         }
-        let fft = if from == to {
-            None
-        } else {
-            Some(make_fft(from as usize, to as usize)?)
-        };
+        let fft = if from == to { None } else { Some(make_fft(from as usize, to as usize)?) };
         let skip = fft.as_ref().map_or(0, Resampler::output_delay);
         let block = vec![0.0; fft.as_ref().map_or(0, Resampler::output_frames_max)];
-        Ok(Self {
-            fft,
-            from: from.into(),
-            to: to.into(),
-            pending: Vec::new(),
-            block,
-            n_in: 0,
-            n_out: 0,
-            skip,
-        })
+        Ok(Self { fft, from: from.into(), to: to.into(), pending: Vec::new(), block, n_in: 0, n_out: 0, skip })
     }
 
     /// Takes more input and appends what output it settles to `out`.
@@ -75,27 +58,18 @@ impl StreamResampler {
             self.n_out += samples.len() as u64;
             return Ok(());
         };
-        self.pending
-            .extend(samples.iter().map(|&sample| f64::from(sample)));
+        self.pending.extend(samples.iter().map(|&sample| f64::from(sample)));
         let chunk = fft.input_frames_next();
         let mut done = 0;
         while self.pending.len() - done >= chunk {
-            let input = InterleavedSlice::new(&self.pending[done..done + chunk], 1, chunk)
-                .map_err(refused)?;
+            let input = InterleavedSlice::new(&self.pending[done..done + chunk], 1, chunk).map_err(refused)?;
             let capacity = self.block.len();
-            let mut output =
-                InterleavedSlice::new_mut(&mut self.block, 1, capacity).map_err(refused)?;
-            let (used, made) = fft
-                .process_into_buffer(&input, &mut output, None)
-                .map_err(refused)?;
+            let mut output = InterleavedSlice::new_mut(&mut self.block, 1, capacity).map_err(refused)?;
+            let (used, made) = fft.process_into_buffer(&input, &mut output, None).map_err(refused)?;
             done += used;
             let dropped = self.skip.min(made);
             self.skip -= dropped;
-            out.extend(
-                self.block[dropped..made]
-                    .iter()
-                    .map(|&sample| sample as f32),
-            );
+            out.extend(self.block[dropped..made].iter().map(|&sample| sample as f32));
             self.n_out += (made - dropped) as u64;
         }
         self.pending.drain(..done);
@@ -127,19 +101,9 @@ fn make_fft(from: usize, to: usize) -> Result<Fft<f64>> {
     }
     let (block_in, block_out) = (from / a, to / a);
     // An even number of blocks makes both filter halves whole, so that the delay is a whole number of samples.
-    let blocks = FILTER_LEN
-        .div_ceil(block_in.min(block_out))
-        .next_multiple_of(2);
-    Fft::new_custom(
-        from,
-        to,
-        blocks * block_in,
-        1,
-        1,
-        WindowFunction::BlackmanHarris2,
-        FixedSync::Both,
-    )
-    .map_err(refused)
+    let blocks = FILTER_LEN.div_ceil(block_in.min(block_out)).next_multiple_of(2);
+    Fft::new_custom(from, to, blocks * block_in, 1, 1, WindowFunction::BlackmanHarris2, FixedSync::Both)
+        .map_err(refused)
 }
 
 fn refused(error: impl std::fmt::Display) -> AudioError {
@@ -153,9 +117,7 @@ fn refused(error: impl std::fmt::Display) -> AudioError {
 /// A rate outside [`LOWEST_RATE`]..=[`HIGHEST_RATE`].
 pub fn resample(samples: &[f32], from: u32, to: u32) -> Result<Vec<f32>> {
     let mut resampler = StreamResampler::new(from, to)?;
-    let mut out = Vec::with_capacity(
-        (samples.len() as u64 * u64::from(to)).div_ceil(u64::from(from)) as usize,
-    );
+    let mut out = Vec::with_capacity((samples.len() as u64 * u64::from(to)).div_ceil(u64::from(from)) as usize);
     resampler.push(samples, &mut out)?;
     resampler.finish(&mut out)?;
     Ok(out)
@@ -166,9 +128,7 @@ mod tests {
     use super::*;
     use std::f64::consts::TAU;
 
-    const RATES: [u32; 12] = [
-        8000, 11025, 12000, 16000, 22050, 32000, 39000, 44100, 48000, 88200, 96000, 192000,
-    ];
+    const RATES: [u32; 12] = [8000, 11025, 12000, 16000, 22050, 32000, 39000, 44100, 48000, 88200, 96000, 192000];
 
     /// Sines under a smooth envelope that is silent at both ends, so that edges play no part.
     fn sines(rate: u32, seconds: f64, hz: &[f64]) -> Vec<f32> {
@@ -177,21 +137,14 @@ mod tests {
             .map(|i| {
                 let t = i as f64 / f64::from(rate);
                 let envelope = (TAU * t / seconds / 2.0).sin().powi(4);
-                let sum: f64 = hz
-                    .iter()
-                    .enumerate()
-                    .map(|(k, f)| (TAU * f * t + k as f64).sin())
-                    .sum();
+                let sum: f64 = hz.iter().enumerate().map(|(k, f)| (TAU * f * t + k as f64).sin()).sum();
                 (envelope * sum / hz.len() as f64) as f32
             })
             .collect()
     }
 
     fn worst(a: &[f32], b: &[f32]) -> f32 {
-        a.iter()
-            .zip(b)
-            .map(|(x, y)| (x - y).abs())
-            .fold(0.0, f32::max)
+        a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max)
     }
 
     #[test]
@@ -202,10 +155,7 @@ mod tests {
                 let hz = [0.013 * band, 0.3 * band, 0.9 * band];
                 let out = resample(&sines(from, 0.7, &hz), from, to).unwrap();
                 let error = worst(&out, &sines(to, 0.7, &hz));
-                assert!(
-                    error < 1e-6,
-                    "{from} -> {to} Hz: worst sample off by {error}"
-                );
+                assert!(error < 1e-6, "{from} -> {to} Hz: worst sample off by {error}");
             }
         }
     }
@@ -223,61 +173,35 @@ mod tests {
 
     #[test]
     fn an_impulse_stays_where_it_was() {
-        for (from, to) in [
-            (44100, 16000),
-            (16000, 44100),
-            (48000, 16000),
-            (16000, 48000),
-            (22050, 44100),
-        ] {
+        for (from, to) in [(44100, 16000), (16000, 44100), (48000, 16000), (16000, 48000), (22050, 44100)] {
             // A whole second is a sample at every rate.
             let mut samples = vec![0.0; 2 * from as usize];
             samples[from as usize] = 1.0;
             let out = resample(&samples, from, to).unwrap();
             let at = to as usize;
-            let peak = (0..out.len())
-                .max_by(|&a, &b| out[a].abs().total_cmp(&out[b].abs()))
-                .unwrap();
+            let peak = (0..out.len()).max_by(|&a, &b| out[a].abs().total_cmp(&out[b].abs())).unwrap();
             assert_eq!(peak, at, "{from} -> {to}");
             for lag in 1..200 {
                 let skew = (out[at - lag] - out[at + lag]).abs();
-                assert!(
-                    skew < 1e-7,
-                    "{from} -> {to}: not symmetric at lag {lag}: {skew}"
-                );
+                assert!(skew < 1e-7, "{from} -> {to}: not symmetric at lag {lag}: {skew}");
             }
         }
     }
 
     #[test]
     fn what_the_lower_rate_cannot_hold_is_removed() {
-        let out = resample(
-            &sines(48000, 0.5, &[8100.0, 11000.0, 20000.0]),
-            48000,
-            16000,
-        )
-        .unwrap();
+        let out = resample(&sines(48000, 0.5, &[8100.0, 11000.0, 20000.0]), 48000, 16000).unwrap();
         let loudest = out.iter().fold(0.0f32, |a, &b| a.max(b.abs()));
         assert!(loudest < 1e-5, "aliases at {loudest}");
     }
 
     #[test]
     fn length_is_the_ceiling_and_pieces_do_not_matter() {
-        for (from, to) in [
-            (44100, 16000),
-            (16000, 44100),
-            (8000, 44100),
-            (44101, 16000),
-            (16000, 16000),
-        ] {
+        for (from, to) in [(44100, 16000), (16000, 44100), (8000, 44100), (44101, 16000), (16000, 16000)] {
             for n in [0usize, 1, 2, 7, 441, 1000, 5003] {
                 let samples: Vec<f32> = (0..n).map(|i| (i as f32 * 0.1).sin()).collect();
                 let whole = resample(&samples, from, to).unwrap();
-                assert_eq!(
-                    whole.len(),
-                    (n * to as usize).div_ceil(from as usize),
-                    "{n} samples, {from} -> {to}"
-                );
+                assert_eq!(whole.len(), (n * to as usize).div_ceil(from as usize), "{n} samples, {from} -> {to}");
                 let mut pieces = Vec::new();
                 let mut stream = StreamResampler::new(from, to).unwrap();
                 for piece in samples.chunks(97) {

@@ -28,38 +28,24 @@ impl AudioSource {
             return Self::spool("standard input".into(), &mut io::stdin().lock());
         }
         let name = path.display().to_string();
-        let failed = |source| AudioError::Io {
-            path: name.clone(),
-            source,
-        };
+        let failed = |source| AudioError::Io { path: name.clone(), source };
         let metadata = path.metadata().map_err(failed)?;
         if metadata.is_dir() {
             return Err(AudioError::Directory { path: name });
         }
         let mut file = File::open(path).map_err(failed)?;
         if metadata.is_file() {
-            Ok(Self {
-                name,
-                path: path.to_path_buf(),
-                _spooled: None,
-            })
+            Ok(Self { name, path: path.to_path_buf(), _spooled: None })
         } else {
             Self::spool(name, &mut file)
         }
     }
 
     fn spool(name: String, from: &mut dyn io::Read) -> Result<Self> {
-        let failed = |source| AudioError::Io {
-            path: name.clone(),
-            source,
-        };
+        let failed = |source| AudioError::Io { path: name.clone(), source };
         let mut file = NamedTempFile::with_prefix("wavegen-").map_err(failed)?;
         io::copy(from, &mut file).map_err(failed)?;
-        Ok(Self {
-            path: file.path().to_path_buf(),
-            _spooled: Some(Arc::new(file)),
-            name,
-        })
+        Ok(Self { path: file.path().to_path_buf(), _spooled: Some(Arc::new(file)), name })
     }
 
     /// The name to show to people.
@@ -82,10 +68,7 @@ impl AudioSource {
 
     /// An I/O error that names this source.
     pub fn io_error(&self, source: io::Error) -> AudioError {
-        AudioError::Io {
-            path: self.name.clone(),
-            source,
-        }
+        AudioError::Io { path: self.name.clone(), source }
     }
 }
 

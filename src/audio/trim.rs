@@ -50,11 +50,7 @@ impl EditList {
                 0 => end,
                 _ => start.saturating_add(frames(duration, self.movie_timescale)),
             };
-            let stop = if stop.saturating_add(tick) >= end {
-                end
-            } else {
-                stop
-            };
+            let stop = if stop.saturating_add(tick) >= end { end } else { stop };
             if start >= stop || keep.last().is_some_and(|last| last.end > start) {
                 return None;
             }
@@ -66,15 +62,8 @@ impl EditList {
 
 /// The frames to keep by iTunes' gapless comment: " 00000000 DELAY PADDING LENGTH ..." in hexadecimal.
 pub fn keep_by_itunes_comment(comment: &str) -> Option<Keep> {
-    let mut fields = comment
-        .split_whitespace()
-        .skip(1)
-        .map(|field| u64::from_str_radix(field, 16));
-    let (delay, _padding, length) = (
-        fields.next()?.ok()?,
-        fields.next()?.ok()?,
-        fields.next()?.ok()?,
-    );
+    let mut fields = comment.split_whitespace().skip(1).map(|field| u64::from_str_radix(field, 16));
+    let (delay, _padding, length) = (fields.next()?.ok()?, fields.next()?.ok()?, fields.next()?.ok()?);
     (length > 0).then(|| vec![delay..delay.saturating_add(length)])
 }
 
@@ -117,10 +106,7 @@ fn next_box(file: &mut (impl Read + Seek), limit: u64) -> io::Result<Option<BoxH
     };
     // A box that does not contain its own head would be read forever.
     let valid = end >= file.stream_position()?;
-    Ok(valid.then_some(BoxHead {
-        name,
-        end: end.min(limit),
-    }))
+    Ok(valid.then_some(BoxHead { name, end: end.min(limit) }))
 }
 
 fn read_edit_list(file: &mut (impl Read + Seek), track_id: u32) -> io::Result<Option<EditList>> {
@@ -135,37 +121,24 @@ fn read_edit_list(file: &mut (impl Read + Seek), track_id: u32) -> io::Result<Op
     Ok(None)
 }
 
-fn read_movie(
-    file: &mut (impl Read + Seek),
-    limit: u64,
-    track_id: u32,
-) -> io::Result<Option<EditList>> {
+fn read_movie(file: &mut (impl Read + Seek), limit: u64, track_id: u32) -> io::Result<Option<EditList>> {
     let (mut movie_timescale, mut fragmented, mut found) = (0, false, None);
     while let Some(head) = next_box(file, limit)? {
         match &head.name {
             b"mvhd" => movie_timescale = read_timescale(file)?,
             b"mvex" => fragmented = true,
-            b"trak" => {
-                found =
-                    found.or(Some(read_track(file, head.end)?).filter(|track| track.id == track_id))
-            }
+            b"trak" => found = found.or(Some(read_track(file, head.end)?).filter(|track| track.id == track_id)),
             _ => {}
         }
         file.seek(SeekFrom::Start(head.end))?;
     }
     let found = found.filter(|track| movie_timescale > 0 && track.media_timescale > 0);
-    Ok(found.map(
-        |Track {
-             media_timescale,
-             edits,
-             ..
-         }| EditList {
-            movie_timescale,
-            media_timescale,
-            edits,
-            fragmented,
-        },
-    ))
+    Ok(found.map(|Track { media_timescale, edits, .. }| EditList {
+        movie_timescale,
+        media_timescale,
+        edits,
+        fragmented,
+    }))
 }
 
 #[derive(Default)]
@@ -211,10 +184,7 @@ fn read_edits(file: &mut (impl Read + Seek), limit: u64) -> io::Result<Vec<(u64,
     for _ in 0..n_edits.min(room) {
         let (duration, start) = match long {
             true => (read_u64(file)?, read_u64(file)? as i64),
-            false => (
-                u64::from(read_u32(file)?),
-                i64::from(read_u32(file)? as i32),
-            ),
+            false => (u64::from(read_u32(file)?), i64::from(read_u32(file)? as i32)),
         };
         let _rate = read_u32(file)?;
         edits.push((duration, start));
@@ -239,30 +209,16 @@ mod tests {
     use super::*;
 
     fn edit_list(edits: &[(u64, i64)]) -> EditList {
-        EditList {
-            movie_timescale: 1000,
-            media_timescale: 44100,
-            edits: edits.to_vec(),
-            fragmented: false,
-        }
+        EditList { movie_timescale: 1000, media_timescale: 44100, edits: edits.to_vec(), fragmented: false }
     }
 
     #[test]
     fn an_edit_skips_the_encoder_delay_and_ends_with_the_media() {
         // 1 s declared in milliseconds of a media of 1024 + 44,101 frames: the odd frame is kept.
-        assert_eq!(
-            edit_list(&[(1000, 1024)]).keep(44100, Some(45125)),
-            Some(vec![1024..45125])
-        );
-        assert_eq!(
-            edit_list(&[(0, 2112)]).keep(44100, None),
-            Some(vec![2112..u64::MAX])
-        );
+        assert_eq!(edit_list(&[(1000, 1024)]).keep(44100, Some(45125)), Some(vec![1024..45125]));
+        assert_eq!(edit_list(&[(0, 2112)]).keep(44100, None), Some(vec![2112..u64::MAX]));
         assert_eq!(edit_list(&[]).keep(44100, Some(5)), Some(vec![0..5]));
-        assert_eq!(
-            edit_list(&[(500, -1), (100, 0)]).keep(44100, Some(44100)),
-            Some(vec![0..4410])
-        );
+        assert_eq!(edit_list(&[(500, -1), (100, 0)]).keep(44100, Some(44100)), Some(vec![0..4410]));
     }
 
     #[test]
@@ -278,34 +234,15 @@ mod tests {
         }
         let timed = |scale: u32| [&[0; 12][..], &scale.to_be_bytes(), &[0; 8]].concat();
         let track = |id: u32, start: u32| {
-            let tkhd = boxed(
-                b"tkhd",
-                &[&[0; 12][..], &id.to_be_bytes(), &[0; 64]].concat(),
-            );
-            let entry = [
-                &1u32.to_be_bytes()[..],
-                &700u32.to_be_bytes(),
-                &start.to_be_bytes(),
-                &[0, 1, 0, 0],
-            ]
-            .concat();
+            let tkhd = boxed(b"tkhd", &[&[0; 12][..], &id.to_be_bytes(), &[0; 64]].concat());
+            let entry = [&1u32.to_be_bytes()[..], &700u32.to_be_bytes(), &start.to_be_bytes(), &[0, 1, 0, 0]].concat();
             let edts = boxed(b"edts", &boxed(b"elst", &[&[0; 4][..], &entry].concat()));
-            boxed(
-                b"trak",
-                &[tkhd, edts, boxed(b"mdia", &boxed(b"mdhd", &timed(48000)))].concat(),
-            )
+            boxed(b"trak", &[tkhd, edts, boxed(b"mdia", &boxed(b"mdhd", &timed(48000)))].concat())
         };
-        let moov = boxed(
-            b"moov",
-            &[boxed(b"mvhd", &timed(600)), track(1, 11), track(2, 22)].concat(),
-        );
+        let moov = boxed(b"moov", &[boxed(b"mvhd", &timed(600)), track(1, 11), track(2, 22)].concat());
         let mut file = io::Cursor::new([boxed(b"ftyp", b"M4A "), moov].concat());
-        let expected = EditList {
-            movie_timescale: 600,
-            media_timescale: 48000,
-            edits: vec![(700, 22)],
-            fragmented: false,
-        };
+        let expected =
+            EditList { movie_timescale: 600, media_timescale: 48000, edits: vec![(700, 22)], fragmented: false };
         assert_eq!(EditList::read(&mut file, 2), Some(expected));
         assert_eq!(EditList::read(&mut file, 3), None);
         assert_eq!(EditList::read(&mut io::Cursor::new(b"RIFF"), 1), None);
@@ -314,10 +251,7 @@ mod tests {
     #[test]
     fn the_itunes_comment_gives_delay_and_length() {
         let comment = " 00000000 00000840 000001CA 00000000000AC7F6 00000000";
-        assert_eq!(
-            keep_by_itunes_comment(comment),
-            Some(vec![0x840..0x840 + 0xac7f6])
-        );
+        assert_eq!(keep_by_itunes_comment(comment), Some(vec![0x840..0x840 + 0xac7f6]));
         assert_eq!(keep_by_itunes_comment("nonsense"), None);
     }
 

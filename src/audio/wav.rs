@@ -26,14 +26,7 @@ pub enum SampleFormat {
 
 impl SampleFormat {
     /// All formats.
-    pub const ALL: [Self; 6] = [
-        Self::U8,
-        Self::I16,
-        Self::I24,
-        Self::I32,
-        Self::F32,
-        Self::F64,
-    ];
+    pub const ALL: [Self; 6] = [Self::U8, Self::I16, Self::I24, Self::I32, Self::F32, Self::F64];
 
     /// Bytes per sample.
     pub fn bytes(self) -> usize {
@@ -80,9 +73,7 @@ impl FromStr for SampleFormat {
 
     fn from_str(name: &str) -> std::result::Result<Self, String> {
         let found = Self::ALL.into_iter().find(|format| format.name() == name);
-        found.ok_or_else(|| {
-            format!("unknown sample format {name}; use one of u8, i16, i24, i32, f32, f64")
-        })
+        found.ok_or_else(|| format!("unknown sample format {name}; use one of u8, i16, i24, i32, f32, f64"))
     }
 }
 
@@ -106,10 +97,7 @@ impl WavFormat {
     /// With no channel, or with more bytes per frame than the 65,535 that a WAV header can state.
     pub fn new(sample_rate: u32, channels: usize, sample_format: SampleFormat) -> Self {
         let frame_bytes = channels * sample_format.bytes();
-        assert!(
-            (1..=0xffff).contains(&frame_bytes),
-            "a WAV frame has 1 to 65,535 bytes, got {frame_bytes}"
-        );
+        assert!((1..=0xffff).contains(&frame_bytes), "a WAV frame has 1 to 65,535 bytes, got {frame_bytes}");
         let chunk = if sample_format == SampleFormat::F64 {
             // Not among hound's formats.
             basic_chunk(sample_rate, channels, sample_format).to_vec()
@@ -126,12 +114,7 @@ impl WavFormat {
             let header = spec.into_header_for_infinite_file();
             header[FMT_BODY..header.len() - CHUNK_HEAD].to_vec()
         };
-        Self {
-            sample_rate,
-            channels,
-            sample_format,
-            chunk,
-        }
+        Self { sample_rate, channels, sample_format, chunk }
     }
 
     /// Bytes of one frame.
@@ -165,12 +148,7 @@ impl WavFormat {
             (3, _, 64) => SampleFormat::F64,
             _ => return None,
         };
-        Some(Self {
-            sample_rate,
-            channels,
-            sample_format,
-            chunk,
-        })
+        Some(Self { sample_rate, channels, sample_format, chunk })
     }
 
     /// A WAV header up to the first data byte, for `data_bytes` of data (and its padding); None: a stream of unknown
@@ -181,10 +159,7 @@ impl WavFormat {
 
     /// A streaming header with the plainest `fmt ` chunk for these samples, which any reader understands.
     pub(super) fn plain_header(&self) -> Vec<u8> {
-        header(
-            &basic_chunk(self.sample_rate, self.channels, self.sample_format),
-            None,
-        )
+        header(&basic_chunk(self.sample_rate, self.channels, self.sample_format), None)
     }
 }
 
@@ -196,11 +171,7 @@ const FMT_BODY: usize = 12 + CHUNK_HEAD;
 fn header(chunk: &[u8], data_bytes: Option<u32>) -> Vec<u8> {
     let padded = chunk.len().next_multiple_of(2);
     let head_bytes = (FMT_BODY + padded + CHUNK_HEAD) as u32;
-    let riff_bytes = data_bytes.map_or(u32::MAX, |data| {
-        (head_bytes - 8)
-            .saturating_add(data)
-            .saturating_add(data & 1)
-    });
+    let riff_bytes = data_bytes.map_or(u32::MAX, |data| (head_bytes - 8).saturating_add(data).saturating_add(data & 1));
     let mut header = Vec::with_capacity(head_bytes as usize);
     header.extend_from_slice(b"RIFF");
     header.extend_from_slice(&riff_bytes.to_le_bytes());
@@ -248,22 +219,13 @@ impl WavPrompt {
     /// The file cannot be read.
     pub fn open(source: &AudioSource) -> Result<Option<Self>> {
         let file = source.file()?;
-        let file_bytes = file
-            .metadata()
-            .map_err(|error| source.io_error(error))?
-            .len();
+        let file_bytes = file.metadata().map_err(|error| source.io_error(error))?.len();
         match find_data(&mut BufReader::new(file), file_bytes) {
             Ok(Some((format, data_start, data))) => {
                 let frame_bytes = format.frame_bytes() as u64;
                 let n_frames = data.present / frame_bytes;
                 let missing_frames = (data.declared / frame_bytes).saturating_sub(n_frames);
-                Ok(Some(Self {
-                    format,
-                    n_frames,
-                    missing_frames,
-                    source: source.clone(),
-                    data_start,
-                }))
+                Ok(Some(Self { format, n_frames, missing_frames, source: source.clone(), data_start }))
             }
             Ok(None) => Ok(None),
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
@@ -282,8 +244,7 @@ impl WavPrompt {
     /// The file cannot be read.
     pub fn data(&self) -> Result<Take<File>> {
         let mut file = self.source.file()?;
-        file.seek(SeekFrom::Start(self.data_start))
-            .map_err(|error| self.source.io_error(error))?;
+        file.seek(SeekFrom::Start(self.data_start)).map_err(|error| self.source.io_error(error))?;
         Ok(file.take(self.data_bytes()))
     }
 }
@@ -294,10 +255,7 @@ struct DataBytes {
     present: u64,
 }
 
-fn find_data(
-    file: &mut (impl Read + Seek),
-    file_bytes: u64,
-) -> io::Result<Option<(WavFormat, u64, DataBytes)>> {
+fn find_data(file: &mut (impl Read + Seek), file_bytes: u64) -> io::Result<Option<(WavFormat, u64, DataBytes)>> {
     let mut riff = [0; 12];
     file.read_exact(&mut riff)?;
     if !matches!(&riff[..4], b"RIFF" | b"RF64") || &riff[8..] != b"WAVE" {
@@ -320,8 +278,7 @@ fn find_data(
             b"ds64" => {
                 let mut sizes = [0; 16];
                 file.read_exact(&mut sizes)?;
-                long_data_bytes =
-                    Some(u64::from(u32_of(&sizes[8..])) | u64::from(u32_of(&sizes[12..])) << 32);
+                long_data_bytes = Some(u64::from(u32_of(&sizes[8..])) | u64::from(u32_of(&sizes[12..])) << 32);
             }
             b"data" => {
                 let Some(format) = format else {
@@ -336,14 +293,7 @@ fn find_data(
                     0x7fff_0000..0x8000_0000 | 0xffff_0000.. if bytes > rest => rest,
                     bytes => bytes,
                 };
-                return Ok(Some((
-                    format,
-                    start,
-                    DataBytes {
-                        declared,
-                        present: declared.min(rest),
-                    },
-                )));
+                return Ok(Some((format, start, DataBytes { declared, present: declared.min(rest) })));
             }
             _ => {}
         }

@@ -119,9 +119,12 @@ impl Stream {
 
     fn caches(&self) -> impl Iterator<Item = (String, &KvCache)> {
         let plan = self.plan_caches.iter().enumerate().map(|(i, cache)| (format!("plan.{i}"), cache));
-        let wave = self.wave.caches.iter().enumerate().flat_map(|(i, tier)| {
-            tier.iter().enumerate().map(move |(j, cache)| (format!("wave.{i}.{j}"), cache))
-        });
+        let wave = self
+            .wave
+            .caches
+            .iter()
+            .enumerate()
+            .flat_map(|(i, tier)| tier.iter().enumerate().map(move |(j, cache)| (format!("wave.{i}.{j}"), cache)));
         plan.chain(wave)
     }
 }
@@ -312,8 +315,8 @@ impl Engine for ReferenceEngine {
     fn restore(&mut self, state: &[u8]) -> Result<(), EngineError> {
         let (_, header) = SafeTensors::read_metadata(state).map_err(state_error)?;
         let metadata = header.metadata().clone().unwrap_or_default();
-        let counters: Counters =
-            serde_json::from_str(metadata.get(COUNTERS).map(String::as_str).unwrap_or_default()).map_err(state_error)?;
+        let counters: Counters = serde_json::from_str(metadata.get(COUNTERS).map(String::as_str).unwrap_or_default())
+            .map_err(state_error)?;
         let tensors = SafeTensors::deserialize(state).map_err(state_error)?;
         let tensor = |name: &str, like: Option<&Tensor>| -> Result<Tensor, EngineError> {
             let view = tensors.tensor(name).map_err(state_error)?;

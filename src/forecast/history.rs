@@ -41,10 +41,7 @@ impl History {
 
 impl From<Vec<f32>> for History {
     fn from(samples: Vec<f32>) -> Self {
-        Self {
-            keep: samples.len(),
-            samples,
-        }
+        Self { keep: samples.len(), samples }
     }
 }
 

@@ -13,9 +13,7 @@ pub struct Prediction {
 
 /// Autocorrelation of a block at lags `0..=order`: the plain definition, which the fast paths are tested against.
 pub fn autocorrelation(block: &[f64], order: usize) -> Vec<f64> {
-    (0..=order)
-        .map(|lag| block.iter().skip(lag).zip(block).map(|(x, y)| x * y).sum())
-        .collect()
+    (0..=order).map(|lag| block.iter().skip(lag).zip(block).map(|(x, y)| x * y).sum()).collect()
 }
 
 /// The prediction of least squared error for a signal with autocorrelation `r` (lags `0..=order`), by the
@@ -54,9 +52,5 @@ pub fn levinson(r: &[f64], order: usize) -> Prediction {
 /// (the latest sample's last), held to [-1, 1]; 0 when it is not a number.
 pub(super) fn predict(rising: &[f32], recent: &[f32]) -> f32 {
     let forecast = dot::<f32, 16>(rising, recent);
-    if forecast.is_nan() {
-        0.0
-    } else {
-        forecast.clamp(-1.0, 1.0)
-    }
+    if forecast.is_nan() { 0.0 } else { forecast.clamp(-1.0, 1.0) }
 }

@@ -35,13 +35,7 @@ pub struct ForecastConfig {
 
 impl Default for ForecastConfig {
     fn default() -> Self {
-        Self {
-            order: 256,
-            past_window: 4096,
-            past_hop: 64,
-            planned_order: 256,
-            lag_window_hz: 4.0,
-        }
+        Self { order: 256, past_window: 4096, past_hop: 64, planned_order: 256, lag_window_hz: 4.0 }
     }
 }
 
@@ -53,37 +47,21 @@ impl ForecastConfig {
     pub fn validate(&self, plan: &PlanConfig) -> Result<(), ForecastError> {
         self.validate_alone()?;
         if !plan.hop.is_multiple_of(self.past_hop) {
-            return Err(ForecastError::Hop {
-                past_hop: self.past_hop,
-                plan_hop: plan.hop,
-            });
+            return Err(ForecastError::Hop { past_hop: self.past_hop, plan_hop: plan.hop });
         }
         if self.planned_order > plan.window / 2 {
-            return Err(PlanError::Order {
-                order: self.planned_order,
-                window: plan.window,
-            }
-            .into());
+            return Err(PlanError::Order { order: self.planned_order, window: plan.window }.into());
         }
         Ok(())
     }
 
     fn validate_alone(&self) -> Result<(), ForecastError> {
-        let Self {
-            order,
-            past_window,
-            past_hop,
-            planned_order,
-            lag_window_hz,
-        } = *self;
+        let Self { order, past_window, past_hop, planned_order, lag_window_hz } = *self;
         if order == 0 || order >= past_window {
             return Err(ForecastError::Order { order, past_window });
         }
         if past_hop == 0 || past_hop > past_window {
-            return Err(ForecastError::PastHop {
-                past_hop,
-                past_window,
-            });
+            return Err(ForecastError::PastHop { past_hop, past_window });
         }
         if planned_order == 0 {
             return Err(ForecastError::PlannedOrder);
@@ -99,9 +77,7 @@ impl ForecastConfig {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ForecastError {
     /// More coefficients than samples to compute them from.
-    #[error(
-        "forecast order {order}: expected at least 1 and less than the window of {past_window} samples"
-    )]
+    #[error("forecast order {order}: expected at least 1 and less than the window of {past_window} samples")]
     Order {
         /// Coefficients.
         order: usize,
@@ -109,9 +85,7 @@ pub enum ForecastError {
         past_window: usize,
     },
     /// Coefficients that are never, or too rarely, renewed.
-    #[error(
-        "forecast hop {past_hop}: expected at least 1 and at most the window of {past_window} samples"
-    )]
+    #[error("forecast hop {past_hop}: expected at least 1 and at most the window of {past_window} samples")]
     PastHop {
         /// Samples between new coefficients.
         past_hop: usize,
@@ -162,15 +136,7 @@ pub enum ForecastError {
 
 /// Whether a part of a saved state has the length that its settings give it.
 fn check_length(what: &'static str, expected: usize, got: usize) -> Result<(), ForecastError> {
-    if got == expected {
-        Ok(())
-    } else {
-        Err(ForecastError::State {
-            what,
-            expected,
-            got,
-        })
-    }
+    if got == expected { Ok(()) } else { Err(ForecastError::State { what, expected, got }) }
 }
 
 /// The forecasts of every sample of an excerpt, each from the samples before it.
@@ -198,11 +164,7 @@ pub fn forecasts(
 ) -> Result<Forecasts, ForecastError> {
     let expected = samples.len().div_ceil(spectrum.hop());
     if plan.nrows() < expected {
-        return Err(ForecastError::FrameCount {
-            expected,
-            got: plan.nrows(),
-            n_samples: samples.len(),
-        });
+        return Err(ForecastError::FrameCount { expected, got: plan.nrows(), n_samples: samples.len() });
     }
     let (mut past, mut planned) = (PastForecast::new(config)?, PlannedForecast::new(config)?);
     let mut out = Forecasts::default();

@@ -55,10 +55,7 @@ impl PastForecast {
             self.coefficients = self.estimator.estimate(window);
             self.outdated = false;
         }
-        predict(
-            &self.coefficients,
-            self.history.recent(self.config.order, 0),
-        )
+        predict(&self.coefficients, self.history.recent(self.config.order, 0))
     }
 
     /// What the next sample was. Cheap without a forecast in between: coefficients that nobody asks for are not
@@ -85,21 +82,8 @@ struct State {
 
 impl From<PastForecast> for State {
     fn from(from: PastForecast) -> Self {
-        let PastForecast {
-            config,
-            history,
-            coefficients,
-            age,
-            outdated,
-            ..
-        } = from;
-        Self {
-            config,
-            history,
-            coefficients,
-            age,
-            outdated,
-        }
+        let PastForecast { config, history, coefficients, age, outdated, .. } = from;
+        Self { config, history, coefficients, age, outdated }
     }
 }
 
@@ -107,30 +91,13 @@ impl TryFrom<State> for PastForecast {
     type Error = ForecastError;
 
     fn try_from(state: State) -> Result<Self, ForecastError> {
-        let State {
-            config,
-            history,
-            coefficients,
-            age,
-            outdated,
-        } = state;
+        let State { config, history, coefficients, age, outdated } = state;
         config.validate_alone()?;
-        check_length(
-            "samples",
-            config.past_window + config.past_hop,
-            history.keep(),
-        )?;
+        check_length("samples", config.past_window + config.past_hop, history.keep())?;
         check_length("coefficients", config.order, coefficients.len())?;
         check_length("samples of age", age.min(config.past_hop - 1), age)?;
         let estimator = Estimator::new(&config);
-        Ok(Self {
-            config,
-            history,
-            coefficients,
-            age,
-            outdated,
-            estimator,
-        })
+        Ok(Self { config, history, coefficients, age, outdated, estimator })
     }
 }
 
@@ -152,10 +119,7 @@ impl Estimator {
         let fourier = Fourier::new(quick_len(n + config.order));
         Self {
             order: config.order,
-            window: ramp(n - fall)
-                .map(f64::sin)
-                .chain(ramp(fall).map(f64::cos))
-                .collect(),
+            window: ramp(n - fall).map(f64::sin).chain(ramp(fall).map(f64::cos)).collect(),
             work: fourier.workspace(),
             fourier,
         }

@@ -44,10 +44,7 @@ impl PlannedForecast {
     /// When `bands` is no frame of `spectrum`, or its window too short for the order.
     pub fn begin_frame(&mut self, spectrum: &Spectrum, bands: &[f32]) -> Result<(), ForecastError> {
         let order = self.config.planned_order;
-        let prediction = levinson(
-            &spectrum.autocorrelation(bands, order, self.config.lag_window_hz)?,
-            order,
-        );
+        let prediction = levinson(&spectrum.autocorrelation(bands, order, self.config.lag_window_hz)?, order);
         self.coefficients = prediction.coefficients;
         self.coefficients.reverse();
         self.log_scale = (prediction.residual_power.sqrt() * MEAN_TO_RMS + LEAST_SCALE).ln() as f32;
@@ -56,10 +53,7 @@ impl PlannedForecast {
 
     /// The forecast of the next sample, in [-1, 1].
     pub fn forecast(&mut self) -> f32 {
-        predict(
-            &self.coefficients,
-            self.history.recent(self.config.planned_order, 0),
-        )
+        predict(&self.coefficients, self.history.recent(self.config.planned_order, 0))
     }
 
     /// The samples that the next forecast is made from, the latest last, `[order]`.
@@ -89,18 +83,8 @@ struct State {
 
 impl From<PlannedForecast> for State {
     fn from(from: PlannedForecast) -> Self {
-        let PlannedForecast {
-            config,
-            history,
-            coefficients,
-            log_scale,
-        } = from;
-        Self {
-            config,
-            history,
-            coefficients,
-            log_scale,
-        }
+        let PlannedForecast { config, history, coefficients, log_scale } = from;
+        Self { config, history, coefficients, log_scale }
     }
 }
 
@@ -108,20 +92,10 @@ impl TryFrom<State> for PlannedForecast {
     type Error = ForecastError;
 
     fn try_from(state: State) -> Result<Self, ForecastError> {
-        let State {
-            config,
-            history,
-            coefficients,
-            log_scale,
-        } = state;
+        let State { config, history, coefficients, log_scale } = state;
         config.validate_alone()?;
         check_length("samples", config.planned_order, history.keep())?;
         check_length("coefficients", config.planned_order, coefficients.len())?;
-        Ok(Self {
-            config,
-            history,
-            coefficients,
-            log_scale,
-        })
+        Ok(Self { config, history, coefficients, log_scale })
     }
 }

@@ -38,7 +38,12 @@ pub struct Linear {
 }
 
 impl Linear {
-    pub fn new(params: &mut Params, name: &str, inputs: usize, outputs: usize) -> std::result::Result<Self, ParamsError> {
+    pub fn new(
+        params: &mut Params,
+        name: &str,
+        inputs: usize,
+        outputs: usize,
+    ) -> std::result::Result<Self, ParamsError> {
         Ok(Self { weight: params.get(&format!("{name}.weight"), &[inputs, outputs], Init::Linear)?, bias: None })
     }
 
@@ -159,7 +164,10 @@ impl Block {
         let (batch, len, dim) = x.dims3()?;
         let qkv = self.qkv.forward(&self.attention_norm.forward(x)?)?;
         let part = |i: usize| {
-            qkv.narrow(2, i * dim, dim)?.reshape((batch, len, self.n_heads, self.head_dim))?.transpose(1, 2)?.contiguous()
+            qkv.narrow(2, i * dim, dim)?
+                .reshape((batch, len, self.n_heads, self.head_dim))?
+                .transpose(1, 2)?
+                .contiguous()
         };
         let q = rope(&rms_normalize(&part(0)?)?, rope_angles)?;
         let k = rope(&rms_normalize(&part(1)?)?, rope_angles)?;
@@ -208,13 +216,15 @@ impl Block {
             let first = mask(window, 2 * window, window)?;
             let later = mask_within(window)?;
             let masks = Tensor::cat(
-                &[first.unsqueeze(0)?, later.unsqueeze(0)?.broadcast_as((n_blocks - 1, window, 2 * window))?.contiguous()?],
+                &[
+                    first.unsqueeze(0)?,
+                    later.unsqueeze(0)?.broadcast_as((n_blocks - 1, window, 2 * window))?.contiguous()?,
+                ],
                 0,
             )?;
             attend(&q, &with_previous(&k)?, &with_previous(&v)?, &masks)?
         };
-        let attended =
-            attended.reshape((batch, self.n_heads, n_blocks * window, self.head_dim))?.narrow(2, 0, len)?;
+        let attended = attended.reshape((batch, self.n_heads, n_blocks * window, self.head_dim))?.narrow(2, 0, len)?;
         self.finish(x, &attended)
     }
 

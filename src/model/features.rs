@@ -22,15 +22,10 @@ pub fn features(forecasts: [f32; N_FORECASTS], log_scale: f32, codec: &Codec) ->
             past_code = code as Token;
         }
         let fraction = place - code;
-        for (kind, value) in [
-            fraction,
-            (2.0 * PI * fraction).sin(),
-            companded,
-            4.0 * forecast,
-            (forecast.abs() + 1e-4).ln() / 4.0,
-        ]
-        .into_iter()
-        .enumerate()
+        for (kind, value) in
+            [fraction, (2.0 * PI * fraction).sin(), companded, 4.0 * forecast, (forecast.abs() + 1e-4).ln() / 4.0]
+                .into_iter()
+                .enumerate()
         {
             out[kind * N_FORECASTS + i] = value;
         }

@@ -34,7 +34,12 @@ impl Targets {
         let n = self.low.len();
         let per_forecast = |v: &[f32]| Tensor::from_slice(v, (n, N_FORECASTS, 1), device);
         let per_sample = |v: &[f32]| Tensor::from_slice(v, (n, 1, 1), device);
-        Ok([per_forecast(&self.forecasts)?, per_forecast(&self.units)?, per_sample(&self.low)?, per_sample(&self.high)?])
+        Ok([
+            per_forecast(&self.forecasts)?,
+            per_forecast(&self.units)?,
+            per_sample(&self.low)?,
+            per_sample(&self.high)?,
+        ])
     }
 }
 

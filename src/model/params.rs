@@ -16,7 +16,11 @@ pub enum Init {
     /// Normal with this standard deviation.
     Normal(f32),
     /// The given value for column c of n: evenly spaced from `from` to `to`, repeated every `period` columns.
-    Ramp { from: f32, to: f32, period: usize },
+    Ramp {
+        from: f32,
+        to: f32,
+        period: usize,
+    },
 }
 
 /// Why stored tensors do not make the model.
@@ -79,7 +83,11 @@ impl Params {
             Source::Stored { tensors } => {
                 let tensor = tensors.remove(&path).ok_or_else(|| ParamsError::Missing(path.clone()))?;
                 if tensor.dims() != shape {
-                    return Err(ParamsError::Shape { name: path, expected: shape.to_vec(), got: tensor.dims().to_vec() });
+                    return Err(ParamsError::Shape {
+                        name: path,
+                        expected: shape.to_vec(),
+                        got: tensor.dims().to_vec(),
+                    });
                 }
                 Ok(tensor)
             }
@@ -117,7 +125,9 @@ fn initial(init: Init, shape: &[usize], rng: &mut Rng) -> Vec<f32> {
         Init::Normal(deviation) => (0..n).map(|_| deviation * rng.normal()).collect(),
         Init::Ramp { from, to, period } => {
             let steps = (period.max(2) - 1) as f32;
-            (0..n).map(|i| if period < 2 { 0.5 * (from + to) } else { from + (to - from) * (i % period) as f32 / steps }).collect()
+            (0..n)
+                .map(|i| if period < 2 { 0.5 * (from + to) } else { from + (to - from) * (i % period) as f32 / steps })
+                .collect()
         }
     }
 }

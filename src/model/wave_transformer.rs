@@ -32,12 +32,12 @@ pub struct WaveTransformer {
     token_values: Tensor,    // (levels, 2): companded, twice the linear value
     plan_mlp: [Linear; 2],   // PLAN_FRAMES * n_bands -> plan_dim -> plan_dim
     tiers: Vec<Tier>,
-    feature_in: Linear,         // N_FEATURES -> dim of the sample tier
-    past_code_in: Tensor,       // (levels, dim)
-    residual_code_in: Tensor,   // (levels, dim)
+    feature_in: Linear,       // N_FEATURES -> dim of the sample tier
+    past_code_in: Tensor,     // (levels, dim)
+    residual_code_in: Tensor, // (levels, dim)
     norm: RmsNorm,
-    head: Linear,               // dim -> 3 * n_components
-    shortcut: [Linear; 3],      // N_FEATURES -> shortcut_dim -> shortcut_dim -> 3 * n_components
+    head: Linear,                // dim -> 3 * n_components
+    shortcut: [Linear; 3],       // N_FEATURES -> shortcut_dim -> shortcut_dim -> 3 * n_components
     planned_scales: [Linear; 2], // plan_dim -> slice_dim -> slices * n_components
 }
 
@@ -81,9 +81,9 @@ pub struct WaveState {
 
 /// Constants of one plan frame on the step path.
 struct FrameView {
-    token_table: Tensor,    // (levels, token_dim + 2)
-    plan: Vec<Tensor>,      // per tier (1, 1, dim)
-    scales: Tensor,         // (slices, n_components)
+    token_table: Tensor, // (levels, token_dim + 2)
+    plan: Vec<Tensor>,   // per tier (1, 1, dim)
+    scales: Tensor,      // (slices, n_components)
 }
 
 impl WaveTransformer {
@@ -110,9 +110,7 @@ impl WaveTransformer {
                         })
                         .collect::<std::result::Result<_, _>>()?;
                     let down = match wave.tiers.get(i + 1) {
-                        Some(next) => {
-                            Some(biased(params, "down", tier.dim, tier.hop / next.hop * next.dim)?)
-                        }
+                        Some(next) => Some(biased(params, "down", tier.dim, tier.hop / next.hop * next.dim)?),
                         None => None,
                     };
                     Ok::<_, ParamsError>(Tier { hop: tier.hop, input, plan_in, blocks, down })
@@ -256,8 +254,7 @@ impl WaveTransformer {
         let slices = self.config.slices;
         let free = out.narrow(2, 2 * n_components, n_components)?.contiguous()?;
         let free = free.reshape((batch, frames, slices, self.plan_hop / slices, n_components))?;
-        let scales =
-            self.bound_scales(&free, &planned.scales.unsqueeze(3)?)?.reshape((batch, time, n_components))?;
+        let scales = self.bound_scales(&free, &planned.scales.unsqueeze(3)?)?.reshape((batch, time, n_components))?;
         Tensor::cat(&[&out.narrow(2, 0, 2 * n_components)?.contiguous()?, &scales], 2)
     }
 
@@ -317,9 +314,7 @@ impl WaveTransformer {
             let mut z = tier.input.forward(&frame.token_table.index_select(&codes, 0)?.reshape((1, 1, ()))?)?;
             if tier.hop == 1 {
                 z = (z + self.feature_in.forward(&features)?)?;
-                for (table, code) in
-                    [(&self.past_code_in, past_code), (&self.residual_code_in, state.residual_code)]
-                {
+                for (table, code) in [(&self.past_code_in, past_code), (&self.residual_code_in, state.residual_code)] {
                     z = (z + table.narrow(0, code.into(), 1)?.unsqueeze(0)?)?;
                 }
             }

@@ -29,10 +29,7 @@ impl Fourier {
     /// A transform of blocks of `len` samples, `len >= 1`.
     pub fn new(len: usize) -> Self {
         let mut planner = RealFftPlanner::new();
-        Self {
-            forward: planner.plan_fft_forward(len),
-            inverse: planner.plan_fft_inverse(len),
-        }
+        Self { forward: planner.plan_fft_forward(len), inverse: planner.plan_fft_inverse(len) }
     }
 
     /// Buffers for this transform, all zero.
@@ -41,27 +38,15 @@ impl Fourier {
         Workspace {
             block: self.forward.make_input_vec(),
             power: vec![0.0; bins.len()],
-            scratch: vec![
-                Complex::default();
-                self.forward
-                    .get_scratch_len()
-                    .max(self.inverse.get_scratch_len())
-            ],
+            scratch: vec![Complex::default(); self.forward.get_scratch_len().max(self.inverse.get_scratch_len())],
             bins,
         }
     }
 
     /// `work.power[j] = |sum_t block[t] exp(-2 pi i j t / n)|^2`; the block is lost.
     pub fn power(&self, work: &mut Workspace) {
-        let Workspace {
-            block,
-            power,
-            bins,
-            scratch,
-        } = work;
-        self.forward
-            .process_with_scratch(block, bins, scratch)
-            .expect(OWN_WORKSPACE);
+        let Workspace { block, power, bins, scratch } = work;
+        self.forward.process_with_scratch(block, bins, scratch).expect(OWN_WORKSPACE);
         for (power, bin) in power.iter_mut().zip(bins) {
             *power = bin.norm_sqr();
         }
@@ -69,19 +54,12 @@ impl Fourier {
 
     /// `work.block[k]` = circular autocorrelation at lag k, of the signal whose `work.power` it is.
     pub fn autocorrelation(&self, work: &mut Workspace) {
-        let Workspace {
-            block,
-            power,
-            bins,
-            scratch,
-        } = work;
+        let Workspace { block, power, bins, scratch } = work;
         let scale = 1.0 / block.len() as f64;
         for (bin, power) in bins.iter_mut().zip(power) {
             *bin = Complex::new(*power * scale, 0.0);
         }
-        self.inverse
-            .process_with_scratch(bins, block, scratch)
-            .expect(OWN_WORKSPACE);
+        self.inverse.process_with_scratch(bins, block, scratch).expect(OWN_WORKSPACE);
     }
 }
 
@@ -103,15 +81,7 @@ mod tests {
 
     #[test]
     fn quick_lengths_are_close() {
-        assert_eq!(
-            (
-                quick_len(1),
-                quick_len(4352),
-                quick_len(4096),
-                quick_len(130)
-            ),
-            (16, 4608, 4096, 144)
-        );
+        assert_eq!((quick_len(1), quick_len(4352), quick_len(4096), quick_len(130)), (16, 4608, 4096, 144));
     }
 
     #[test]

@@ -29,14 +29,7 @@ pub struct PlanConfig {
 
 impl Default for PlanConfig {
     fn default() -> Self {
-        Self {
-            hop: 512,
-            window: 2048,
-            lowest_hz: 27.5,
-            highest_hz: 7700.0,
-            n_codebooks: 4,
-            n_entries: 256,
-        }
+        Self { hop: 512, window: 2048, lowest_hz: 27.5, highest_hz: 7700.0, n_codebooks: 4, n_entries: 256 }
     }
 }
 
@@ -48,24 +41,13 @@ impl PlanConfig {
     pub fn validate(&self, sample_rate: u32) -> Result<(), PlanError> {
         let nyquist = f64::from(sample_rate) / 2.0;
         if self.hop == 0 || self.window < self.hop || !self.window.is_multiple_of(2) {
-            return Err(PlanError::Window {
-                hop: self.hop,
-                window: self.window,
-            });
+            return Err(PlanError::Window { hop: self.hop, window: self.window });
         }
-        if !(self.lowest_hz > 0.0 && self.lowest_hz < self.highest_hz && self.highest_hz <= nyquist)
-        {
-            return Err(PlanError::Bands {
-                lowest_hz: self.lowest_hz,
-                highest_hz: self.highest_hz,
-                nyquist,
-            });
+        if !(self.lowest_hz > 0.0 && self.lowest_hz < self.highest_hz && self.highest_hz <= nyquist) {
+            return Err(PlanError::Bands { lowest_hz: self.lowest_hz, highest_hz: self.highest_hz, nyquist });
         }
         if self.n_codebooks == 0 || self.n_entries == 0 || self.n_entries > MAX_ENTRIES {
-            return Err(PlanError::Codebooks {
-                n_codebooks: self.n_codebooks,
-                n_entries: self.n_entries,
-            });
+            return Err(PlanError::Codebooks { n_codebooks: self.n_codebooks, n_entries: self.n_entries });
         }
         Ok(())
     }
@@ -87,9 +69,7 @@ pub struct PlanFrame {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum PlanError {
     /// The analysis window cannot hold a hop, or has no middle bin.
-    #[error(
-        "plan hop {hop} and window {window}: expected a hop of at least 1 and an even window no shorter than it"
-    )]
+    #[error("plan hop {hop} and window {window}: expected a hop of at least 1 and an even window no shorter than it")]
     Window {
         /// Samples per frame.
         hop: usize,
@@ -97,9 +77,7 @@ pub enum PlanError {
         window: usize,
     },
     /// The bands do not fit between 0 Hz and half the sample rate.
-    #[error(
-        "plan bands from {lowest_hz} to {highest_hz} Hz: expected 0 < lowest < highest <= {nyquist} Hz"
-    )]
+    #[error("plan bands from {lowest_hz} to {highest_hz} Hz: expected 0 < lowest < highest <= {nyquist} Hz")]
     Bands {
         /// Centre of the lowest band.
         lowest_hz: f64,
@@ -174,55 +152,13 @@ mod tests {
         let config = PlanConfig::default();
         assert_eq!(config.validate(16_000), Ok(()));
         for (bad, said) in [
-            (
-                PlanConfig {
-                    hop: 0,
-                    ..config.clone()
-                },
-                "hop 0",
-            ),
-            (
-                PlanConfig {
-                    window: 500,
-                    ..config.clone()
-                },
-                "window 500",
-            ),
-            (
-                PlanConfig {
-                    window: 2047,
-                    ..config.clone()
-                },
-                "window 2047",
-            ),
-            (
-                PlanConfig {
-                    lowest_hz: f64::NAN,
-                    ..config.clone()
-                },
-                "NaN",
-            ),
-            (
-                PlanConfig {
-                    highest_hz: 9000.0,
-                    ..config.clone()
-                },
-                "9000",
-            ),
-            (
-                PlanConfig {
-                    n_entries: 70_000,
-                    ..config.clone()
-                },
-                "70000",
-            ),
-            (
-                PlanConfig {
-                    n_codebooks: 0,
-                    ..config.clone()
-                },
-                "0 plan codebooks",
-            ),
+            (PlanConfig { hop: 0, ..config.clone() }, "hop 0"),
+            (PlanConfig { window: 500, ..config.clone() }, "window 500"),
+            (PlanConfig { window: 2047, ..config.clone() }, "window 2047"),
+            (PlanConfig { lowest_hz: f64::NAN, ..config.clone() }, "NaN"),
+            (PlanConfig { highest_hz: 9000.0, ..config.clone() }, "9000"),
+            (PlanConfig { n_entries: 70_000, ..config.clone() }, "70000"),
+            (PlanConfig { n_codebooks: 0, ..config.clone() }, "0 plan codebooks"),
         ] {
             let message = bad.validate(16_000).unwrap_err().to_string();
             assert!(message.contains(said), "{message}");

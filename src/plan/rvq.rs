@@ -29,23 +29,13 @@ impl ResidualQuantizer {
     pub fn new(mean: Array1<f32>, books: Array3<f32>) -> Result<Self, PlanError> {
         let (n_codebooks, n_entries, n_bands) = books.dim();
         if n_bands == 0 || n_bands != mean.len() {
-            return Err(PlanError::BookShape {
-                n_bands: mean.len(),
-                got: books.shape().to_vec(),
-            });
+            return Err(PlanError::BookShape { n_bands: mean.len(), got: books.shape().to_vec() });
         }
         if n_codebooks == 0 || n_entries == 0 || n_entries > MAX_ENTRIES {
-            return Err(PlanError::Codebooks {
-                n_codebooks,
-                n_entries,
-            });
+            return Err(PlanError::Codebooks { n_codebooks, n_entries });
         }
         let half_powers = books.map_axis(Axis(2), half_power);
-        Ok(Self {
-            mean,
-            books,
-            half_powers,
-        })
+        Ok(Self { mean, books, half_powers })
     }
 
     /// Learns codebooks from frames `[n_frames, n_bands]`: k-means with `rounds` rounds on what the codebooks
@@ -62,17 +52,12 @@ impl ResidualQuantizer {
         seed: u64,
     ) -> Result<Self, PlanError> {
         let mut rng = Rng::new(seed);
-        let finite = (0..frames.nrows())
-            .filter(|&i| frames.row(i).iter().all(|x| x.is_finite()))
-            .collect();
+        let finite = (0..frames.nrows()).filter(|&i| frames.row(i).iter().all(|x| x.is_finite())).collect();
         let mut left = frames.select(Axis(0), &choose(finite, MAX_FIT_FRAMES, &mut rng));
         let mean = left.mean_axis(Axis(0)).ok_or(PlanError::NoFrames)?;
         left -= &mean;
         // Refuses impossible numbers before any work; the books are filled in below.
-        let mut quantizer = Self::new(
-            mean,
-            Array3::zeros((n_codebooks, n_entries, frames.ncols())),
-        )?;
+        let mut quantizer = Self::new(mean, Array3::zeros((n_codebooks, n_entries, frames.ncols())))?;
         for codebook in 0..n_codebooks {
             let centres = k_means(left.view(), n_entries, rounds, &mut rng);
             let half_powers = centres.map_axis(Axis(1), half_power);
@@ -80,10 +65,7 @@ impl ResidualQuantizer {
             for (mut row, nearest) in left.rows_mut().into_iter().zip(nearest) {
                 row -= &centres.row(nearest);
             }
-            quantizer
-                .books
-                .index_axis_mut(Axis(0), codebook)
-                .assign(&centres);
+            quantizer.books.index_axis_mut(Axis(0), codebook).assign(&centres);
             quantizer.half_powers.row_mut(codebook).assign(&half_powers);
         }
         Ok(quantizer)
@@ -100,22 +82,13 @@ impl ResidualQuantizer {
     /// When `bands` is not `n_bands` long.
     pub fn encode(&self, bands: &[f32]) -> Result<Vec<u16>, PlanError> {
         if bands.len() != self.n_bands() {
-            return Err(PlanError::BandCount {
-                expected: self.n_bands(),
-                got: bands.len(),
-            });
+            return Err(PlanError::BandCount { expected: self.n_bands(), got: bands.len() });
         }
-        let mut left: Vec<f32> = bands
-            .iter()
-            .zip(&self.mean)
-            .map(|(x, mean)| x - mean)
-            .collect();
+        let mut left: Vec<f32> = bands.iter().zip(&self.mean).map(|(x, mean)| x - mean).collect();
         let mut tokens = Vec::with_capacity(self.books.len_of(Axis(0)));
         for (entries, half_powers) in self.books.outer_iter().zip(self.half_powers.outer_iter()) {
             let token = nearest(&left, entries, half_powers);
-            left.iter_mut()
-                .zip(entries.row(token))
-                .for_each(|(x, entry)| *x -= entry);
+            left.iter_mut().zip(entries.row(token)).for_each(|(x, entry)| *x -= entry);
             tokens.push(token as u16);
         }
         Ok(tokens)
@@ -128,15 +101,9 @@ impl ResidualQuantizer {
     pub fn encode_all(&self, plan: ArrayView2<f32>) -> Result<Array2<u16>, PlanError> {
         let plan = plan.as_standard_layout();
         let frames: Vec<_> = plan.outer_iter().collect();
-        let tokens = frames
-            .par_iter()
-            .map(|bands| self.encode(&bands.to_vec()))
-            .collect::<Result<Vec<_>, _>>()?;
+        let tokens = frames.par_iter().map(|bands| self.encode(&bands.to_vec())).collect::<Result<Vec<_>, _>>()?;
         let n_codebooks = self.books.len_of(Axis(0));
-        Ok(Array2::from_shape_fn(
-            (frames.len(), n_codebooks),
-            |(frame, codebook)| tokens[frame][codebook],
-        ))
+        Ok(Array2::from_shape_fn((frames.len(), n_codebooks), |(frame, codebook)| tokens[frame][codebook]))
     }
 
     /// The bands that a frame's tokens stand for, `[n_bands]`.
@@ -146,25 +113,14 @@ impl ResidualQuantizer {
     pub fn decode(&self, tokens: &[u16]) -> Result<Vec<f32>, PlanError> {
         let (n_codebooks, n_entries, _) = self.books.dim();
         if tokens.len() != n_codebooks {
-            return Err(PlanError::TokenCount {
-                expected: n_codebooks,
-                got: tokens.len(),
-            });
+            return Err(PlanError::TokenCount { expected: n_codebooks, got: tokens.len() });
         }
         let mut bands = self.mean.to_vec();
-        for (codebook, (&token, entries)) in tokens.iter().zip(self.books.outer_iter()).enumerate()
-        {
+        for (codebook, (&token, entries)) in tokens.iter().zip(self.books.outer_iter()).enumerate() {
             if usize::from(token) >= n_entries {
-                return Err(PlanError::Token {
-                    token,
-                    codebook,
-                    n_entries,
-                });
+                return Err(PlanError::Token { token, codebook, n_entries });
             }
-            bands
-                .iter_mut()
-                .zip(entries.row(token.into()))
-                .for_each(|(x, entry)| *x += entry);
+            bands.iter_mut().zip(entries.row(token.into())).for_each(|(x, entry)| *x += entry);
         }
         Ok(bands)
     }
@@ -191,16 +147,10 @@ fn k_means(frames: ArrayView2<f32>, n_centres: usize, rounds: usize, rng: &mut R
         let mut sums = Array2::<f64>::zeros(centres.raw_dim());
         let mut counts = vec![0usize; n_centres];
         for (frame, centre) in frames.outer_iter().zip(assign(frames, centres.view())) {
-            sums.row_mut(centre)
-                .zip_mut_with(&frame, |sum, &x| *sum += f64::from(x));
+            sums.row_mut(centre).zip_mut_with(&frame, |sum, &x| *sum += f64::from(x));
             counts[centre] += 1;
         }
-        for ((mut centre, sum), count) in centres
-            .rows_mut()
-            .into_iter()
-            .zip(sums.outer_iter())
-            .zip(counts)
-        {
+        for ((mut centre, sum), count) in centres.rows_mut().into_iter().zip(sums.outer_iter()).zip(counts) {
             if count > 0 {
                 centre.zip_mut_with(&sum, |x, sum| *x = (sum / count as f64) as f32);
             } else {
@@ -215,9 +165,7 @@ fn k_means(frames: ArrayView2<f32>, n_centres: usize, rounds: usize, rng: &mut R
 fn assign(frames: ArrayView2<f32>, centres: ArrayView2<f32>) -> Vec<usize> {
     let half_powers = centres.map_axis(Axis(1), half_power);
     let rows: Vec<_> = frames.outer_iter().collect();
-    rows.par_iter()
-        .map(|row| nearest(&row.to_vec(), centres, half_powers.view()))
-        .collect()
+    rows.par_iter().map(|row| nearest(&row.to_vec(), centres, half_powers.view())).collect()
 }
 
 /// The entry nearest to `x`, by `|entry|^2 / 2 - x . entry`; of equals the first.
@@ -225,10 +173,7 @@ fn nearest(x: &[f32], entries: ArrayView2<f32>, half_powers: ArrayView1<f32>) ->
     let mut best = (0, f32::INFINITY);
     for (i, (entry, half_power)) in entries.outer_iter().zip(half_powers).enumerate() {
         let distance = half_power
-            - entry.as_slice().map_or_else(
-                || entry.dot(&ArrayView1::from(x)),
-                |entry| dot::<f32, 16>(x, entry),
-            );
+            - entry.as_slice().map_or_else(|| entry.dot(&ArrayView1::from(x)), |entry| dot::<f32, 16>(x, entry));
         if distance < best.1 {
             best = (i, distance);
         }

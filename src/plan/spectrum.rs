@@ -44,10 +44,7 @@ impl Spectrum {
         config.validate(sample_rate)?;
         let (rise, hop) = (config.window - config.hop, config.hop);
         let ramp = |n: usize| (0..n).map(move |i| FRAC_PI_2 * (i as f64 + 0.5) / n as f64);
-        let window: Vec<f64> = ramp(rise)
-            .map(f64::sin)
-            .chain(ramp(hop).map(f64::cos))
-            .collect();
+        let window: Vec<f64> = ramp(rise).map(f64::sin).chain(ramp(hop).map(f64::cos)).collect();
         let bin_hz = f64::from(sample_rate) / config.window as f64;
         let centres = band_centres(config, bin_hz);
         let n_bins = config.window / 2 + 1;
@@ -56,12 +53,8 @@ impl Spectrum {
             hop,
             energy: window.iter().map(|w| w * w).sum(),
             window,
-            bands: (0..centres.len())
-                .map(|band| triangle(&centres, band, bin_hz, n_bins))
-                .collect(),
-            bins: (0..n_bins)
-                .map(|bin| neighbours(&centres, bin as f64 * bin_hz))
-                .collect(),
+            bands: (0..centres.len()).map(|band| triangle(&centres, band, bin_hz, n_bins)).collect(),
+            bins: (0..n_bins).map(|bin| neighbours(&centres, bin as f64 * bin_hz)).collect(),
             fourier: Fourier::new(config.window),
         })
     }
@@ -87,14 +80,10 @@ impl Spectrum {
     pub fn analyse(&self, samples: &[f32]) -> Array2<f32> {
         let mut plan = Array2::zeros((samples.len() / self.hop, self.n_bands()));
         if let Some(rows) = plan.as_slice_mut() {
-            rows.par_chunks_exact_mut(self.n_bands())
-                .enumerate()
-                .for_each_init(
-                    || self.fourier.workspace(),
-                    |work, (frame, bands)| {
-                        self.analyse_frame(&samples[..(frame + 1) * self.hop], work, bands)
-                    },
-                );
+            rows.par_chunks_exact_mut(self.n_bands()).enumerate().for_each_init(
+                || self.fourier.workspace(),
+                |work, (frame, bands)| self.analyse_frame(&samples[..(frame + 1) * self.hop], work, bands),
+            );
         }
         plan
     }
@@ -115,11 +104,7 @@ impl Spectrum {
         }
         self.fourier.power(work);
         for (band, (first, weights)) in bands.iter_mut().zip(&self.bands) {
-            let power: f64 = weights
-                .iter()
-                .zip(&work.power[*first..])
-                .map(|(w, p)| w * p)
-                .sum();
+            let power: f64 = weights.iter().zip(&work.power[*first..]).map(|(w, p)| w * p).sum();
             *band = ((power + FLOOR).ln() * UNITS_PER_NEPER) as f32;
         }
     }
@@ -131,23 +116,12 @@ impl Spectrum {
     ///
     /// # Errors
     /// When `bands` is no frame of this plan, or the window determines fewer than `order` lags.
-    pub fn autocorrelation(
-        &self,
-        bands: &[f32],
-        order: usize,
-        lag_window_hz: f64,
-    ) -> Result<Vec<f64>, PlanError> {
+    pub fn autocorrelation(&self, bands: &[f32], order: usize, lag_window_hz: f64) -> Result<Vec<f64>, PlanError> {
         if bands.len() != self.n_bands() {
-            return Err(PlanError::BandCount {
-                expected: self.n_bands(),
-                got: bands.len(),
-            });
+            return Err(PlanError::BandCount { expected: self.n_bands(), got: bands.len() });
         }
         if order > self.window.len() / 2 {
-            return Err(PlanError::Order {
-                order,
-                window: self.window.len(),
-            });
+            return Err(PlanError::Order { order, window: self.window.len() });
         }
         let mut work = self.fourier.workspace();
         for (power, &(below, above, weight)) in work.power.iter_mut().zip(&self.bins) {
@@ -157,11 +131,7 @@ impl Spectrum {
         self.fourier.autocorrelation(&mut work);
         let blur = TAU * lag_window_hz / f64::from(self.sample_rate);
         let lag_window = |lag: usize| (-0.5 * (blur * lag as f64).powi(2)).exp() / self.energy;
-        let mut r: Vec<f64> = work.block[..=order]
-            .iter()
-            .enumerate()
-            .map(|(k, r)| r * lag_window(k))
-            .collect();
+        let mut r: Vec<f64> = work.block[..=order].iter().enumerate().map(|(k, r)| r * lag_window(k)).collect();
         r[0] = r[0] * (1.0 + WHITE.0) + WHITE.1;
         Ok(r)
     }
@@ -170,43 +140,29 @@ impl Spectrum {
 /// Centres of the bands, Hz.
 fn band_centres(config: &PlanConfig, bin_hz: f64) -> Vec<f64> {
     let spacing = BANDS_PER_OCTAVE.recip().exp2();
-    std::iter::successors(Some(config.lowest_hz), |&hz| {
-        Some((hz * spacing).max(hz + bin_hz))
-    })
-    .take_while(|&hz| hz < config.highest_hz)
-    .collect()
+    std::iter::successors(Some(config.lowest_hz), |&hz| Some((hz * spacing).max(hz + bin_hz)))
+        .take_while(|&hz| hz < config.highest_hz)
+        .collect()
 }
 
 /// Weights of a band: a triangle over the bins between its neighbours' centres, of sum 1.
 fn triangle(centres: &[f64], band: usize, bin_hz: f64, n_bins: usize) -> (usize, Vec<f64>) {
     let centre = centres[band];
-    let low = if band == 0 {
-        centre - bin_hz
-    } else {
-        centres[band - 1]
-    };
+    let low = if band == 0 { centre - bin_hz } else { centres[band - 1] };
     let high = centres.get(band + 1).copied().unwrap_or(centre * 1.03);
     let weight = |bin: usize| {
         let hz = bin as f64 * bin_hz;
-        ((hz - low) / (centre - low))
-            .min((high - hz) / (high - centre))
-            .max(0.0)
+        ((hz - low) / (centre - low)).min((high - hz) / (high - centre)).max(0.0)
     };
     let weights: Vec<f64> = (0..n_bins).map(weight).collect();
     let sum: f64 = weights.iter().sum();
     match weights.iter().position(|&w| w > 0.0) {
         Some(first) => {
-            let end = weights
-                .iter()
-                .rposition(|&w| w > 0.0)
-                .map_or(n_bins, |last| last + 1);
+            let end = weights.iter().rposition(|&w| w > 0.0).map_or(n_bins, |last| last + 1);
             (first, weights[first..end].iter().map(|w| w / sum).collect())
         }
         // Narrower than a bin and between two: the nearest one.
-        None => (
-            ((centre / bin_hz).round() as usize).min(n_bins - 1),
-            vec![1.0],
-        ),
+        None => (((centre / bin_hz).round() as usize).min(n_bins - 1), vec![1.0]),
     }
 }
 

@@ -8,8 +8,8 @@ use rayon::prelude::*;
 
 use super::{Observer, TrainError, TrainEvent, TrainSettings};
 use crate::audio::decode::decode_file;
-use crate::audio::resample::resample;
 use crate::audio::level;
+use crate::audio::resample::resample;
 use crate::codec::{Codec, Token};
 use crate::plan::{DB_PER_UNIT, PlanConfig, ResidualQuantizer, Spectrum};
 use crate::rng::Rng;
@@ -135,12 +135,15 @@ impl Dataset {
         let rows: Vec<Vec<f32>> = self
             .train
             .par_iter()
-            .map(|r| r.plan(&self.spectrum, &self.codec).rows().into_iter().step_by(stride).flatten().copied().collect())
+            .map(|r| {
+                r.plan(&self.spectrum, &self.codec).rows().into_iter().step_by(stride).flatten().copied().collect()
+            })
             .collect();
         let flat = rows.concat();
         let n_bands = self.spectrum.n_bands();
         let frames = Array2::from_shape_vec((flat.len() / n_bands, n_bands), flat).map_err(candle_core::Error::wrap)?;
-        let quantizer = ResidualQuantizer::fit(frames.view(), config.n_codebooks, config.n_entries, KMEANS_ROUNDS, seed)?;
+        let quantizer =
+            ResidualQuantizer::fit(frames.view(), config.n_codebooks, config.n_entries, KMEANS_ROUNDS, seed)?;
         let (spectrum, codec) = (&self.spectrum, &self.codec);
         let errors: Vec<(f64, usize)> = self
             .train

@@ -87,18 +87,46 @@ pub enum Part {
 #[derive(Clone, Debug)]
 pub enum TrainEvent {
     /// A file that could not be used, and why.
-    Skipped { path: PathBuf, why: String },
+    Skipped {
+        path: PathBuf,
+        why: String,
+    },
     /// Files read: hours for training and validation.
-    Data { train_files: usize, train_hours: f64, validation_files: usize, validation_hours: f64 },
+    Data {
+        train_files: usize,
+        train_hours: f64,
+        validation_files: usize,
+        validation_hours: f64,
+    },
     /// Codebooks fitted; what quantising leaves, dB rms.
-    Codebooks { error_db: f32 },
+    Codebooks {
+        error_db: f32,
+    },
     /// `bits` per frame (plan) or per sample (wave), averaged over the last steps.
-    Step { part: Part, step: usize, done: f64, bits: f64, units_per_s: f64, elapsed: Duration },
+    Step {
+        part: Part,
+        step: usize,
+        done: f64,
+        bits: f64,
+        units_per_s: f64,
+        elapsed: Duration,
+    },
     /// On held-out pieces.
-    Validation { part: Part, step: usize, bits: f64 },
+    Validation {
+        part: Part,
+        step: usize,
+        bits: f64,
+    },
     /// One setting tried in free run.
-    Calibration { settings: GenerationSettings, adherence_db: f32, bias_db: f32, chosen: bool },
-    Saved { path: PathBuf },
+    Calibration {
+        settings: GenerationSettings,
+        adherence_db: f32,
+        bias_db: f32,
+        chosen: bool,
+    },
+    Saved {
+        path: PathBuf,
+    },
 }
 
 /// Receives [`TrainEvent`]s.

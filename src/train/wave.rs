@@ -105,7 +105,9 @@ impl Maker<'_> {
         let top = (codec.levels() - 1) as f32;
         let heard: Vec<_> = tokens
             .iter()
-            .map(|&t| if noise > 0.0 { (f32::from(t) + noise * rng.normal()).round().clamp(0.0, top) as u16 } else { t })
+            .map(
+                |&t| if noise > 0.0 { (f32::from(t) + noise * rng.normal()).round().clamp(0.0, top) as u16 } else { t },
+            )
             .collect();
         excerpt(self.settings, self.data, quantised.then_some(self.quantizer), &tokens, &heard, before, self.history)
     }
