@@ -1,20 +1,17 @@
 //! Turns any audio file that symphonia reads into interleaved f32 samples, block by block.
 
-use std::io::{self, Read};
+use std::io;
 use std::ops::Range;
 use std::path::Path;
 
-use symphonia::core::audio::GenericAudioBufferRef;
-use symphonia::core::codecs::CodecParameters;
-use symphonia::core::codecs::audio::{AudioDecoder, AudioDecoderOptions, well_known as codecs};
+use symphonia::core::codecs::audio::AudioDecoder;
 use symphonia::core::errors::Error;
-use symphonia::core::formats::probe::Hint;
-use symphonia::core::formats::well_known::{FORMAT_ID_ADTS, FORMAT_ID_CAF, FORMAT_ID_ISOMP4, FORMAT_ID_MP3};
+use symphonia::core::formats::well_known::{FORMAT_ID_ADTS, FORMAT_ID_MP3};
 use symphonia::core::formats::{FormatReader, Track, TrackType};
-use symphonia::core::io::{MediaSource, MediaSourceStream, ReadOnlySource};
 use symphonia::core::packet::Packet;
 
-use super::trim::{self, EditList, Keep};
+use super::container::{choose_track, guarded, probe, stated_range, stored_format};
+use super::trim::{self, Keep};
 use super::{AudioError, AudioSource, Clip, Result, SampleFormat, WavPrompt};
 
 /// What a file says about its audio, checked against its first decoded samples.
@@ -96,7 +93,7 @@ impl Decoder {
             frames_per_tick: (1, 1),
             spec,
             float_pcm: false,
-            keep: vec![0..u64::MAX],
+            keep: trim::only(0..u64::MAX),
             position: 0,
             n_frames: 0,
             block: Vec::new(),
@@ -132,8 +129,8 @@ impl Decoder {
             _ => track.num_frames,
         };
         let kept = match prompt {
-            Some(prompt) => Some(vec![0..prompt.n_frames]),
-            None => self.stated_range(track),
+            Some(prompt) => Some(trim::only(0..prompt.n_frames)),
+            None => stated_range(self.format.as_mut(), track, &self.source, first.sample_rate, &mut self.warnings),
         };
         self.spec.n_frames = match &kept {
             Some(keep) if keep.iter().all(|range| range.end < u64::MAX) => Some(n_kept(keep)),
@@ -145,7 +142,7 @@ impl Decoder {
             self.warnings
                 .push(format!("the file is truncated: {missing_s:.3} s of what its header states are missing"));
         }
-        self.keep = kept.unwrap_or_else(|| vec![0..u64::MAX]);
+        self.keep = kept.unwrap_or_else(|| trim::only(0..u64::MAX));
         self.take_block()?;
         self.waiting = !self.block.is_empty() || self.fill()?;
         if !self.waiting {
@@ -161,36 +158,6 @@ impl Decoder {
             (n, None) => format!(" (all {n} packets are damaged)"),
         };
         AudioError::NoSamples { path: self.source.name().into(), detail }
-    }
-
-    /// The ranges that the container states and symphonia does not apply.
-    fn stated_range(&mut self, track: &Track) -> Option<Keep> {
-        match self.format.format_info().format {
-            FORMAT_ID_ISOMP4 => {
-                let edits = EditList::read(&mut io::BufReader::new(self.source.file().ok()?), track.id)?;
-                // Fragments come on top of what the header counts.
-                let media_frames = track.num_frames.filter(|&n| n > 0 && !edits.fragmented);
-                let whole = vec![0..media_frames.unwrap_or(u64::MAX)];
-                let keep = edits.keep(self.spec.sample_rate, media_frames);
-                if keep.is_none() {
-                    self.warnings.push("the file's edit list is not a plain excerpt: all of its audio is used".into());
-                }
-                if let Some(keep) = keep.filter(|keep| *keep != whole) {
-                    return Some(keep);
-                }
-                let metadata = self.format.metadata();
-                let tags = metadata.current().map_or(&[][..], |revision| &revision.media.tags);
-                let comment = tags.iter().find(|tag| tag.raw.key.contains("iTunSMPB"));
-                let by_comment = comment.and_then(|tag| trim::keep_by_itunes_comment(&tag.raw.value.to_string()));
-                Some(by_comment.unwrap_or(whole))
-            }
-            FORMAT_ID_CAF => {
-                let delay = u64::from(track.delay?);
-                let length = track.num_frames.unwrap_or(u64::MAX);
-                Some(vec![delay..delay.saturating_add(length)])
-            }
-            _ => None,
-        }
     }
 
     /// What the file is.
@@ -221,7 +188,7 @@ impl Decoder {
     }
 
     /// Frames handed out so far.
-    pub fn position(&self) -> u64 {
+    pub fn n_frames(&self) -> u64 {
         self.n_frames
     }
 
@@ -288,7 +255,7 @@ impl Decoder {
     /// Decodes the next good packet of the track into `block`; None at the end.
     fn decode_packet(&mut self) -> Result<Option<Decoded>> {
         while !self.ended {
-            let packet = match self.format.next_packet() {
+            let packet = match guarded(|| self.format.next_packet()) {
                 Ok(Some(packet)) => packet,
                 Ok(None) => break,
                 Err(Error::IoError(error)) if error.kind() != io::ErrorKind::UnexpectedEof => {
@@ -311,8 +278,8 @@ impl Decoder {
             if packet.track_id != self.track_id {
                 continue;
             }
-            match self.decoder.decode(&packet) {
-                Ok(buffer) if buffer.is_empty() => {}
+            match guarded(|| self.decoder.decode(&packet)) {
+                Ok(buffer) if buffer.is_empty() || buffer.num_planes() == 0 => {}
                 Ok(buffer) => {
                     buffer.copy_to_vec_interleaved(&mut self.block);
                     let (sample_rate, channels) = (buffer.spec().rate(), buffer.spec().channels().count());
@@ -336,26 +303,6 @@ struct Decoded {
     channels: usize,
 }
 
-/// The precision that a lossless codec stores.
-fn stored_format(decoder: &dyn AudioDecoder) -> Option<SampleFormat> {
-    let codec = decoder.codec_info().short_name;
-    if !codec.starts_with("pcm_") && !matches!(codec, "flac" | "alac") {
-        return None;
-    }
-    let params = decoder.codec_params();
-    // ALAC's cookie states its bits after the packet length and a version byte.
-    let alac_bits = || params.extra_data.as_ref().filter(|_| codec == "alac")?.get(5).map(|&bits| bits.into());
-    let bits = params.bits_per_sample.or_else(alac_bits).unwrap_or(32);
-    match (decoder.last_decoded(), bits) {
-        (GenericAudioBufferRef::F32(_), _) => Some(SampleFormat::F32),
-        (GenericAudioBufferRef::F64(_), _) => Some(SampleFormat::F64),
-        (_, ..=8) => Some(SampleFormat::U8),
-        (_, ..=16) => Some(SampleFormat::I16),
-        (_, ..=24) => Some(SampleFormat::I24),
-        _ => Some(SampleFormat::I32),
-    }
-}
-
 fn n_kept(keep: &[Range<u64>]) -> u64 {
     keep.iter().map(|range| range.end - range.start).sum()
 }
@@ -363,75 +310,6 @@ fn n_kept(keep: &[Range<u64>]) -> u64 {
 fn frames_of(packet: &Packet, (numer, denom): (u64, u64)) -> u64 {
     let frames = u128::from(packet.block_dur().get()) * u128::from(numer) / u128::from(denom);
     u64::try_from(frames).unwrap_or(u64::MAX)
-}
-
-/// The default audio track, or where it has no decoder the first that has one.
-fn choose_track(source: &AudioSource, format: &dyn FormatReader) -> Result<(Track, Box<dyn AudioDecoder>)> {
-    let registry = symphonia::default::get_codecs();
-    let default = format.default_track(TrackType::Audio).map(|track| track.id);
-    let mut tracks: Vec<&Track> = format.tracks().iter().collect();
-    tracks.sort_by_key(|track| Some(track.id) != default);
-    let mut refusal = AudioError::NoAudioTrack { path: source.name().into() };
-    for track in tracks {
-        let Some(CodecParameters::Audio(params)) = &track.codec_params else {
-            continue;
-        };
-        match registry.make_audio_decoder(params, &AudioDecoderOptions::default()) {
-            Ok(decoder) => return Ok((track.clone(), decoder)),
-            Err(error) if matches!(refusal, AudioError::NoAudioTrack { .. }) => {
-                let codec = match registry.get_audio_decoder(params.codec) {
-                    Some(known) => {
-                        format!("this kind of {} ({error})", known.codec.info.short_name)
-                    }
-                    None => unsupported_name(params.codec).to_string(),
-                };
-                refusal = AudioError::UnsupportedCodec { path: source.name().into(), codec };
-            }
-            Err(_) => {}
-        }
-    }
-    Err(refusal)
-}
-
-/// Opens the container. A plain WAV is presented under a plain header, because of all the headers in the wild (RF64,
-/// unknown or wrong lengths, odd `fmt ` chunks) our own reader accepts more; its last packet is filled up with zeros,
-/// which [`Decoder`] does not hand out.
-fn probe(source: &AudioSource, prompt: Option<&WavPrompt>) -> Result<Box<dyn FormatReader>> {
-    let media: Box<dyn MediaSource> = match prompt {
-        Some(prompt) => {
-            let header = io::Cursor::new(prompt.format.plain_header());
-            let longest_packet = 1 << 20;
-            Box::new(ReadOnlySource::new(header.chain(prompt.data()?).chain(io::repeat(0).take(longest_packet))))
-        }
-        None => Box::new(source.file()?),
-    };
-    let stream = MediaSourceStream::new(media, Default::default());
-    let probe = symphonia::default::get_probe();
-    probe.probe(&Hint::new(), stream, Default::default(), Default::default()).map_err(|error| AudioError::NotAudio {
-        path: source.name().into(),
-        reason: match error {
-            Error::IoError(error) if error.kind() == io::ErrorKind::UnexpectedEof => "it ends too soon".into(),
-            Error::Unsupported(what) if what.contains("no suitable format") => "no known format".into(),
-            Error::Unsupported(what) | Error::DecodeError(what) => what.into(),
-            error => error.to_string(),
-        },
-    })
-}
-
-/// Names of codecs that symphonia recognises in containers but does not decode.
-fn unsupported_name(codec: symphonia::core::codecs::audio::AudioCodecId) -> &'static str {
-    match codec {
-        codecs::CODEC_ID_OPUS => "Opus",
-        codecs::CODEC_ID_SPEEX => "Speex",
-        codecs::CODEC_ID_AC3 => "AC-3",
-        codecs::CODEC_ID_EAC3 => "E-AC-3",
-        codecs::CODEC_ID_AC4 => "AC-4",
-        codecs::CODEC_ID_DCA => "DTS",
-        codecs::CODEC_ID_TRUEHD => "TrueHD",
-        codecs::CODEC_ID_WAVPACK => "WavPack",
-        codecs::CODEC_ID_WMA => "WMA",
-        _ => "this codec's",
-    }
 }
 
 /// Decodes a whole file (`-`: standard input) into memory.
@@ -477,7 +355,7 @@ pub fn decode_tail(source: &AudioSource, max_s: f64) -> Result<Tail> {
     samples.drain(..samples.len().saturating_sub(max_samples));
     Ok(Tail {
         clip: Clip { samples, channels, sample_rate },
-        total_frames: decoder.position(),
+        total_frames: decoder.n_frames,
         damaged_packets: decoder.damaged_packets,
         warnings: decoder.warnings,
         spec: decoder.spec,

@@ -4,18 +4,23 @@
 //! |---|---|---|
 //! | [`source`] | a path or `-` (standard input) | a seekable file with a name for messages |
 //! | [`decode`] | any file symphonia reads | interleaved f32 blocks, a [`Clip`], or its [`decode::Tail`] |
+//! | `container` | bytes | symphonia's demuxer and decoder |
 //! | [`trim`] | encoder delay and padding, edit lists | the ranges of decoded frames to keep |
 //! | [`resample`] | mono samples at one rate | mono samples at another, delay compensated |
+//! | [`level`] | samples | the gain to the level that models know |
 //! | [`wav`] | a WAV header | format and the exact range of its data bytes |
+//! | [`wav_writer`] | prompt bytes and f32 samples | a WAV file or stream |
 //!
 //! Nothing here knows about tokens, models or the command line.
 
+mod container;
 pub mod decode;
 pub mod level;
 pub mod resample;
 pub mod source;
 pub mod trim;
 pub mod wav;
+pub mod wav_writer;
 
 use std::io;
 
@@ -23,6 +28,7 @@ pub use decode::{Decoder, Tail, decode_file, decode_tail};
 pub use resample::{StreamResampler, resample};
 pub use source::AudioSource;
 pub use wav::{SampleFormat, WavFormat, WavPrompt};
+pub use wav_writer::WavWriter;
 
 /// Audio held in memory.
 #[derive(Clone, Debug, PartialEq)]
@@ -74,7 +80,7 @@ pub enum AudioError {
         source: io::Error,
     },
     /// A directory was given where a file is needed.
-    #[error("{path}: is a directory; give an audio file")]
+    #[error("{path}: is a directory; give the name of a file")]
     Directory {
         /// The directory.
         path: String,

@@ -9,6 +9,11 @@ use std::ops::Range;
 /// Frames to keep of what the decoder makes, in ascending order; frame 0 is the decoder's first.
 pub type Keep = Vec<Range<u64>>;
 
+/// Keeps one range.
+pub fn only(range: Range<u64>) -> Keep {
+    std::iter::once(range).collect()
+}
+
 /// The edits of one track of an ISO/MP4 file (ISO/IEC 14496-12, 8.6.6).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EditList {
@@ -38,7 +43,7 @@ impl EditList {
         let end = n_frames.unwrap_or(u64::MAX);
         let tick = frames(1, self.movie_timescale) + 1;
         if self.edits.is_empty() {
-            return Some(vec![0..end]);
+            return Some(only(0..end));
         }
         let mut keep: Keep = Vec::new();
         for &(duration, start) in &self.edits {
@@ -64,7 +69,7 @@ impl EditList {
 pub fn keep_by_itunes_comment(comment: &str) -> Option<Keep> {
     let mut fields = comment.split_whitespace().skip(1).map(|field| u64::from_str_radix(field, 16));
     let (delay, _padding, length) = (fields.next()?.ok()?, fields.next()?.ok()?, fields.next()?.ok()?);
-    (length > 0).then(|| vec![delay..delay.saturating_add(length)])
+    (length > 0).then(|| only(delay..delay.saturating_add(length)))
 }
 
 /// Removes from `block` (interleaved, its first frame is frame `position`) all frames that are not kept.
@@ -215,10 +220,10 @@ mod tests {
     #[test]
     fn an_edit_skips_the_encoder_delay_and_ends_with_the_media() {
         // 1 s declared in milliseconds of a media of 1024 + 44,101 frames: the odd frame is kept.
-        assert_eq!(edit_list(&[(1000, 1024)]).keep(44100, Some(45125)), Some(vec![1024..45125]));
-        assert_eq!(edit_list(&[(0, 2112)]).keep(44100, None), Some(vec![2112..u64::MAX]));
-        assert_eq!(edit_list(&[]).keep(44100, Some(5)), Some(vec![0..5]));
-        assert_eq!(edit_list(&[(500, -1), (100, 0)]).keep(44100, Some(44100)), Some(vec![0..4410]));
+        assert_eq!(edit_list(&[(1000, 1024)]).keep(44100, Some(45125)), Some(only(1024..45125)));
+        assert_eq!(edit_list(&[(0, 2112)]).keep(44100, None), Some(only(2112..u64::MAX)));
+        assert_eq!(edit_list(&[]).keep(44100, Some(5)), Some(only(0..5)));
+        assert_eq!(edit_list(&[(500, -1), (100, 0)]).keep(44100, Some(44100)), Some(only(0..4410)));
     }
 
     #[test]
@@ -251,7 +256,7 @@ mod tests {
     #[test]
     fn the_itunes_comment_gives_delay_and_length() {
         let comment = " 00000000 00000840 000001CA 00000000000AC7F6 00000000";
-        assert_eq!(keep_by_itunes_comment(comment), Some(vec![0x840..0x840 + 0xac7f6]));
+        assert_eq!(keep_by_itunes_comment(comment), Some(only(0x840..0x840 + 0xac7f6)));
         assert_eq!(keep_by_itunes_comment("nonsense"), None);
     }
 

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom, Take};
 use std::str::FromStr;
 
-use super::{AudioSource, Result};
+use super::{AudioError, AudioSource, Result};
 
 /// How one sample is stored in a WAV file; all are little-endian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -122,7 +122,7 @@ impl WavFormat {
         self.channels * self.sample_format.bytes()
     }
 
-    /// Reads the body of a `fmt ` chunk; None if it is not linear PCM or float in whole bytes.
+    /// Reads the body of a `fmt ` chunk; None if it is not linear PCM or float, samples side by side in whole bytes.
     fn parse(chunk: Vec<u8>) -> Option<Self> {
         const EXTENSIBLE: u16 = 0xfffe;
         // What follows the tag in KSDATAFORMAT_SUBTYPE_PCM and KSDATAFORMAT_SUBTYPE_IEEE_FLOAT.
@@ -216,7 +216,7 @@ impl WavPrompt {
     /// Data of declared size 0 or 0xFFFFFFFF (a pipe's WAV) goes to the end of the file.
     ///
     /// # Errors
-    /// The file cannot be read.
+    /// The file cannot be read, or its PCM samples are narrower than their containers.
     pub fn open(source: &AudioSource) -> Result<Option<Self>> {
         let file = source.file()?;
         let file_bytes = file.metadata().map_err(|error| source.io_error(error))?.len();
@@ -229,6 +229,9 @@ impl WavPrompt {
             }
             Ok(None) => Ok(None),
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                Err(AudioError::NotAudio { path: source.name().into(), reason: error.to_string() })
+            }
             Err(error) => Err(source.io_error(error)),
         }
     }
@@ -273,6 +276,9 @@ fn find_data(file: &mut (impl Read + Seek), file_bytes: u64) -> io::Result<Optio
             b"fmt " => {
                 let mut chunk = Vec::new();
                 file.take(bytes.min(0xffff)).read_to_end(&mut chunk)?;
+                if has_gaps(&chunk) {
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, "samples narrower than their containers"));
+                }
                 format = WavFormat::parse(chunk);
             }
             b"ds64" => {
@@ -299,6 +305,15 @@ fn find_data(file: &mut (impl Read + Seek), file_bytes: u64) -> io::Result<Optio
         }
         file.seek(SeekFrom::Start(start + bytes.next_multiple_of(2)))?;
     }
+}
+
+/// Whether a `fmt ` chunk of PCM samples declares containers wider than they need, as in 24 bits in 4 bytes: where in
+/// them the bits are, no standard says.
+fn has_gaps(chunk: &[u8]) -> bool {
+    let u16_at =
+        |at: usize| chunk.get(at..at + 2).map_or(0, |bytes| usize::from(bytes[0]) | usize::from(bytes[1]) << 8);
+    let (tag, channels, frame_bytes, bits) = (u16_at(0), u16_at(2), u16_at(12), u16_at(14));
+    tag == 1 && channels > 0 && frame_bytes > channels * bits.div_ceil(8)
 }
 
 fn u32_of(bytes: &[u8]) -> u32 {

@@ -1,0 +1,218 @@
+//! Turns a prompt's data bytes and f32 samples into a WAV, sample by sample as hound writes them.
+
+use std::io::{self, Seek, SeekFrom, Write};
+
+use hound::Sample;
+
+use super::{AudioError, Result, SampleFormat, WavFormat, WavPrompt};
+
+/// The most data that the 32-bit lengths of a WAV file can state, with room for the header and whole frames.
+const MOST_FILE_BYTES: u64 = 0xffff_ffff - 0x1_0000;
+
+/// Writes a WAV whose samples all have one format. Whatever was written, it can be finished at any time.
+pub struct WavWriter<W: Write> {
+    out: W,
+    // For messages.
+    name: String,
+    format: WavFormat,
+    data_bytes: u64,
+    most_bytes: u64,
+    // Samples on their way to bytes.
+    bytes: Vec<u8>,
+}
+
+impl<W: Write> WavWriter<W> {
+    /// Starts a stream of unknown length: its header states 0xFFFFFFFF bytes. `name` is for messages.
+    ///
+    /// # Errors
+    /// `out` cannot be written.
+    pub fn stream(out: W, name: &str, format: WavFormat) -> Result<Self> {
+        Self::start(out, name, format, u64::MAX)
+    }
+
+    fn start(mut out: W, name: &str, format: WavFormat, most_bytes: u64) -> Result<Self> {
+        let written = out.write_all(&format.header(None));
+        let name = name.to_string();
+        let writer = Self { out, name, format, data_bytes: 0, most_bytes, bytes: Vec::new() };
+        writer.checked(written)?;
+        Ok(writer)
+    }
+
+    /// Copies the data bytes of `prompt` as they are, in constant memory.
+    ///
+    /// # Errors
+    /// The prompt has shrunk or cannot be read, `out` cannot be written, or the data would not fit into a WAV file.
+    ///
+    /// # Panics
+    /// The prompt's format is not this writer's.
+    pub fn copy_prompt(&mut self, prompt: &WavPrompt) -> Result<()> {
+        assert_eq!(prompt.format, self.format, "a prompt's bytes go into a WAV of its own format");
+        self.make_room(prompt.data_bytes())?;
+        let copied = io::copy(&mut prompt.data()?, &mut self.out);
+        let copied = self.checked(copied)?;
+        self.data_bytes += copied;
+        if copied < prompt.data_bytes() {
+            return Err(self.error(io::Error::other("the prompt became shorter while it was copied")));
+        }
+        Ok(())
+    }
+
+    /// Appends interleaved samples, whole frames of them; integers are rounded and clipped.
+    ///
+    /// # Errors
+    /// `out` cannot be written, or the data would not fit into a WAV file.
+    ///
+    /// # Panics
+    /// Not a whole number of frames.
+    pub fn write(&mut self, interleaved: &[f32]) -> Result<()> {
+        assert_eq!(interleaved.len() % self.format.channels, 0, "samples come in whole frames");
+        self.make_room((interleaved.len() * self.format.sample_format.bytes()) as u64)?;
+        self.bytes.clear();
+        for &sample in interleaved {
+            let encoded = encode(sample, self.format.sample_format, &mut self.bytes);
+            encoded.map_err(|error| self.error(io::Error::other(error)))?;
+        }
+        let written = self.out.write_all(&self.bytes);
+        self.checked(written)?;
+        self.data_bytes += self.bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Passes buffered bytes on.
+    ///
+    /// # Errors
+    /// `out` cannot be written.
+    pub fn flush(&mut self) -> Result<()> {
+        let flushed = self.out.flush();
+        self.checked(flushed)
+    }
+
+    /// Ends the data and gives `out` back.
+    ///
+    /// # Errors
+    /// `out` cannot be written.
+    pub fn finish(mut self) -> Result<W> {
+        self.end_data()?;
+        Ok(self.out)
+    }
+
+    fn end_data(&mut self) -> Result<()> {
+        // Chunks are padded to an even length.
+        if self.data_bytes % 2 == 1 {
+            let written = self.out.write_all(&[0]);
+            self.checked(written)?;
+        }
+        self.flush()
+    }
+
+    fn make_room(&self, bytes: u64) -> Result<()> {
+        if self.data_bytes.saturating_add(bytes) > self.most_bytes {
+            return Err(AudioError::TooLong { path: self.name.clone() });
+        }
+        Ok(())
+    }
+
+    fn checked<T>(&self, result: io::Result<T>) -> Result<T> {
+        result.map_err(|source| self.error(source))
+    }
+
+    fn error(&self, source: io::Error) -> AudioError {
+        AudioError::Io { path: self.name.clone(), source }
+    }
+}
+
+impl<W: Write + Seek> WavWriter<W> {
+    /// Starts a WAV file of at most 4 GiB; [`Self::finish_file`] writes its lengths. `name` is for messages.
+    ///
+    /// # Errors
+    /// `out` cannot be written.
+    pub fn file(out: W, name: &str, format: WavFormat) -> Result<Self> {
+        Self::start(out, name, format, MOST_FILE_BYTES)
+    }
+
+    /// Ends the data, completes the header and gives `out` back.
+    ///
+    /// # Errors
+    /// `out` cannot be written.
+    pub fn finish_file(mut self) -> Result<W> {
+        self.end_data()?;
+        let header = self.format.header(Some(self.data_bytes as u32));
+        let written = self.out.seek(SeekFrom::Start(0)).and_then(|_| self.out.write_all(&header));
+        self.checked(written)?;
+        self.flush()?;
+        Ok(self.out)
+    }
+}
+
+/// Appends one sample's little-endian bytes.
+fn encode(sample: f32, format: SampleFormat, bytes: &mut Vec<u8>) -> hound::Result<()> {
+    match format {
+        SampleFormat::F32 => sample.write(bytes, 32),
+        SampleFormat::F64 => {
+            bytes.extend_from_slice(&f64::from(sample).to_le_bytes());
+            Ok(())
+        }
+        integer => {
+            let full_scale = f64::from(1u32 << (integer.bits() - 1));
+            let level = (f64::from(sample) * full_scale).round().clamp(-full_scale, full_scale - 1.0);
+            (level as i32).write(bytes, integer.bits())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Cursor;
+
+    fn written(format: SampleFormat, samples: &[f32]) -> Vec<u8> {
+        let format = WavFormat::new(16000, 1, format);
+        let mut writer = WavWriter::file(Cursor::new(Vec::new()), "memory", format).unwrap();
+        writer.write(samples).unwrap();
+        writer.finish_file().unwrap().into_inner()
+    }
+
+    #[test]
+    fn integers_are_rounded_and_clipped() {
+        let samples = [0.0, 1.0, -1.0, 2.0, -2.0, 0.75 / 32768.0, -0.25 / 32768.0];
+        let file = written(SampleFormat::I16, &samples);
+        let values: Vec<i16> = file[44..].chunks(2).map(|b| i16::from_le_bytes([b[0], b[1]])).collect();
+        assert_eq!(values, [0, 32767, -32768, 32767, -32768, 1, 0]);
+        assert_eq!(written(SampleFormat::U8, &[0.0, 1.0, -1.0])[44..], [128, 255, 0, 0]);
+    }
+
+    #[test]
+    fn a_file_is_what_hound_would_have_written() {
+        let samples: Vec<f32> = (0..99).map(|i| (i as f32 * 0.37).sin()).collect();
+        for format in [SampleFormat::U8, SampleFormat::I16, SampleFormat::I24, SampleFormat::I32, SampleFormat::F32] {
+            let mut reader = hound::WavReader::new(Cursor::new(written(format, &samples))).unwrap();
+            assert_eq!(reader.duration(), 99, "{format}");
+            let mut rewritten = Cursor::new(Vec::new());
+            let mut writer = hound::WavWriter::new(&mut rewritten, reader.spec()).unwrap();
+            match format {
+                SampleFormat::F32 => reader.samples::<f32>().for_each(|s| writer.write_sample(s.unwrap()).unwrap()),
+                _ => reader.samples::<i32>().for_each(|s| writer.write_sample(s.unwrap()).unwrap()),
+            }
+            writer.finalize().unwrap();
+            // Hound does not pad odd data.
+            let mut rewritten = rewritten.into_inner();
+            let data_bytes = 99 * format.bytes();
+            if data_bytes % 2 == 1 {
+                rewritten.push(0);
+                let riff_bytes = rewritten.len() as u32 - 8;
+                rewritten[4..8].copy_from_slice(&riff_bytes.to_le_bytes());
+            }
+            assert!(rewritten == written(format, &samples), "{format}");
+        }
+    }
+
+    #[test]
+    fn a_file_of_more_than_its_lengths_can_state_is_refused_and_still_finishes() {
+        let format = WavFormat::new(48000, 2, SampleFormat::I16);
+        let mut writer = WavWriter::start(Cursor::new(Vec::new()), "memory", format, 8).unwrap();
+        writer.write(&[0.5; 4]).unwrap();
+        assert!(matches!(writer.write(&[0.5; 2]), Err(AudioError::TooLong { .. })));
+        let file = writer.finish_file().unwrap().into_inner();
+        assert_eq!(hound::WavReader::new(Cursor::new(file)).unwrap().duration(), 2);
+    }
+}
