@@ -54,3 +54,67 @@ pub(super) fn predict(rising: &[f32], recent: &[f32]) -> f32 {
     let forecast = dot::<f32, 16>(rising, recent);
     if forecast.is_nan() { 0.0 } else { forecast.clamp(-1.0, 1.0) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Solves the normal equations `sum_j r[|i - j|] a[j] = r[i + 1]` by Gaussian elimination with pivoting.
+    fn solve_normal_equations(r: &[f64], order: usize) -> Vec<f64> {
+        let mut rows: Vec<Vec<f64>> =
+            (0..order).map(|i| (0..order).map(|j| r[i.abs_diff(j)]).chain([r[i + 1]]).collect()).collect();
+        for i in 0..order {
+            let pivot = (i..order).max_by(|&a, &b| rows[a][i].abs().total_cmp(&rows[b][i].abs())).unwrap();
+            rows.swap(i, pivot);
+            let row = rows[i].clone();
+            for other in (0..order).filter(|&j| j != i) {
+                let factor = rows[other][i] / row[i];
+                rows[other].iter_mut().zip(&row).for_each(|(x, y)| *x -= factor * y);
+            }
+        }
+        (0..order).map(|i| rows[i][order] / rows[i][i]).collect()
+    }
+
+    #[test]
+    fn a_known_process_is_found_again() {
+        // x[n] = 1.6 x[n-1] - 0.8 x[n-2] + e: r[1] = 1.6 / 1.8 r[0], then the process's own recursion.
+        let mut r = vec![1.0, 1.6 / 1.8];
+        for lag in 2..=20 {
+            r.push(1.6 * r[lag - 1] - 0.8 * r[lag - 2]);
+        }
+        let prediction = levinson(&r, 20);
+        for (k, &a) in prediction.coefficients.iter().enumerate() {
+            let expected = [1.6, -0.8].get(k).copied().unwrap_or(0.0);
+            assert!((a - expected).abs() < 1e-6, "coefficient {k}: {a}, expected {expected}");
+        }
+        let innovation = r[0] - 1.6 * r[1] + 0.8 * r[2];
+        assert!((prediction.residual_power - innovation).abs() < 1e-12);
+    }
+
+    #[test]
+    fn what_is_no_autocorrelation_gives_no_forecast() {
+        for r in [[0.0; 5], [f64::NAN; 5], [-1.0, 0.5, 0.0, 0.0, 0.0]] {
+            let prediction = levinson(&r, 4);
+            assert_eq!(prediction, Prediction { coefficients: vec![0.0; 4], residual_power: 0.0 }, "{r:?}");
+        }
+        assert_eq!(levinson(&[2.0], 0).residual_power, 2.0);
+        assert_eq!(predict(&[1.0], &[f32::NAN]), 0.0);
+        assert_eq!(predict(&[9.0], &[-0.5]), -1.0);
+    }
+
+    proptest! {
+        #[test]
+        fn recursion_equals_the_direct_solution(block in prop::collection::vec(-1f64..1.0, 80), order in 1usize..40) {
+            let mut r = autocorrelation(&block, order);
+            r[0] += 1e-3;
+            let prediction = levinson(&r, order);
+            let direct = solve_normal_equations(&r, order);
+            for (k, (&a, &b)) in prediction.coefficients.iter().zip(&direct).enumerate() {
+                prop_assert!((f64::from(a) - b).abs() < 1e-6 * (1.0 + b.abs()), "coefficient {k}: {a}, expected {b}");
+            }
+            let power = r[0] - direct.iter().zip(&r[1..]).map(|(a, r)| a * r).sum::<f64>();
+            prop_assert!((prediction.residual_power - power).abs() < 1e-9 * r[0]);
+        }
+    }
+}

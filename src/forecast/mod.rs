@@ -183,3 +183,132 @@ pub fn forecasts(
     }
     Ok(out)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Rng;
+    use ndarray::Array2;
+
+    fn spectrum() -> Spectrum {
+        let config = PlanConfig { hop: 128, window: 512, ..PlanConfig::default() };
+        Spectrum::new(16_000, &config).unwrap()
+    }
+
+    fn config() -> ForecastConfig {
+        ForecastConfig { order: 24, past_window: 512, past_hop: 32, planned_order: 40, lag_window_hz: 4.0 }
+    }
+
+    /// Two notes in noise, and their plan, whose last frame is cut short.
+    fn excerpt(n_samples: usize) -> (Vec<f32>, Array2<f32>) {
+        let mut rng = Rng::new(6);
+        let tone = |n: usize, hz: f32| (n as f32 * hz * std::f32::consts::TAU / 16_000.0).sin();
+        let sample = |n| 0.2 * tone(n, 440.0) + 0.2 * tone(n, 660.0) + 0.02 * rng.normal();
+        let samples: Vec<f32> = (0..n_samples.next_multiple_of(128)).map(sample).collect();
+        let plan = spectrum().analyse(&samples);
+        (samples[..n_samples].to_vec(), plan)
+    }
+
+    fn bits(values: &[f32]) -> Vec<u32> {
+        values.iter().map(|x| x.to_bits()).collect()
+    }
+
+    #[test]
+    fn whole_excerpt_equals_the_streams_bit_for_bit() {
+        let (samples, plan) = excerpt(2000);
+        let whole = forecasts(&samples, plan.view(), &spectrum(), &config()).unwrap();
+        let mut past = PastForecast::new(&config()).unwrap();
+        let mut planned = PlannedForecast::new(&config()).unwrap();
+        let mut streamed = Forecasts::default();
+        for (n, &sample) in samples.iter().enumerate() {
+            if n % 128 == 0 {
+                // Saved and restored between frames, as sessions are.
+                planned = serde_json::from_str(&serde_json::to_string(&planned).unwrap()).unwrap();
+                planned.begin_frame(&spectrum(), &plan.row(n / 128).to_vec()).unwrap();
+            }
+            streamed.past.push(past.forecast());
+            streamed.planned.push(planned.forecast());
+            streamed.log_scale.push(planned.log_scale());
+            past.push(sample);
+            planned.push(sample);
+        }
+        assert_eq!(bits(&whole.past), bits(&streamed.past));
+        assert_eq!(bits(&whole.planned), bits(&streamed.planned));
+        assert_eq!(bits(&whole.log_scale), bits(&streamed.log_scale));
+    }
+
+    #[test]
+    fn a_sample_moves_only_the_forecasts_after_it() {
+        let (samples, plan) = excerpt(1600);
+        let before = forecasts(&samples, plan.view(), &spectrum(), &config()).unwrap();
+        for t in [0, 31, 32, 700, 1023, 1598] {
+            let mut changed = samples.clone();
+            changed[t] += 0.25;
+            let after = forecasts(&changed, plan.view(), &spectrum(), &config()).unwrap();
+            assert_eq!(before.log_scale, after.log_scale, "sample {t}");
+            for (before, after) in [(&before.past, &after.past), (&before.planned, &after.planned)] {
+                assert_eq!(bits(&before[..=t]), bits(&after[..=t]), "sample {t}");
+            }
+            assert_ne!(before.planned[t + 1], after.planned[t + 1], "sample {t}");
+        }
+    }
+
+    #[test]
+    fn a_plan_frame_moves_only_its_own_samples() {
+        let (samples, plan) = excerpt(1600);
+        let before = forecasts(&samples, plan.view(), &spectrum(), &config()).unwrap();
+        for frame in [0, 4, 12] {
+            let mut changed = plan.clone();
+            changed[[frame, 3]] += 1.0;
+            let after = forecasts(&samples, changed.view(), &spectrum(), &config()).unwrap();
+            assert_eq!(before.past, after.past);
+            for n in 0..samples.len() {
+                let moved = before.log_scale[n] != after.log_scale[n] || before.planned[n] != after.planned[n];
+                assert_eq!(moved, n / 128 == frame, "frame {frame}, sample {n}");
+            }
+        }
+    }
+
+    #[test]
+    fn forecasts_of_steady_notes_leave_little_over() {
+        let (samples, plan) = excerpt(8000);
+        let whole = forecasts(&samples, plan.view(), &spectrum(), &config()).unwrap();
+        let power = |forecast: &[f32]| (4000..8000).map(|n| (samples[n] - forecast[n]).powi(2)).sum::<f32>() / 4000.0;
+        let silence = power(&[0.0; 8000]);
+        assert!(power(&whole.past) < 0.05 * silence && power(&whole.planned) < 0.3 * silence);
+        // The planned scale is the size of what the planned forecast leaves over, within a factor of two.
+        let mean_error = (4000..8000).map(|n| (samples[n] - whole.planned[n]).abs()).sum::<f32>() / 4000.0;
+        let off = whole.log_scale[6000] - mean_error.ln();
+        assert!(off.abs() < 0.7, "{off}");
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_its_values() {
+        let (default, plan) = (ForecastConfig::default(), PlanConfig::default());
+        assert_eq!(default.validate(&plan), Ok(()));
+        for (bad, said) in [
+            (ForecastConfig { order: 4096, ..default.clone() }, "order 4096"),
+            (ForecastConfig { order: 0, ..default.clone() }, "order 0"),
+            (ForecastConfig { past_hop: 0, ..default.clone() }, "hop 0"),
+            (ForecastConfig { planned_order: 0, ..default.clone() }, "got 0"),
+            (ForecastConfig { lag_window_hz: f64::NAN, ..default.clone() }, "NaN"),
+        ] {
+            let message = bad.validate(&plan).unwrap_err().to_string();
+            assert!(message.contains(said), "{message}");
+            assert!(PastForecast::new(&bad).is_err() && PlannedForecast::new(&bad).is_err());
+        }
+        for (bad, said) in [
+            (ForecastConfig { past_hop: 96, ..default.clone() }, "hop 96 does not divide the plan's hop 512"),
+            (ForecastConfig { planned_order: 1025, ..default.clone() }, "order 1025"),
+        ] {
+            let message = bad.validate(&plan).unwrap_err().to_string();
+            assert!(message.contains(said), "{message}");
+        }
+        let (samples, plan) = excerpt(1600);
+        let short = forecasts(&samples, plan.slice_axis(ndarray::Axis(0), (..12).into()), &spectrum(), &config());
+        assert_eq!(short, Err(ForecastError::FrameCount { expected: 13, got: 12, n_samples: 1600 }));
+        let narrow = forecasts(&samples, plan.slice_axis(ndarray::Axis(1), (1..).into()), &spectrum(), &config());
+        assert!(matches!(narrow, Err(ForecastError::Plan(PlanError::BandCount { .. }))));
+        assert_eq!(forecasts(&[], plan.view(), &spectrum(), &config()), Ok(Forecasts::default()));
+    }
+}

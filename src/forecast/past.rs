@@ -148,3 +148,127 @@ impl Estimator {
         coefficients
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::lpc::autocorrelation;
+    use super::*;
+    use crate::rng::Rng;
+
+    fn small() -> ForecastConfig {
+        ForecastConfig { order: 12, past_window: 192, past_hop: 16, ..ForecastConfig::default() }
+    }
+
+    fn noise(n: usize) -> Vec<f32> {
+        let mut rng = Rng::new(4);
+        (0..n).map(|_| 0.3 * rng.normal()).collect()
+    }
+
+    #[test]
+    fn fast_autocorrelation_equals_the_definition() {
+        for config in [small(), ForecastConfig::default(), ForecastConfig { order: 99, past_window: 100, ..small() }] {
+            let mut estimator = Estimator::new(&config);
+            let samples = noise(config.past_window);
+            let windowed: Vec<f64> = samples.iter().zip(&estimator.window).map(|(&x, w)| f64::from(x) * w).collect();
+            let direct = autocorrelation(&windowed, config.order);
+            for (lag, (fast, direct)) in estimator.autocorrelation(&samples).iter().zip(&direct).enumerate() {
+                let error = (*fast - direct).abs() / windowed.iter().map(|x| x * x).sum::<f64>();
+                assert!(error < 1e-14, "window {}, lag {lag}: {fast}, expected {direct}", config.past_window);
+            }
+        }
+    }
+
+    #[test]
+    fn coefficients_are_those_of_the_window_before_the_last_hop() {
+        let config = small();
+        let samples = noise(1000);
+        let mut stream = PastForecast::new(&config).unwrap();
+        for (n, &sample) in samples.iter().enumerate() {
+            let got = stream.forecast();
+            stream.push(sample);
+            // The definition, without stream, transform or recursion's state.
+            let end = n - n % config.past_hop;
+            let at = |t: usize, end: usize| (end + t).checked_sub(192).map_or(0.0, |t| f64::from(samples[t]));
+            let window = |i: usize| match i {
+                0..180 => (FRAC_PI_2 * (i as f64 + 0.5) / 180.0).sin(),
+                _ => (FRAC_PI_2 * (i as f64 - 180.0 + 0.5) / 12.0).cos(),
+            };
+            let block: Vec<f64> = (0..192).map(|i| at(i, end) * window(i)).collect();
+            let mut r = autocorrelation(&block, config.order);
+            r[0] = r[0] * (1.0 + 1e-7) + 1e-6;
+            let coefficients = levinson(&r, config.order).coefficients;
+            let expected: f64 = coefficients.iter().enumerate().map(|(k, &a)| f64::from(a) * at(191 - k, n)).sum();
+            assert!((f64::from(got) - expected).abs() < 1e-5, "sample {n}: {got}, expected {expected}");
+        }
+    }
+
+    #[test]
+    fn a_process_is_forecast_down_to_its_innovation() {
+        let mut rng = Rng::new(8);
+        let mut samples = vec![0.0f32; 2];
+        for n in 2..12_000 {
+            let next = 1.6 * samples[n - 1] - 0.8 * samples[n - 2] + 0.01 * rng.normal();
+            samples.push(next);
+        }
+        let config = ForecastConfig { order: 16, past_window: 2048, ..ForecastConfig::default() };
+        let mut stream = PastForecast::new(&config).unwrap();
+        let errors: Vec<f32> = samples
+            .iter()
+            .map(|&sample| {
+                let error = sample - stream.forecast();
+                stream.push(sample);
+                error
+            })
+            .collect();
+        let power = errors[4000..].iter().map(|e| e * e).sum::<f32>() / 8000.0;
+        assert!((0.95e-4..1.06e-4).contains(&power), "{power}");
+    }
+
+    #[test]
+    fn a_restored_stream_goes_on_bit_for_bit() {
+        let samples = noise(3000);
+        let mut stream = PastForecast::new(&small()).unwrap();
+        // Pushed without a forecast: coefficients are computed when first asked for.
+        let mut late = stream.clone();
+        samples[..1399].iter().for_each(|&sample| late.push(sample));
+        for (n, &sample) in samples.iter().enumerate() {
+            let forecast = stream.forecast();
+            if n >= 1399 {
+                assert_eq!(late.forecast().to_bits(), forecast.to_bits(), "sample {n}");
+                late.push(sample);
+            }
+            stream.push(sample);
+            if n % 97 == 0 {
+                let saved = serde_json::to_string(&stream).unwrap();
+                stream = serde_json::from_str(&saved).unwrap();
+                assert_eq!(serde_json::to_string(&stream).unwrap(), saved, "sample {n}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_damaged_state_is_refused() {
+        let stream = PastForecast::new(&small()).unwrap();
+        for (part, damage) in [
+            ("history", serde_json::json!([0.0])),
+            ("coefficients", serde_json::json!([])),
+            ("age", serde_json::json!(16)),
+        ] {
+            let mut state = serde_json::to_value(&stream).unwrap();
+            state[part] = damage;
+            let error = serde_json::from_value::<PastForecast>(state).err().expect(part).to_string();
+            assert!(error.contains("damaged forecast state"), "{part}: {error}");
+        }
+    }
+
+    #[test]
+    fn samples_that_are_no_numbers_pass() {
+        let mut stream = PastForecast::new(&small()).unwrap();
+        stream.push(f32::NAN);
+        for sample in noise(1000) {
+            assert!(stream.forecast().abs() <= 1.0);
+            stream.push(sample);
+        }
+        assert_ne!(stream.forecast(), 0.0);
+    }
+}

@@ -195,3 +195,80 @@ fn choose(mut indices: Vec<usize>, n: usize, rng: &mut Rng) -> Vec<usize> {
     indices.truncate(n);
     indices
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Frames around a few centres, `[n, 24]`.
+    fn frames(n: usize, seed: u64) -> Array2<f32> {
+        let mut rng = Rng::new(seed);
+        let centres = Array2::from_shape_fn((9, 24), |_| 2.0 * rng.normal());
+        Array2::from_shape_fn((n, 24), |(i, band)| centres[[i % 9, band]] + 0.5 * rng.normal())
+    }
+
+    fn rms_error(quantizer: &ResidualQuantizer, plan: &Array2<f32>) -> f32 {
+        let heard = quantizer.decode_all(quantizer.encode_all(plan.view()).unwrap().view()).unwrap();
+        (heard - plan).mapv(|x| x * x).mean().unwrap().sqrt()
+    }
+
+    #[test]
+    fn each_codebook_brings_the_frames_nearer() {
+        let plan = frames(2000, 1);
+        let errors: Vec<f32> =
+            (1..=4).map(|n| rms_error(&ResidualQuantizer::fit(plan.view(), n, 16, 12, 5).unwrap(), &plan)).collect();
+        assert!(errors.windows(2).all(|pair| pair[1] < 0.97 * pair[0]), "{errors:?}");
+        assert!(errors[0] < 0.6, "{errors:?}");
+    }
+
+    #[test]
+    fn the_fit_is_the_same_on_any_number_of_threads() {
+        let plan = frames(1500, 2);
+        let fit_on = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| ResidualQuantizer::fit(plan.view(), 2, 32, 6, 9).unwrap())
+        };
+        let one = fit_on(1);
+        assert_eq!(one, fit_on(3));
+        assert_ne!(one, ResidualQuantizer::fit(plan.view(), 2, 32, 6, 10).unwrap());
+    }
+
+    #[test]
+    fn frames_fewer_than_entries_are_kept_exactly() {
+        let plan = frames(10, 3);
+        let quantizer = ResidualQuantizer::fit(plan.view(), 1, 64, 12, 0).unwrap();
+        assert!(rms_error(&quantizer, &plan) < 1e-6);
+    }
+
+    #[test]
+    fn tokens_name_the_nearest_entries_and_one_frame_is_coded_like_many() {
+        let plan = frames(300, 4);
+        let quantizer = ResidualQuantizer::fit(plan.view(), 3, 16, 4, 0).unwrap();
+        let tokens = quantizer.encode_all(plan.view()).unwrap();
+        for (bands, tokens) in plan.outer_iter().zip(tokens.outer_iter()) {
+            assert_eq!(quantizer.encode(&bands.to_vec()).unwrap(), tokens.to_vec());
+            let mut left = &bands - &quantizer.mean;
+            for (book, &token) in quantizer.books.outer_iter().zip(tokens) {
+                let distance = |entry: ArrayView1<f32>| (&left - &entry).mapv(|x| x * x).sum();
+                let least = book.outer_iter().map(distance).fold(f32::INFINITY, f32::min);
+                assert!(distance(book.row(token.into())) <= least + 1e-4);
+                left -= &book.row(token.into());
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_its_values() {
+        let plan = frames(50, 5);
+        let quantizer = ResidualQuantizer::fit(plan.view(), 2, 8, 1, 0).unwrap();
+        assert_eq!(quantizer.encode(&[0.0; 23]), Err(PlanError::BandCount { expected: 24, got: 23 }));
+        assert_eq!(quantizer.decode(&[0]), Err(PlanError::TokenCount { expected: 2, got: 1 }));
+        assert_eq!(quantizer.decode(&[7, 8]), Err(PlanError::Token { token: 8, codebook: 1, n_entries: 8 }));
+        let shapes = ResidualQuantizer::new(Array1::zeros(4), Array3::zeros((2, 8, 5)));
+        assert!(matches!(shapes, Err(PlanError::BookShape { n_bands: 4, .. })));
+        let not_finite = Array2::from_elem((5, 24), f32::NAN);
+        assert_eq!(ResidualQuantizer::fit(not_finite.view(), 2, 8, 1, 0), Err(PlanError::NoFrames));
+        assert!(ResidualQuantizer::fit(plan.view(), 0, 8, 1, 0).is_err());
+        assert!(ResidualQuantizer::fit(plan.view(), 2, 0, 1, 0).is_err());
+    }
+}

@@ -178,3 +178,138 @@ fn neighbours(centres: &[f64], hz: f64) -> (usize, usize, f64) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Rng;
+
+    fn noise(n: usize, seed: u64) -> Vec<f32> {
+        let mut rng = Rng::new(seed);
+        (0..n).map(|_| 0.1 * rng.normal()).collect()
+    }
+
+    fn small() -> PlanConfig {
+        PlanConfig { hop: 48, window: 256, lowest_hz: 100.0, highest_hz: 7000.0, ..PlanConfig::default() }
+    }
+
+    #[test]
+    fn default_plan_has_148_bands() {
+        let spectrum = Spectrum::new(16_000, &PlanConfig::default()).unwrap();
+        assert_eq!((spectrum.n_bands(), spectrum.hop()), (148, 512));
+    }
+
+    #[test]
+    fn bands_are_weighted_means_of_a_plain_dft() {
+        let (config, rate) = (small(), 16_000);
+        let spectrum = Spectrum::new(rate, &config).unwrap();
+        let samples = noise(10 * config.hop + 5, 1);
+        let plan = spectrum.analyse(&samples);
+        assert_eq!(plan.dim(), (10, spectrum.n_bands()));
+        let bin_hz = f64::from(rate) / config.window as f64;
+        let centres = band_centres(&config, bin_hz);
+        for (frame, band) in [(0, 0), (0, 7), (3, 1), (9, 20), (9, spectrum.n_bands() - 1)] {
+            let end = (frame + 1) * config.hop;
+            let power = |bin: usize| {
+                let (mut re, mut im) = (0.0, 0.0);
+                for i in 0..config.window {
+                    let Some(t) = (end + i).checked_sub(config.window) else {
+                        continue;
+                    };
+                    let rise = config.window - config.hop;
+                    let window = if i < rise {
+                        (FRAC_PI_2 * (i as f64 + 0.5) / rise as f64).sin()
+                    } else {
+                        (FRAC_PI_2 * ((i - rise) as f64 + 0.5) / config.hop as f64).cos()
+                    };
+                    let angle = TAU * (bin * i) as f64 / config.window as f64;
+                    re += window * f64::from(samples[t]) * angle.cos();
+                    im -= window * f64::from(samples[t]) * angle.sin();
+                }
+                re * re + im * im
+            };
+            let low = if band > 0 { centres[band - 1] } else { centres[0] - bin_hz };
+            let high = *centres.get(band + 1).unwrap_or(&(centres[band] * 1.03));
+            let (mut sum, mut weights) = (0.0, 0.0);
+            for bin in 0..=config.window / 2 {
+                let hz = bin as f64 * bin_hz;
+                let up = (hz - low) / (centres[band] - low);
+                let down = (high - hz) / (high - centres[band]);
+                let weight = up.min(down).max(0.0);
+                sum += weight * power(bin);
+                weights += weight;
+            }
+            let expected = (sum / weights + 1e-4).ln() / 4.0;
+            let got = f64::from(plan[[frame, band]]);
+            assert!((got - expected).abs() < 1e-6, "frame {frame}, band {band}: {got}, expected {expected}");
+        }
+    }
+
+    #[test]
+    fn a_frame_hears_nothing_after_its_end() {
+        let spectrum = Spectrum::new(16_000, &small()).unwrap();
+        let hop = spectrum.hop();
+        let samples = noise(12 * hop, 2);
+        let before = spectrum.analyse(&samples);
+        for t in [0, 5 * hop - 1, 5 * hop, 7 * hop + 13] {
+            let mut changed = samples.clone();
+            changed[t] += 0.5;
+            let after = spectrum.analyse(&changed);
+            for frame in 0..12 {
+                let same = before.row(frame) == after.row(frame);
+                let hears = frame == t / hop || (frame > t / hop && (frame + 1) * hop <= t + 256);
+                assert_eq!(same, !hears, "sample {t}, frame {frame}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_longer_excerpt_begins_with_the_plan_of_a_shorter() {
+        let spectrum = Spectrum::new(16_000, &small()).unwrap();
+        let samples = noise(500, 3);
+        let (all, some) = (spectrum.analyse(&samples), spectrum.analyse(&samples[..301]));
+        assert_eq!(some, all.slice_axis(ndarray::Axis(0), (..6).into()));
+        assert_eq!(spectrum.analyse(&[]).dim(), (0, spectrum.n_bands()));
+    }
+
+    #[test]
+    fn autocorrelation_is_the_cosine_sum_of_the_bins() {
+        let (config, rate) = (small(), 16_000);
+        let spectrum = Spectrum::new(rate, &config).unwrap();
+        let bands: Vec<f32> = (0..spectrum.n_bands()).map(|i| (i as f32 * 0.7).sin() - 0.5).collect();
+        let bin_hz = f64::from(rate) / config.window as f64;
+        let centres = band_centres(&config, bin_hz);
+        let log_power = |hz: f64| {
+            let above = centres.iter().position(|&centre| centre >= hz).unwrap_or(centres.len());
+            let at = |band: usize| 4.0 * f64::from(bands[band]);
+            if above == 0 || above == centres.len() {
+                return at(above.min(centres.len() - 1));
+            }
+            let part = (hz / centres[above - 1]).ln() / (centres[above] / centres[above - 1]).ln();
+            at(above - 1) * (1.0 - part) + at(above) * part
+        };
+        let n = config.window;
+        let got = spectrum.autocorrelation(&bands, 40, 30.0).unwrap();
+        for (lag, &got) in got.iter().enumerate() {
+            let bin = |j: usize| log_power((j.min(n - j) as f64 * bin_hz).max(1.0)).exp();
+            let sum: f64 = (0..n).map(|j| bin(j) * (TAU * (j * lag) as f64 / n as f64).cos()).sum();
+            let blur = (-0.5 * (TAU * 30.0 * lag as f64 / f64::from(rate)).powi(2)).exp();
+            let mut expected = sum / n as f64 / spectrum.energy * blur;
+            if lag == 0 {
+                expected = expected * (1.0 + 1e-7) + 1e-8;
+            }
+            assert!((got - expected).abs() < 1e-12, "lag {lag}: {got}, expected {expected}");
+        }
+    }
+
+    #[test]
+    fn frames_of_another_plan_are_refused() {
+        let spectrum = Spectrum::new(16_000, &small()).unwrap();
+        let n_bands = spectrum.n_bands();
+        let too_few = spectrum.autocorrelation(&vec![0.0; n_bands - 1], 16, 4.0);
+        assert_eq!(too_few, Err(PlanError::BandCount { expected: n_bands, got: n_bands - 1 }));
+        let too_many_lags = spectrum.autocorrelation(&vec![0.0; n_bands], 129, 4.0);
+        assert_eq!(too_many_lags, Err(PlanError::Order { order: 129, window: 256 }));
+        assert!(Spectrum::new(8_000, &PlanConfig::default()).is_err());
+    }
+}
