@@ -1,4 +1,9 @@
 //! Meets the small golden vectors that tests/golden/make_golden.py wrote with the torch experiment.
+//!
+//! signals.safetensors, of two chords at 16 kHz: `tokens` [n], `plan` [n / 512, 148], `past` and `planned` [n] (order
+//! 256, lag window 4 Hz), `log_scale` [n / 512], `planned_sharp` and `log_scale_sharp` (order 512, 1 Hz).
+//! head.safetensors, of some of these samples: `head` [rows, 18], `forecasts` [rows, 2], `log_scale` and `tokens`
+//! [rows], and what they mean: `log_weights`, `means`, `scales` [rows, 6], `nll` [rows] in nats.
 
 use std::path::Path;
 
