@@ -6,7 +6,7 @@
 //! | [`decode`] | any file symphonia reads | interleaved f32 blocks, a [`Clip`], or its [`decode::Tail`] |
 //! | `container` | bytes | symphonia's demuxer and decoder |
 //! | [`trim`] | encoder delay and padding, edit lists | the ranges of decoded frames to keep |
-//! | [`resample`] | mono samples at one rate | mono samples at another, delay compensated |
+//! | [`mod@resample`] | mono samples at one rate | mono samples at another, delay compensated |
 //! | [`level`] | samples | the gain to the level that models know |
 //! | [`wav`] | a WAV header | format and the exact range of its data bytes |
 //! | [`wav_writer`] | prompt bytes and f32 samples | a WAV file or stream |
