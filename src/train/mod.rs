@@ -72,6 +72,8 @@ pub struct TrainSettings {
     pub wave_learning_rate: f64,
     /// Share of the files that is held out, at least one when there are two or more.
     pub validation_share: f64,
+    /// Fit the generation settings in free run at the end (minutes with the reference engine), or leave the defaults.
+    pub calibrate: bool,
     /// For people, kept in the checkpoint.
     pub notes: BTreeMap<String, String>,
 }
@@ -162,7 +164,7 @@ pub fn train(settings: &TrainSettings, observe: &mut Observer) -> Result<Checkpo
         })?;
     }
     let mut checkpoint = snapshot(&plan_optimizer, &wave_optimizer)?;
-    if going.is_continue() {
+    if going.is_continue() && settings.calibrate {
         checkpoint.generation = calibrate::calibrate(&checkpoint, &data, run.observe)?;
     }
     checkpoint.save(&settings.output, settings.precision)?;
