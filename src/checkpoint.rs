@@ -301,10 +301,10 @@ mod tests {
     #[test]
     fn another_version_is_refused() {
         let bytes = tiny().to_bytes(Precision::F32).unwrap();
-        let text = String::from_utf8_lossy(&bytes[..2000]).into_owned();
-        let at = text.find("\"version\":\"1\"").unwrap();
+        let field = b"\"version\":\"1\"";
+        let at = bytes.windows(field.len()).position(|window| window == field).unwrap();
         let mut other = bytes.clone();
-        other[at + 11] = b'9';
+        other[at + field.len() - 2] = b'9';
         let error = Checkpoint::from_bytes(&other, Path::new("future")).unwrap_err();
         assert!(matches!(error, CheckpointError::Version { ref got, .. } if got == "9"), "{error}");
     }

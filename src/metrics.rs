@@ -2,10 +2,10 @@
 //!
 //! Pure functions: nothing here knows about models, engines or files. Levels and distances are in dB.
 
-use ndarray::{Array2, ArrayView1, ArrayView2, Axis, s};
+use ndarray::{Array2, ArrayView1, ArrayView2, Axis, Slice};
 use serde::Serialize;
 
-use crate::plan::{DB_PER_UNIT, Spectrum};
+use crate::plan::{DB_PER_UNIT, PlanError, Spectrum};
 
 /// Bands that carry the tone in [`tonality_db`].
 const STRONGEST: usize = 12;
@@ -50,26 +50,30 @@ pub struct Track {
 
 impl Track {
     /// From plan frames, [n_frames, n_bands].
-    pub fn new(bands: Array2<f32>, spectrum: &Spectrum) -> Self {
-        let level_db = bands
-            .outer_iter()
-            .map(|frame| {
-                let power = spectrum.autocorrelation(&frame.to_vec(), 1, 0.0).map_or(0.0, |r| r[0]);
-                ((10.0 * power.max(1e-12).log10()) as f32).max(SILENCE_DB)
-            })
-            .collect();
-        Self { bands, level_db }
+    ///
+    /// # Errors
+    /// When these are no frames of `spectrum`.
+    pub fn new(bands: Array2<f32>, spectrum: &Spectrum) -> Result<Self, PlanError> {
+        let level = |frame: ArrayView1<f32>| {
+            let power = spectrum.autocorrelation(&frame.to_vec(), 0, 0.0)?[0];
+            Ok(((10.0 * power.max(1e-12).log10()) as f32).max(SILENCE_DB))
+        };
+        let level_db = bands.outer_iter().map(level).collect::<Result<_, PlanError>>()?;
+        Ok(Self { bands, level_db })
     }
 
     /// From the frames of `samples` after those of `context`, which the first ones look back into.
     ///
     /// `context` must end on the frame grid that `samples` continue; what does not fill a last frame is left out.
-    pub fn analyse(context: &[f32], samples: &[f32], spectrum: &Spectrum) -> Self {
+    ///
+    /// # Errors
+    /// None in practice: `spectrum` takes its own frames.
+    pub fn analyse(context: &[f32], samples: &[f32], spectrum: &Spectrum) -> Result<Self, PlanError> {
         let hop = spectrum.hop();
         let whole = context.len() / hop * hop;
         let heard: Vec<f32> = context[context.len() - whole..].iter().chain(samples).copied().collect();
         let bands = spectrum.analyse(&heard);
-        Self::new(bands.slice(s![whole / hop.., ..]).to_owned(), spectrum)
+        Self::new(bands.slice_axis(Axis(0), Slice::from(whole / hop..)).to_owned(), spectrum)
     }
 
     pub fn n_frames(&self) -> usize {
@@ -89,8 +93,8 @@ pub struct Adherence {
 /// Compares re-analysed audio with its plan, both [n_frames, n_bands]; frames that only one has are left out.
 pub fn adherence(heard: ArrayView2<f32>, planned: ArrayView2<f32>) -> Adherence {
     let n = heard.nrows().min(planned.nrows());
-    let difference =
-        (&heard.slice(s![..n, ..]) - &planned.slice(s![..n, ..])).mapv(|d| f64::from(d) * f64::from(DB_PER_UNIT));
+    let first = Slice::from(..n);
+    let difference = (&heard.slice_axis(Axis(0), first) - &planned.slice_axis(Axis(0), first)).mapv(|d| f64::from(d) * f64::from(DB_PER_UNIT));
     let count = difference.len().max(1) as f64;
     Adherence {
         rms_db: (difference.mapv(|d| d * d).sum() / count).sqrt() as f32,
@@ -106,7 +110,7 @@ pub fn tonality_db(bands: ArrayView2<f32>) -> f32 {
         let strongest = &sorted[..STRONGEST.min(sorted.len())];
         strongest.iter().sum::<f32>() / strongest.len().max(1) as f32 - median(&sorted)
     };
-    bands.outer_iter().map(frame_tonality).sum::<f32>() / bands.nrows().max(1) as f32 * DB_PER_UNIT as f32
+    bands.outer_iter().map(frame_tonality).sum::<f32>() / bands.nrows().max(1) as f32 * DB_PER_UNIT
 }
 
 /// Level of audio against a reference over time.
@@ -199,7 +203,7 @@ pub fn failures(samples: &[f32], heard: &Track, planned: &Track, frames_per_seco
     let leaders: Vec<usize> = (0..n).map(leader).collect();
     let stuck = |k: usize| {
         let band = leaders[k];
-        let over = (heard.bands[[k, band]] - planned.bands[[k, band]]) * DB_PER_UNIT as f32;
+        let over = (heard.bands[[k, band]] - planned.bands[[k, band]]) * DB_PER_UNIT;
         over > STUCK_DB && (k == 0 || leaders[k - 1] == band)
     };
     let mut found = Vec::new();
@@ -210,8 +214,7 @@ pub fn failures(samples: &[f32], heard: &Track, planned: &Track, frames_per_seco
         found.push(Failure::Burst);
     }
     if runs(second, &|k| {
-        heard.level_db[k] > AUDIBLE_DB
-            && flatness(heard.bands.row(k)) - flatness(planned.bands.row(k)) > f64::from(NOISE_DB)
+        heard.level_db[k] > AUDIBLE_DB && flatness(heard.bands.row(k)) - flatness(planned.bands.row(k)) > f64::from(NOISE_DB)
     }) {
         found.push(Failure::Noise);
     }
@@ -252,7 +255,7 @@ mod tests {
     use crate::plan::PlanConfig;
 
     fn spectrum() -> Spectrum {
-        Spectrum::new(16_000, &PlanConfig::default())
+        Spectrum::new(16_000, &PlanConfig::default()).unwrap()
     }
 
     fn tone(n: usize, hz: f32, amplitude: f32) -> Vec<f32> {
@@ -269,7 +272,7 @@ mod tests {
     }
 
     fn track(samples: &[f32]) -> Track {
-        Track::analyse(&[], samples, &spectrum())
+        Track::analyse(&[], samples, &spectrum()).unwrap()
     }
 
     #[test]
@@ -291,10 +294,8 @@ mod tests {
 
     #[test]
     fn a_chord_is_tonal_and_noise_is_not() {
-        let chord: Vec<f32> =
-            tone(16_000, 440.0, 0.1).iter().zip(tone(16_000, 660.0, 0.1)).map(|(a, b)| a + b).collect();
-        let (music, hiss) =
-            (tonality_db(track(&chord).bands.view()), tonality_db(track(&noise(16_000, 0.1)).bands.view()));
+        let chord: Vec<f32> = tone(16_000, 440.0, 0.1).iter().zip(tone(16_000, 660.0, 0.1)).map(|(a, b)| a + b).collect();
+        let (music, hiss) = (tonality_db(track(&chord).bands.view()), tonality_db(track(&noise(16_000, 0.1)).bands.view()));
         assert!(music > 20.0 && hiss < 10.0, "chord {music}, noise {hiss}");
     }
 
@@ -302,8 +303,8 @@ mod tests {
     fn context_gives_the_first_frames_their_past() {
         let all = tone(8192, 500.0, 0.2);
         let whole = track(&all);
-        let split = Track::analyse(&all[..4096], &all[4096..], &spectrum());
-        assert_eq!(split.bands, whole.bands.slice(s![8.., ..]));
+        let split = Track::analyse(&all[..4096], &all[4096..], &spectrum()).unwrap();
+        assert_eq!(split.bands, whole.bands.slice_axis(Axis(0), Slice::from(8..)));
     }
 
     #[test]
@@ -324,7 +325,7 @@ mod tests {
         assert_eq!(found(&burst), [Failure::Burst]);
         let noisy: Vec<f32> = planned_samples.iter().zip(noise(48_000, 0.05)).map(|(a, b)| a + b).collect();
         assert_eq!(found(&noisy), [Failure::Noise]);
-        let stuck: Vec<f32> = planned_samples.iter().zip(tone(48_000, 1200.0, 0.06)).map(|(a, b)| a + b).collect();
+        let stuck: Vec<f32> = planned_samples.iter().zip(tone(48_000, 1200.0, 0.12)).map(|(a, b)| a + b).collect();
         assert_eq!(found(&stuck), [Failure::StuckTone]);
         assert!(found(&tone(48_000, 440.0, 1.0)).contains(&Failure::Clipping));
     }

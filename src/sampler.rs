@@ -160,9 +160,10 @@ mod tests {
     }
 
     proptest! {
+        // The outermost edges lie at +-50: infinite for any scale that sound can have.
         #[test]
         fn probabilities_of_all_tokens_sum_to_one(
-            head in prop::collection::vec(-6.0f32..6.0, 18), p in -1.0f32..1.0, q in -1.0f32..1.0, s in -9.0f32..0.0,
+            head in prop::collection::vec(-6.0f32..6.0, 18), p in -1.0f32..1.0, q in -1.0f32..1.0, s in -9.0f32..-2.0,
         ) {
             let codec = Codec::default();
             let m = Mixture::from_head(&head, [p, q], s, &codec);
@@ -176,15 +177,20 @@ mod tests {
             let m = mixture(&head);
             let all = WaveSampling { grain: 1.0, past: 1.0, offset: 1.0 };
             let mut counts = vec![0.0; codec.levels()];
-            let n = 60;
+            let n = 150;
             for i in 0..n {
                 for j in 0..n {
                     let u = [(i as f32 + 0.5) / n as f32, (j as f32 + 0.5) / n as f32];
                     counts[usize::from(m.sample(u, &all, &codec))] += 1.0 / f64::from(n * n);
                 }
             }
-            let distance: f64 = (0..codec.levels()).map(|t| (counts[t] - m.log_prob(t as Token, &codec).exp()).abs()).sum();
-            prop_assert!(distance < 0.2, "total variation {distance}");
+            let (mut drawn, mut expected, mut distance) = (0.0, 0.0, 0.0f64);
+            for t in 0..codec.levels() {
+                drawn += counts[t];
+                expected += m.log_prob(t as Token, &codec).exp();
+                distance = distance.max(f64::abs(drawn - expected));
+            }
+            prop_assert!(distance < 0.02, "the cumulative distributions differ by {distance}");
         }
     }
 

@@ -58,8 +58,7 @@ struct Counters {
     residual_code: Token,
     plan: Vec<Vec<f32>>,
     past: PastForecast,
-    /// Samples that the planned forecast remembers.
-    planned: Vec<f32>,
+    planned: PlannedForecast,
 }
 
 impl ReferenceEngine {
@@ -285,7 +284,7 @@ impl Engine for ReferenceEngine {
             residual_code: stream.wave.residual_code,
             plan: stream.wave.plan.clone(),
             past: stream.past.clone(),
-            planned: stream.planned.heard().to_vec(),
+            planned: stream.planned.clone(),
         };
         let mut tensors: BTreeMap<String, &Tensor> = BTreeMap::new();
         for (name, cache) in stream.caches() {
@@ -357,7 +356,7 @@ impl Engine for ReferenceEngine {
         stream.wave.residual_code = counters.residual_code;
         stream.wave.plan = counters.plan;
         stream.past = counters.past;
-        counters.planned.iter().for_each(|&sample| stream.planned.push(sample));
+        stream.planned = counters.planned;
         self.stream = stream;
         Ok(())
     }

@@ -56,11 +56,6 @@ impl PlannedForecast {
         predict(&self.coefficients, self.history.recent(self.config.planned_order, 0))
     }
 
-    /// The samples that the next forecast is made from, the latest last, `[order]`.
-    pub fn heard(&self) -> &[f32] {
-        self.history.recent(self.config.planned_order, 0)
-    }
-
     /// ln of the mean |residual| that the frame implies.
     pub fn log_scale(&self) -> f32 {
         self.log_scale
