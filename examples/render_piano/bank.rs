@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, bail, ensure};
+use wavegen::audio::decode_file;
 
 use crate::perform::KEYS;
 use crate::pitch::Resampler;
@@ -131,8 +132,9 @@ impl Bank {
 
     /// Decodes a recording, trims it and pitches it to all the keys it serves.
     fn load(&self, sampled_key: i32, path: &Path) -> Result<BTreeMap<i32, Vec<f32>>> {
-        let (samples, sample_rate) = decode(path).with_context(|| format!("decoding {}", path.display()))?;
-        let samples = trim(&samples, sample_rate);
+        let clip = decode_file(path)?;
+        let sample_rate = clip.sample_rate;
+        let samples = trim(&clip.downmix(), sample_rate);
         ensure!(!samples.is_empty(), "{}: a silent recording", path.display());
         // Its own key always, because layers are compared on it.
         let serves = |key: &i32| self.nearest(*key).is_some_and(|(nearest, _)| nearest == sampled_key);
@@ -219,47 +221,18 @@ fn trim(samples: &[f32], sample_rate: u32) -> Vec<f32> {
     trimmed
 }
 
-/// A recording as mono samples, and its sample rate.
-fn decode(path: &Path) -> Result<(Vec<f32>, u32)> {
-    use symphonia::core::codecs::audio::AudioDecoderOptions;
-    use symphonia::core::formats::{FormatOptions, TrackType, probe::Hint};
-    use symphonia::core::{io::MediaSourceStream, meta::MetadataOptions};
-    let stream = MediaSourceStream::new(Box::new(std::fs::File::open(path)?), Default::default());
-    let mut format = symphonia::default::get_probe().probe(
-        &Hint::new(),
-        stream,
-        FormatOptions::default(),
-        MetadataOptions::default(),
-    )?;
-    let track = format.default_track(TrackType::Audio).context("no audio track")?;
-    let parameters = track.codec_params.as_ref().and_then(|p| p.audio()).context("no audio track")?;
-    let track_id = track.id;
-    let sample_rate = parameters.sample_rate.context("no sample rate")?;
-    let mut decoder =
-        symphonia::default::get_codecs().make_audio_decoder(parameters, &AudioDecoderOptions::default())?;
-    let mut mono = Vec::new();
-    let mut block: Vec<f32> = Vec::new();
-    while let Some(packet) = format.next_packet()? {
-        if packet.track_id != track_id {
-            continue;
-        }
-        let buffer = decoder.decode(&packet)?;
-        let n_channels = buffer.spec().channels().count().max(1);
-        block.resize(buffer.samples_interleaved(), 0.0);
-        buffer.copy_to_slice_interleaved(&mut block);
-        mono.extend(block.chunks_exact(n_channels).map(|frame| frame.iter().sum::<f32>() / n_channels as f32));
-    }
-    Ok((mono, sample_rate))
-}
-
 #[cfg(test)]
 pub mod tests {
     use super::*;
 
     /// Writes a small bank: decaying tones on three keys in four layers, from softly to loudly struck.
     pub fn small_bank(folder: &Path) {
-        let spec =
-            hound::WavSpec { channels: 1, sample_rate: 32_000, bits_per_sample: 16, sample_format: hound::SampleFormat::Int };
+        let spec = hound::WavSpec {
+            channels: 1,
+            sample_rate: 32_000,
+            bits_per_sample: 16,
+            sample_format: hound::SampleFormat::Int,
+        };
         for (name, hz) in [("A3", 220.0), ("C4", 261.63), ("Ds4", 311.13)] {
             for layer in 1..=4 {
                 let mut writer = hound::WavWriter::create(folder.join(format!("{name}v{layer}.wav")), spec).unwrap();

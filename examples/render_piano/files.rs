@@ -34,7 +34,9 @@ pub fn find(inputs: &[PathBuf]) -> Result<Vec<Piece>> {
         if input.is_dir() {
             let mut paths = Vec::new();
             walk(input, &mut paths)?;
-            pieces.extend(paths.into_iter().map(|path| Piece::new(path.clone(), path.strip_prefix(input).unwrap_or(&path))));
+            pieces.extend(
+                paths.into_iter().map(|path| Piece::new(path.clone(), path.strip_prefix(input).unwrap_or(&path))),
+            );
         } else {
             std::fs::metadata(input).with_context(|| format!("reading {}", input.display()))?;
             let name = input.file_name().map(PathBuf::from).unwrap_or_default();

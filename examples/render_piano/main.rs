@@ -14,12 +14,14 @@ mod random;
 mod room;
 mod synth;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use rayon::prelude::*;
+use wavegen::audio::{SampleFormat, WavFormat};
+use wavegen::sink::{Sink, WavFileSink};
 
 use bank::Bank;
 use files::{Part, Piece};
@@ -199,25 +201,13 @@ fn fade_out(samples: &mut [f32], sample_rate: u32) {
     }
 }
 
-/// Writes a mono 16-bit WAV under a temporary name and renames it when it is whole.
-fn write_wav(path: &Path, samples: &[f32], sample_rate: u32) -> Result<()> {
-    let spec =
-        hound::WavSpec { channels: 1, sample_rate, bits_per_sample: 16, sample_format: hound::SampleFormat::Int };
-    let unfinished = path.with_extension("wav.part");
-    let mut writer = hound::WavWriter::create(&unfinished, spec)?;
-    for sample in samples {
-        writer.write_sample((sample * 32_767.0).round().clamp(-32_768.0, 32_767.0) as i16)?;
-    }
-    writer.finalize()?;
-    Ok(std::fs::rename(&unfinished, path)?)
-}
-
 /// Renders and writes one piece; its line of the table, the notices, and the seconds rendered.
 fn process(piece: &Piece, bank: &Bank, options: &Options) -> Result<(String, Vec<String>, f64)> {
-    let path = options.output.join(format!("{}.wav", piece.name));
-    ensure!(options.force || !path.exists(), "{} exists; overwrite with --force", path.display());
+    let mut sink = WavFileSink::new(&options.output.join(format!("{}.wav", piece.name)), options.force)?;
     let rendering = render(piece, bank, options)?;
-    write_wav(&path, &rendering.samples, options.sample_rate).with_context(|| format!("writing {}", path.display()))?;
+    sink.start(&WavFormat::new(options.sample_rate, 1, SampleFormat::I16))?;
+    sink.write(&rendering.samples)?;
+    sink.finish()?;
     let duration_s = rendering.samples.len() as f64 / f64::from(options.sample_rate);
     let Style { transpose, tempo, gain_db, room, noise_dbfs } = rendering.style;
     let shown = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.1}"));
@@ -261,7 +251,9 @@ fn main() -> Result<()> {
         .map(|piece| {
             let result = process(piece, &bank, &options);
             match &result {
-                Ok((_, notices, _)) => notices.iter().for_each(|notice| eprintln!("{}: {notice}", piece.path.display())),
+                Ok((_, notices, _)) => {
+                    notices.iter().for_each(|notice| eprintln!("{}: {notice}", piece.path.display()))
+                }
                 Err(error) => eprintln!("skipped {}: {error:#}", piece.path.display()),
             }
             result

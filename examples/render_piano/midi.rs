@@ -76,10 +76,9 @@ fn timeline(smf: &Smf) -> Result<Vec<(f64, Event)>> {
                 TrackEventKind::Midi { channel, message } => {
                     let channel = channel.as_int();
                     match message {
-                        MidiMessage::NoteOn { key, vel } if vel > 0 => Event::On {
-                            voice: (track_index, channel, key.as_int()),
-                            velocity: vel.as_int(),
-                        },
+                        MidiMessage::NoteOn { key, vel } if vel > 0 => {
+                            Event::On { voice: (track_index, channel, key.as_int()), velocity: vel.as_int() }
+                        }
                         MidiMessage::NoteOn { key, .. } | MidiMessage::NoteOff { key, .. } => {
                             Event::Off { voice: (track_index, channel, key.as_int()) }
                         }
@@ -219,12 +218,7 @@ mod tests {
     #[test]
     fn the_pedal_is_down_while_any_channel_holds_it() {
         let pedal = |channel, value| Event::Pedal { channel, value };
-        let played = pair(vec![
-            (0.0, pedal(0, 127)),
-            (1.0, pedal(1, 127)),
-            (2.0, pedal(0, 0)),
-            (3.0, pedal(1, 0)),
-        ]);
+        let played = pair(vec![(0.0, pedal(0, 127)), (1.0, pedal(1, 127)), (2.0, pedal(0, 0)), (3.0, pedal(1, 0))]);
         let moves: Vec<_> = played.pedal.iter().map(|p| (p.time_s, p.value)).collect();
         assert_eq!(moves, [(0.0, 127), (3.0, 0)]);
     }

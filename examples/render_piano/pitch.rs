@@ -1,7 +1,7 @@
 //! Resamples a recorded note by any ratio: band-limited interpolation with a Kaiser-windowed sinc.
 //!
 //! Changing the rate and shifting the pitch are one step here, so a note is filtered once and nothing aliases
-//! into the lower 97 % of the new band. Method: J. O. Smith, "Digital Audio Resampling"; window: Kaiser 1974.
+//! into the lower 97 % of the new band. (The library's resampler takes whole rates; a semitone is no ratio of them.) Method: J. O. Smith, "Digital Audio Resampling"; window: Kaiser 1974.
 
 /// Table rows between two input samples; between rows the kernel is interpolated linearly (error below -100 dB).
 const N_PHASES: usize = 256;

@@ -45,9 +45,10 @@ fn scatter(mut z: u64) -> u64 {
 /// A hash of a name that is the same on every machine and in every version: FNV-1a, then scattered, because FNV alone
 /// gives names that differ in their last letters neighbouring values.
 pub fn hash(name: &str) -> u64 {
-    scatter(name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    }))
+    scatter(
+        name.bytes()
+            .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)),
+    )
 }
 
 #[cfg(test)]
