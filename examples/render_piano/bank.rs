@@ -1,7 +1,7 @@
 //! A folder of recorded notes (`<note>v<layer>.ogg`) as a bank that gives any key at any velocity.
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
 use wavegen::audio::decode_file;
@@ -27,6 +27,8 @@ pub struct Bank {
     sample_rate: u32,
     /// By MIDI note number.
     keys: BTreeMap<i32, SampledKey>,
+    /// By the bits of the ratio; all recordings share a few.
+    resamplers: Mutex<BTreeMap<u64, Arc<Resampler>>>,
 }
 
 struct SampledKey {
@@ -83,7 +85,7 @@ impl Bank {
             let matches = layers.iter().skip(1).map(|_| OnceLock::new()).collect();
             (key, SampledKey { layers, matches })
         });
-        Ok(Self { sample_rate, keys: keys.collect() })
+        Ok(Self { sample_rate, keys: keys.collect(), resamplers: Mutex::default() })
     }
 
     pub fn sample_rate(&self) -> u32 {
@@ -142,9 +144,14 @@ impl Bank {
         let pitch_to = |key: i32| {
             let ratio = 2f64.powf(f64::from(key - sampled_key) / 12.0);
             let step = f64::from(sample_rate) * ratio / f64::from(self.sample_rate);
-            (key, Resampler::new(step).resample(&samples))
+            (key, self.resampler(step).resample(&samples))
         };
         Ok(keys.map(pitch_to).collect())
+    }
+
+    fn resampler(&self, step: f64) -> Arc<Resampler> {
+        let mut resamplers = self.resamplers.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(resamplers.entry(step.to_bits()).or_insert_with(|| Arc::new(Resampler::new(step))))
     }
 }
 
