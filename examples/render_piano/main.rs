@@ -15,6 +15,7 @@ mod room;
 mod synth;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -158,6 +159,9 @@ fn render(piece: &Piece, bank: &Bank, options: &Options) -> Result<Rendering> {
     let mut notices = Vec::new();
     let bytes = std::fs::read(&piece.path)?;
     let mut performance = midi::parse(&bytes)?;
+    if performance.n_damaged_tracks > 0 {
+        notices.push(format!("{} tracks truncated or damaged, read as far as possible", performance.n_damaged_tracks));
+    }
     if performance.n_percussion > 0 {
         notices.push(format!("{} percussion notes left out", performance.n_percussion));
     }
@@ -223,8 +227,17 @@ fn process(piece: &Piece, bank: &Bank, options: &Options) -> Result<(String, Vec
     Ok((line, rendering.notices, duration_s))
 }
 
-fn main() -> Result<()> {
-    let options = Options::parse();
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<()> {
     ensure!(options.tempo.is_finite() && options.tempo > 0.0, "--tempo must be above 0");
     ensure!(options.max_gap >= 0.0, "--max-gap must not be negative");
     ensure!(options.max_seconds.is_none_or(|max_s| max_s > 0.0), "--max-seconds must be above 0");
@@ -249,7 +262,7 @@ fn main() -> Result<()> {
     let results: Vec<_> = pieces
         .par_iter()
         .map(|piece| {
-            let result = process(piece, &bank, &options);
+            let result = process(piece, &bank, options);
             match &result {
                 Ok((_, notices, _)) => {
                     notices.iter().for_each(|notice| eprintln!("{}: {notice}", piece.path.display()))

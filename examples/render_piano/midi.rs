@@ -34,6 +34,8 @@ pub struct Performance {
     pub pedal: Vec<PedalMove>,
     /// Notes of the percussion channel, which a piano does not play.
     pub n_percussion: usize,
+    /// Tracks without an end mark, which are read as far as they can be.
+    pub n_damaged_tracks: usize,
 }
 
 enum Event {
@@ -55,7 +57,11 @@ pub fn parse(bytes: &[u8]) -> Result<Performance> {
     if smf.header.format == Format::Sequential {
         bail!("a format-2 MIDI file holds independent songs; split it first");
     }
-    let performance = pair(timeline(&smf)?);
+    let mut performance = pair(timeline(&smf)?);
+    let is_whole = |track: &midly::Track| {
+        track.last().is_some_and(|event| event.kind == TrackEventKind::Meta(MetaMessage::EndOfTrack))
+    };
+    performance.n_damaged_tracks = smf.tracks.iter().filter(|track| !is_whole(track)).count();
     if performance.notes.is_empty() {
         bail!("no note for a piano in this MIDI file");
     }
@@ -221,6 +227,15 @@ mod tests {
         let played = pair(vec![(0.0, pedal(0, 127)), (1.0, pedal(1, 127)), (2.0, pedal(0, 0)), (3.0, pedal(1, 0))]);
         let moves: Vec<_> = played.pedal.iter().map(|p| (p.time_s, p.value)).collect();
         assert_eq!(moves, [(0.0, 127), (3.0, 0)]);
+    }
+
+    #[test]
+    fn a_truncated_file_is_read_as_far_as_it_goes_and_counted() {
+        let head = b"MThd\0\0\0\x06\0\0\0\x01\0\x60MTrk\0\0\0\x0c";
+        let whole = [&head[..], &[0, 0x90, 60, 64, 96, 0x80, 60, 0, 0, 0xff, 0x2f, 0]].concat();
+        let (read, cut) = (parse(&whole).unwrap(), parse(&whole[..whole.len() - 5]).unwrap());
+        assert_eq!((read.n_damaged_tracks, read.notes[0].off_s), (0, 0.5));
+        assert_eq!((cut.n_damaged_tracks, cut.notes.len()), (1, 1));
     }
 
     #[test]

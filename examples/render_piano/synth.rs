@@ -213,7 +213,7 @@ mod tests {
         let performance = Performance {
             notes: vec![note(0.1, 0.5, 57), note(0.3, 1.4, 60), note(0.9, 1.0, 57), note(1.2, 1.6, 63)],
             pedal: vec![press(0.2, 127), press(1.1, 0)],
-            n_percussion: 0,
+            ..Performance::default()
         };
         let whole = play(&performance, &bank, Pedal::Switch, 0.0..2.0).unwrap();
         let part = play(&performance, &bank, Pedal::Switch, 1.0..2.0).unwrap();
