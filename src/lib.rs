@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 
 pub mod audio;
+pub mod baselines;
 pub mod checkpoint;
 pub mod codec;
 pub(crate) mod dot;

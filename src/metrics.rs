@@ -94,7 +94,8 @@ pub struct Adherence {
 pub fn adherence(heard: ArrayView2<f32>, planned: ArrayView2<f32>) -> Adherence {
     let n = heard.nrows().min(planned.nrows());
     let first = Slice::from(..n);
-    let difference = (&heard.slice_axis(Axis(0), first) - &planned.slice_axis(Axis(0), first)).mapv(|d| f64::from(d) * f64::from(DB_PER_UNIT));
+    let difference = (&heard.slice_axis(Axis(0), first) - &planned.slice_axis(Axis(0), first))
+        .mapv(|d| f64::from(d) * f64::from(DB_PER_UNIT));
     let count = difference.len().max(1) as f64;
     Adherence {
         rms_db: (difference.mapv(|d| d * d).sum() / count).sqrt() as f32,
@@ -214,7 +215,8 @@ pub fn failures(samples: &[f32], heard: &Track, planned: &Track, frames_per_seco
         found.push(Failure::Burst);
     }
     if runs(second, &|k| {
-        heard.level_db[k] > AUDIBLE_DB && flatness(heard.bands.row(k)) - flatness(planned.bands.row(k)) > f64::from(NOISE_DB)
+        heard.level_db[k] > AUDIBLE_DB
+            && flatness(heard.bands.row(k)) - flatness(planned.bands.row(k)) > f64::from(NOISE_DB)
     }) {
         found.push(Failure::Noise);
     }
@@ -294,8 +296,10 @@ mod tests {
 
     #[test]
     fn a_chord_is_tonal_and_noise_is_not() {
-        let chord: Vec<f32> = tone(16_000, 440.0, 0.1).iter().zip(tone(16_000, 660.0, 0.1)).map(|(a, b)| a + b).collect();
-        let (music, hiss) = (tonality_db(track(&chord).bands.view()), tonality_db(track(&noise(16_000, 0.1)).bands.view()));
+        let chord: Vec<f32> =
+            tone(16_000, 440.0, 0.1).iter().zip(tone(16_000, 660.0, 0.1)).map(|(a, b)| a + b).collect();
+        let (music, hiss) =
+            (tonality_db(track(&chord).bands.view()), tonality_db(track(&noise(16_000, 0.1)).bands.view()));
         assert!(music > 20.0 && hiss < 10.0, "chord {music}, noise {hiss}");
     }
 

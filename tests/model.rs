@@ -83,12 +83,7 @@ fn worst(a: &Tensor, b: &Tensor) -> f32 {
 }
 
 /// Head outputs and forecasts of every sample, flat.
-fn distributions(
-    config: &ModelConfig,
-    model: &Model,
-    tokens: &[Token],
-    plan: &Array2<f32>,
-) -> (Vec<f32>, Vec<f32>) {
+fn distributions(config: &ModelConfig, model: &Model, tokens: &[Token], plan: &Array2<f32>) -> (Vec<f32>, Vec<f32>) {
     let excerpt = excerpt(config, model, tokens, plan);
     (flat(&model.wave.forward(&excerpt.inputs().unwrap()).unwrap()), excerpt.targets.forecasts)
 }
@@ -152,8 +147,7 @@ fn step_path_equals_parallel_path_over_ring_wraps() {
                 planned.begin_frame(&spectrum, &bands).unwrap();
                 model.wave.begin_frame(&mut state, &bands).unwrap();
             }
-            let (features, code) =
-                features([past.forecast(), planned.forecast()], planned.log_scale(), &config.codec);
+            let (features, code) = features([past.forecast(), planned.forecast()], planned.log_scale(), &config.codec);
             let head = model.wave.step(&mut state, &features, code).unwrap();
             worst = head.iter().zip(&parallel[t * width..]).fold(worst, |w, (a, b)| w.max((a - b).abs()));
             let sample = config.codec.decode(token);
@@ -189,8 +183,7 @@ fn steps_after_a_prefill_equal_the_parallel_path() {
         planned.begin_frame(&spectrum, &bands).unwrap();
         model.wave.begin_frame(&mut state, &bands).unwrap();
         for (t, &token) in tokens.iter().enumerate().skip(read * hop) {
-            let (features, code) =
-                features([past.forecast(), planned.forecast()], planned.log_scale(), &config.codec);
+            let (features, code) = features([past.forecast(), planned.forecast()], planned.log_scale(), &config.codec);
             let head = model.wave.step(&mut state, &features, code).unwrap();
             for (a, b) in head.iter().zip(&parallel[t * width..]) {
                 assert!((a - b).abs() < 2e-4, "preset {i}, sample {t}: {a} and {b}");
@@ -269,8 +262,7 @@ fn the_candle_likelihood_is_that_of_the_scalar_mixture() {
             planned.begin_frame(&spectrum, &plan.row(t / config.plan.hop).to_vec()).unwrap();
         }
         let forecasts = [excerpt.targets.forecasts[2 * t], excerpt.targets.forecasts[2 * t + 1]];
-        let mixture =
-            Mixture::from_head(&heads[t * width..][..width], forecasts, planned.log_scale(), &config.codec);
+        let mixture = Mixture::from_head(&heads[t * width..][..width], forecasts, planned.log_scale(), &config.codec);
         let exact = -mixture.log_prob(token, &config.codec);
         let error = (exact - f64::from(nll[t])).abs();
         assert!(error < 2e-3 * (1.0 + exact), "sample {t}: {exact} against {}", nll[t]);

@@ -1,0 +1,197 @@
+//! Turns tokens and a plan into what predictors without training achieve: the figures that a model has to beat.
+
+use ndarray::ArrayView2;
+
+use crate::codec::{Codec, Token};
+use crate::forecast::{ForecastConfig, ForecastError, Forecasts, levinson};
+use crate::metrics::entropy_bits;
+use crate::plan::Spectrum;
+use crate::rng::{Kind, uniform};
+use crate::sampler::unit_scale;
+
+/// Scales of the fixed mixture, as powers of e^(1/2) of the unit: 0.14 to 7.4 times.
+const SCALE_STEPS: std::ops::RangeInclusive<i32> = -4..=4;
+/// Samples that the mixture's weights are fitted to.
+const FIT_SAMPLES: usize = 20_000;
+/// Rounds of expectation maximisation; the likelihood is concave in the weights.
+const FIT_ROUNDS: usize = 200;
+
+/// Bits per token of a memoryless code fitted to these very tokens.
+pub fn token_entropy(tokens: &[Token], codec: &Codec) -> f64 {
+    entropy_bits(&histogram(tokens.iter().map(|&token| usize::from(token)), codec.levels()))
+}
+
+/// Bits per token of a memoryless code, fitted to these very tokens, for their distance (modulo the number of levels)
+/// from the token of the forecast from the past.
+pub fn residual_entropy(tokens: &[Token], forecasts: &Forecasts, codec: &Codec) -> f64 {
+    let levels = codec.levels();
+    let codes = tokens
+        .iter()
+        .zip(&forecasts.past)
+        .map(|(&token, &forecast)| (usize::from(token) + levels - usize::from(codec.encode(forecast))) % levels);
+    entropy_bits(&histogram(codes, levels))
+}
+
+fn histogram(values: impl Iterator<Item = usize>, levels: usize) -> Vec<u64> {
+    let mut counts = vec![0; levels];
+    values.for_each(|value| counts[value] += 1);
+    counts
+}
+
+/// Bits per token under the best fixed mixture: logistics around both forecasts with scales fixed relative to the planned
+/// unit, their weights fitted to these very tokens. The plan that it stands on is not paid for here.
+pub fn mixture_bits(tokens: &[Token], forecasts: &Forecasts, codec: &Codec) -> f64 {
+    let stride = tokens.len().div_ceil(FIT_SAMPLES).max(1);
+    let fitted: Vec<Vec<f64>> =
+        (0..tokens.len()).step_by(stride).map(|t| masses(t, tokens, forecasts, codec)).collect();
+    let weights = fit_weights(&fitted);
+    let bits: f64 = (0..tokens.len())
+        .map(|t| {
+            let likelihood: f64 = masses(t, tokens, forecasts, codec).iter().zip(&weights).map(|(m, w)| m * w).sum();
+            -likelihood.max(f64::MIN_POSITIVE).log2()
+        })
+        .sum();
+    bits / tokens.len().max(1) as f64
+}
+
+/// Each component's mass in the bin of token `t`.
+fn masses(t: usize, tokens: &[Token], forecasts: &Forecasts, codec: &Codec) -> Vec<f64> {
+    let (low, high) = (f64::from(codec.edge(tokens[t].into())), f64::from(codec.edge(usize::from(tokens[t]) + 1)));
+    [forecasts.past[t], forecasts.planned[t]]
+        .into_iter()
+        .flat_map(|forecast| {
+            let unit = f64::from(unit_scale(forecast, forecasts.log_scale[t], codec));
+            SCALE_STEPS.map(move |step| {
+                let scale = unit * (0.5 * f64::from(step)).exp();
+                let (a, b) = ((low - f64::from(forecast)) / scale, (high - f64::from(forecast)) / scale);
+                // Written so that neither tail cancels.
+                let (near, far) = if a > 0.0 { (-a, -b) } else { (b, a) };
+                sigmoid(near) - sigmoid(far)
+            })
+        })
+        .collect()
+}
+
+fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+/// Weights of the mixture that makes `likelihoods`, [n_samples][n_components], most likely.
+fn fit_weights(likelihoods: &[Vec<f64>]) -> Vec<f64> {
+    let n = likelihoods.first().map_or(0, Vec::len);
+    let mut weights = vec![1.0 / n.max(1) as f64; n];
+    for _ in 0..FIT_ROUNDS {
+        let mut next = vec![1e-9; n];
+        for row in likelihoods {
+            let total: f64 = row.iter().zip(&weights).map(|(l, w)| l * w).sum();
+            if total > 0.0 {
+                next.iter_mut().zip(row).zip(&weights).for_each(|((sum, l), w)| *sum += l * w / total);
+            }
+        }
+        let sum: f64 = next.iter().sum();
+        weights = next.into_iter().map(|w| w / sum).collect();
+    }
+    weights
+}
+
+/// White Gaussian noise through the filter that each plan frame describes, after the samples `context`: what a plan
+/// sounds like without any model. `plan` is [n_frames, n_bands]; gives `n_frames * hop` samples.
+///
+/// # Errors
+/// When `plan` is no plan of `spectrum`.
+pub fn noise_through_plan(
+    context: &[f32],
+    plan: ArrayView2<f32>,
+    spectrum: &Spectrum,
+    config: &ForecastConfig,
+    seed: u64,
+    stream: u32,
+) -> Result<Vec<f32>, ForecastError> {
+    let order = config.planned_order;
+    let mut samples = vec![0.0; order.saturating_sub(context.len())];
+    samples.extend_from_slice(&context[context.len().saturating_sub(order)..]);
+    let mut t = 0;
+    for bands in plan.outer_iter() {
+        let r = spectrum.autocorrelation(&bands.to_vec(), order, config.lag_window_hz)?;
+        let prediction = levinson(&r, order);
+        let deviation = prediction.residual_power.max(0.0).sqrt() as f32;
+        for _ in 0..spectrum.hop() {
+            let forecast: f32 = prediction.coefficients.iter().zip(samples.iter().rev()).map(|(a, x)| a * x).sum();
+            samples.push((forecast + deviation * normal(seed, stream, t)).clamp(-1.0, 1.0));
+            t += 1;
+        }
+    }
+    samples.drain(..order);
+    Ok(samples)
+}
+
+/// Standard normal number `t` of a stream (Box-Muller).
+fn normal(seed: u64, stream: u32, t: u64) -> f32 {
+    let (a, b) = (uniform(seed, stream, Kind::Noise, 2 * t), uniform(seed, stream, Kind::Noise, 2 * t + 1));
+    (-2.0 * a.ln()).sqrt() * (std::f32::consts::TAU * b).cos()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::forecast::forecasts;
+    use crate::metrics::{Track, adherence};
+    use crate::plan::PlanConfig;
+
+    fn music() -> Vec<f32> {
+        let sample = |i: usize| {
+            let t = i as f32 / 16_000.0;
+            let fade = (-(t % 0.5) * 4.0).exp();
+            fade * 0.2 * ((std::f32::consts::TAU * 330.0 * t).sin() + 0.5 * (std::f32::consts::TAU * 991.0 * t).sin())
+        };
+        (0..24_576).map(sample).collect()
+    }
+
+    fn spectrum() -> Spectrum {
+        Spectrum::new(16_000, &PlanConfig::default()).unwrap()
+    }
+
+    #[test]
+    fn forecasts_beat_memoryless_codes_on_music() {
+        let (codec, spectrum, config) = (Codec::default(), spectrum(), ForecastConfig::default());
+        let tokens = codec.encode_all(&music());
+        let heard = codec.decode_all(&tokens);
+        let plan = spectrum.analyse(&heard);
+        let forecasts = forecasts(&heard, plan.view(), &spectrum, &config).unwrap();
+        let plain = token_entropy(&tokens, &codec);
+        let residual = residual_entropy(&tokens, &forecasts, &codec);
+        let mixture = mixture_bits(&tokens, &forecasts, &codec);
+        assert!(mixture < residual && residual < plain, "{plain} {residual} {mixture}");
+    }
+
+    #[test]
+    fn components_masses_of_all_tokens_sum_to_one() {
+        let codec = Codec::default();
+        let tokens: Vec<Token> = (0..codec.levels() as Token).collect();
+        let forecasts = Forecasts { past: vec![0.3; 256], planned: vec![-0.01; 256], log_scale: vec![-5.0; 256] };
+        let all: Vec<Vec<f64>> = (0..tokens.len()).map(|t| masses(t, &tokens, &forecasts, &codec)).collect();
+        for k in 0..all[0].len() {
+            let total: f64 = all.iter().map(|row| row[k]).sum();
+            assert!((total - 1.0).abs() < 1e-9, "component {k}: {total}");
+        }
+    }
+
+    #[test]
+    fn weights_find_the_component_that_is_right() {
+        let weights = fit_weights(&vec![vec![0.1, 0.4, 0.2]; 10]);
+        assert!(weights[1] > 0.99, "{weights:?}");
+    }
+
+    #[test]
+    fn noise_through_a_plan_follows_it() {
+        let spectrum = spectrum();
+        let (context, after) = (&music()[..8192], &music()[8192..]);
+        let planned = Track::analyse(context, after, &spectrum).unwrap();
+        let made =
+            noise_through_plan(context, planned.bands.view(), &spectrum, &ForecastConfig::default(), 1, 0).unwrap();
+        assert_eq!(made.len(), after.len() / 512 * 512);
+        let heard = Track::analyse(context, &made, &spectrum).unwrap();
+        let result = adherence(heard.bands.view(), planned.bands.view());
+        assert!(result.rms_db < 12.0 && result.bias_db.abs() < 6.0, "{result:?}");
+    }
+}

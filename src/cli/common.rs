@@ -1,0 +1,403 @@
+//! Turns the arguments that several commands share into models, settings, progress bars and messages.
+
+use std::io::{self, IsTerminal, Write};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
+use wavegen::audio::{AudioSource, Decoder, StreamResampler};
+use wavegen::checkpoint::Checkpoint;
+use wavegen::generate::{Options, Played, Progress, SeamReport};
+use wavegen::model::config::GenerationSettings;
+use wavegen::sampler::PlanSampling;
+
+/// The user asked for something that cannot be: exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(pub String);
+
+/// Most seconds that one command plays.
+const MOST_SECONDS: f64 = 24.0 * 3600.0;
+
+/// Parses seconds: more than 0, at most a day.
+pub fn seconds(text: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| format!("'{text}' is no number of seconds"))?;
+    if value > 0.0 && value <= MOST_SECONDS {
+        Ok(value)
+    } else {
+        Err(format!("must be more than 0 and at most {MOST_SECONDS} seconds (a day)"))
+    }
+}
+
+fn number_in(text: &str, range: std::ops::RangeInclusive<f32>) -> Result<f32, String> {
+    let value: f32 = text.parse().map_err(|_| format!("'{text}' is no number"))?;
+    if range.contains(&value) { Ok(value) } else { Err(format!("must lie in {} to {}", range.start(), range.end())) }
+}
+
+fn share(text: &str) -> Result<f32, String> {
+    number_in(text, 0.0..=1.0)
+}
+
+fn factor(text: &str) -> Result<f32, String> {
+    number_in(text, 0.0..=10.0)
+}
+
+#[derive(Args)]
+pub struct ModelArgs {
+    /// Model file (.safetensors); without it the model inside the program
+    #[arg(long, short, value_name = "FILE")]
+    pub model: Option<PathBuf>,
+}
+
+impl ModelArgs {
+    pub fn load(&self) -> Result<Checkpoint> {
+        Ok(match &self.model {
+            Some(path) => Checkpoint::load(path)?,
+            None => Checkpoint::built_in().context("the built-in model cannot be used; give another with --model")?,
+        })
+    }
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArgs {
+    /// The same seed gives the same bytes
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// What is played: below 1 safer, above 1 bolder, 0 always the likeliest
+    #[arg(long, value_parser = factor, default_value_t = PlanSampling::default().temperature)]
+    pub temperature: f32,
+    /// What is played: only the K likeliest choices; 0 for all
+    #[arg(long, value_name = "K", default_value_t = PlanSampling::default().top_k)]
+    pub top_k: usize,
+    /// What is played: only the likeliest choices that hold this probability
+    #[arg(long, value_parser = share, default_value_t = PlanSampling::default().top_p)]
+    pub top_p: f32,
+    /// What is played: no choice less likely than this share of the likeliest
+    #[arg(long, value_parser = share, default_value_t = PlanSampling::default().min_p)]
+    pub min_p: f32,
+    /// How it sounds: breath and noise, 0 for none, 1 as in the recordings [default: the model's]
+    #[arg(long, value_parser = factor)]
+    pub grain: Option<f32>,
+    /// How it sounds: weight of the prediction from its own past, 0 to 1 [default: the model's]
+    #[arg(long, value_parser = share)]
+    pub past: Option<f32>,
+    /// How it sounds: weight of the learned correction, 0 to 1 [default: the model's]
+    #[arg(long, value_parser = share)]
+    pub offset: Option<f32>,
+}
+
+impl SamplingArgs {
+    /// `own`: the model's settings, which stand where nothing else is asked for.
+    pub fn options(&self, own: GenerationSettings) -> Options {
+        let Self { temperature, top_k, top_p, min_p, .. } = *self;
+        Options {
+            seed: self.seed,
+            stream: 0,
+            plan: PlanSampling { temperature, top_k, top_p, min_p },
+            wave: GenerationSettings {
+                grain: self.grain.unwrap_or(own.grain),
+                past: self.past.unwrap_or(own.past),
+                offset: self.offset.unwrap_or(own.offset),
+            },
+        }
+    }
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Messages")]
+pub struct Talk {
+    /// Print the result as JSON on stdout (on stderr when stdout carries audio)
+    #[arg(long)]
+    pub json: bool,
+    /// Only errors
+    #[arg(long, short, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// More about what happens
+    #[arg(long, short)]
+    pub verbose: bool,
+}
+
+impl Talk {
+    /// A line for people on stderr.
+    pub fn note(&self, text: &str) {
+        if !self.quiet {
+            say(text);
+        }
+    }
+
+    /// A line for people who asked for more.
+    pub fn detail(&self, text: &str) {
+        if self.verbose {
+            say(text);
+        }
+    }
+
+    pub fn warn(&self, text: &str) {
+        self.note(&format!("warning: {text}"));
+    }
+
+    /// A result for machines.
+    pub fn json(&self, value: &impl Serialize, stdout_is_audio: bool) -> Result<()> {
+        if self.json {
+            let text = serde_json::to_string_pretty(value)?;
+            if stdout_is_audio { say(&text) } else { print(&text)? }
+        }
+        Ok(())
+    }
+
+    /// A bar on stderr if people look at it.
+    pub fn bar(&self, total: u64, template: &str) -> ProgressBar {
+        let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::hidden());
+        if !self.quiet && io::stderr().is_terminal() {
+            bar.set_draw_target(ProgressDrawTarget::stderr());
+        }
+        bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar
+    }
+
+    /// Follows playing: seconds, x real time, time left.
+    pub fn play_bar(&self) -> PlayBar {
+        PlayBar { bar: self.bar(1000, "{bar:40} {msg}"), start: Instant::now() }
+    }
+}
+
+/// The progress of playing.
+pub struct PlayBar {
+    bar: ProgressBar,
+    start: Instant,
+}
+
+impl PlayBar {
+    /// Shows where playing is; breaks when it has been interrupted.
+    pub fn update(&self, progress: Progress) -> ControlFlow<()> {
+        let elapsed = self.start.elapsed().as_secs_f64();
+        let speed = progress.done_s / elapsed.max(1e-9);
+        self.bar.set_position((1000.0 * progress.done_s / progress.total_s.max(1e-9)) as u64);
+        let left = if speed > 0.0 {
+            Duration::from_secs_f64((progress.total_s - progress.done_s) / speed)
+        } else {
+            Duration::ZERO
+        };
+        let left = indicatif::HumanDuration(left);
+        self.bar.set_message(format!(
+            "{:.1} of {:.1} s, {speed:.2} x real time, {left} left",
+            progress.done_s, progress.total_s
+        ));
+        if interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+
+    /// Removes the bar; gives the seconds since the start.
+    pub fn finish(self) -> f64 {
+        self.bar.finish_and_clear();
+        self.start.elapsed().as_secs_f64()
+    }
+}
+
+/// What `continue` and `generate` report.
+#[derive(Serialize)]
+pub struct PlayReport {
+    pub output: String,
+    pub sample_rate: u32,
+    pub channels: usize,
+    /// Seconds of the prompt in the output; 0 without.
+    pub prompt_s: f64,
+    /// Seconds played.
+    pub played_s: f64,
+    pub elapsed_s: f64,
+    pub x_real_time: f64,
+    pub interrupted: bool,
+    pub seed: u64,
+    pub seam: Option<SeamReport>,
+}
+
+impl PlayReport {
+    pub fn new(
+        output: &Path,
+        rate_and_channels: (u32, usize),
+        prompt_frames: u64,
+        played: &Played,
+        elapsed_s: f64,
+        seed: u64,
+    ) -> Self {
+        let (sample_rate, channels) = rate_and_channels;
+        let played_s = played.n_frames as f64 / f64::from(sample_rate);
+        Self {
+            output: output.display().to_string(),
+            sample_rate,
+            channels,
+            prompt_s: prompt_frames as f64 / f64::from(sample_rate),
+            played_s,
+            elapsed_s,
+            x_real_time: played_s / elapsed_s.max(1e-9),
+            interrupted: played.interrupted,
+            seed,
+            seam: played.seam,
+        }
+    }
+
+    /// Tells people, or machines.
+    pub fn tell(&self, talk: &Talk) -> Result<()> {
+        let to_pipe = is_pipe(Path::new(&self.output));
+        let name = if to_pipe { "standard output" } else { &self.output };
+        let before = if self.prompt_s > 0.0 { format!("{:.2} s of prompt + ", self.prompt_s) } else { String::new() };
+        let how = if self.interrupted { ", interrupted" } else { "" };
+        talk.note(&format!(
+            "{name}: {before}{:.2} s played in {:.1} s ({:.2} x real time){how}",
+            self.played_s, self.elapsed_s, self.x_real_time
+        ));
+        if let Some(seam) = &self.seam {
+            talk.note(&describe_seam(seam));
+        }
+        talk.json(self, to_pipe)
+    }
+}
+
+fn describe_seam(seam: &SeamReport) -> String {
+    let pair = |value: Option<f32>, own: Option<f32>, sign: bool| match (value, own) {
+        (Some(value), Some(own)) if sign => format!("{value:+.1} dB (inside the prompt {own:.1})"),
+        (Some(value), Some(own)) => format!("{value:.1} dB (inside the prompt {own:.1})"),
+        (Some(value), None) => format!("{value:.1} dB"),
+        (None, _) => "too short to tell".into(),
+    };
+    format!(
+        "join: step {:.1} x the prompt's rms step, level {}, spectrum {}",
+        seam.jump,
+        pair(seam.level_change_db, seam.own_level_change_db, true),
+        pair(seam.spectral_distance_db, seam.own_spectral_distance_db, false)
+    )
+}
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// From now on Ctrl-C asks to finish what exists; a second one ends the program at once.
+pub fn catch_interrupt() -> Result<()> {
+    ctrlc::set_handler(|| {
+        if INTERRUPTED.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+    })
+    .context("catching Ctrl-C")
+}
+
+/// Whether Ctrl-C was pressed.
+pub fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::SeqCst)
+}
+
+/// Writes a line to stderr; whether anyone reads it does not matter.
+pub fn say(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
+/// Writes a line to stdout.
+pub fn print(text: &str) -> io::Result<()> {
+    writeln!(io::stdout(), "{text}")
+}
+
+/// Whether a path means standard input or output.
+pub fn is_pipe(path: &Path) -> bool {
+    path.as_os_str() == "-"
+}
+
+/// Where output goes that was not given a place: beside the input as `name.suffix`, or to stdout when it came from stdin.
+///
+/// Refuses to pour audio into a terminal.
+pub fn output_path(given: Option<&Path>, input: &Path, suffix: &str) -> Result<PathBuf> {
+    let path = match given {
+        Some(path) => path.to_owned(),
+        None if is_pipe(input) => PathBuf::from("-"),
+        None => input.with_extension(suffix),
+    };
+    if is_pipe(&path) && io::stdout().is_terminal() {
+        return Err(Usage("standard output is a terminal; give a file with -o, or redirect it".into()).into());
+    }
+    Ok(path)
+}
+
+/// An error with its causes, in one line, without saying anything twice.
+pub fn one_line(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string().replace('\n', " ");
+        if !text.contains(&cause) {
+            if !text.is_empty() {
+                text.push_str(": ");
+            }
+            text.push_str(&cause);
+        }
+    }
+    text
+}
+
+/// Whether the reader of our output has gone.
+pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// A file's first `max_s` seconds in mono at `sample_rate`, in blocks: memory grows with what is kept only.
+pub fn read_mono(path: &Path, sample_rate: u32, max_s: Option<f64>, talk: &Talk) -> Result<Vec<f32>> {
+    let source = AudioSource::open(path)?;
+    let mut decoder = Decoder::from_source(&source)?;
+    let channels = decoder.spec().channels;
+    let mut resampler = StreamResampler::new(decoder.spec().sample_rate, sample_rate)?;
+    let most = max_s.map_or(usize::MAX, |s| (s * f64::from(sample_rate)).ceil() as usize);
+    let mut mono = Vec::new();
+    while mono.len() < most
+        && let Some(block) = decoder.next_block()?
+    {
+        let downmix: Vec<f32> =
+            block.chunks_exact(channels).map(|frame| frame.iter().sum::<f32>() / channels as f32).collect();
+        resampler.push(&downmix, &mut mono)?;
+    }
+    resampler.finish(&mut mono)?;
+    mono.truncate(most);
+    report_damage(source.name(), decoder.damaged_packets(), decoder.warnings(), talk);
+    Ok(mono)
+}
+
+/// Tells what a decoder stumbled over.
+pub fn report_damage(name: &str, damaged_packets: u64, warnings: &[String], talk: &Talk) {
+    if damaged_packets > 0 {
+        talk.warn(&format!("{name}: {damaged_packets} damaged packets were skipped"));
+    }
+    for warning in warnings {
+        talk.warn(&format!("{name}: {warning}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seconds_are_positive_and_at_most_a_day() {
+        for bad in ["0", "-1", "nan", "inf", "1e9", "ten", ""] {
+            assert!(seconds(bad).is_err(), "{bad}");
+        }
+        assert_eq!(seconds("0.5"), Ok(0.5));
+        assert_eq!(seconds("86400"), Ok(86_400.0));
+    }
+
+    #[test]
+    fn errors_become_one_line_without_repetition() {
+        let error = anyhow::anyhow!("a cause\nin two lines").context("what happened");
+        assert_eq!(one_line(&error), "what happened: a cause in two lines");
+        let twice = anyhow::anyhow!("inner").context("outer: inner");
+        assert_eq!(one_line(&twice), "outer: inner");
+    }
+
+    #[test]
+    fn output_goes_beside_the_input() {
+        let path = output_path(None, Path::new("a/b.flac"), "continued.wav").unwrap();
+        assert_eq!(path, Path::new("a/b.continued.wav"));
+    }
+}

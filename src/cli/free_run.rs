@@ -1,0 +1,303 @@
+//! Turns prompts into continuations of them and these into a table: the model, noise through the plan, the truth.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use ndarray::{Array2, ArrayView1};
+use rayon::prelude::*;
+use serde::Serialize;
+use wavegen::audio::{SampleFormat, WavFormat};
+use wavegen::baselines::noise_through_plan;
+use wavegen::checkpoint::Checkpoint;
+use wavegen::engine::reference::ReferenceEngine;
+use wavegen::generate::{Generator, Options};
+use wavegen::metrics::{self, Adherence, Failure, LevelDrift, Track, adherence, failures, level_drift, tonality_db};
+use wavegen::plan::Spectrum;
+use wavegen::sink;
+
+use super::common::{Talk, interrupted, print};
+use super::eval::Piece;
+
+/// Where a free run's plan comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PlanFrom {
+    /// The model plans itself
+    Own,
+    /// The analysis of what really comes next
+    True,
+    /// The same, through the model's codebooks
+    Quantized,
+}
+
+/// What to play.
+pub struct Setup<'a> {
+    pub plan: PlanFrom,
+    pub n_prompts: usize,
+    /// Plan frames before and after the join.
+    pub prompt_frames: usize,
+    pub frames: usize,
+    pub options: Options,
+    pub keep: Option<&'a Path>,
+}
+
+/// One continuation against the plan that it followed.
+#[derive(Clone, Debug, Serialize)]
+pub struct Figures {
+    pub adherence: Adherence,
+    pub level_drift: LevelDrift,
+    pub tonality_db: f32,
+    pub failures: Vec<Failure>,
+}
+
+/// All figures after one prompt.
+#[derive(Clone, Debug, Serialize)]
+pub struct Continuation {
+    pub file: String,
+    /// Where in the file the join lies.
+    pub at_s: f64,
+    pub model: Figures,
+    /// White noise through the filter that the same plan describes.
+    pub floor: Figures,
+    /// What the recording does: against its own plan if that was given, else by itself.
+    pub truth: Figures,
+}
+
+/// Means over all continuations.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// Root mean square over continuations.
+    pub adherence_db: f32,
+    pub worst_adherence_db: f32,
+    pub bias_db: f32,
+    /// Mean of |median drift|, and the worst.
+    pub level_drift_db: f32,
+    pub worst_level_drift_db: f32,
+    pub tonality_db: f32,
+    /// Continuations with any failure.
+    pub n_failed: usize,
+}
+
+/// A free run's result.
+#[derive(Clone, Debug, Serialize)]
+pub struct FreeRun {
+    pub plan: PlanFrom,
+    pub model: Summary,
+    pub floor: Summary,
+    pub truth: Summary,
+    pub continuations: Vec<Continuation>,
+}
+
+struct Place<'a> {
+    piece: &'a Piece,
+    // Plan frame of the join.
+    join: usize,
+}
+
+/// Plays after every prompt, on all cores; `None` when interrupted.
+pub fn play_all(
+    checkpoint: &Checkpoint,
+    spectrum: &Spectrum,
+    pieces: &[Piece],
+    setup: &Setup,
+    talk: &Talk,
+) -> Result<Option<FreeRun>> {
+    let places = places(pieces, spectrum.hop(), setup)?;
+    if let Some(directory) = setup.keep {
+        std::fs::create_dir_all(directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
+    }
+    let bar = talk.bar((places.len() * setup.frames) as u64, "{bar:40} {percent} %, {eta} left");
+    let continuations = places
+        .par_iter()
+        .enumerate()
+        .map(|(i, place)| play(checkpoint, spectrum, place, i, setup, &mut || bar.inc(1)))
+        .collect::<Result<Option<Vec<_>>>>()?;
+    bar.finish_and_clear();
+    let summary = |of: &dyn Fn(&Continuation) -> Figures| {
+        continuations.as_ref().map(|all| summarise(&all.iter().map(of).collect::<Vec<_>>()))
+    };
+    let (model, floor, truth) =
+        (summary(&|c| c.model.clone()), summary(&|c| c.floor.clone()), summary(&|c| c.truth.clone()));
+    Ok(match (model, floor, truth, continuations) {
+        (Some(model), Some(floor), Some(truth), Some(continuations)) => {
+            Some(FreeRun { plan: setup.plan, model, floor, truth, continuations })
+        }
+        _ => None,
+    })
+}
+
+/// Joins spread evenly over all places where a prompt and its continuation fit.
+fn places<'a>(pieces: &'a [Piece], hop: usize, setup: &Setup) -> Result<Vec<Place<'a>>> {
+    let long = setup.prompt_frames + setup.frames;
+    let room = |piece: &Piece| (piece.tokens.len() / hop + 1).saturating_sub(long);
+    let total: usize = pieces.iter().map(room).sum();
+    if total == 0 {
+        bail!("no file is long enough for a prompt and its continuation; lower --prompt-seconds or --seconds");
+    }
+    let place = |i: usize| {
+        let mut at = (2 * i + 1) * total / (2 * setup.n_prompts);
+        for piece in pieces {
+            if at < room(piece) {
+                return Ok(Place { piece, join: at + setup.prompt_frames });
+            }
+            at -= room(piece);
+        }
+        bail!("a place lies outside the files")
+    };
+    (0..setup.n_prompts).map(place).collect()
+}
+
+fn play(
+    checkpoint: &Checkpoint,
+    spectrum: &Spectrum,
+    place: &Place,
+    i: usize,
+    setup: &Setup,
+    advance: &mut dyn FnMut(),
+) -> Result<Option<Continuation>> {
+    let (codec, hop) = (&checkpoint.config.codec, spectrum.hop());
+    let (from, to) = ((place.join - setup.prompt_frames) * hop, (place.join + setup.frames) * hop);
+    let context = &place.piece.tokens[from..place.join * hop];
+    let heard_before = codec.decode_all(context);
+    let true_samples = codec.decode_all(&place.piece.tokens[place.join * hop..to]);
+    let true_track = Track::analyse(&heard_before, &true_samples, spectrum)?;
+    let given = match setup.plan {
+        PlanFrom::Own => None,
+        PlanFrom::True => Some(true_track.bands.clone()),
+        PlanFrom::Quantized => {
+            let quantizer = &checkpoint.quantizer;
+            Some(quantizer.decode_all(quantizer.encode_all(true_track.bands.view())?.view())?)
+        }
+    };
+
+    let mut engine = ReferenceEngine::new(checkpoint)?;
+    let options = Options { stream: i as u32, ..setup.options };
+    let mut generator = Generator::new(&mut engine, &options, context)?;
+    let mut planned = Array2::zeros((0, spectrum.n_bands()));
+    let mut samples = Vec::new();
+    for k in 0..setup.frames {
+        if interrupted() {
+            return Ok(None);
+        }
+        let bands = given.as_ref().map(|plan| plan.row(k).to_vec());
+        let (frame, tokens) = generator.next_frame(bands.as_deref())?;
+        planned.push_row(ArrayView1::from(&frame.bands))?;
+        samples.extend(codec.decode_all(tokens));
+        advance();
+    }
+    if let Some(directory) = setup.keep {
+        keep(&directory.join(format!("{i:03}.wav")), codec.sample_rate, &heard_before, &samples)?;
+    }
+    let planned = Track::new(planned, spectrum)?;
+    let noise = noise_through_plan(
+        &heard_before,
+        planned.bands.view(),
+        spectrum,
+        &checkpoint.config.forecast,
+        options.seed,
+        options.stream,
+    )?;
+    let per_second = codec.sample_rate as f32 / hop as f32;
+    let context_db = metrics::level_db(&heard_before);
+    let figures = |samples: &[f32], planned: &Track| -> Result<Figures> {
+        let heard = Track::analyse(&heard_before, samples, spectrum)?;
+        let mut failures = failures(samples, &heard, planned, per_second);
+        // A plan may ask for silence; only the model's own is to blame for it.
+        let died = setup.plan == PlanFrom::Own && last_second(&heard, per_second) < context_db - DIED_DB;
+        if died && !failures.contains(&Failure::Collapse) {
+            failures.push(Failure::Collapse);
+        }
+        Ok(Figures {
+            adherence: adherence(heard.bands.view(), planned.bands.view()),
+            level_drift: level_drift(&heard.level_db, &planned.level_db, per_second),
+            tonality_db: tonality_db(heard.bands.view()),
+            failures,
+        })
+    };
+    let true_plan = match setup.plan {
+        PlanFrom::Own => &true_track,
+        PlanFrom::True | PlanFrom::Quantized => &planned,
+    };
+    Ok(Some(Continuation {
+        file: place.piece.name.clone(),
+        at_s: (place.join * hop) as f64 / f64::from(codec.sample_rate),
+        model: figures(&samples, &planned)?,
+        floor: figures(&noise, &planned)?,
+        truth: figures(&true_samples, true_plan)?,
+    }))
+}
+
+/// A continuation that ends this far below its prompt has died.
+const DIED_DB: f32 = 40.0;
+
+fn last_second(heard: &Track, per_second: f32) -> f32 {
+    let n = heard.n_frames();
+    let last = &heard.level_db[n.saturating_sub(per_second as usize)..];
+    last.iter().copied().fold(metrics::SILENCE_DB, f32::max)
+}
+
+fn keep(path: &Path, sample_rate: u32, before: &[f32], after: &[f32]) -> Result<()> {
+    let mut sink = sink::open(path, true)?;
+    sink.start(&WavFormat::new(sample_rate, 1, SampleFormat::I16))?;
+    sink.write(before)?;
+    sink.write(after)?;
+    Ok(sink.finish()?)
+}
+
+fn summarise(all: &[Figures]) -> Summary {
+    let n = all.len().max(1) as f32;
+    let mean = |of: &dyn Fn(&Figures) -> f32| all.iter().map(of).sum::<f32>() / n;
+    let worst =
+        |of: &dyn Fn(&Figures) -> f32| all.iter().map(of).fold(0.0f32, |a, b| if b.abs() > a.abs() { b } else { a });
+    Summary {
+        adherence_db: mean(&|f| f.adherence.rms_db.powi(2)).sqrt(),
+        worst_adherence_db: worst(&|f| f.adherence.rms_db),
+        bias_db: mean(&|f| f.adherence.bias_db),
+        level_drift_db: mean(&|f| f.level_drift.median_db.abs()),
+        worst_level_drift_db: worst(&|f| f.level_drift.median_db),
+        tonality_db: mean(&|f| f.tonality_db),
+        n_failed: all.iter().filter(|f| !f.failures.is_empty()).count(),
+    }
+}
+
+impl FreeRun {
+    /// A table for people.
+    pub fn print(&self) -> Result<()> {
+        print(&format!(
+            "{:>26} {:>10} {:>10} {:>10} {:>10} {:>10}",
+            "", "adherence", "bias", "drift", "tonality", "failures"
+        ))?;
+        for c in &self.continuations {
+            let failures: Vec<String> = c.model.failures.iter().map(ToString::to_string).collect();
+            print(&row(&format!("{} {:.1} s", short(&c.file), c.at_s), &c.model, &failures.join(", ")))?;
+        }
+        let n = self.continuations.len();
+        for (name, s) in
+            [("model", &self.model), ("noise through the plan", &self.floor), ("the recording", &self.truth)]
+        {
+            print(&format!(
+                "{name:>26} {:>7.1} dB {:>+7.1} dB {:>7.1} dB {:>7.1} dB {:>5} of {n}",
+                s.adherence_db, s.bias_db, s.level_drift_db, s.tonality_db, s.n_failed
+            ))?;
+        }
+        print(&format!(
+            "worst: adherence {:.1} dB, drift {:+.1} dB; plan: {:?}",
+            self.model.worst_adherence_db, self.model.worst_level_drift_db, self.plan
+        ))?;
+        Ok(())
+    }
+}
+
+fn row(name: &str, figures: &Figures, failures: &str) -> String {
+    format!(
+        "{name:>26} {:>7.1} dB {:>+7.1} dB {:>+7.1} dB {:>7.1} dB  {failures}",
+        figures.adherence.rms_db, figures.adherence.bias_db, figures.level_drift.median_db, figures.tonality_db
+    )
+}
+
+/// The end of a long name.
+fn short(name: &str) -> String {
+    let file = Path::new(name).file_name().map_or(name.to_owned(), |n| n.to_string_lossy().into_owned());
+    let surplus = file.chars().count().saturating_sub(17);
+    file.chars().skip(surplus).collect()
+}

@@ -1,0 +1,84 @@
+//! Turns arguments into a command's run, and its outcome into messages and an exit code.
+//!
+//! Audio and data go to stdout, all else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+
+mod common;
+mod r#continue;
+mod eval;
+mod free_run;
+mod generate;
+mod score;
+mod train;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use common::Usage;
+
+/// Raw-audio waveform generation: a recording goes in, and it plays on.
+#[derive(Parser)]
+#[command(version, max_term_width = 100, after_help = EXAMPLES, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  wavegen continue song.flac                  write song.continued.wav with 10 more seconds
+  wavegen generate -o music.wav               play from nothing
+  wavegen train recordings/ -o my.safetensors --minutes 60
+
+Each command's --help shows more.";
+
+#[derive(Subcommand)]
+enum Command {
+    Continue(r#continue::Args),
+    Generate(generate::Args),
+    Train(train::Args),
+    Eval(eval::Args),
+}
+
+/// What a command ended with, short of an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    Done,
+    /// Ctrl-C: what was made up to then is whole.
+    Interrupted,
+}
+
+/// Runs the command that the process was started with.
+pub fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Continue(args) => r#continue::run(&args),
+        Command::Generate(args) => generate::run(&args),
+        Command::Train(args) => train::run(&args),
+        Command::Eval(args) => eval::run(&args),
+    };
+    match result {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::Interrupted) => ExitCode::from(130),
+        // The reader of our pipe has gone; there is nobody to tell.
+        Err(error) if common::is_broken_pipe(&error) => ExitCode::FAILURE,
+        Err(error) => {
+            common::say(&format!("error: {}", common::one_line(&error)));
+            ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn arguments_are_consistent_and_every_command_shows_examples() {
+        let command = super::Cli::command();
+        command.clone().debug_assert();
+        for sub in command.get_subcommands() {
+            let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("wavegen "), "{} has no examples", sub.get_name());
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! Turns the end of a recording into the tokens that an engine reads, and keeps what the way back needs.
+
+use crate::audio::{Clip, Tail, level, resample};
+use crate::codec::{Codec, Token};
+use crate::metrics::rms;
+
+use super::GenerateError;
+use super::extrapolate::extrapolate;
+
+/// Seconds at the end of a recording that a model gets to hear.
+pub const CONTEXT_S: f64 = 40.0;
+
+/// Largest gain to the model's level; softer contexts stay below it.
+const MOST_GAIN: f32 = 100.0;
+/// A context below this root mean square is silence and has no level.
+const SILENT_RMS: f32 = 1e-5;
+/// How far the resampler's filter looks ahead, with room, in samples at the lower rate.
+const FILTER_REACH: u64 = 1024;
+/// A downmix this much softer than the loudest channel has cancelled itself.
+const CANCELLED: f32 = 0.1;
+/// A channel is at most this much louder than the downmix.
+const MOST_CHANNEL_GAIN: f32 = 4.0;
+
+/// The end of a recording, ready to be played on.
+#[derive(Clone, Debug)]
+pub struct Prompt {
+    /// The end at its own rate and channels; starts on a frame that is a whole number of model samples from the file's.
+    pub(super) tail: Clip,
+    /// The same end as the model hears it, not scaled: mono at the model's rate, on the grid of the whole file.
+    pub(super) mono: Vec<f32>,
+    /// Factor from the recording's level to the model's.
+    pub(super) gain: f32,
+    /// Factor from the downmix to each channel.
+    pub(super) channel_gains: Vec<f32>,
+    pub(super) model_rate: u32,
+    tokens: Vec<Token>,
+}
+
+impl Prompt {
+    /// From the end of a file. Model sample i lies at time `i / codec.sample_rate` of the whole file.
+    ///
+    /// # Errors
+    /// No samples, samples that are not finite, or a rate that cannot be resampled.
+    pub fn new(tail: &Tail, codec: &Codec) -> Result<Self, GenerateError> {
+        let Clip { samples, channels, sample_rate } = &tail.clip;
+        if samples.is_empty() {
+            return Err(GenerateError::EmptyPrompt);
+        }
+        if samples.iter().any(|x| !x.is_finite()) {
+            return Err(GenerateError::NotFinite);
+        }
+        let (from, to) = (u64::from(*sample_rate), u64::from(codec.sample_rate));
+        let grid = from / gcd(from, to);
+        let first = tail.total_frames - tail.clip.n_frames() as u64;
+        // The tail is longer than a step of the grid unless it is the whole file, which starts on the grid.
+        let start = first.next_multiple_of(grid);
+        let skipped = (start - first) as usize * channels;
+        let tail_clip = Clip { samples: samples[skipped.min(samples.len())..].to_vec(), ..tail.clip };
+        let mut native = mono_of(&tail_clip);
+        let channel_gains = channel_gains(&tail_clip, &native);
+        let n_model = (tail.total_frames * to).div_ceil(from) - start * to / from;
+        native.extend(extrapolate(&native, filter_reach(*sample_rate, codec.sample_rate)));
+        let mut mono = resample(&native, *sample_rate, codec.sample_rate)?;
+        mono.truncate(n_model as usize);
+        let gain = gain_to_model(&mono);
+        let tokens = mono.iter().map(|x| codec.encode(x * gain)).collect();
+        Ok(Self { tail: tail_clip, mono, gain, channel_gains, model_rate: codec.sample_rate, tokens })
+    }
+
+    /// Nothing was played yet: mono at the model's own rate and level, after silence.
+    pub fn silence(codec: &Codec) -> Self {
+        Self {
+            tail: Clip { samples: Vec::new(), channels: 1, sample_rate: codec.sample_rate },
+            mono: Vec::new(),
+            gain: 1.0,
+            channel_gains: vec![1.0],
+            model_rate: codec.sample_rate,
+            tokens: vec![codec.silence()],
+        }
+    }
+
+    /// What an engine reads before it plays on.
+    pub fn tokens(&self) -> &[Token] {
+        &self.tokens
+    }
+
+    /// Whether there is nothing to hear in the context, so that it gives no level.
+    pub fn is_silent(&self) -> bool {
+        rms(&self.mono) < SILENT_RMS
+    }
+
+    /// Factor from the recording's level to the model's.
+    pub fn gain(&self) -> f32 {
+        self.gain
+    }
+
+    /// Frames per second of the recording and so of its continuation, Hz.
+    pub fn sample_rate(&self) -> u32 {
+        self.tail.sample_rate
+    }
+
+    /// Channels of the recording and so of its continuation.
+    pub fn channels(&self) -> usize {
+        self.tail.channels
+    }
+}
+
+/// Factor that brings `samples` to the level that models are trained at; 1 for silence.
+fn gain_to_model(samples: &[f32]) -> f32 {
+    if rms(samples) < SILENT_RMS { 1.0 } else { level::gain(samples).map_or(1.0, |gain| gain.min(MOST_GAIN)) }
+}
+
+/// The downmix, or the loudest channel where the channels cancel each other.
+fn mono_of(clip: &Clip) -> Vec<f32> {
+    let downmix = clip.downmix();
+    let loudest =
+        (0..clip.channels).map(|c| channel(clip, c)).max_by(|a, b| rms(a).total_cmp(&rms(b))).unwrap_or_default();
+    if rms(&downmix) < CANCELLED * rms(&loudest) { loudest } else { downmix }
+}
+
+/// Level of each channel against `mono`, negative where it runs against it.
+fn channel_gains(clip: &Clip, mono: &[f32]) -> Vec<f32> {
+    let reference = rms(mono);
+    if reference == 0.0 {
+        return vec![1.0; clip.channels];
+    }
+    let gain_of = |c: usize| {
+        let samples = channel(clip, c);
+        let correlation: f64 = samples.iter().zip(mono).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum();
+        let sign = if correlation < 0.0 { -1.0 } else { 1.0 };
+        sign * (rms(&samples) / reference).min(MOST_CHANNEL_GAIN)
+    };
+    (0..clip.channels).map(gain_of).collect()
+}
+
+/// One channel's samples.
+pub(super) fn channel(clip: &Clip, c: usize) -> Vec<f32> {
+    clip.samples.iter().skip(c).step_by(clip.channels).copied().collect()
+}
+
+/// How far the resampler's filter looks ahead, in samples at the rate `from`.
+pub(super) fn filter_reach(from: u32, to: u32) -> usize {
+    (FILTER_REACH * u64::from(from)).div_ceil(u64::from(from.min(to))) as usize
+}
+
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::audio::decode::Spec;
+
+    fn chord(n: usize, rate: u32, channels: usize) -> Clip {
+        let sample = |i: usize, c: usize| {
+            let t = i as f32 / rate as f32;
+            0.1 * (1.0 - 0.5 * c as f32)
+                * ((440.0 * t * std::f32::consts::TAU).sin() + (1234.0 * t * std::f32::consts::TAU).cos())
+        };
+        let samples = (0..n).flat_map(|i| (0..channels).map(move |c| sample(i, c))).collect();
+        Clip { samples, channels, sample_rate: rate }
+    }
+
+    fn tail_of(clip: &Clip, n_frames: usize) -> Tail {
+        let spec = Spec {
+            container: "wave".into(),
+            codec: "pcm_f32le".into(),
+            sample_rate: clip.sample_rate,
+            channels: clip.channels,
+            sample_format: None,
+            n_frames: None,
+        };
+        let kept = clip.samples[clip.samples.len() - n_frames * clip.channels..].to_vec();
+        Tail {
+            clip: Clip { samples: kept, ..clip.clone() },
+            total_frames: clip.n_frames() as u64,
+            damaged_packets: 0,
+            warnings: Vec::new(),
+            spec,
+        }
+    }
+
+    #[test]
+    fn a_tail_lies_on_the_grid_of_the_whole_file() {
+        let codec = Codec::default();
+        for (rate, n) in [(44_100, 120_017), (16_000, 30_001), (8000, 20_003), (48_000, 100_001), (22_050, 50_001)] {
+            let clip = chord(n, rate, 1);
+            let whole = Prompt::new(&tail_of(&clip, n), &codec).unwrap();
+            assert_eq!(whole.mono.len(), (n * 16_000).div_ceil(rate as usize), "{rate} Hz");
+            let tail = Prompt::new(&tail_of(&clip, n / 2 + 13), &codec).unwrap();
+            let (a, b) = (&whole.mono[whole.mono.len() - 4000..], &tail.mono[tail.mono.len() - 4000..]);
+            for (i, (x, y)) in a.iter().zip(b).enumerate() {
+                assert!((x - y).abs() < 1e-4, "{rate} Hz, sample {i}: {x} and {y}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_last_samples_before_the_join_are_not_bent_by_the_files_end() {
+        for rate in [44_100, 8000, 96_000] {
+            let clip = chord(rate as usize, rate, 1);
+            let prompt = Prompt::new(&tail_of(&clip, rate as usize), &Codec::default()).unwrap();
+            let exact = chord(16_000, 16_000, 1).samples;
+            for i in 15_900..16_000 {
+                assert!(
+                    (prompt.mono[i] - exact[i]).abs() < 2e-3,
+                    "{rate} Hz, sample {i}: {} for {}",
+                    prompt.mono[i],
+                    exact[i]
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_gain_is_bounded_and_silence_has_none() {
+        assert!((gain_to_model(&[0.01, -0.01]) - 10.0).abs() < 1e-4);
+        assert_eq!(gain_to_model(&[1e-4, -1e-4]), MOST_GAIN);
+        assert_eq!(gain_to_model(&[0.0; 8]), 1.0);
+    }
+
+    #[test]
+    fn channels_keep_their_level_and_sign() {
+        let stereo = chord(16_000, 16_000, 2);
+        let prompt = Prompt::new(&tail_of(&stereo, 16_000), &Codec::default()).unwrap();
+        assert!(
+            (prompt.channel_gains[0] - 4.0 / 3.0).abs() < 1e-4 && (prompt.channel_gains[1] - 2.0 / 3.0).abs() < 1e-4
+        );
+        let mut opposed = stereo;
+        opposed.samples.chunks_exact_mut(2).for_each(|frame| frame[1] = -frame[0]);
+        let prompt = Prompt::new(&tail_of(&opposed, 16_000), &Codec::default()).unwrap();
+        assert!(!prompt.is_silent());
+        assert_eq!(prompt.channel_gains.iter().sum::<f32>(), 0.0);
+    }
+
+    #[test]
+    fn one_sample_is_a_prompt_and_none_is_not() {
+        let one = Clip { samples: vec![0.1], channels: 1, sample_rate: 44_100 };
+        assert_eq!(Prompt::new(&tail_of(&one, 1), &Codec::default()).unwrap().tokens().len(), 1);
+        let none = Clip { samples: vec![], channels: 1, sample_rate: 44_100 };
+        assert!(matches!(Prompt::new(&tail_of(&none, 0), &Codec::default()), Err(GenerateError::EmptyPrompt)));
+    }
+}

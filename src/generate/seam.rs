@@ -1,0 +1,336 @@
+//! Turns model samples into frames at the prompt's own rate, channels and level, without a step at the join.
+
+use serde::Serialize;
+
+use crate::audio::{Clip, StreamResampler};
+use crate::metrics::{level_db, median, rms, spectral_distance_db};
+use crate::plan::{PlanConfig, Spectrum};
+
+use super::GenerateError;
+use super::extrapolate::extrapolate;
+use super::prompt::{Prompt, channel, filter_reach};
+
+/// Frames before the join from which the rest that the model does not hear is carried over it.
+const CARRIED: usize = 4096;
+/// Seconds over which that rest fades out.
+const FADE_S: f64 = 0.05;
+
+/// The way from the model's samples to the recording's frames.
+///
+/// The resampler runs through the prompt first, so phase and level go on. What the prompt has and the model does not
+/// (treble above the model's band, the difference of the channels) rings on by linear prediction and fades out.
+pub struct Seam {
+    prompt: Prompt,
+    resampler: StreamResampler,
+    // Resampled and not yet written, as on the downmix; before the join its last CARRIED frames stay.
+    made: Vec<f32>,
+    // Frames from the join to the start of `made`: negative before it.
+    made_start: i64,
+    // Per channel, what rings on after the join; known when the join is reached.
+    rests: Option<Vec<Vec<f32>>>,
+    // Latest model samples at the recording's level.
+    recent: Vec<f32>,
+    n_samples: u64,
+    n_frames: u64,
+    // The continuation's first frames, for the report.
+    first_frames: Vec<f32>,
+}
+
+impl Seam {
+    /// A seam after `prompt` for `n_frames` frames of continuation.
+    ///
+    /// # Errors
+    /// A rate that cannot be resampled.
+    pub fn new(prompt: &Prompt, n_frames: u64) -> Result<Self, GenerateError> {
+        let mut seam = Self {
+            resampler: StreamResampler::new(prompt.model_rate, prompt.tail.sample_rate)?,
+            made: Vec::new(),
+            made_start: -(prompt.tail.n_frames() as i64),
+            rests: None,
+            recent: prompt.mono[prompt.mono.len().saturating_sub(CARRIED)..].to_vec(),
+            n_samples: 0,
+            n_frames,
+            first_frames: Vec::new(),
+            prompt: prompt.clone(),
+        };
+        seam.resampler.push(&prompt.mono, &mut seam.made)?;
+        seam.forget_distant();
+        Ok(seam)
+    }
+
+    /// Model samples that the whole continuation takes.
+    pub fn samples_needed(&self) -> u64 {
+        let (from, to) = (u64::from(self.prompt.model_rate), u64::from(self.prompt.tail.sample_rate));
+        let whole = ((self.prompt.tail.n_frames() as u64 + self.n_frames) * from).div_ceil(to);
+        whole - self.prompt.mono.len() as u64
+    }
+
+    /// Takes samples as the model made them and appends the frames that they settle to `out`, interleaved.
+    ///
+    /// # Errors
+    /// The resampler's own.
+    pub fn push(&mut self, samples: &[f32], out: &mut Vec<f32>) -> Result<(), GenerateError> {
+        let scaled: Vec<f32> = samples.iter().map(|x| x / self.prompt.gain).collect();
+        self.n_samples += samples.len() as u64;
+        self.recent.extend_from_slice(&scaled);
+        self.recent.drain(..self.recent.len().saturating_sub(CARRIED));
+        self.resampler.push(&scaled, &mut self.made)?;
+        self.emit(out);
+        Ok(())
+    }
+
+    /// Ends the continuation, where what was pushed ends or at the end asked for, and looks back at the join.
+    ///
+    /// # Errors
+    /// The resampler's own.
+    pub fn finish(mut self, out: &mut Vec<f32>) -> Result<Option<SeamReport>, GenerateError> {
+        let (from, to) = (u64::from(self.prompt.model_rate), u64::from(self.prompt.tail.sample_rate));
+        let covered = (self.prompt.mono.len() as u64 + self.n_samples) * to / from;
+        self.n_frames = self.n_frames.min(covered.saturating_sub(self.prompt.tail.n_frames() as u64));
+        let beyond = extrapolate(&self.recent, filter_reach(self.prompt.model_rate, self.prompt.tail.sample_rate));
+        self.resampler.push(&beyond, &mut self.made)?;
+        let idle = StreamResampler::new(self.prompt.model_rate, self.prompt.model_rate)?;
+        std::mem::replace(&mut self.resampler, idle).finish(&mut self.made)?;
+        self.emit(out);
+        Ok(SeamReport::measure(&self.prompt.tail, &self.first_frames))
+    }
+
+    /// Before the join only the last frames of the resampled prompt are of use.
+    fn forget_distant(&mut self) {
+        let before_join = self.made.len().min(self.made_start.min(0).unsigned_abs() as usize);
+        let distant = before_join.saturating_sub(CARRIED);
+        self.made.drain(..distant);
+        self.made_start += distant as i64;
+    }
+
+    fn emit(&mut self, out: &mut Vec<f32>) {
+        self.forget_distant();
+        if self.made_start + (self.made.len() as i64) <= 0 {
+            return;
+        }
+        if self.rests.is_none() {
+            let before: Vec<f32> = self.made.drain(..self.made_start.unsigned_abs() as usize).collect();
+            self.made_start = 0;
+            self.rests = Some(self.rests_after(&before));
+        }
+        let rests = self.rests.as_deref().unwrap_or_default();
+        let written = self.made_start as u64;
+        let n = self.made.len().min(self.n_frames.saturating_sub(written) as usize);
+        let first = out.len();
+        for (at, &x) in (written as usize..).zip(&self.made[..n]) {
+            let channels = self.prompt.channel_gains.iter().zip(rests);
+            out.extend(channels.map(|(gain, rest)| gain * x + rest.get(at).copied().unwrap_or(0.0)));
+        }
+        self.made_start += self.made.len() as i64;
+        self.made.clear();
+        let enough = 2 * level_frames(&self.prompt.tail) * self.prompt.tail.channels;
+        let missing = enough.saturating_sub(self.first_frames.len());
+        self.first_frames.extend(out[first..].iter().take(missing));
+    }
+
+    /// Per channel: what the prompt's last frames have beyond the resampled downmix `before`, continued and faded out.
+    fn rests_after(&self, before: &[f32]) -> Vec<Vec<f32>> {
+        let tail = &self.prompt.tail;
+        let n_fade = (FADE_S * f64::from(tail.sample_rate)) as usize;
+        let rest_of = |(c, gain): (usize, &f32)| {
+            let samples = channel(tail, c);
+            let last = &samples[samples.len() - before.len()..];
+            let rest: Vec<f32> = last.iter().zip(before).map(|(x, y)| x - gain * y).collect();
+            let mut carried = extrapolate(&rest, n_fade);
+            for (i, x) in carried.iter_mut().enumerate() {
+                *x *= (0.5 * std::f32::consts::PI * i as f32 / n_fade as f32).cos().powi(2);
+            }
+            carried
+        };
+        self.prompt.channel_gains.iter().enumerate().map(rest_of).collect()
+    }
+}
+
+/// Seconds on each side of the join that its level is taken from.
+const LEVEL_S: f64 = 0.25;
+/// Seconds at the end of the prompt that the join is measured against.
+const OWN_S: f64 = 10.0;
+/// Length of a spectrum, seconds: the model's plan has 0.128.
+const SPECTRUM_S: f64 = 0.128;
+/// Highest band of these spectra, Hz: what every model hears.
+const HIGHEST_HZ: f64 = 7700.0;
+
+fn level_frames(clip: &Clip) -> usize {
+    ((LEVEL_S * f64::from(clip.sample_rate)) as usize).max(1)
+}
+
+/// What the join sounds like, each figure beside the prompt's own habit. `None`: too little audio to say.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct SeamReport {
+    /// Step from the prompt's last sample to the next one in units of its root-mean-square step; worst channel.
+    pub jump: f32,
+    /// Level of the first quarter second after the join against the last one before it, dB.
+    pub level_change_db: Option<f32>,
+    /// Root mean square of such changes inside the prompt, dB.
+    pub own_level_change_db: Option<f32>,
+    /// Distance of the spectra just after and just before the join, dB rms over bands up to 7.7 kHz.
+    pub spectral_distance_db: Option<f32>,
+    /// Median of such distances inside the prompt, dB.
+    pub own_spectral_distance_db: Option<f32>,
+}
+
+impl SeamReport {
+    /// Compares the end of `prompt` with the interleaved frames `after` it; `None` if either is empty.
+    pub fn measure(prompt: &Clip, after: &[f32]) -> Option<Self> {
+        let channels = prompt.channels;
+        if prompt.samples.is_empty() || after.is_empty() {
+            return None;
+        }
+        let own_frames = (OWN_S * f64::from(prompt.sample_rate)) as usize;
+        let own = &prompt.samples[prompt.samples.len().saturating_sub(own_frames * channels)..];
+        let jump = (0..channels).map(|c| jump(own, after, channels, c)).fold(0.0, f32::max);
+
+        let window = level_frames(prompt) * channels;
+        let before: Vec<f32> = own.rchunks_exact(window).map(level_db).collect();
+        let level_change_db = before.first().zip(after.chunks_exact(window).next()).map(|(b, a)| level_db(a) - b);
+        let changes: Vec<f32> = before.windows(2).map(|pair| pair[0] - pair[1]).collect();
+
+        let own_mono = Clip { samples: own.to_vec(), ..*prompt }.downmix();
+        let after_mono = Clip { samples: after.to_vec(), ..*prompt }.downmix();
+        let (own_distance, distance) = spectral_distances(&own_mono, &after_mono, prompt.sample_rate);
+        Some(Self {
+            jump,
+            level_change_db,
+            own_level_change_db: (!changes.is_empty()).then(|| rms(&changes)),
+            spectral_distance_db: distance,
+            own_spectral_distance_db: own_distance,
+        })
+    }
+}
+
+fn jump(own: &[f32], after: &[f32], channels: usize, c: usize) -> f32 {
+    let samples: Vec<f32> = own.iter().skip(c).step_by(channels).copied().collect();
+    let steps: Vec<f32> = samples.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    let step = after[c] - samples[samples.len() - 1];
+    // One step of 16 bits: below it a prompt has no habit.
+    step.abs() / rms(&steps).max(1.0 / 32768.0)
+}
+
+/// Median distance of neighbouring spectra in `own`, and the distance over the join between `own` and `after`.
+fn spectral_distances(own: &[f32], after: &[f32], sample_rate: u32) -> (Option<f32>, Option<f32>) {
+    // Neighbours do not overlap: a window is PARTS hops.
+    const PARTS: usize = 4;
+    let hop = ((SPECTRUM_S * f64::from(sample_rate)) as usize / PARTS).max(1);
+    let highest_hz = HIGHEST_HZ.min(0.48 * f64::from(sample_rate));
+    let config = PlanConfig { hop, window: PARTS * hop, highest_hz, ..PlanConfig::default() };
+    let Ok(spectrum) = Spectrum::new(sample_rate, &config) else { return (None, None) };
+    let before = spectrum.analyse(&own[own.len() % hop..]);
+    let after = spectrum.analyse(after);
+    // Spectra that saw a whole window.
+    let neighbours: Vec<f32> =
+        (2 * PARTS - 1..before.nrows()).map(|k| spectral_distance_db(before.row(k - PARTS), before.row(k))).collect();
+    let at_join = (before.nrows() >= PARTS && after.nrows() >= PARTS)
+        .then(|| spectral_distance_db(before.row(before.nrows() - 1), after.row(PARTS - 1)));
+    ((!neighbours.is_empty()).then(|| median(&neighbours)), at_join)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::audio::Tail;
+    use crate::audio::decode::Spec;
+    use crate::codec::Codec;
+
+    /// A chord at any rate, per channel at its own level, with treble that no model at 16 kHz hears where the rate allows.
+    fn clip(seconds: f64, rate: u32, channels: usize) -> Clip {
+        let n = (seconds * f64::from(rate)) as usize;
+        let tone = |hz: f64, t: f64| (std::f64::consts::TAU * hz * t).sin();
+        let sample = |i: usize, c: usize| {
+            let t = i as f64 / f64::from(rate);
+            let treble = if rate > 32_000 { 0.01 * tone(11_000.0, t) } else { 0.0 };
+            ((0.2 * tone(440.0, t) + 0.1 * tone(1320.5, t)) / (c + 1) as f64 + treble) as f32
+        };
+        Clip {
+            samples: (0..n).flat_map(|i| (0..channels).map(move |c| sample(i, c))).collect(),
+            channels,
+            sample_rate: rate,
+        }
+    }
+
+    fn prompt_of(clip: Clip) -> Prompt {
+        let spec = Spec {
+            container: "wave".into(),
+            codec: "pcm_f32le".into(),
+            sample_rate: clip.sample_rate,
+            channels: clip.channels,
+            sample_format: None,
+            n_frames: None,
+        };
+        let total_frames = clip.n_frames() as u64;
+        let tail = Tail { clip, total_frames, damaged_packets: 0, warnings: Vec::new(), spec };
+        Prompt::new(&tail, &Codec::default()).unwrap()
+    }
+
+    /// Plays on with what a perfect model would: the same chord.
+    fn play_on(prompt: &Prompt, n_frames: u64, pushed: usize) -> (Vec<f32>, Option<SeamReport>) {
+        let mut seam = Seam::new(prompt, n_frames).unwrap();
+        let needed = pushed.min(seam.samples_needed() as usize);
+        let known = prompt.mono.len();
+        // The mono chord of one channel's level, scaled as the prompt's downmix is.
+        let mono = clip(30.0, 16_000, 1).samples;
+        let scale = rms(&prompt.mono) / rms(&mono[..known]) * prompt.gain;
+        let model: Vec<f32> = mono[known..known + needed].iter().map(|x| x * scale).collect();
+        let mut out = Vec::new();
+        for piece in model.chunks(512) {
+            seam.push(piece, &mut out).unwrap();
+        }
+        let report = seam.finish(&mut out).unwrap();
+        (out, report)
+    }
+
+    #[test]
+    fn a_perfect_continuation_is_seamless_at_every_rate_and_channel_count() {
+        for rate in [8000, 16_000, 22_050, 44_100, 48_000, 96_000] {
+            for channels in [1, 2, 6] {
+                let all = clip(3.0, rate, channels);
+                let n = 2 * rate as usize;
+                let prompt = prompt_of(Clip { samples: all.samples[..n * channels].to_vec(), ..all });
+                let (out, report) = play_on(&prompt, u64::from(rate) / 2, usize::MAX);
+                assert_eq!(out.len(), rate as usize / 2 * channels, "{rate} Hz, {channels} channels");
+                let report = report.unwrap();
+                assert!(report.jump < 3.0, "{rate} Hz, {channels} channels: {report:?}");
+                assert!(report.level_change_db.unwrap().abs() < 0.5, "{rate} Hz, {channels} channels: {report:?}");
+                // After the fade only the treble is missing.
+                for (i, (x, y)) in out.iter().zip(&all.samples[n * channels..]).enumerate() {
+                    assert!((x - y).abs() < 0.02, "{rate} Hz, {channels} channels, sample {i}: {x} for {y}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_interrupted_continuation_ends_where_the_model_stopped() {
+        let prompt = prompt_of(clip(1.0, 44_100, 2));
+        let (out, _) = play_on(&prompt, 44_100, 1600);
+        assert_eq!(out.len(), 4410 * 2);
+        let (out, report) = play_on(&prompt, 44_100, 0);
+        assert!(out.is_empty() && report.is_none());
+    }
+
+    #[test]
+    fn the_report_tells_a_click_and_a_drop_from_a_good_join() {
+        let all = clip(2.0, 16_000, 1);
+        let (prompt, after) = all.samples.split_at(16_000);
+        let prompt = Clip { samples: prompt.to_vec(), ..all };
+        let good = SeamReport::measure(&prompt, after).unwrap();
+        let own = good.own_spectral_distance_db.unwrap();
+        assert!(good.jump < 3.0 && good.spectral_distance_db.unwrap() < own + 1.0, "{good:?}");
+        let shifted: Vec<f32> = after.iter().map(|x| 0.1 * x + 0.5).collect();
+        let bad = SeamReport::measure(&prompt, &shifted).unwrap();
+        assert!(bad.jump > 5.0 && bad.spectral_distance_db.unwrap() > own + 5.0, "{bad:?}");
+        let soft: Vec<f32> = after.iter().map(|x| 0.1 * x).collect();
+        let drop = SeamReport::measure(&prompt, &soft).unwrap().level_change_db.unwrap();
+        assert!((drop + 20.0).abs() < 0.5, "{drop}");
+    }
+
+    #[test]
+    fn a_prompt_of_one_sample_has_a_report_with_gaps() {
+        let report = SeamReport::measure(&Clip { samples: vec![0.1], channels: 1, sample_rate: 8000 }, &[0.1]).unwrap();
+        assert_eq!((report.jump, report.level_change_db, report.spectral_distance_db), (0.0, None, None));
+    }
+}
