@@ -1,0 +1,20 @@
+# What CI runs, and the shortcuts of daily work. One build profile serves all: release.
+.PHONY: check format lint test examples docs
+
+check: format lint test examples docs
+
+format:
+	cargo fmt --check
+
+lint:
+	cargo clippy --release --all-targets -- -D warnings
+
+test:
+	cargo test --release
+
+examples:
+	cargo run --release --example tokens
+	cargo run --release --example plan
+
+docs:
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --release
