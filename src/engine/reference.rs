@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{D, Device, Tensor};
 use ndarray::{Array2, ArrayView2};
+use rayon::{ThreadPool, ThreadPoolBuilder};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +17,7 @@ use crate::model::Model;
 use crate::model::block::KvCache;
 use crate::model::config::{GenerationSettings, ModelConfig};
 use crate::model::excerpt::{Excerpt, Piece};
+use crate::model::features::{features, residual_code};
 use crate::model::head;
 use crate::model::wave_transformer::{PLAN_FRAMES, WaveState, WaveTransformer};
 use crate::plan::{PlanFrame, ResidualQuantizer, Spectrum};
@@ -36,6 +38,8 @@ pub struct ReferenceEngine {
     plan_sampling: PlanSampling,
     wave_sampling: WaveSampling,
     stream: Stream,
+    /// One thread: candle's products of single rows are too small to share, and waking others costs more than they do.
+    pool: ThreadPool,
 }
 
 /// What a stream remembers between frames.
@@ -74,6 +78,7 @@ impl ReferenceEngine {
             plan_sampling: PlanSampling::default(),
             wave_sampling: checkpoint.generation,
             stream,
+            pool: ThreadPoolBuilder::new().num_threads(1).build().map_err(state_error)?,
             config,
         })
     }
@@ -222,24 +227,25 @@ impl Engine for ReferenceEngine {
         expect("tokens", self.config.plan.hop, out.len())?;
         expect("uniforms", UNIFORMS_PER_SAMPLE * out.len(), uniforms.len())?;
         expect("plan bands", self.quantizer.mean.len(), plan.bands.len())?;
-        let codec = &self.config.codec;
-        let stream = &mut self.stream;
-        stream.planned.begin_frame(&self.spectrum, &plan.bands).map_err(state_error)?;
-        self.model.wave.begin_frame(&mut stream.wave, &plan.bands)?;
-        for (token, uniforms) in out.iter_mut().zip(uniforms.chunks_exact(UNIFORMS_PER_SAMPLE)) {
-            let forecasts = [stream.past.forecast(), stream.planned.forecast()];
-            let log_scale = stream.planned.log_scale();
-            let (features, past_code) = crate::model::features::features(forecasts, log_scale, codec);
-            let head = self.model.wave.step(&mut stream.wave, &features, past_code)?;
-            let mixture = Mixture::from_head(&head, forecasts, log_scale, codec);
-            *token = mixture.sample([uniforms[0], uniforms[1]], &self.wave_sampling, codec);
-            let sample = codec.decode(*token);
-            stream.past.push(sample);
-            stream.planned.push(sample);
-            let residual = crate::model::features::residual_code(*token, past_code, codec);
-            WaveTransformer::push(&mut stream.wave, *token, residual);
-        }
-        Ok(())
+        let Self { config, spectrum, model, wave_sampling, stream, pool, .. } = self;
+        let codec = &config.codec;
+        pool.install(|| {
+            stream.planned.begin_frame(spectrum, &plan.bands).map_err(state_error)?;
+            model.wave.begin_frame(&mut stream.wave, &plan.bands)?;
+            for (token, uniforms) in out.iter_mut().zip(uniforms.chunks_exact(UNIFORMS_PER_SAMPLE)) {
+                let forecasts = [stream.past.forecast(), stream.planned.forecast()];
+                let log_scale = stream.planned.log_scale();
+                let (features, past_code) = features(forecasts, log_scale, codec);
+                let head = model.wave.step(&mut stream.wave, &features, past_code)?;
+                let mixture = Mixture::from_head(&head, forecasts, log_scale, codec);
+                *token = mixture.sample([uniforms[0], uniforms[1]], wave_sampling, codec);
+                let sample = codec.decode(*token);
+                stream.past.push(sample);
+                stream.planned.push(sample);
+                WaveTransformer::push(&mut stream.wave, *token, residual_code(*token, past_code, codec));
+            }
+            Ok(())
+        })
     }
 
     fn score(&mut self, tokens: &[Token], nll: &mut [f32]) -> Result<(), EngineError> {
