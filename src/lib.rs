@@ -24,7 +24,7 @@
 //! | [`generate`] | a recording into its continuation: the loop, the prompt, the seam |
 //! | [`sink`] | where samples go: WAV file, pipe |
 //! | [`train`] | recordings into a checkpoint |
-//! | [`metrics`] | samples and plans into figures; what a model must beat |
+//! | [`metrics`], [`baselines`] | samples and plans into figures; what a model must beat |
 //!
 //! What does not happen: the engines know nothing of audio files. Training and engines meet only through a checkpoint
 //! (calibration, training's last step, listens to an engine). The codec knows nothing of models. Nothing in the
@@ -44,6 +44,7 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod audio;
+pub mod baselines;
 
 pub mod checkpoint;
 pub mod codec;
