@@ -185,8 +185,8 @@ mod tests {
                 }
             }
             let (mut drawn, mut expected, mut distance) = (0.0, 0.0, 0.0f64);
-            for t in 0..codec.levels() {
-                drawn += counts[t];
+            for (t, count) in counts.iter().enumerate() {
+                drawn += count;
                 expected += m.log_prob(t as Token, &codec).exp();
                 distance = distance.max(f64::abs(drawn - expected));
             }

@@ -179,7 +179,7 @@ impl ModelConfig {
         if sizes.contains(&0) || wave.shortcut_dim == 0 || wave.hidden_multiple == 0 {
             return fail("wave transformer: every size must be at least 1".into());
         }
-        if self.plan.hop % wave.slices != 0 {
+        if !self.plan.hop.is_multiple_of(wave.slices) {
             return fail(format!("{} slices do not divide the plan's hop of {}", wave.slices, self.plan.hop));
         }
         if wave.own_scale.is_nan() || wave.own_scale <= 0.0 {

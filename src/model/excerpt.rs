@@ -81,7 +81,8 @@ impl Excerpt {
             if inside {
                 planned.begin_frame(piece.spectrum, &piece.plan.row(frame).to_vec())?;
             }
-            for at in frame * hop..(frame + 1) * hop {
+            let range = frame * hop..(frame + 1) * hop;
+            for (&token, &heard) in piece.tokens[range.clone()].iter().zip(&heard[range]) {
                 if inside {
                     let forecasts: [f32; N_FORECASTS] = [past.forecast(), planned.forecast()];
                     let log_scale = planned.log_scale();
@@ -89,10 +90,10 @@ impl Excerpt {
                     excerpt.features.extend(values);
                     excerpt.past_codes.push(past_code.into());
                     excerpt.residual_codes.push(u32::from(residual));
-                    excerpt.targets.push(piece.tokens[at], forecasts, log_scale, codec);
-                    residual = residual_code(heard[at], past_code, codec);
+                    excerpt.targets.push(token, forecasts, log_scale, codec);
+                    residual = residual_code(heard, past_code, codec);
                 }
-                let sample = codec.decode(heard[at]);
+                let sample = codec.decode(heard);
                 past.push(sample);
                 planned.push(sample);
             }
@@ -107,7 +108,7 @@ impl Excerpt {
     }
 
     /// Samples.
-    pub fn len(&self) -> usize {
+    pub fn n_samples(&self) -> usize {
         self.past_codes.len()
     }
 

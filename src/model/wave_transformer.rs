@@ -305,7 +305,7 @@ impl WaveTransformer {
         let features = Tensor::from_slice(features, (1, 1, N_FEATURES), device)?;
         let mut x = features.clone();
         for (i, tier) in self.tiers.iter().enumerate() {
-            if state.n % tier.hop as u64 != 0 {
+            if !state.n.is_multiple_of(tier.hop as u64) {
                 continue;
             }
             let seen = if tier.hop > 1 { tier.hop } else { self.config.taps };

@@ -5,10 +5,12 @@
 
 pub mod calibrate;
 pub mod dataset;
+pub mod lesson;
 pub mod optimizer;
 pub mod plan;
 pub mod schedule;
 pub mod wave;
+pub mod workers;
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -50,6 +52,8 @@ pub enum TrainError {
     Tensor(#[from] candle_core::Error),
     #[error("the loss is not a number any more at step {step}; lower the learning rate or look at the data")]
     Diverged { step: usize },
+    #[error("the thread that makes excerpts has died")]
+    Thread,
     #[error("starting worker threads")]
     Threads(#[from] rayon::ThreadPoolBuildError),
 }

@@ -1,16 +1,13 @@
 //! Trains the wave transformer on excerpts: negative log-likelihood of the next token, bits per sample.
 
 use std::ops::ControlFlow;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::sync_channel;
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
-
 use super::dataset::{Dataset, Recording};
+use super::lesson::Lesson;
 use super::optimizer::AdamW;
-use super::schedule::{Clock, PLAN_SHARE};
-use super::{Part, Run, TrainError, TrainEvent, TrainSettings};
+use super::schedule::PLAN_SHARE;
+use super::{Part, Run, TrainError, TrainSettings};
 use crate::forecast::{PastForecast, PlannedForecast};
 use crate::model::excerpt::{Excerpt, Piece};
 use crate::model::head;
@@ -31,50 +28,8 @@ const GAIN_DB: (f32, f32) = (-12.0, 2.0);
 /// Places per validation, frames scored at each after [`WARM`] frames that are only read.
 const PLACES: usize = 6;
 const WARM: usize = 8;
-/// Steps between reports and between validations.
-const REPORT: usize = 10;
+/// Steps between validations.
 const VALIDATE: usize = 250;
-
-/// Threads that each compute a share of a batch; inside, matrix products stay on their thread.
-pub struct Workers {
-    pools: Vec<ThreadPool>,
-}
-
-impl Workers {
-    pub fn new(threads: usize) -> Result<Self, TrainError> {
-        let one = |_| ThreadPoolBuilder::new().num_threads(1).build();
-        Ok(Self { pools: (0..threads.max(1)).map(one).collect::<Result<_, _>>()? })
-    }
-
-    /// `compute` of every item; the results' order does not depend on the threads.
-    pub fn map<T: Sync, R: Send>(
-        &self,
-        items: &[T],
-        compute: impl Fn(&T) -> Result<R, TrainError> + Sync,
-    ) -> Result<Vec<R>, TrainError> {
-        let next = AtomicUsize::new(0);
-        let results: Mutex<Vec<Option<Result<R, TrainError>>>> = Mutex::new(items.iter().map(|_| None).collect());
-        std::thread::scope(|scope| {
-            for pool in &self.pools {
-                scope.spawn(|| {
-                    pool.install(|| {
-                        while let Some((i, item)) = {
-                            let i = next.fetch_add(1, Ordering::Relaxed);
-                            items.get(i).map(|item| (i, item))
-                        } {
-                            let result = compute(item);
-                            if let Ok(mut results) = results.lock() {
-                                results[i] = Some(result);
-                            }
-                        }
-                    });
-                });
-            }
-        });
-        let results = results.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
-        results.into_iter().flatten().collect()
-    }
-}
 
 /// Draws training excerpts: a pure function of the seed.
 struct Maker<'a> {
@@ -94,8 +49,8 @@ impl Maker<'_> {
         let rng = &mut self.rng;
         let hop = self.data.spectrum.hop();
         let before = run_up(self.settings, hop);
-        let shortest = self.data.train.iter().map(|r| r.n_frames(hop)).max().unwrap_or(0);
-        let frames = EXCERPT.min(shortest.saturating_sub(before));
+        let longest = self.data.train.iter().map(|r| r.n_frames(hop)).max().unwrap_or(0);
+        let frames = EXCERPT.min(longest.saturating_sub(before));
         let (recording, first) = self.data.pick(before + frames, rng);
         let gain = 10.0f32.powf((GAIN_DB.0 + (GAIN_DB.1 - GAIN_DB.0) * rng.uniform()) / 20.0);
         let quantised = rng.uniform() < QUANTISED;
@@ -144,73 +99,35 @@ pub fn train(
     optimizer: &mut AdamW,
     save: &mut dyn FnMut(&AdamW) -> Result<(), TrainError>,
 ) -> Result<ControlFlow<()>, TrainError> {
-    let history = run.model.wave.history();
-    let workers = Workers::new(run.settings.threads)?;
+    let model = &run.model.wave;
+    let history = model.history();
     let held_out = held_out(run, history)?;
-    let mut maker = Maker {
-        settings: run.settings,
-        data: run.data,
-        quantizer: run.quantizer,
-        history,
-        rng: Rng::new(run.settings.seed ^ 0x3a7e),
-    };
+    let warm = WARM * run.spectrum.hop();
+    let nll = |excerpt: &Excerpt| head::nll(&model.forward(&excerpt.inputs()?)?, &excerpt.targets);
+    let rng = Rng::new(run.settings.seed ^ 0x3a7e);
+    let mut maker = Maker { settings: run.settings, data: run.data, quantizer: run.quantizer, history, rng };
     std::thread::scope(|scope| {
         let (sender, batches) = sync_channel(AHEAD);
         // Ends when the receiver is gone.
         scope.spawn(move || while sender.send(maker.batch()).is_ok() {});
-        let mut clock = Clock::start(run.settings.budget, 1.0 - PLAN_SHARE);
-        let mut recent = Vec::new();
-        let mut samples = 0;
-        while clock.done() < 1.0 {
-            let Ok(batch) = batches.recv() else { break };
-            let batch = batch?;
-            let results = workers.map(&batch, |excerpt| {
-                let loss = head::nll(&run.model.wave.forward(&excerpt.inputs()?)?, &excerpt.targets)?.mean_all()?;
-                Ok((loss.to_scalar::<f32>()?, loss.backward()?))
-            })?;
-            samples += batch.iter().map(Excerpt::len).sum::<usize>();
-            let (losses, gradients): (Vec<f32>, Vec<_>) = results.into_iter().unzip();
-            let norm = optimizer.step(&gradients, run.settings.wave_learning_rate * clock.rate())?;
-            clock.advance();
-            let bits = f64::from(losses.iter().sum::<f32>()) / losses.len() as f64 / std::f64::consts::LN_2;
-            if !bits.is_finite() || !norm.is_finite() {
-                return Err(TrainError::Diverged { step: clock.step() });
-            }
-            recent.push(bits);
-            let step = clock.step();
-            let over = clock.done() >= 1.0;
-            if step % REPORT == 0 || over {
-                let event = TrainEvent::Step {
-                    part: Part::Wave,
-                    step,
-                    done: clock.done(),
-                    bits: recent.iter().sum::<f64>() / recent.len() as f64,
-                    units_per_s: samples as f64 / clock.elapsed().as_secs_f64(),
-                    elapsed: clock.elapsed(),
-                };
-                recent.clear();
-                if (run.observe)(event).is_break() {
-                    return Ok(ControlFlow::Break(()));
-                }
-            }
-            if step % VALIDATE == 0 || over {
-                optimizer.swap()?;
-                let bits = workers.map(&held_out, |excerpt| {
-                    let nll = head::nll(&run.model.wave.forward(&excerpt.inputs()?)?, &excerpt.targets)?;
-                    let warm = WARM * run.spectrum.hop();
-                    let scored = excerpt.len().saturating_sub(warm);
-                    Ok(f64::from(nll.narrow(0, warm, scored)?.mean_all()?.to_scalar::<f32>()?))
-                });
-                optimizer.swap()?;
-                let bits = bits?;
-                if !bits.is_empty() {
-                    let bits = bits.iter().sum::<f64>() / bits.len() as f64 / std::f64::consts::LN_2;
-                    let _ = (run.observe)(TrainEvent::Validation { part: Part::Wave, step, bits });
-                }
-                save(optimizer)?;
-            }
-        }
-        Ok(ControlFlow::Continue(()))
+        let lesson = Lesson {
+            part: Part::Wave,
+            share: 1.0 - PLAN_SHARE,
+            learning_rate: run.settings.wave_learning_rate,
+            validate_every: VALIDATE,
+            batch: &mut || batches.recv().map_err(|_| TrainError::Thread)?,
+            loss: &|excerpt| nll(excerpt)?.mean_all(),
+            units: Excerpt::n_samples,
+            validate: &|workers| {
+                let means = workers.map(&held_out, |excerpt| {
+                    let scored = nll(excerpt)?.narrow(0, warm, excerpt.n_samples() - warm)?;
+                    Ok(f64::from(scored.mean_all()?.to_scalar::<f32>()?))
+                })?;
+                Ok((!means.is_empty()).then(|| means.iter().sum::<f64>() / means.len() as f64))
+            },
+            save,
+        };
+        lesson.teach(run.settings, optimizer, run.observe)
     })
 }
 
