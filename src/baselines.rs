@@ -76,7 +76,7 @@ fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 
-/// Weights of the mixture that makes `likelihoods`, [n_samples][n_components], most likely.
+/// Weights of the mixture that makes `likelihoods`, `[n_samples][n_components]`, most likely.
 fn fit_weights(likelihoods: &[Vec<f64>]) -> Vec<f64> {
     let n = likelihoods.first().map_or(0, Vec::len);
     let mut weights = vec![1.0 / n.max(1) as f64; n];
@@ -95,7 +95,7 @@ fn fit_weights(likelihoods: &[Vec<f64>]) -> Vec<f64> {
 }
 
 /// White Gaussian noise through the filter that each plan frame describes, after the samples `context`: what a plan
-/// sounds like without any model. `plan` is [n_frames, n_bands]; gives `n_frames * hop` samples.
+/// sounds like without any model. `plan` is `[n_frames, n_bands]`; gives `n_frames * hop` samples.
 ///
 /// # Errors
 /// When `plan` is no plan of `spectrum`.

@@ -42,14 +42,14 @@ pub fn median(values: &[f32]) -> f32 {
 /// Plan frames with the level that each stands for.
 #[derive(Clone, Debug)]
 pub struct Track {
-    /// [n_frames, n_bands], plan units.
+    /// `[n_frames, n_bands]`, plan units.
     pub bands: Array2<f32>,
     /// Level of each frame, dB against full scale.
     pub level_db: Vec<f32>,
 }
 
 impl Track {
-    /// From plan frames, [n_frames, n_bands].
+    /// From plan frames, `[n_frames, n_bands]`.
     ///
     /// # Errors
     /// When these are no frames of `spectrum`.
@@ -90,7 +90,7 @@ pub struct Adherence {
     pub bias_db: f32,
 }
 
-/// Compares re-analysed audio with its plan, both [n_frames, n_bands]; frames that only one has are left out.
+/// Compares re-analysed audio with its plan, both `[n_frames, n_bands]`; frames that only one has are left out.
 pub fn adherence(heard: ArrayView2<f32>, planned: ArrayView2<f32>) -> Adherence {
     let n = heard.nrows().min(planned.nrows());
     let first = Slice::from(..n);
@@ -103,7 +103,7 @@ pub fn adherence(heard: ArrayView2<f32>, planned: ArrayView2<f32>) -> Adherence 
     }
 }
 
-/// How far the [`STRONGEST`] bands stand above the median band, averaged over frames: music 25 to 30, noise under 10.
+/// How far the twelve strongest bands stand above the median band, averaged over frames: music 25 to 30, noise under 10.
 pub fn tonality_db(bands: ArrayView2<f32>) -> f32 {
     let frame_tonality = |frame: ArrayView1<f32>| {
         let mut sorted = frame.to_vec();

@@ -66,11 +66,11 @@ const TAIL: f64 = 1e-4;
 /// A mixture of logistics over sample values, cut into tokens by the codec's bins.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Mixture {
-    /// Normalised log weights, [n_components]: first those around the forecast from the past, then the plan's.
+    /// Normalised log weights, `[n_components]`: first those around the forecast from the past, then the plan's.
     pub log_weights: Vec<f32>,
-    /// Means as sample values, [n_components].
+    /// Means as sample values, `[n_components]`.
     pub means: Vec<f32>,
-    /// Scales, [n_components].
+    /// Scales, `[n_components]`.
     pub scales: Vec<f32>,
     /// The forecast that each half of the components stands around.
     pub forecasts: [f32; N_FORECASTS],
@@ -87,7 +87,7 @@ pub const MAX_OFFSET: f32 = 4.0;
 pub const MAX_LOG_SCALE: f32 = 2.5;
 
 impl Mixture {
-    /// From the head's output: `head` = [weights | offsets | log scales], each [n_components].
+    /// From the head's output: `head` = [weights | offsets | log scales], each `[n_components]`.
     pub fn from_head(head: &[f32], forecasts: [f32; N_FORECASTS], log_scale: f32, codec: &Codec) -> Self {
         let n = head.len() / 3;
         let per_forecast = n / N_FORECASTS;

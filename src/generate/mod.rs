@@ -75,7 +75,7 @@ impl<'e> Generator<'e> {
         Ok(Self { engine, seed, stream, n_frames: 0, plan: PlanFrame::default(), tokens: vec![0; hop] })
     }
 
-    /// The next plan frame and its `hop` tokens. `given`: bands to play instead of the engine's own choice, [n_bands].
+    /// The next plan frame and its `hop` tokens. `given`: bands to play instead of the engine's own choice, `[n_bands]`.
     ///
     /// # Errors
     /// The engine's own.
