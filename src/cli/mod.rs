@@ -4,10 +4,14 @@
 
 mod common;
 mod r#continue;
+mod detokenize;
 mod eval;
 mod free_run;
 mod generate;
+mod info;
 mod score;
+mod token_file;
+mod tokenize;
 mod train;
 
 use std::process::ExitCode;
@@ -28,6 +32,7 @@ const EXAMPLES: &str = "\
 Examples:
   wavegen continue song.flac                  write song.continued.wav with 10 more seconds
   wavegen generate -o music.wav               play from nothing
+  wavegen info                                what the built-in model is
   wavegen train recordings/ -o my.safetensors --minutes 60
 
 Each command's --help shows more.";
@@ -38,6 +43,9 @@ enum Command {
     Generate(generate::Args),
     Train(train::Args),
     Eval(eval::Args),
+    Tokenize(tokenize::Args),
+    Detokenize(detokenize::Args),
+    Info(info::Args),
 }
 
 /// What a command ended with, short of an error.
@@ -55,6 +63,9 @@ pub fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args),
+        Command::Tokenize(args) => tokenize::run(&args),
+        Command::Detokenize(args) => detokenize::run(&args),
+        Command::Info(args) => info::run(&args),
     };
     match result {
         Ok(Outcome::Done) => ExitCode::SUCCESS,

@@ -1,0 +1,377 @@
+//! The program from outside: exit codes, streams, files written whole or not at all. With the smallest model, untrained.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Command as Process, Stdio};
+use std::time::{Duration, Instant};
+
+use assert_cmd::Command;
+use predicates::prelude::*;
+use predicates::str::contains;
+use tempfile::TempDir;
+use wavegen::checkpoint::{Checkpoint, Precision};
+use wavegen::model::config::ModelConfig;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_wavegen");
+const RATE: u32 = 16_000;
+
+/// A directory with a model and a short stereo recording.
+struct Scene {
+    directory: TempDir,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let scene = Self { directory: tempfile::tempdir().unwrap() };
+        let config = ModelConfig::preset("tiny").unwrap();
+        Checkpoint::untrained(config, 1).unwrap().save(&scene.path("tiny.safetensors"), Precision::F32).unwrap();
+        scene.write_wav("in.wav", 2, &scene.chord(2 * 3200));
+        scene
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn chord(&self, n_samples: usize) -> Vec<f32> {
+        (0..n_samples).map(|i| 0.2 * (i as f32 * 0.05).sin() + 0.1 * (i as f32 * 0.11).cos()).collect()
+    }
+
+    fn write_wav(&self, name: &str, channels: u16, samples: &[f32]) {
+        let spec = hound::WavSpec {
+            channels,
+            sample_rate: RATE,
+            bits_per_sample: 32,
+            sample_format: hound::SampleFormat::Float,
+        };
+        let mut writer = hound::WavWriter::create(self.path(name), spec).unwrap();
+        samples.iter().for_each(|&x| writer.write_sample(x).unwrap());
+        writer.finalize().unwrap();
+    }
+
+    /// `wavegen COMMAND ARGS...` in the directory.
+    fn wavegen(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(PROGRAM);
+        command.current_dir(self.directory.path()).args(args);
+        command
+    }
+
+    /// `wavegen continue ARGS... --model tiny --seconds 0.1`.
+    fn play_on(&self, args: &[&str]) -> Command {
+        let mut command = self.wavegen(&["continue", "--model", "tiny.safetensors", "--seconds", "0.1"]);
+        command.args(args);
+        command
+    }
+
+    /// The files that are there, without the model.
+    fn files(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.directory.path()).unwrap();
+        let mut names: Vec<String> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.retain(|name| name != "tiny.safetensors");
+        names.sort();
+        names
+    }
+
+    /// Fails with `code` and one line on stderr that says `what`; writes nothing.
+    fn refuses(&self, mut command: Command, code: i32, what: &str) {
+        let before = self.files();
+        let output = command.assert().code(code).stdout("").stderr(contains(what)).get_output().clone();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        if code == 1 {
+            assert_eq!(stderr.lines().filter(|line| !line.starts_with("warning:")).count(), 1, "{stderr}");
+        }
+        assert!(stderr.lines().any(|line| line.starts_with("error: ")), "{stderr}");
+        assert_eq!(self.files(), before, "something was left behind");
+    }
+}
+
+fn wav_data(path: &Path) -> (hound::WavSpec, Vec<f32>) {
+    let mut reader = hound::WavReader::open(path).unwrap();
+    (reader.spec(), reader.samples::<f32>().map(Result::unwrap).collect())
+}
+
+#[test]
+fn continue_writes_the_prompt_unchanged_and_then_more() {
+    let scene = Scene::new();
+    scene
+        .play_on(&["in.wav"])
+        .assert()
+        .success()
+        .stdout("")
+        .stderr(contains("in.continued.wav").and(contains("join:")));
+    let (spec, samples) = wav_data(&scene.path("in.continued.wav"));
+    let (own_spec, prompt) = wav_data(&scene.path("in.wav"));
+    assert_eq!((spec.channels, spec.sample_rate), (own_spec.channels, own_spec.sample_rate));
+    assert_eq!(samples.len(), prompt.len() + 2 * 1600);
+    assert_eq!(samples[..prompt.len()], prompt);
+    assert_eq!(scene.files(), ["in.continued.wav", "in.wav"]);
+}
+
+#[test]
+fn the_same_seed_gives_the_same_bytes_and_another_seed_others() {
+    let scene = Scene::new();
+    for (seed, output) in [("7", "a.wav"), ("7", "b.wav"), ("8", "c.wav")] {
+        scene.play_on(&["in.wav", "--seed", seed, "-o", output]).assert().success();
+    }
+    let [a, b, c] = ["a.wav", "b.wav", "c.wav"].map(|name| std::fs::read(scene.path(name)).unwrap());
+    assert!(a == b, "the same seed gave other bytes");
+    assert!(a != c, "another seed gave the same bytes");
+}
+
+#[test]
+fn pipes_carry_audio_only_and_messages_go_to_stderr() {
+    let scene = Scene::new();
+    let prompt = std::fs::read(scene.path("in.wav")).unwrap();
+    let output = scene.play_on(&["-"]).write_stdin(prompt).assert().success().get_output().clone();
+    assert_eq!(&output.stdout[..4], b"RIFF");
+    assert!(String::from_utf8(output.stderr).unwrap().contains("standard output: 0.20 s of prompt + 0.10 s played"));
+    scene.play_on(&["in.wav", "-o", "file.wav"]).assert().success();
+    let file = std::fs::read(scene.path("file.wav")).unwrap();
+    let data_bytes = 2 * 4 * (3200 + 1600);
+    assert!(output.stdout.ends_with(&file[file.len() - data_bytes..]), "the pipe's audio is not the file's");
+}
+
+#[test]
+fn json_goes_to_stdout_and_to_stderr_beside_audio() {
+    let scene = Scene::new();
+    let output = scene.play_on(&["in.wav", "--json", "-q"]).assert().success().stderr("").get_output().clone();
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["channels"], 2);
+    assert!(report["seam"]["jump"].is_number(), "{report}");
+    let output = scene.play_on(&["in.wav", "--json", "-q", "-o", "-"]).assert().success().get_output().clone();
+    assert!(serde_json::from_slice::<serde_json::Value>(&output.stderr).is_ok());
+}
+
+#[test]
+fn existing_output_is_kept_unless_forced() {
+    let scene = Scene::new();
+    std::fs::write(scene.path("in.continued.wav"), "precious").unwrap();
+    scene.refuses(scene.play_on(&["in.wav"]), 1, "--force");
+    assert_eq!(std::fs::read(scene.path("in.continued.wav")).unwrap(), b"precious");
+    scene.play_on(&["in.wav", "--force"]).assert().success();
+    assert_eq!(wav_data(&scene.path("in.continued.wav")).1.len(), 2 * 4800);
+}
+
+#[test]
+fn bad_audio_is_refused_by_name() {
+    let scene = Scene::new();
+    std::fs::write(scene.path("text.wav"), "this is no audio at all, whatever its name").unwrap();
+    std::fs::write(scene.path("empty.wav"), "").unwrap();
+    std::fs::create_dir(scene.path("folder")).unwrap();
+    scene.write_wav("zero.wav", 1, &[]);
+    scene.write_wav("nan.wav", 1, &[0.1, f32::NAN, 0.1]);
+    for name in ["text.wav", "empty.wav", "folder", "zero.wav", "nan.wav", "missing.wav"] {
+        scene.refuses(scene.play_on(&[name, "-o", "out.wav"]), 1, name);
+    }
+    scene.refuses(scene.wavegen(&["info", "text.wav"]), 1, "text.wav");
+}
+
+#[test]
+fn a_truncated_recording_is_played_on_with_a_warning() {
+    let scene = Scene::new();
+    let bytes = std::fs::read(scene.path("in.wav")).unwrap();
+    std::fs::write(scene.path("cut.wav"), &bytes[..bytes.len() / 2]).unwrap();
+    scene.play_on(&["cut.wav"]).assert().success().stderr(contains("warning: cut.wav"));
+}
+
+#[test]
+fn bad_models_are_refused_by_name() {
+    let scene = Scene::new();
+    std::fs::write(scene.path("text.safetensors"), "no model").unwrap();
+    let whole = std::fs::read(scene.path("tiny.safetensors")).unwrap();
+    std::fs::write(scene.path("cut.safetensors"), &whole[..whole.len() / 2]).unwrap();
+    for name in ["text.safetensors", "cut.safetensors", "missing.safetensors"] {
+        let command = scene.wavegen(&["continue", "in.wav", "--model", name]);
+        scene.refuses(command, 1, name);
+        scene.refuses(scene.wavegen(&["info", name]), 1, name);
+    }
+}
+
+#[test]
+fn absurd_arguments_are_usage_errors() {
+    let scene = Scene::new();
+    for seconds in ["0", "-1", "nan", "inf", "100000", "ten"] {
+        scene.refuses(scene.wavegen(&["continue", "in.wav", &format!("--seconds={seconds}")]), 2, "--seconds");
+    }
+    for args in [
+        &["continue"][..],
+        &["continue", "in.wav", "--format", "mp3"],
+        &["continue", "in.wav", "--top-p", "2"],
+        &["continue", "in.wav", "--no-such-flag"],
+        &["eval"],
+        &["train", "in.wav", "-o", "x.safetensors"],
+        &["no-such-command"],
+    ] {
+        scene.refuses(scene.wavegen(args), 2, "Usage");
+    }
+    scene.refuses(scene.play_on(&["in.wav", "--format", "i16"]), 2, "--format");
+    scene.refuses(
+        scene.wavegen(&["train", "in.wav", "-o", "x.safetensors", "--preset", "huge", "--steps", "1"]),
+        2,
+        "huge",
+    );
+}
+
+#[test]
+fn unwritable_output_is_refused_before_anything_is_read() {
+    let scene = Scene::new();
+    scene.refuses(scene.play_on(&["in.wav", "-o", "no/such/folder/out.wav"]), 1, "no/such/folder");
+    std::fs::create_dir(scene.path("folder")).unwrap();
+    scene.refuses(scene.play_on(&["in.wav", "-o", "folder"]), 1, "folder");
+}
+
+#[test]
+fn silence_and_the_shortest_prompts_are_played_on() {
+    let scene = Scene::new();
+    scene.write_wav("silence.wav", 1, &[0.0; 800]);
+    scene.play_on(&["silence.wav"]).assert().success().stderr(contains("silence"));
+    for n in [1, 100, 513] {
+        scene.write_wav("short.wav", 1, &scene.chord(n));
+        scene.play_on(&["short.wav", "--force"]).assert().success();
+        assert_eq!(wav_data(&scene.path("short.continued.wav")).1.len(), n + 1600, "prompt of {n}");
+    }
+}
+
+#[test]
+fn generate_plays_from_nothing() {
+    let scene = Scene::new();
+    let args = ["generate", "--model", "tiny.safetensors", "--seconds", "0.1", "--format", "f32"];
+    scene.wavegen(&args).assert().success().stdout("");
+    assert_eq!(wav_data(&scene.path("generated.wav")).1.len(), 1600);
+    scene.refuses(scene.wavegen(&args), 1, "--force");
+}
+
+#[test]
+fn tokens_go_to_a_file_and_come_back_as_audio() {
+    let scene = Scene::new();
+    let model = ["--model", "tiny.safetensors"];
+    scene.wavegen(&["tokenize", "in.wav"]).args(model).assert().success().stdout("");
+    scene.wavegen(&["detokenize", "in.tokens.safetensors", "-o", "back.wav", "--format", "f32"]).assert().success();
+    let (_, back) = wav_data(&scene.path("back.wav"));
+    let (_, samples) = wav_data(&scene.path("in.wav"));
+    assert_eq!(back.len(), samples.len() / 2);
+    for (i, (x, frame)) in back.iter().zip(samples.chunks_exact(2)).enumerate() {
+        let mono = 0.5 * (frame[0] + frame[1]);
+        assert!((x - mono).abs() < 0.03, "sample {i}: {x} for {mono}");
+    }
+    scene.refuses(scene.wavegen(&["tokenize", "in.wav"]), 1, "--force");
+    scene.refuses(scene.wavegen(&["detokenize", "in.wav", "-o", "no.wav"]), 1, "in.wav");
+}
+
+#[test]
+fn info_describes_audio_and_models() {
+    let scene = Scene::new();
+    scene.wavegen(&["info", "in.wav"]).assert().success().stdout(contains("16000 Hz, 2 channels, 0.200 s"));
+    scene
+        .wavegen(&["info", "tiny.safetensors"])
+        .assert()
+        .success()
+        .stdout(contains("tiny").and(contains("parameters")));
+    let output = scene.wavegen(&["info", "tiny.safetensors", "--json"]).assert().success().get_output().clone();
+    let info: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(info["parameters"].as_u64().unwrap() > 10_000, "{info}");
+}
+
+#[test]
+fn eval_prints_bits_and_baselines_as_text_and_json() {
+    let scene = Scene::new();
+    let args = ["eval", "in.wav", "--model", "tiny.safetensors", "--baselines"];
+    scene.wavegen(&args).assert().success().stdout(contains("bits per sample").and(contains("order-0 tokens")));
+    let output = scene.wavegen(&args).arg("--json").assert().success().get_output().clone();
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let number = |name: &str| report["total"][name].as_f64().unwrap();
+    assert!((number("wave_bits") + number("plan_bits") - number("total_bits")).abs() < 1e-9, "{report}");
+    scene.write_wav("silence.wav", 1, &[0.0; 4000]);
+    scene.refuses(scene.wavegen(&["eval", "silence.wav", "--model", "tiny.safetensors"]), 1, "silence.wav");
+}
+
+#[test]
+fn a_free_run_is_set_beside_noise_and_the_truth() {
+    let scene = Scene::new();
+    let times = ["--prompts", "2", "--prompt-seconds", "0.06", "--seconds", "0.06"];
+    for plan in ["own", "true", "quantized"] {
+        let mut command = scene.wavegen(&["eval", "in.wav", "--model", "tiny.safetensors", "--free-run", "--json"]);
+        let output = command.args(times).args(["--plan", plan]).assert().success().get_output().clone();
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let run = &report["free_run"];
+        assert_eq!(run["continuations"].as_array().unwrap().len(), 2, "{plan}: {run}");
+        let truth = run["truth"]["adherence_db"].as_f64().unwrap();
+        assert!(plan == "quantized" || truth < 1e-3, "{plan}: {run}");
+    }
+    scene.refuses(scene.wavegen(&["eval", "in.wav", "--model", "tiny.safetensors", "--free-run"]), 1, "--seconds");
+}
+
+#[test]
+fn help_shows_examples() {
+    for command in ["continue", "generate", "train", "eval", "tokenize", "detokenize", "info"] {
+        Command::new(PROGRAM).args([command, "--help"]).assert().success().stdout(contains("Examples:"));
+    }
+    Command::new(PROGRAM).assert().code(2);
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_leaves_a_finished_wav_of_what_exists() {
+    let scene = Scene::new();
+    let mut child = Process::new(PROGRAM)
+        .current_dir(scene.directory.path())
+        .args(["continue", "in.wav", "--model", "tiny.safetensors", "--seconds", "3600", "-o", "out.wav"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // The output's temporary file is there: Ctrl-C is being listened to.
+    let start = Instant::now();
+    while scene.files() == ["in.wav"] && start.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Process::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let status = child.wait().unwrap();
+    let mut stderr = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
+    assert_eq!(status.code(), Some(130), "{stderr}");
+    assert!(stderr.contains("interrupted"), "{stderr}");
+    let (_, samples) = wav_data(&scene.path("out.wav"));
+    assert_eq!(samples[..6400], wav_data(&scene.path("in.wav")).1[..]);
+    assert_eq!(scene.files(), ["in.wav", "out.wav"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_reader_that_goes_away_ends_the_program_quietly() {
+    let scene = Scene::new();
+    let mut child = Process::new(PROGRAM)
+        .current_dir(scene.directory.path())
+        .args(["continue", "in.wav", "--model", "tiny.safetensors", "--seconds", "3600", "-o", "-"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut head = [0; 44];
+    child.stdout.as_mut().unwrap().read_exact(&mut head).unwrap();
+    drop(child.stdout.take());
+    let mut stderr = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    assert_eq!(stderr, "");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_is_reported() {
+    let scene = Scene::new();
+    let command = scene.play_on(&["in.wav", "-q", "-o", "/dev/full"]);
+    scene.refuses(command, 1, "/dev/full");
+}
+
+#[test]
+fn training_writes_a_model_that_plays() {
+    let scene = Scene::new();
+    scene.write_wav("long.wav", 1, &scene.chord(40_000));
+    std::fs::write(scene.path("notes.txt"), "no audio").unwrap();
+    let args = ["train", ".", "-o", "own.safetensors", "--preset", "tiny", "--steps", "1", "--no-calibration"];
+    scene.wavegen(&args).assert().success().stderr(contains("notes.txt").and(contains("model written")));
+    scene.refuses(scene.wavegen(&args), 1, "--force");
+    scene.wavegen(&["continue", "in.wav", "--model", "own.safetensors", "--seconds", "0.05"]).assert().success();
+    let nothing = ["train", "notes.txt", "-o", "none.safetensors", "--preset", "tiny", "--steps", "1"];
+    scene.wavegen(&nothing).assert().code(1).stderr(contains("error: no usable audio"));
+}
