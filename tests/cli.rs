@@ -202,7 +202,7 @@ fn absurd_arguments_are_usage_errors() {
         &["train", "in.wav", "-o", "x.safetensors"],
         &["no-such-command"],
     ] {
-        scene.refuses(scene.wavegen(args), 2, "Usage");
+        scene.refuses(scene.wavegen(args), 2, "--help");
     }
     scene.refuses(scene.play_on(&["in.wav", "--format", "i16"]), 2, "--format");
     scene.refuses(

@@ -202,13 +202,8 @@ mod tests {
             let clip = chord(rate as usize, rate, 1);
             let prompt = Prompt::new(&tail_of(&clip, rate as usize), &Codec::default()).unwrap();
             let exact = chord(16_000, 16_000, 1).samples;
-            for (i, exact) in exact.iter().enumerate().skip(15_900) {
-                assert!(
-                    (prompt.mono[i] - exact).abs() < 2e-3,
-                    "{rate} Hz, sample {i}: {} for {}",
-                    prompt.mono[i],
-                    exact
-                );
+            for (i, (x, y)) in prompt.mono.iter().zip(&exact).enumerate().skip(15_900) {
+                assert!((x - y).abs() < 2e-3, "{rate} Hz, sample {i}: {x} for {y}");
             }
         }
     }
