@@ -32,7 +32,8 @@ pub struct Args {
     /// Beside the model: order-0 tokens, order-0 residual of the backward prediction, both forecasts under a fixed mixture
     #[arg(long)]
     baselines: bool,
-    /// Play after prompts from the files, analyse the result, and compare with noise through the plan and with the truth
+    /// Play after prompts from the files, analyse the result, and compare with noise through the plan and with the truth;
+    /// bits per sample only with --baselines
     #[arg(long)]
     free_run: bool,
     /// Where the plan comes from in --free-run
@@ -86,15 +87,24 @@ pub fn run(args: &Args) -> Result<Outcome> {
         .collect::<Result<Vec<_>>>()?;
     catch_interrupt()?;
     let mut report = Report { files: Vec::new(), total: None, free_run: None };
-    if args.free_run {
-        let hops = |s: f64| {
-            ((s * f64::from(checkpoint.config.codec.sample_rate) / spectrum.hop() as f64).round() as usize).max(1)
+    if !args.free_run || args.baselines {
+        let Some(files) = score_all(&checkpoint, &spectrum, &pieces, args.baselines, talk)? else {
+            return Ok(Outcome::Interrupted);
         };
+        let total = Scored::total(&files);
+        if !talk.json {
+            print_scores(&files, &total)?;
+        }
+        (report.files, report.total) = (files, Some(total));
+    }
+    if args.free_run {
+        let rate = f64::from(checkpoint.config.codec.sample_rate);
+        let frames = |seconds: f64| ((seconds * rate / spectrum.hop() as f64).round() as usize).max(1);
         let setup = Setup {
             plan: args.plan,
             n_prompts: args.prompts as usize,
-            prompt_frames: hops(args.prompt_seconds),
-            frames: hops(args.seconds),
+            prompt_frames: frames(args.prompt_seconds),
+            frames: frames(args.seconds),
             options: args.sampling.options(checkpoint.generation),
             keep: args.keep.as_deref(),
         };
@@ -105,15 +115,6 @@ pub fn run(args: &Args) -> Result<Outcome> {
             result.print()?;
         }
         report.free_run = Some(result);
-    } else {
-        let Some(files) = score_all(&checkpoint, &spectrum, &pieces, args.baselines, talk)? else {
-            return Ok(Outcome::Interrupted);
-        };
-        let total = Scored::total(&files);
-        if !talk.json {
-            print_scores(&files, &total)?;
-        }
-        (report.files, report.total) = (files, Some(total));
     }
     talk.json(&report, false)?;
     Ok(Outcome::Done)
