@@ -221,10 +221,15 @@ fn unwritable_output_is_refused_before_anything_is_read() {
 }
 
 #[test]
-fn silence_and_the_shortest_prompts_are_played_on() {
+fn silence_is_refused() {
     let scene = Scene::new();
     scene.write_wav("silence.wav", 1, &[0.0; 800]);
-    scene.play_on(&["silence.wav"]).assert().success().stderr(contains("silence"));
+    scene.refuses(scene.play_on(&["silence.wav"]), 1, "silence.wav: the last 0.1 s are silent");
+}
+
+#[test]
+fn the_shortest_prompts_are_played_on() {
+    let scene = Scene::new();
     for n in [1, 100, 513] {
         scene.write_wav("short.wav", 1, &scene.chord(n));
         scene.play_on(&["short.wav", "--force"]).assert().success();

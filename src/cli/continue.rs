@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use wavegen::audio::decode::decode_tail;
 use wavegen::audio::{AudioSource, Decoder, SampleFormat, WavFormat, WavPrompt};
 use wavegen::engine::reference::ReferenceEngine;
@@ -65,7 +65,12 @@ pub fn run(args: &Args) -> Result<Outcome> {
     report_damage(source.name(), tail.damaged_packets, &tail.warnings, talk);
     let prompt = Prompt::new(&tail, &checkpoint.config.codec)?;
     if prompt.is_silent() {
-        talk.warn(&format!("{}: ends in silence, so there is no level and nothing to follow", source.name()));
+        bail!(
+            "{}: the last {:.1} s are silent, so there is nothing to play on; cut the silence off, or start from nothing \
+             with `wavegen generate`",
+            source.name(),
+            tail.clip.duration_s()
+        );
     }
     talk.detail(&format!(
         "context: {:.2} s at {:+.1} dB, {} Hz, {} channels",
