@@ -170,7 +170,11 @@ impl Checkpoint {
             _ => Path::new("."),
         };
         let bytes = self.to_bytes(precision).map_err(|e| io(std::io::Error::other(e)))?;
-        let mut file = tempfile::NamedTempFile::new_in(directory).map_err(io)?;
+        let mut builder = tempfile::Builder::new();
+        // Temporary files are private by default; a model is as readable as any file of its owner.
+        #[cfg(unix)]
+        builder.permissions(<std::fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o666));
+        let mut file = builder.tempfile_in(directory).map_err(io)?;
         std::io::Write::write_all(&mut file, &bytes).map_err(io)?;
         file.as_file().sync_all().map_err(io)?;
         file.persist(path).map_err(|e| io(e.error))?;

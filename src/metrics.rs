@@ -39,6 +39,15 @@ pub fn median(values: &[f32]) -> f32 {
     }
 }
 
+/// Level of the sound that a plan frame's `bands` describe, dB against full scale; never below [`SILENCE_DB`].
+///
+/// # Errors
+/// When these are no frame of `spectrum`.
+pub fn power_db(bands: &[f32], spectrum: &Spectrum) -> Result<f32, PlanError> {
+    let power = spectrum.autocorrelation(bands, 0, 0.0)?[0];
+    Ok(((10.0 * power.max(1e-12).log10()) as f32).max(SILENCE_DB))
+}
+
 /// Plan frames with the level that each stands for.
 #[derive(Clone, Debug)]
 pub struct Track {
@@ -54,10 +63,7 @@ impl Track {
     /// # Errors
     /// When these are no frames of `spectrum`.
     pub fn new(bands: Array2<f32>, spectrum: &Spectrum) -> Result<Self, PlanError> {
-        let level = |frame: ArrayView1<f32>| {
-            let power = spectrum.autocorrelation(&frame.to_vec(), 0, 0.0)?[0];
-            Ok(((10.0 * power.max(1e-12).log10()) as f32).max(SILENCE_DB))
-        };
+        let level = |frame: ArrayView1<f32>| power_db(&frame.to_vec(), spectrum);
         let level_db = bands.outer_iter().map(level).collect::<Result<_, PlanError>>()?;
         Ok(Self { bands, level_db })
     }

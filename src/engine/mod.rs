@@ -8,7 +8,7 @@ pub mod reference;
 use crate::checkpoint::CheckpointError;
 use crate::codec::Token;
 use crate::model::config::{GenerationSettings, ModelConfig};
-use crate::plan::PlanFrame;
+use crate::plan::{PlanError, PlanFrame};
 use crate::sampler::{PlanSampling, WaveSampling};
 
 /// Uniform numbers that [`Engine::render`] takes per sample: one chooses the component, one the place in it.
@@ -23,6 +23,8 @@ pub enum EngineError {
     Token { token: Token, position: usize, levels: usize },
     #[error("the saved state does not fit this model: {0}")]
     State(String),
+    #[error("the plan")]
+    Plan(#[from] PlanError),
     #[error("the model")]
     Checkpoint(#[from] CheckpointError),
     #[error("computing a step")]

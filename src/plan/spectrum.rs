@@ -88,6 +88,18 @@ impl Spectrum {
         plan
     }
 
+    /// Samples that a frame is computed from.
+    pub fn window_len(&self) -> usize {
+        self.window.len()
+    }
+
+    /// The plan frame that ends with the samples `heard`, `[n_bands]`; before them there is silence.
+    pub fn analyse_last(&self, heard: &[f32]) -> Vec<f32> {
+        let mut bands = vec![0.0; self.n_bands()];
+        self.analyse_frame(heard, &mut self.fourier.workspace(), &mut bands);
+        bands
+    }
+
     /// The plan frame of silence, `[n_bands]`.
     pub fn silent_frame(&self) -> Vec<f32> {
         vec![(FLOOR.ln() * UNITS_PER_NEPER) as f32; self.n_bands()]

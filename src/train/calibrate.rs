@@ -23,8 +23,8 @@ const EXCERPTS: usize = 4;
 const PROMPT: usize = 24;
 const PLAYED: usize = 48;
 /// Values tried, one setting after the other, the others held at the best so far.
-const GRAINS: [f32; 5] = [0.6, 0.7, 0.8, 0.9, 1.0];
-const OFFSETS: [f32; 4] = [0.0, 0.25, 0.5, 0.75];
+const GRAINS: [f32; 6] = [0.7, 0.8, 0.9, 1.0, 1.1, 1.2];
+const OFFSETS: [f32; 4] = [0.0, 0.1, 0.25, 0.5];
 const PASTS: [f32; 3] = [0.0, 0.05, 0.15];
 
 struct Scene {
