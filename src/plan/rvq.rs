@@ -10,6 +10,9 @@ use crate::rng::Rng;
 /// Frames that codebooks are fitted to at most; of more, a random choice.
 const MAX_FIT_FRAMES: usize = 60_000;
 
+/// How far a plausible band may lie outside the first codebook, in plan units: 8.7 dB.
+const MARGIN: f32 = 0.5;
+
 /// A frame is the mean plus one entry of each codebook, each the nearest to what the ones before it left over.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ResidualQuantizer {
@@ -125,6 +128,28 @@ impl ResidualQuantizer {
         Ok(bands)
     }
 
+    /// The frame that could have been encoded and is near to what `tokens` stand for: its tokens and bands.
+    ///
+    /// A sampler may put entries together that no sound has; their sum can lie tens of dB outside all music. Bands are
+    /// held within 8.7 dB of what the first codebook knows, and encoded again.
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode).
+    pub fn plausible(&self, tokens: &[u16]) -> Result<(Vec<u16>, Vec<f32>), PlanError> {
+        let mut bands = self.decode(tokens)?;
+        for (band, x) in bands.iter_mut().enumerate() {
+            let entries = self.books.index_axis(Axis(0), 0);
+            let known = entries
+                .index_axis(Axis(1), band)
+                .iter()
+                .fold((f32::MAX, f32::MIN), |(low, high), &e| (low.min(e), high.max(e)));
+            *x = x.clamp(self.mean[band] + known.0 - MARGIN, self.mean[band] + known.1 + MARGIN);
+        }
+        let tokens = self.encode(&bands)?;
+        let bands = self.decode(&tokens)?;
+        Ok((tokens, bands))
+    }
+
     /// [`decode`](Self::decode) for each row of tokens `[n_frames, n_codebooks]`: a plan `[n_frames, n_bands]`.
     ///
     /// # Errors
@@ -205,6 +230,29 @@ mod tests {
         let mut rng = Rng::new(seed);
         let centres = Array2::from_shape_fn((9, 24), |_| 2.0 * rng.normal());
         Array2::from_shape_fn((n, 24), |(i, band)| centres[[i % 9, band]] + 0.5 * rng.normal())
+    }
+
+    #[test]
+    fn implausible_sums_are_brought_into_the_range_of_sounds_and_real_frames_stay() {
+        let plan = frames(2000, 3);
+        let quantizer = ResidualQuantizer::fit(plan.view(), 3, 16, 8, 1).unwrap();
+        let (low, high) = plan.iter().fold((f32::MAX, f32::MIN), |(l, h), &x| (l.min(x), h.max(x)));
+        for q in 0..3u16 {
+            for token in 0..16 {
+                let mut tokens = [token, 15 - token, token];
+                tokens[usize::from(q)] = 7;
+                let (plausible, bands) = quantizer.plausible(&tokens).unwrap();
+                assert_eq!(bands, quantizer.decode(&plausible).unwrap());
+                assert!(bands.iter().all(|x| (low - 2.0..high + 2.0).contains(x)), "{tokens:?}: {bands:?}");
+            }
+        }
+        for frame in plan.outer_iter().take(50) {
+            let tokens = quantizer.encode(&frame.to_vec()).unwrap();
+            let (_, bands) = quantizer.plausible(&tokens).unwrap();
+            let moved =
+                quantizer.decode(&tokens).unwrap().iter().zip(&bands).map(|(a, b)| (a - b).powi(2)).sum::<f32>();
+            assert!((moved / 24.0).sqrt() < 0.5, "moved by {moved}");
+        }
     }
 
     fn rms_error(quantizer: &ResidualQuantizer, plan: &Array2<f32>) -> f32 {
