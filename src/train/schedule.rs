@@ -5,14 +5,14 @@ use std::time::{Duration, Instant};
 /// End of training, by work or by the clock.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Budget {
-    /// Optimizer steps of the wave transformer; the plan transformer makes [`PLAN_SHARE`] of the time's worth as many.
+    /// Optimizer steps of each transformer.
     Steps(usize),
     /// Time for both transformers together.
     Time(Duration),
 }
 
-/// Part of a [`Budget::Time`] that the plan transformer gets; with [`Budget::Steps`] both make as many steps.
-pub const PLAN_SHARE: f64 = 0.15;
+/// Part of a [`Budget::Time`] that the plan transformer gets.
+pub const PLAN_SHARE: f64 = 0.25;
 /// Steps over which the learning rate rises from zero.
 const WARM_UP: f64 = 50.0;
 /// What the cosine falls to, as a share of the peak.
