@@ -212,7 +212,7 @@ impl Engine for ReferenceEngine {
             out.tokens.push(token as u16);
             given.push(Tensor::from_vec(vec![token as u32], (1, 1), &Device::Cpu)?);
         }
-        (out.tokens, out.bands) = self.quantizer.plausible(&out.tokens).map_err(state_error)?;
+        out.bands = self.quantizer.decode(&out.tokens).map_err(state_error)?;
         let bands = ArrayView2::from_shape((1, out.bands.len()), &out.bands).map_err(state_error)?;
         let codes = ArrayView2::from_shape((1, out.tokens.len()), &out.tokens).map_err(state_error)?;
         let (tokens, bands) = self.plan_tensors(codes, bands)?;
