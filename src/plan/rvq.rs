@@ -217,6 +217,11 @@ mod tests {
         Array2::from_shape_fn((n, 24), |(i, band)| centres[[i % 9, band]] + 0.5 * rng.normal())
     }
 
+    fn rms_error(quantizer: &ResidualQuantizer, plan: &Array2<f32>) -> f32 {
+        let heard = quantizer.decode_all(quantizer.encode_all(plan.view()).unwrap().view()).unwrap();
+        (heard - plan).mapv(|x| x * x).mean().unwrap().sqrt()
+    }
+
     #[test]
     fn each_codebook_brings_the_frames_nearer() {
         let plan = frames(2000, 1);
