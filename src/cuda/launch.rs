@@ -1,0 +1,145 @@
+//! Turns shapes into kernel launches: names, grids, shared memory and argument structs. Plain data, no driver, so that the
+//! emulated tests launch exactly what the GPU is given.
+
+/// What the elements of a kernel's tensors are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Element {
+    F32,
+    Bf16,
+}
+
+impl Element {
+    fn name(self) -> &'static str {
+        match self {
+            Element::F32 => "f32",
+            Element::Bf16 => "bf16",
+        }
+    }
+}
+
+/// One launch of an entry point.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Launch {
+    pub kernel: String,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads per block, in one dimension.
+    pub threads: u32,
+    /// Dynamic shared memory per block.
+    pub shared_bytes: u32,
+}
+
+/// Why a kernel cannot run on these tensors.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LaunchError {
+    #[error("windowed attention: head_dim {0}, expected one of {HEAD_DIMS:?}")]
+    HeadDim(usize),
+    #[error("windowed attention: {n_heads} heads do not share {n_kv_heads} key heads evenly")]
+    Heads { n_heads: usize, n_kv_heads: usize },
+    #[error("{what} is {got}, expected 1 to {limit}")]
+    Size { what: &'static str, got: usize, limit: usize },
+}
+
+/// Head sizes that the attention kernels are compiled for.
+pub const HEAD_DIMS: [usize; 5] = [32, 48, 64, 96, 128];
+/// The most blocks in the second and third dimension of a grid.
+const MAX_GRID_YZ: usize = 65_535;
+
+fn within(what: &'static str, got: usize, limit: usize) -> Result<i32, LaunchError> {
+    let size = i32::try_from(got).ok().filter(|_| (1..=limit).contains(&got));
+    size.ok_or(LaunchError::Size { what, got, limit })
+}
+
+/// Arguments of kernels/attention_window.cu, as in kernels/args.cuh; addresses in device memory.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AttentionArgs {
+    pub q: u64,
+    pub k: u64,
+    pub v: u64,
+    pub o: u64,
+    pub lse: u64,
+    pub d_o: u64,
+    pub delta: u64,
+    pub dq: u64,
+    pub dk: u64,
+    pub dv: u64,
+    pub n_heads: i32,
+    pub n_kv_heads: i32,
+    pub len: i32,
+    pub window: i32,
+    pub scale: f32,
+    pub reserved: i32,
+}
+const _: () = assert!(size_of::<AttentionArgs>() == 104);
+
+/// Sizes of one windowed attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionShape {
+    pub batch: usize,
+    pub n_heads: usize,
+    pub n_kv_heads: usize,
+    pub len: usize,
+    pub head_dim: usize,
+    /// Keys that a query sees, its own included; more than `len` means all.
+    pub window: usize,
+}
+
+/// Rows of a tile, as in attention_window.cu; a row of probabilities is padded by 4, one of head_dim as well.
+const TILE: usize = 32;
+const PADDING: usize = 4;
+
+impl AttentionShape {
+    /// Arguments without addresses; scores are divided by the root of `head_dim`.
+    pub fn args(&self) -> Result<AttentionArgs, LaunchError> {
+        let Self { batch, n_heads, n_kv_heads, len, head_dim, window } = *self;
+        if !HEAD_DIMS.contains(&head_dim) {
+            return Err(LaunchError::HeadDim(head_dim));
+        }
+        within("batch", batch, MAX_GRID_YZ)?;
+        let args = AttentionArgs {
+            n_heads: within("number of heads", n_heads, MAX_GRID_YZ)?,
+            n_kv_heads: within("number of key heads", n_kv_heads, MAX_GRID_YZ)?,
+            len: within("length", len, i32::MAX as usize - TILE)?,
+            window: within("window", window.min(len), len)?,
+            scale: (head_dim as f32).sqrt().recip(),
+            ..AttentionArgs::default()
+        };
+        if !n_heads.is_multiple_of(n_kv_heads) {
+            return Err(LaunchError::Heads { n_heads, n_kv_heads });
+        }
+        Ok(args)
+    }
+
+    fn launch(&self, what: &str, element: Element, heads: usize, floats: usize) -> Launch {
+        Launch {
+            kernel: format!("attention_window_{what}_{}_{}", element.name(), self.head_dim),
+            grid: [self.len.div_ceil(TILE) as u32, heads as u32, self.batch as u32],
+            threads: 128,
+            shared_bytes: (floats * size_of::<f32>()) as u32,
+        }
+    }
+
+    /// Values of a tile of rows of `head_dim`, and of a tile of probabilities.
+    fn tiles(&self) -> (usize, usize) {
+        (TILE * (self.head_dim + PADDING), TILE * (TILE + PADDING))
+    }
+
+    /// q, k, v -> o, lse.
+    pub fn forward(&self, element: Element) -> Launch {
+        let (rows, weights) = self.tiles();
+        self.launch("forward", element, self.n_heads, 3 * rows + weights)
+    }
+
+    /// q, k, v, o, lse, d_o -> delta, dq.
+    pub fn backward_queries(&self, element: Element) -> Launch {
+        let (rows, weights) = self.tiles();
+        self.launch("backward_queries", element, self.n_heads, 4 * rows + weights + 2 * TILE)
+    }
+
+    /// q, k, v, lse, d_o, delta -> dk, dv.
+    pub fn backward_keys(&self, element: Element) -> Launch {
+        let (rows, weights) = self.tiles();
+        self.launch("backward_keys", element, self.n_kv_heads, 4 * rows + 2 * weights + 2 * TILE)
+    }
+}

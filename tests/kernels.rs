@@ -1,0 +1,8 @@
+//! The CUDA kernels against plain oracles in f64, in the emulator of kernels/emulator: no GPU needed.
+
+#[path = "kernels/attention.rs"]
+mod attention;
+#[path = "kernels/emulator.rs"]
+mod emulator;
+#[path = "../src/cuda/launch.rs"]
+mod launch;
