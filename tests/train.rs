@@ -2,6 +2,8 @@
 
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use wavegen::checkpoint::{Checkpoint, Precision};
 use wavegen::engine::reference::ReferenceEngine;
@@ -10,8 +12,9 @@ use wavegen::model::config::{GenerationSettings, ModelConfig};
 use wavegen::plan::PlanFrame;
 use wavegen::rng::Rng;
 use wavegen::sampler::PlanSampling;
+use wavegen::train::resume::StateFolder;
 use wavegen::train::schedule::Budget;
-use wavegen::train::{Part, TrainError, TrainEvent, TrainSettings, train};
+use wavegen::train::{Part, Start, TrainError, TrainEvent, TrainSettings, train};
 
 const SAMPLE_RATE: u32 = 16_000;
 
@@ -33,16 +36,23 @@ fn write_wav(path: &Path, samples: &[f32]) {
 
 fn settings(directory: &Path, steps: usize) -> TrainSettings {
     TrainSettings {
-        config: ModelConfig::preset("tiny").unwrap(),
+        start: Start::New(ModelConfig::preset("tiny").unwrap().into()),
+        parts: vec![Part::Plan, Part::Wave],
         files: vec![],
         output: directory.join("model.safetensors"),
+        afresh: false,
         precision: Precision::F32,
         budget: Budget::Steps(steps),
         seed: 1,
         threads: 2,
+        plan_batch: 4,
+        wave_batch: 2,
         plan_learning_rate: 3e-3,
         wave_learning_rate: 5e-3,
         validation_share: 0.1,
+        validate_every: None,
+        save_every: Duration::from_secs(40),
+        patience: None,
         calibrate: false,
         notes: [("licence".to_owned(), "CC0".to_owned())].into(),
     }
@@ -142,4 +152,138 @@ fn training_that_is_stopped_leaves_a_whole_checkpoint() {
     };
     train(&settings, stop_at_wave).unwrap();
     Checkpoint::load(&settings.output).unwrap();
+}
+
+/// A file of a wandering tone, so that there is something to learn.
+fn write_melody(path: &Path, seconds: usize, seed: u64) {
+    let mut rng = Rng::new(seed);
+    let (mut phase, mut hz) = (0.0f32, 300.0f32);
+    let samples: Vec<f32> = (0..seconds * SAMPLE_RATE as usize)
+        .map(|i| {
+            if i % 4000 == 0 {
+                hz = 200.0 + 400.0 * rng.uniform();
+            }
+            phase = (phase + hz / SAMPLE_RATE as f32).fract();
+            0.2 * (std::f32::consts::TAU * phase).sin() + 0.01 * rng.normal()
+        })
+        .collect();
+    write_wav(path, &samples);
+}
+
+/// `(part, step) -> bits` of every step in a log, and its number of lines; a step seen twice must be the same twice.
+fn steps(log: &Path) -> std::collections::BTreeMap<(String, u64), f64> {
+    let mut steps = std::collections::BTreeMap::new();
+    for line in std::fs::read_to_string(log).unwrap_or_default().lines() {
+        // The last line of a killed process may be cut.
+        let Ok(event) = serde_json::from_str::<serde_json::Value>(line) else { continue };
+        if event["event"] == "step" {
+            let key = (event["part"].as_str().unwrap().to_owned(), event["step"].as_u64().unwrap());
+            let bits = event["bits"].as_f64().unwrap();
+            assert_eq!(*steps.entry(key.clone()).or_insert(bits), bits, "{key:?}");
+        }
+    }
+    steps
+}
+
+#[test]
+fn a_killed_run_goes_on_as_if_nothing_had_happened() {
+    let directory = tempfile::tempdir().unwrap();
+    for (i, name) in ["a.wav", "b.wav", "c.wav"].into_iter().enumerate() {
+        write_melody(&directory.path().join(name), 4, i as u64);
+    }
+    let wavegen = |output: &str, log: &str| {
+        let mut command = Command::new(assert_cmd::cargo::cargo_bin!("wavegen"));
+        command.current_dir(directory.path()).args(["train", "a.wav", "b.wav", "c.wav", "--preset", "tiny"]);
+        command.args(["-o", output, "--log", log, "--steps", "8", "--validate-every", "3", "--save-every", "0"]);
+        command.args(["--no-calibration", "--quiet"]).stderr(Stdio::inherit());
+        command
+    };
+    assert!(wavegen("whole.safetensors", "whole.jsonl").status().unwrap().success());
+    let whole = steps(&directory.path().join("whole.jsonl"));
+    assert_eq!(whole.len(), 16);
+    let log = directory.path().join("killed.jsonl");
+    for (part, step) in [("plan", 2), ("plan", 7), ("wave", 4)] {
+        let mut child = wavegen("killed.safetensors", "killed.jsonl").spawn().unwrap();
+        while !steps(&log).contains_key(&(part.to_owned(), step)) {
+            assert!(child.try_wait().unwrap().is_none(), "ended before {part} step {step}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    assert!(wavegen("killed.safetensors", "killed.jsonl").status().unwrap().success());
+    assert_eq!(steps(&log), whole);
+    let model = |name: &str| Checkpoint::load(&directory.path().join(name)).unwrap().weights;
+    assert_eq!(model("killed.safetensors"), model("whole.safetensors"));
+    assert!(!StateFolder::beside(&directory.path().join("killed.safetensors")).exists(), "nothing is left behind");
+    // What is finished is not overwritten by accident.
+    assert!(!wavegen("killed.safetensors", "killed.jsonl").status().unwrap().success());
+}
+
+#[test]
+fn an_unfinished_run_is_only_taken_up_by_the_same_settings_and_data() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("one.wav");
+    write_melody(&path, 4, 1);
+    let first = TrainSettings { files: vec![path.clone()], ..settings(directory.path(), 50) };
+    train(&first, &mut |event| match event {
+        TrainEvent::Step { .. } => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    })
+    .unwrap();
+    let go =
+        |settings: &TrainSettings| train(settings, &mut |_| ControlFlow::Continue(())).err().map(|e| e.to_string());
+    let other = TrainSettings { seed: 2, plan_learning_rate: 1e-3, ..first.clone() };
+    let error = go(&other).unwrap();
+    assert!(error.contains("seed") && error.contains("plan learning rate") && error.contains("--force"), "{error}");
+    write_melody(&path, 4, 2);
+    let error = go(&first).unwrap();
+    assert!(error.contains("data"), "{error}");
+    assert_eq!(go(&TrainSettings { afresh: true, budget: Budget::Steps(1), ..first }), None);
+}
+
+#[test]
+fn one_part_can_be_trained_on_from_a_model() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("one.wav");
+    write_melody(&path, 4, 1);
+    let base = Checkpoint::untrained(ModelConfig::preset("tiny").unwrap(), 9).unwrap();
+    let settings = TrainSettings {
+        start: Start::From(Box::new(base.clone())),
+        parts: vec![Part::Plan],
+        files: vec![path],
+        ..settings(directory.path(), 2)
+    };
+    let tuned = train(&settings, &mut |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!(tuned.quantizer, base.quantizer);
+    assert_eq!(tuned.generation, base.generation);
+    for (name, weights) in &base.weights {
+        assert_eq!(tuned.weights[name] == weights, name.starts_with("wave."), "{name}");
+    }
+}
+
+#[test]
+fn training_that_does_not_gain_stops_early_with_the_best_model() {
+    let directory = tempfile::tempdir().unwrap();
+    let files: Vec<_> = (0..3).map(|i| directory.path().join(format!("{i}.wav"))).collect();
+    files.iter().zip(0..).for_each(|(path, seed)| write_melody(path, 4, seed));
+    let settings = TrainSettings {
+        parts: vec![Part::Wave],
+        files,
+        wave_learning_rate: 0.5,
+        validate_every: Some(2),
+        patience: Some(2),
+        ..settings(directory.path(), 10_000)
+    };
+    let mut judged = Vec::new();
+    let returned = train(&settings, &mut |event| {
+        if let TrainEvent::Validation { bits, .. } = event {
+            judged.push(bits);
+        }
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    let least = judged.iter().copied().fold(f64::INFINITY, f64::min);
+    assert!(judged.len() < 100 && judged[judged.len() - 1] > least && judged[judged.len() - 3] == least, "{judged:?}");
+    assert_eq!(Checkpoint::load(&settings.output).unwrap().weights, returned.weights);
 }

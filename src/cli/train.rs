@@ -1,6 +1,8 @@
 //! `wavegen train`: turns recordings into a model.
 
 use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,23 +11,27 @@ use anyhow::{Context, Result};
 use indicatif::ProgressBar;
 use serde::Serialize;
 use wavegen::audio::AudioError;
-use wavegen::checkpoint::Precision;
+use wavegen::checkpoint::{Checkpoint, Precision};
 use wavegen::model::config::{GenerationSettings, ModelConfig};
+use wavegen::train::resume::StateFolder;
 use wavegen::train::schedule::Budget;
-use wavegen::train::{Part, TrainEvent, TrainSettings, train};
+use wavegen::train::{Part, Start, TrainEvent, TrainSettings, train};
 
 use super::Outcome;
 use super::common::{Talk, Usage, catch_interrupt, interrupted};
 
-/// Train a model from nothing on recordings
+/// Train a model on recordings, from nothing or from another model
 ///
-/// Files that are no audio are passed over with a warning. A share of the files is held out to judge by. Ctrl-C ends
-/// training early with a whole model.
+/// Files that are no audio are passed over with a warning. A share of the files is held out to judge by; the model that
+/// did best on it is kept. Ctrl-C ends training early with a whole model. Ended early, killed or switched off, the same
+/// command goes on from the state in OUTPUT.training as if nothing had happened.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   wavegen train recordings/ -o my.safetensors --minutes 60
   wavegen train a.flac b.mp3 -o tiny.safetensors --preset tiny --steps 200
+  wavegen train more/ -o tuned.safetensors --init my.safetensors --minutes 20
+  wavegen train recordings/ -o longer.safetensors --init my.safetensors --part plan --minutes 10
   wavegen continue song.wav --model my.safetensors")]
 pub struct Args {
     /// Audio files, and directories to search for them
@@ -34,12 +40,18 @@ pub struct Args {
     /// Where the model goes; rewritten as training goes on
     #[arg(long, short, value_name = "FILE")]
     output: PathBuf,
-    /// Overwrite an existing model
+    /// Overwrite an existing model, forget an unfinished run
     #[arg(long)]
     force: bool,
     /// Size of the model: tiny, small, base, or a .toml file
     #[arg(long, default_value = "small")]
     preset: String,
+    /// Go on from this model: its weights, codebooks and sizes; `built-in` for the one inside the program
+    #[arg(long, value_name = "FILE", conflicts_with = "preset")]
+    init: Option<PathBuf>,
+    /// Which transformer to train
+    #[arg(long, value_enum, default_value = "both")]
+    part: Parts,
     /// Train for this long
     #[arg(long, value_parser = minutes, required_unless_present = "steps", conflicts_with = "steps")]
     minutes: Option<f64>,
@@ -58,6 +70,24 @@ pub struct Args {
     /// Peak learning rate of the wave transformer
     #[arg(long, default_value = "2e-3", value_parser = learning_rate)]
     wave_learning_rate: f64,
+    /// Contexts of 16 s per step of the plan transformer; memory depends on --threads only
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    plan_batch: u32,
+    /// Excerpts of 1 s per step of the wave transformer
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    wave_batch: u32,
+    /// Steps between validations [default: 100 of the plan, 250 of the wave transformer]
+    #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u32).range(1..))]
+    validate_every: Option<u32>,
+    /// Seconds between states on disk: what a kill costs at most
+    #[arg(long, value_name = "SECONDS", default_value = "40", value_parser = save_seconds)]
+    save_every: Duration,
+    /// End a part after this many validations without gain
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    patience: Option<u32>,
+    /// Append everything that happens to this file, one JSON object a line
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
     /// Share of the files that is held out
     #[arg(long, default_value = "0.03", value_parser = share)]
     validation_share: f64,
@@ -74,10 +104,24 @@ pub struct Args {
     talk: Talk,
 }
 
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Parts {
+    Plan,
+    Wave,
+    Both,
+}
+
 fn minutes(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(value) if value > 0.0 && value <= 1e6 => Ok(value),
         _ => Err("must be a number of minutes, more than 0".into()),
+    }
+}
+
+fn save_seconds(text: &str) -> Result<Duration, String> {
+    match text.parse::<f64>() {
+        Ok(value) if (0.0..=86_400.0).contains(&value) => Ok(Duration::from_secs_f64(value)),
+        _ => Err("must be a number of seconds, at most a day".into()),
     }
 }
 
@@ -115,7 +159,7 @@ struct Report {
 
 pub fn run(args: &Args) -> Result<Outcome> {
     let talk = &args.talk;
-    let config = ModelConfig::preset(&args.preset).map_err(|e| Usage(format!("--preset {}: {e}", args.preset)))?;
+    let start = start(args)?;
     check_output(&args.output, args.force)?;
     let mut files = Vec::new();
     for input in &args.inputs {
@@ -128,40 +172,86 @@ pub fn run(args: &Args) -> Result<Outcome> {
         (None, steps) => Budget::Steps(steps.unwrap_or(1) as usize),
     };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = args.threads.map_or(cores, usize::from);
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting threads")?;
     let settings = TrainSettings {
-        config,
+        start,
+        parts: match args.part {
+            Parts::Plan => vec![Part::Plan],
+            Parts::Wave => vec![Part::Wave],
+            Parts::Both => vec![Part::Plan, Part::Wave],
+        },
         files,
         output: args.output.clone(),
+        afresh: args.force,
         precision: if args.half { Precision::F16 } else { Precision::F32 },
         budget,
         seed: args.seed,
-        threads: args.threads.map_or(cores, usize::from),
+        threads,
+        plan_batch: args.plan_batch as usize,
+        wave_batch: args.wave_batch as usize,
         plan_learning_rate: args.plan_learning_rate,
         wave_learning_rate: args.wave_learning_rate,
         validation_share: args.validation_share,
+        validate_every: args.validate_every.map(|n| n as usize),
+        save_every: args.save_every,
+        patience: args.patience.map(|n| n as usize),
         calibrate: !args.no_calibration,
         notes: args.note.iter().cloned().collect::<BTreeMap<_, _>>(),
     };
+    let mut log = args.log.as_deref().map(open_log).transpose()?;
     catch_interrupt()?;
     let bar = talk.bar(1000, "{bar:40} {msg}");
     let mut report = Report { output: args.output.display().to_string(), ..Report::default() };
+    let mut recent = Recent::default();
     let checkpoint = train(&settings, &mut |event| {
-        tell(&event, talk, &bar);
+        tell(&event, talk, &bar, &mut recent);
         note_figures(&event, &mut report);
+        if let Some(file) = &mut log
+            && let Err(error) = write_line(file, &event)
+        {
+            talk.warn(&format!("the log cannot be written any more: {error}"));
+            log = None;
+        }
         if interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })?;
     bar.finish_and_clear();
     report.interrupted = interrupted();
     report.generation = checkpoint.generation;
-    let how = if report.interrupted { " (interrupted early, whole)" } else { "" };
+    let how = if report.interrupted { " (interrupted early, whole; the same command goes on)" } else { "" };
     talk.note(&format!("{}: model written{how}; try it: wavegen continue SONG --model {0}", report.output));
     talk.json(&report, false)?;
     Ok(if report.interrupted { Outcome::Interrupted } else { Outcome::Done })
 }
 
+/// What training begins with.
+fn start(args: &Args) -> Result<Start> {
+    Ok(match args.init.as_deref() {
+        Some(path) if path.as_os_str() == "built-in" => Start::From(Checkpoint::built_in()?.into()),
+        Some(path) => Start::From(Checkpoint::load(path)?.into()),
+        None => {
+            let config =
+                ModelConfig::preset(&args.preset).map_err(|e| Usage(format!("--preset {}: {e}", args.preset)))?;
+            Start::New(config.into())
+        }
+    })
+}
+
+fn open_log(path: &Path) -> Result<File> {
+    let open = OpenOptions::new().create(true).append(true).open(path);
+    open.with_context(|| format!("{}: cannot be written", path.display()))
+}
+
+fn write_line(file: &mut File, event: &TrainEvent) -> Result<()> {
+    let mut line = serde_json::to_vec(event)?;
+    line.push(b'\n');
+    Ok(file.write_all(&line)?)
+}
+
 /// Finds out before training whether its result can be kept.
 fn check_output(path: &Path, force: bool) -> Result<()> {
-    if path.exists() && !force {
+    let unfinished = StateFolder::beside(path).exists();
+    if path.exists() && !force && !unfinished {
         return Err(AudioError::Exists { path: path.display().to_string() }.into());
     }
     let directory = match path.parent() {
@@ -188,7 +278,23 @@ fn collect(path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-fn tell(event: &TrainEvent, talk: &Talk, bar: &ProgressBar) {
+/// Bits per unit over the last steps, for people: single batches jump.
+#[derive(Default)]
+struct Recent(Option<(Part, f64)>);
+
+impl Recent {
+    fn add(&mut self, part: Part, bits: f64) -> f64 {
+        let mean = match self.0 {
+            Some((same, mean)) if same == part && bits.is_finite() => mean + 0.1 * (bits - mean),
+            Some((same, mean)) if same == part => mean,
+            _ => bits,
+        };
+        self.0 = Some((part, mean));
+        mean
+    }
+}
+
+fn tell(event: &TrainEvent, talk: &Talk, bar: &ProgressBar, recent: &mut Recent) {
     let line = |text: String| bar.suspend(|| talk.note(&text));
     match event {
         TrainEvent::Skipped { why, .. } => bar.suspend(|| talk.warn(&format!("left out: {why}"))),
@@ -196,12 +302,23 @@ fn tell(event: &TrainEvent, talk: &Talk, bar: &ProgressBar) {
             "{train_files} files, {train_hours:.2} h to train on; {validation_files} files, {validation_hours:.2} h held out"
         )),
         TrainEvent::Codebooks { error_db } => line(format!("plan codebooks: {error_db:.2} dB rms")),
-        TrainEvent::Step { part, step, done, bits, units_per_s, elapsed } => {
+        TrainEvent::Resumed { part, step, finished } => {
+            let state = if *finished { "is finished" } else { "goes on" };
+            line(format!("{} {state} at step {step}", names(*part).0));
+        }
+        TrainEvent::Step { part, step, done, bits, skipped, units, units_per_s, elapsed_s, .. } => {
+            let mean = recent.add(*part, *bits);
             bar.set_position((1000.0 * done) as u64);
             let (name, unit) = names(*part);
+            if *skipped {
+                bar.suspend(|| talk.warn(&format!("{name} step {step}: {bits} bits/{unit}, step skipped")));
+            }
+            let left = Duration::from_secs_f64((elapsed_s / done.max(1e-6) * (1.0 - done)).clamp(0.0, 1e9));
             let text = format!(
-                "{name} step {step}: {bits:.3} bits/{unit}, {units_per_s:.0} {unit}s/s, {:.0} s",
-                elapsed.as_secs_f64()
+                "{name} step {step}: {mean:.3} bits/{unit}, {units_per_s:.0} {unit}s/s, {:.2} M {unit}s, {elapsed_s:.0} s, \
+                 {} left",
+                *units as f64 / 1e6,
+                indicatif::HumanDuration(left)
             );
             if bar.is_hidden() {
                 talk.detail(&text);
@@ -209,10 +326,12 @@ fn tell(event: &TrainEvent, talk: &Talk, bar: &ProgressBar) {
                 bar.set_message(text);
             }
         }
-        TrainEvent::Validation { part, step, bits } => {
+        TrainEvent::Validation { part, step, bits, best } => {
             let (name, unit) = names(*part);
-            line(format!("{name} step {step}: {bits:.3} bits/{unit} held out"));
+            let best = if *best { ", best so far" } else { "" };
+            line(format!("{name} step {step}: {bits:.3} bits/{unit} held out{best}"));
         }
+        TrainEvent::NotSaved { why } => bar.suspend(|| talk.warn(&format!("{why}; training goes on"))),
         TrainEvent::Calibration { settings, adherence_db, bias_db, chosen } => line(format!(
             "grain {:.2} past {:.2} offset {:.2}: adherence {adherence_db:.2} dB, bias {bias_db:+.2} dB{}",
             settings.grain,

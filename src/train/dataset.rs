@@ -1,11 +1,11 @@
 //! Recordings as training data: decoded, levelled, split by file, with the plan of every piece.
 
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use ndarray::Array2;
 use rayon::prelude::*;
 
+use super::hash::Hash;
 use super::{Observer, TrainError, TrainEvent, TrainSettings};
 use crate::audio::decode::decode_file;
 use crate::audio::level;
@@ -77,7 +77,7 @@ pub struct Dataset {
 impl Dataset {
     /// Reads the files on all cores; those that cannot be used are reported and left out.
     pub fn read(settings: &TrainSettings, spectrum: &Spectrum, observe: &mut Observer) -> Result<Self, TrainError> {
-        let codec = settings.config.codec.clone();
+        let codec = settings.config().codec.clone();
         let hop = spectrum.hop();
         let read: Vec<_> = settings.files.par_iter().map(|path| (path, Recording::read(path, &codec, hop))).collect();
         let mut recordings = Vec::new();
@@ -122,13 +122,8 @@ impl Dataset {
         if self.validation.is_empty() { &self.train } else { &self.validation }
     }
 
-    /// Fits the plan's codebooks to the training pieces and gives every piece its plan tokens.
-    pub fn fit_codebooks(
-        &mut self,
-        config: &PlanConfig,
-        seed: u64,
-        observe: &mut Observer,
-    ) -> Result<ResidualQuantizer, TrainError> {
+    /// Fits the plan's codebooks to the training pieces.
+    pub fn fit_codebooks(&self, config: &PlanConfig, seed: u64) -> Result<ResidualQuantizer, TrainError> {
         let hop = self.spectrum.hop();
         let total: usize = self.train.iter().map(|r| r.n_frames(hop)).sum();
         let stride = total.div_ceil(CODEBOOK_FRAMES).max(1);
@@ -142,8 +137,11 @@ impl Dataset {
         let flat = rows.concat();
         let n_bands = self.spectrum.n_bands();
         let frames = Array2::from_shape_vec((flat.len() / n_bands, n_bands), flat).map_err(candle_core::Error::wrap)?;
-        let quantizer =
-            ResidualQuantizer::fit(frames.view(), config.n_codebooks, config.n_entries, KMEANS_ROUNDS, seed)?;
+        Ok(ResidualQuantizer::fit(frames.view(), config.n_codebooks, config.n_entries, KMEANS_ROUNDS, seed)?)
+    }
+
+    /// Gives every piece its plan tokens; returns what quantising leaves, dB rms.
+    pub fn encode_plans(&mut self, quantizer: &ResidualQuantizer) -> Result<f32, TrainError> {
         let (spectrum, codec) = (&self.spectrum, &self.codec);
         let errors: Vec<(f64, usize)> = self
             .train
@@ -157,9 +155,17 @@ impl Dataset {
             })
             .collect::<Result<_, TrainError>>()?;
         let (power, n) = errors.iter().fold((0.0, 0), |(p, n), (q, m)| (p + q, n + m));
-        let error_db = (power / n.max(1) as f64).sqrt() as f32 * DB_PER_UNIT;
-        let _: ControlFlow<()> = observe(TrainEvent::Codebooks { error_db });
-        Ok(quantizer)
+        Ok((power / n.max(1) as f64).sqrt() as f32 * DB_PER_UNIT)
+    }
+
+    /// Tells other data, another order or another split apart.
+    pub fn hash(&self) -> u64 {
+        let sets = [&self.train, &self.validation];
+        let hashes: Vec<u64> = sets
+            .par_iter()
+            .flat_map(|set| set.par_iter().map(|r| Hash::new().words(r.samples.iter().map(|&x| x as u64)).value()))
+            .collect();
+        Hash::new().words([self.train.len() as u64]).words(hashes).value()
     }
 
     /// A training piece chosen by length, and the first of `n_frames` frames in it.

@@ -1,93 +1,177 @@
-//! The loop that both transformers are trained in: batch, loss, step, report, validation.
+//! The loop that both transformers are trained in: items, loss, step, report, validation, state.
 
 use std::f64::consts::LN_2;
 use std::ops::ControlFlow;
+use std::time::Instant;
 
 use candle_core::Tensor;
 
+use super::hash::Hash;
 use super::optimizer::AdamW;
+use super::resume::Progress;
 use super::schedule::Clock;
 use super::workers::Workers;
-use super::{Observer, Part, TrainError, TrainEvent, TrainSettings};
+use super::{Observer, Part, Run, TrainError, TrainEvent, TrainSettings};
+use crate::rng::Rng;
 
-/// Steps between reports.
-const REPORT: usize = 10;
+/// Steps in a row that may fail before training is given up.
+const MOST_SKIPPED: usize = 5;
 
 /// What one part of the model is taught, and how.
 pub struct Lesson<'a, T> {
     pub part: Part,
-    /// Share of a time budget.
-    pub share: f64,
     pub learning_rate: f64,
-    /// Steps between validations.
+    /// Items per step.
+    pub batch: usize,
+    /// Steps between validations, unless the settings say otherwise.
     pub validate_every: usize,
-    /// The next batch.
-    pub batch: &'a mut dyn FnMut() -> Result<Vec<T>, TrainError>,
+    /// The item that a generator draws; every item has a generator of its own.
+    pub draw: &'a (dyn Fn(&mut Rng) -> Result<T, TrainError> + Sync),
     /// Mean loss of an item in nats per unit, a scalar.
     pub loss: &'a (dyn Fn(&T) -> candle_core::Result<Tensor> + Sync),
     /// Units (frames, samples) of an item.
     pub units: fn(&T) -> usize,
     /// Nats per unit on held-out pieces under the averaged weights; `None` without any.
-    pub validate: &'a dyn Fn(&Workers) -> Result<Option<f64>, TrainError>,
-    /// After every validation.
-    pub save: &'a mut dyn FnMut(&AdamW) -> Result<(), TrainError>,
+    pub validate: &'a (dyn Fn(&Workers) -> Result<Option<f64>, TrainError> + Sync),
 }
 
-impl<T: Sync> Lesson<'_, T> {
-    /// Trains until the budget is spent or the observer breaks; the optimizer's averages then hold the result.
-    pub fn teach(
-        self,
-        settings: &TrainSettings,
-        optimizer: &mut AdamW,
-        observe: &mut Observer,
-    ) -> Result<ControlFlow<()>, TrainError> {
+impl<T: Send> Lesson<'_, T> {
+    /// Trains until the budget is spent, validation has stopped to gain, or the observer breaks; the optimizer's averages
+    /// then hold the result, the best one that was validated. Goes on from the folder's state.
+    pub fn teach(self, run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, TrainError> {
+        let (part, settings, folder) = (self.part, run.settings, run.folder);
+        let mut progress = folder.load(part, optimizer).unwrap_or_default();
+        if progress.step > 0 {
+            let _ = (run.observe)(TrainEvent::Resumed { part, step: progress.step, finished: progress.finished });
+        }
+        if progress.finished {
+            return Ok(ControlFlow::Continue(()));
+        }
         let workers = Workers::new(settings.threads)?;
-        let mut clock = Clock::start(settings.budget, self.share);
-        let (mut recent, mut units) = (Vec::new(), 0);
-        while clock.done() < 1.0 {
-            let batch = (self.batch)()?;
-            let results = workers.map(&batch, |item| {
-                let loss = (self.loss)(item)?;
-                Ok((loss.to_scalar::<f32>()?, loss.backward()?))
-            })?;
-            units += batch.iter().map(self.units).sum::<usize>();
-            let (losses, gradients): (Vec<f32>, Vec<_>) = results.into_iter().unzip();
-            let norm = optimizer.step(&gradients, self.learning_rate * clock.rate())?;
+        let mut clock = Clock::resume(settings.budget, settings.share(part), &progress);
+        let (mut saved, mut begun_at) = (Instant::now(), (progress.units, clock.elapsed()));
+        let mut going = ControlFlow::Continue(());
+        while clock.done() < 1.0 && going.is_continue() {
+            let learning_rate = self.learning_rate * clock.rate();
+            let (bits, norm) = self.step(settings, &workers, optimizer, &mut progress, learning_rate)?;
             clock.advance();
-            let step = clock.step();
-            let bits = f64::from(losses.iter().sum::<f32>()) / losses.len() as f64 / LN_2;
-            if !bits.is_finite() || !norm.is_finite() {
-                return Err(TrainError::Diverged { step });
+            (progress.step, progress.elapsed_s) = (clock.step(), clock.elapsed().as_secs_f64());
+            if progress.skipped > MOST_SKIPPED {
+                return Err(TrainError::Diverged { step: progress.step });
             }
-            recent.push(bits);
+            going = (run.observe)(TrainEvent::Step {
+                part,
+                step: progress.step,
+                done: clock.done(),
+                bits,
+                norm,
+                learning_rate,
+                skipped: progress.skipped > 0,
+                units: progress.units,
+                units_per_s: (progress.units - begun_at.0) as f64
+                    / (clock.elapsed() - begun_at.1).as_secs_f64().max(1e-9),
+                elapsed_s: progress.elapsed_s,
+            });
             let over = clock.done() >= 1.0;
-            if step.is_multiple_of(REPORT) || over {
-                let event = TrainEvent::Step {
-                    part: self.part,
-                    step,
-                    done: clock.done(),
-                    bits: recent.iter().sum::<f64>() / recent.len() as f64,
-                    units_per_s: units as f64 / clock.elapsed().as_secs_f64(),
-                    elapsed: clock.elapsed(),
-                };
-                recent.clear();
-                if observe(event).is_break() {
-                    return Ok(ControlFlow::Break(()));
+            if progress.step.is_multiple_of(settings.validate_every.unwrap_or(self.validate_every)) || over {
+                let before = clock.elapsed();
+                if self.judge(&workers, run, optimizer, &mut progress)?.is_break() {
+                    going = ControlFlow::Break(());
                 }
+                if settings.patience.is_some_and(|patience| progress.stale >= patience) {
+                    progress.finished = true;
+                }
+                begun_at.1 += clock.elapsed() - before;
             }
-            if step.is_multiple_of(self.validate_every) || over {
-                optimizer.swap()?;
-                let nats = (self.validate)(&workers);
-                optimizer.swap()?;
-                if let Some(nats) = nats? {
-                    let event = TrainEvent::Validation { part: self.part, step, bits: nats / LN_2 };
-                    if observe(event).is_break() {
-                        return Ok(ControlFlow::Break(()));
-                    }
-                }
-                (self.save)(optimizer)?;
+            progress.finished |= over;
+            if progress.finished {
+                break;
+            }
+            if saved.elapsed() >= settings.save_every {
+                warn(folder.save(part, optimizer, &progress), run.observe);
+                saved = Instant::now();
             }
         }
-        Ok(ControlFlow::Continue(()))
+        if progress.finished
+            && progress.stale > 0
+            && let Some(best) = folder.best(part)
+        {
+            optimizer.begin_from(&best).map_err(TrainError::Best)?;
+        }
+        warn(folder.save(part, optimizer, &progress), run.observe);
+        Ok(going)
+    }
+
+    /// One step by the mean gradient of a batch; gives its bits per unit and the gradient's norm.
+    ///
+    /// Only as many items as there are threads are in memory at a time.
+    fn step(
+        &self,
+        settings: &TrainSettings,
+        workers: &Workers,
+        optimizer: &mut AdamW,
+        progress: &mut Progress,
+        learning_rate: f64,
+    ) -> Result<(f64, f64), TrainError> {
+        let first = progress.step * self.batch;
+        let items: Vec<usize> = (first..first + self.batch).collect();
+        let mut nats = 0.0;
+        for group in items.chunks(settings.threads.max(1)) {
+            let results = workers.map(group, |&item| {
+                let item = (self.draw)(&mut generator(settings.seed, self.part, item))?;
+                let loss = (self.loss)(&item)?;
+                Ok(((self.units)(&item), loss.to_scalar::<f32>()?, loss.backward()?))
+            })?;
+            for (units, loss, gradients) in results {
+                progress.units += units as u64;
+                nats += f64::from(loss);
+                optimizer.add(&gradients)?;
+            }
+        }
+        let bits = nats / self.batch as f64 / LN_2;
+        let norm = optimizer.step(learning_rate, bits.is_finite())?;
+        progress.skipped = if bits.is_finite() && norm.is_finite() { 0 } else { progress.skipped + 1 };
+        progress.updates = optimizer.steps();
+        Ok((bits, norm))
+    }
+
+    /// Validates the averaged weights and keeps them if they are the best so far, or cannot be judged.
+    fn judge(
+        &self,
+        workers: &Workers,
+        run: &mut Run,
+        optimizer: &mut AdamW,
+        progress: &mut Progress,
+    ) -> Result<ControlFlow<()>, TrainError> {
+        optimizer.swap()?;
+        let nats = (self.validate)(workers);
+        optimizer.swap()?;
+        let mut going = ControlFlow::Continue(());
+        if let Some(nats) = nats? {
+            let best = progress.best.is_none_or(|best| nats < best);
+            let event = TrainEvent::Validation { part: self.part, step: progress.step, bits: nats / LN_2, best };
+            going = (run.observe)(event);
+            if !best {
+                progress.stale += 1;
+                return Ok(going);
+            }
+            (progress.best, progress.stale) = (Some(nats), 0);
+            warn(run.folder.save_best(self.part, optimizer), run.observe);
+        }
+        warn((run.keep)(optimizer), run.observe);
+        Ok(going)
+    }
+}
+
+/// The generator of a part's n-th item: whatever the batch, the threads and the interruptions, the same.
+fn generator(seed: u64, part: Part, item: usize) -> Rng {
+    Rng::new(Hash::new().bytes(part.name().as_bytes()).words([seed, item as u64]).value())
+}
+
+/// A file that cannot be written is no reason to stop: what was written before is still whole, and there may be space
+/// the next time.
+fn warn(result: Result<(), TrainError>, observe: &mut Observer) {
+    if let Err(error) = result {
+        let _ = observe(TrainEvent::NotSaved { why: error.to_string() });
     }
 }

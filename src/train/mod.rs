@@ -5,9 +5,11 @@
 
 pub mod calibrate;
 pub mod dataset;
+pub(crate) mod hash;
 pub mod lesson;
 pub mod optimizer;
 pub mod plan;
+pub mod resume;
 pub mod schedule;
 pub mod wave;
 pub mod workers;
@@ -17,8 +19,10 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use serde::Serialize;
+
 use crate::audio::AudioError;
-use crate::checkpoint::{Checkpoint, CheckpointError, Precision, arrays};
+use crate::checkpoint::{Checkpoint, CheckpointError, Precision};
 use crate::engine::EngineError;
 use crate::forecast::ForecastError;
 use crate::model::Model;
@@ -26,8 +30,10 @@ use crate::model::config::{ConfigError, GenerationSettings, ModelConfig};
 use crate::model::params::{Params, ParamsError};
 use crate::plan::{PlanError, ResidualQuantizer, Spectrum};
 use dataset::Dataset;
+use hash::Hash;
 use optimizer::AdamW;
-use schedule::Budget;
+use resume::{Identity, StateFolder};
+use schedule::{Budget, PLAN_SHARE};
 
 /// Why training stopped without a model.
 #[derive(Debug, thiserror::Error)]
@@ -52,8 +58,13 @@ pub enum TrainError {
     Tensor(#[from] candle_core::Error),
     #[error("the loss is not a number any more at step {step}; lower the learning rate or look at the data")]
     Diverged { step: usize },
-    #[error("the thread that makes excerpts has died")]
-    Thread,
+    #[error("{folder}: holds the state of another training run (what differs: {what}); repeat that run's command to finish \
+             it, or start anew with --force", folder = folder.display())]
+    OtherRun { folder: PathBuf, what: String },
+    #[error("{folder}: the state of training cannot be read or written ({source})", folder = folder.display())]
+    State { folder: PathBuf, source: std::io::Error },
+    #[error("the best weights so far do not fit the model (tensor '{0}')")]
+    Best(String),
     #[error("starting worker threads")]
     Threads(#[from] rayon::ThreadPoolBuildError),
 }
@@ -61,36 +72,114 @@ pub enum TrainError {
 /// What to train, on what, for how long.
 #[derive(Clone, Debug)]
 pub struct TrainSettings {
-    pub config: ModelConfig,
+    pub start: Start,
+    /// What is trained, in this order.
+    pub parts: Vec<Part>,
     /// Audio files of any kind.
     pub files: Vec<PathBuf>,
-    /// Where the checkpoint goes; it is rewritten at every evaluation.
+    /// Where the checkpoint goes; it is rewritten whenever validation has improved. The state that a killed run goes on
+    /// from lies beside it ([`resume`]) until training is over.
     pub output: PathBuf,
+    /// Forget the state of an unfinished run.
+    pub afresh: bool,
     pub precision: Precision,
     pub budget: Budget,
     pub seed: u64,
     /// Worker threads; each computes its share of every batch.
     pub threads: usize,
+    /// Contexts or excerpts per step.
+    pub plan_batch: usize,
+    pub wave_batch: usize,
     /// Peak learning rates.
     pub plan_learning_rate: f64,
     pub wave_learning_rate: f64,
     /// Share of the files that is held out, at least one when there are two or more.
     pub validation_share: f64,
-    /// Fit the generation settings in free run at the end (minutes with the reference engine), or leave the defaults.
+    /// Steps between validations; `None`: what suits the part.
+    pub validate_every: Option<usize>,
+    /// Time between states on disk, which is what a kill costs at most.
+    pub save_every: Duration,
+    /// A part ends early after this many validations without gain.
+    pub patience: Option<usize>,
+    /// Fit the generation settings in free run at the end (minutes with the reference engine), or leave them.
     pub calibrate: bool,
     /// For people, kept in the checkpoint.
     pub notes: BTreeMap<String, String>,
 }
 
-/// Which transformer an event is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What training begins with.
+#[derive(Clone, Debug)]
+pub enum Start {
+    /// New weights, a pure function of the seed, and codebooks fitted to the data.
+    New(Box<ModelConfig>),
+    /// Weights, codebooks and generation settings of a model.
+    From(Box<Checkpoint>),
+}
+
+impl TrainSettings {
+    pub fn config(&self) -> &ModelConfig {
+        match &self.start {
+            Start::New(config) => config,
+            Start::From(checkpoint) => &checkpoint.config,
+        }
+    }
+
+    /// A part's share of a time budget.
+    fn share(&self, part: Part) -> f64 {
+        match (self.parts.len(), part) {
+            (..2, _) => 1.0,
+            (_, Part::Plan) => PLAN_SHARE,
+            (_, Part::Wave) => 1.0 - PLAN_SHARE,
+        }
+    }
+
+    /// What the losses depend on, short of the budget: a finished run may be given more of it.
+    fn identity(&self, data: &Dataset) -> Identity {
+        let names = |parts: &[Part]| parts.iter().map(|part| part.name()).collect::<Vec<_>>().join(" ");
+        let start = match &self.start {
+            Start::New(_) => "new".to_owned(),
+            Start::From(checkpoint) => {
+                let weights = checkpoint.weights.values().flatten().chain(&checkpoint.quantizer.books);
+                format!("{:016x}", Hash::new().words(weights.map(|w| w.to_bits().into())).value())
+            }
+        };
+        [
+            ("data", format!("{:016x}", data.hash())),
+            ("model", serde_json::to_string(self.config()).unwrap_or_default()),
+            ("init", start),
+            ("parts", names(&self.parts)),
+            ("seed", self.seed.to_string()),
+            ("plan batch", self.plan_batch.to_string()),
+            ("wave batch", self.wave_batch.to_string()),
+            ("plan learning rate", self.plan_learning_rate.to_string()),
+            ("wave learning rate", self.wave_learning_rate.to_string()),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .into()
+    }
+}
+
+/// One of the two transformers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Part {
     Plan,
     Wave,
 }
 
+impl Part {
+    /// `plan` or `wave`, as the names of its weights begin.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Plan => "plan",
+            Self::Wave => "wave",
+        }
+    }
+}
+
 /// Progress, told as it happens; returning `Break` ends training early with a whole checkpoint.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
 pub enum TrainEvent {
     /// A file that could not be used, and why.
     Skipped {
@@ -108,20 +197,38 @@ pub enum TrainEvent {
     Codebooks {
         error_db: f32,
     },
-    /// `bits` per frame (plan) or per sample (wave), averaged over the last steps.
+    /// A killed run goes on: so many steps are already made.
+    Resumed {
+        part: Part,
+        step: usize,
+        finished: bool,
+    },
+    /// After every step: `bits` per frame (plan) or per sample (wave) of its batch, the gradient's norm; a step is
+    /// skipped, and the weights stay, when these are no numbers.
     Step {
         part: Part,
         step: usize,
         done: f64,
         bits: f64,
+        norm: f64,
+        learning_rate: f64,
+        skipped: bool,
+        /// Frames or samples seen.
+        units: u64,
         units_per_s: f64,
-        elapsed: Duration,
+        /// Of this part, over all processes.
+        elapsed_s: f64,
     },
-    /// On held-out pieces.
+    /// On held-out pieces, by the averaged weights; whether they are the best so far.
     Validation {
         part: Part,
         step: usize,
         bits: f64,
+        best: bool,
+    },
+    /// A state or model that could not be written; training goes on.
+    NotSaved {
+        why: String,
     },
     /// One setting tried in free run.
     Calibration {
@@ -138,50 +245,78 @@ pub enum TrainEvent {
 /// Receives [`TrainEvent`]s.
 pub type Observer<'a> = dyn FnMut(TrainEvent) -> ControlFlow<()> + 'a;
 
-/// Trains a model from nothing and leaves it in `settings.output`.
+/// Trains a model and leaves it in `settings.output`.
+///
+/// Killed at any moment and called again with the same settings and data, it goes on with the same losses.
 pub fn train(settings: &TrainSettings, observe: &mut Observer) -> Result<Checkpoint, TrainError> {
-    settings.config.validate()?;
-    let spectrum = Spectrum::new(settings.config.codec.sample_rate, &settings.config.plan)?;
+    let config = settings.config();
+    config.validate()?;
+    let spectrum = Spectrum::new(config.codec.sample_rate, &config.plan)?;
     let mut data = Dataset::read(settings, &spectrum, observe)?;
-    let quantizer = data.fit_codebooks(&settings.config.plan, settings.seed, observe)?;
-    let mut params = Params::new(settings.seed);
-    let model = Model::new(&mut params, &settings.config, spectrum.n_bands())?;
-    let vars = params.into_vars();
-    let mut run = Run { settings, spectrum: &spectrum, data: &data, quantizer: &quantizer, model: &model, observe };
-    let (plan_vars, wave_vars) = vars.into_iter().partition(|(name, _)| name.starts_with("plan."));
-    let (mut plan_optimizer, mut wave_optimizer) = (AdamW::new(plan_vars)?, AdamW::new(wave_vars)?);
-    let mut going = plan::train(&mut run, &mut plan_optimizer)?;
-    let snapshot = |plan: &AdamW, wave: &AdamW| -> Result<Checkpoint, TrainError> {
-        let tensors: Vec<_> = plan.averages().chain(wave.averages()).collect();
-        Ok(Checkpoint {
-            config: settings.config.clone(),
-            generation: GenerationSettings::default(),
-            quantizer: quantizer.clone(),
-            weights: arrays(tensors.iter().map(|(name, tensor)| (*name, *tensor)))?,
-            notes: settings.notes.clone(),
-        })
+    let folder = StateFolder::open(&settings.output, &settings.identity(&data), settings.afresh)?;
+    let mut checkpoint = match &settings.start {
+        Start::From(checkpoint) => Checkpoint::clone(checkpoint),
+        Start::New(_) => {
+            let quantizer = match folder.codebooks() {
+                Some(quantizer) => quantizer,
+                None => data.fit_codebooks(&config.plan, settings.seed)?,
+            };
+            folder.save_codebooks(&quantizer)?;
+            Checkpoint { quantizer, ..Checkpoint::untrained(config.clone(), settings.seed)? }
+        }
     };
-    if going.is_continue() {
-        going = wave::train(&mut run, &mut wave_optimizer, &mut |wave| {
-            snapshot(&plan_optimizer, wave)?.save(&settings.output, settings.precision)?;
-            Ok(())
-        })?;
+    checkpoint.notes.extend(settings.notes.clone());
+    let error_db = data.encode_plans(&checkpoint.quantizer)?;
+    let _ = observe(TrainEvent::Codebooks { error_db });
+    let mut params = Params::new(settings.seed);
+    let model = Model::new(&mut params, config, spectrum.n_bands())?;
+    let vars = params.into_vars();
+    let quantizer = checkpoint.quantizer.clone();
+    let mut going = ControlFlow::Continue(());
+    for &part in &settings.parts {
+        let of_part = vars.iter().filter(|(name, _)| name.split('.').next() == Some(part.name()));
+        let mut optimizer = AdamW::new(of_part.map(|(name, var)| (name.clone(), var.clone())).collect())?;
+        optimizer.begin_from(&checkpoint.weights).map_err(TrainError::Best)?;
+        let keep = &mut |optimizer: &AdamW| {
+            checkpoint.take(optimizer);
+            Ok(checkpoint.save(&settings.output, settings.precision)?)
+        };
+        let mut run =
+            Run { settings, data: &data, quantizer: &quantizer, model: &model, folder: &folder, observe, keep };
+        going = match part {
+            Part::Plan => plan::train(&mut run, &mut optimizer)?,
+            Part::Wave => wave::train(&mut run, &mut optimizer)?,
+        };
+        checkpoint.take(&optimizer);
+        if going.is_break() {
+            break;
+        }
     }
-    let mut checkpoint = snapshot(&plan_optimizer, &wave_optimizer)?;
-    if going.is_continue() && settings.calibrate {
-        checkpoint.generation = calibrate::calibrate(&checkpoint, &data, run.observe)?;
+    if going.is_continue() && settings.calibrate && settings.parts.contains(&Part::Wave) {
+        checkpoint.generation = calibrate::calibrate(&checkpoint, &data, observe)?;
     }
     checkpoint.save(&settings.output, settings.precision)?;
+    if going.is_continue() {
+        folder.remove()?;
+    }
     let _ = observe(TrainEvent::Saved { path: settings.output.clone() });
     Ok(checkpoint)
+}
+
+impl Checkpoint {
+    fn take(&mut self, optimizer: &AdamW) {
+        self.weights.extend(optimizer.averages().map(|(name, average)| (name.clone(), average)));
+    }
 }
 
 /// What every part of training works with.
 pub struct Run<'a, 'o> {
     pub settings: &'a TrainSettings,
-    pub spectrum: &'a Spectrum,
     pub data: &'a Dataset,
     pub quantizer: &'a ResidualQuantizer,
     pub model: &'a Model,
+    pub folder: &'a StateFolder,
     pub observe: &'a mut Observer<'o>,
+    /// Is told when the averaged weights are the best so far.
+    pub keep: &'a mut dyn FnMut(&AdamW) -> Result<(), TrainError>,
 }

@@ -1,13 +1,16 @@
-//! AdamW (Loshchilov and Hutter, 2019) with clipping by global norm and a moving average of the weights.
+//! AdamW (Loshchilov and Hutter, 2019) with clipping by global norm and a moving average of the weights, on plain slices.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
-use candle_core::{Result, Tensor, Var};
+use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Tensor, Var};
+use ndarray::{ArrayD, IxDyn};
+use rayon::prelude::*;
 
-const BETA_1: f64 = 0.9;
-const BETA_2: f64 = 0.95;
-const EPSILON: f64 = 1e-8;
+const BETA_1: f32 = 0.9;
+const BETA_2: f32 = 0.95;
+const EPSILON: f32 = 1e-8;
 /// Decay of matrices; gains, biases and embeddings are left alone.
 const WEIGHT_DECAY: f64 = 0.05;
 /// Largest norm of all gradients together.
@@ -15,88 +18,224 @@ const MAX_NORM: f64 = 1.0;
 /// Share of the average that a step keeps, once it has seen enough steps.
 const AVERAGE: f64 = 0.998;
 
+/// One tensor of weights and what the optimizer keeps of it; all slices are row-major and as long as the tensor.
 struct Slot {
     var: Var,
-    mean: Tensor,
-    square: Tensor,
-    average: Tensor,
     decays: bool,
+    /// Sum over the items seen since the last step.
+    gradient: Vec<f32>,
+    mean: Vec<f32>,
+    square: Vec<f32>,
+    average: Vec<f32>,
 }
 
 /// Weights with their optimizer state, by name.
 pub struct AdamW {
     slots: BTreeMap<String, Slot>,
-    step: usize,
+    /// Steps made.
+    step: u64,
+    /// Items added since the last step.
+    items: usize,
 }
+
+/// What the optimizer keeps of each tensor, as stored: suffix of the name and content.
+pub const STATE: [&str; 4] = ["weights", "mean", "square", "average"];
+
+/// One entry of a saved state: name, shape, values.
+pub type Entry = (String, Vec<usize>, Vec<f32>);
 
 impl AdamW {
     pub fn new(vars: BTreeMap<String, Var>) -> Result<Self> {
         let slots = vars
             .into_iter()
             .map(|(name, var)| {
-                let zeros = var.as_tensor().zeros_like()?.detach();
+                let n = var.elem_count();
                 let decays = var.rank() > 1 && name.ends_with(".weight");
-                let average = var.as_tensor().detach().copy()?;
-                Ok((name, Slot { var, mean: zeros.clone(), square: zeros, average, decays }))
+                let average = var.flatten_all()?.to_vec1()?;
+                let zeros = || vec![0.0; n];
+                Ok((name, Slot { var, decays, gradient: zeros(), mean: zeros(), square: zeros(), average }))
             })
             .collect::<Result<_>>()?;
-        Ok(Self { slots, step: 0 })
+        Ok(Self { slots, step: 0, items: 0 })
+    }
+
+    /// Steps made.
+    pub fn steps(&self) -> u64 {
+        self.step
     }
 
     /// The averaged weights, by name.
-    pub fn averages(&self) -> impl Iterator<Item = (&String, &Tensor)> {
-        self.slots.iter().map(|(name, slot)| (name, &slot.average))
+    pub fn averages(&self) -> impl Iterator<Item = (&String, ArrayD<f32>)> {
+        self.slots.iter().map(|(name, slot)| {
+            let average = ArrayD::from_shape_vec(IxDyn(slot.var.dims()), slot.average.clone());
+            (name, average.unwrap_or_default())
+        })
     }
 
-    /// One step by the mean of the workers' gradients. Returns the gradients' norm before clipping; if that is not
-    /// finite nothing changes.
-    pub fn step(&mut self, gradients: &[GradStore], learning_rate: f64) -> Result<f64> {
-        let mut total = 0.0;
-        let mut means = Vec::with_capacity(self.slots.len());
-        for slot in self.slots.values() {
-            let mut parts = gradients.iter().filter_map(|store| store.get(slot.var.as_tensor()));
-            let Some(first) = parts.next() else {
-                means.push(None);
-                continue;
+    /// Adds an item's gradients to those of the coming step.
+    pub fn add(&mut self, gradients: &GradStore) -> Result<()> {
+        self.items += 1;
+        self.slots.par_iter_mut().try_for_each(|(_, slot)| {
+            let Some(gradient) = gradients.get(slot.var.as_tensor()) else { return Ok(()) };
+            let gradient = gradient.flatten_all()?.contiguous()?;
+            let (storage, layout) = gradient.storage_and_layout();
+            let candle_core::Storage::Cpu(storage) = &*storage else {
+                candle_core::bail!("a gradient is not on the CPU");
             };
-            let sum = parts.try_fold(first.clone(), |sum, part| sum + part)?;
-            let mean = (sum / gradients.len() as f64)?.detach();
-            total += f64::from(mean.sqr()?.sum_all()?.to_scalar::<f32>()?);
-            means.push(Some(mean));
-        }
-        let norm = total.sqrt();
-        if !norm.is_finite() {
+            let values = &storage.as_slice::<f32>()?[layout.start_offset()..][..slot.gradient.len()];
+            slot.gradient.iter_mut().zip(values).for_each(|(sum, g)| *sum += g);
+            Ok(())
+        })
+    }
+
+    /// One step by the mean of the gradients added since the last one. Returns their norm before clipping; if that is
+    /// not finite, or `usable` is false, nothing changes but that they are forgotten.
+    pub fn step(&mut self, learning_rate: f64, usable: bool) -> Result<f64> {
+        let share = 1.0 / self.items.max(1) as f64;
+        let powers: Vec<f64> = self.slots.par_iter().map(|(_, slot)| power(&slot.gradient)).collect();
+        let norm = powers.iter().sum::<f64>().sqrt() * share;
+        self.items = 0;
+        if !usable || !norm.is_finite() {
+            self.slots.values_mut().for_each(|slot| slot.gradient.fill(0.0));
             return Ok(norm);
         }
         self.step += 1;
-        let clip = (MAX_NORM / norm.max(1e-12)).min(1.0);
-        let corrections = [1.0 - BETA_1.powi(self.step as i32), 1.0 - BETA_2.powi(self.step as i32)];
         // The average follows quickly at first.
-        let keep = AVERAGE.min((1.0 + self.step as f64) / (10.0 + self.step as f64));
-        for (slot, gradient) in self.slots.values_mut().zip(means) {
-            if let Some(gradient) = gradient {
-                let gradient = (gradient * clip)?;
-                slot.mean = ((&slot.mean * BETA_1)? + (&gradient * (1.0 - BETA_1))?)?;
-                slot.square = ((&slot.square * BETA_2)? + (gradient.sqr()? * (1.0 - BETA_2))?)?;
-                let direction =
-                    ((&slot.mean / corrections[0])? / ((&slot.square / corrections[1])?.sqrt()? + EPSILON)?)?;
-                let decay = if slot.decays { 1.0 - learning_rate * WEIGHT_DECAY } else { 1.0 };
-                slot.var.set(&((slot.var.as_tensor().detach() * decay)? - (direction * learning_rate)?)?)?;
-            }
-            slot.average = ((&slot.average * keep)? + (slot.var.as_tensor().detach() * (1.0 - keep))?)?;
-        }
+        let kept = AVERAGE.min((1.0 + self.step as f64) / (10.0 + self.step as f64));
+        let corrected = |beta: f32| 1.0 - f64::from(beta).powf(self.step as f64);
+        let update = Update {
+            gradient: (share * (MAX_NORM / norm.max(1e-12)).min(1.0)) as f32,
+            rate: (learning_rate / corrected(BETA_1)) as f32,
+            square: (1.0 / corrected(BETA_2)) as f32,
+            decay: (1.0 - learning_rate * WEIGHT_DECAY) as f32,
+            average: (1.0 - kept) as f32,
+        };
+        self.slots.par_iter_mut().try_for_each(|(_, slot)| slot.update(&update))?;
         Ok(norm)
     }
 
     /// Exchanges the weights and their averages, for an evaluation of the averages.
     pub fn swap(&mut self) -> Result<()> {
-        for slot in self.slots.values_mut() {
-            let weights = slot.var.as_tensor().detach().copy()?;
-            slot.var.set(&slot.average)?;
-            slot.average = weights;
+        self.slots.par_iter_mut().try_for_each(|(_, slot)| {
+            let average = &mut slot.average;
+            in_place(&slot.var, |weights| weights.swap_with_slice(average))
+        })
+    }
+
+    /// Everything that the next step depends on, to be restored by [`AdamW::restore`]; [`STATE`] says what is there.
+    pub fn state(&self) -> Result<Vec<Entry>> {
+        let mut entries = Vec::with_capacity(STATE.len() * self.slots.len());
+        for (name, slot) in &self.slots {
+            let weights = slot.var.flatten_all()?.to_vec1()?;
+            let contents = [weights, slot.mean.clone(), slot.square.clone(), slot.average.clone()];
+            for (kind, values) in STATE.iter().zip(contents) {
+                entries.push((format!("{name}.{kind}"), slot.var.dims().to_vec(), values));
+            }
+        }
+        Ok(entries)
+    }
+
+    /// Goes on from a saved state after `steps` steps; `take` hands out its values by name.
+    ///
+    /// # Errors
+    /// The name of an entry that is missing or of another length.
+    pub fn restore(
+        &mut self,
+        steps: u64,
+        mut take: impl FnMut(&str) -> Option<Vec<f32>>,
+    ) -> std::result::Result<(), String> {
+        for (name, slot) in &mut self.slots {
+            let contents = STATE.map(|kind| take(&format!("{name}.{kind}")));
+            let [Some(weights), Some(mean), Some(square), Some(average)] = contents else {
+                return Err(name.clone());
+            };
+            if [&weights, &mean, &square, &average].iter().any(|values| values.len() != slot.mean.len()) {
+                return Err(name.clone());
+            }
+            in_place(&slot.var, |old| old.copy_from_slice(&weights)).map_err(|_| name.clone())?;
+            (slot.mean, slot.square, slot.average) = (mean, square, average);
+        }
+        self.step = steps;
+        Ok(())
+    }
+
+    /// Takes weights that were made before, and their average from there.
+    ///
+    /// # Errors
+    /// The name of a tensor that is missing or of another shape.
+    pub fn begin_from(&mut self, weights: &BTreeMap<String, ArrayD<f32>>) -> std::result::Result<(), String> {
+        for (name, slot) in &mut self.slots {
+            let given = weights.get(name).filter(|w| w.shape() == slot.var.dims()).ok_or_else(|| name.clone())?;
+            slot.average = given.iter().copied().collect();
+            let average = &slot.average;
+            in_place(&slot.var, |old| old.copy_from_slice(average)).map_err(|_| name.clone())?;
         }
         Ok(())
     }
+}
+
+/// Factors of one step, the same for every weight.
+struct Update {
+    /// On the summed gradient: mean over items, clipping.
+    gradient: f32,
+    /// Learning rate over the first moment's correction.
+    rate: f32,
+    /// Second moment's correction.
+    square: f32,
+    /// What decay leaves of a weight.
+    decay: f32,
+    /// Share of the new weight in the average.
+    average: f32,
+}
+
+impl Slot {
+    /// One pass over weights, moments and average; leaves the gradient at zero.
+    fn update(&mut self, factors: &Update) -> Result<()> {
+        let decay = if self.decays { factors.decay } else { 1.0 };
+        let moments = self.mean.iter_mut().zip(&mut self.square);
+        let rest = self.gradient.iter_mut().zip(&mut self.average).zip(moments);
+        in_place(&self.var, |weights| {
+            for (w, ((g, average), (mean, square))) in weights.iter_mut().zip(rest) {
+                let gradient = std::mem::take(g) * factors.gradient;
+                *mean += (1.0 - BETA_1) * (gradient - *mean);
+                *square += (1.0 - BETA_2) * (gradient * gradient - *square);
+                *w = *w * decay - factors.rate * *mean / ((*square * factors.square).sqrt() + EPSILON);
+                *average += factors.average * (*w - *average);
+            }
+        })
+    }
+}
+
+/// Sum of squares; in lanes, so that it is fast and the same everywhere.
+fn power(x: &[f32]) -> f64 {
+    let mut lanes = [0.0f64; 8];
+    let chunks = x.chunks_exact(lanes.len());
+    let rest: f64 = chunks.remainder().iter().map(|&v| f64::from(v) * f64::from(v)).sum();
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(sum, &v)| *sum += f64::from(v) * f64::from(v));
+    }
+    lanes.iter().sum::<f64>() + rest
+}
+
+/// Lets `change` write to the values of a contiguous tensor on the CPU.
+fn in_place(tensor: &Tensor, change: impl FnOnce(&mut [f32])) -> Result<()> {
+    struct Change<F>(RefCell<Option<F>>);
+    impl<F: FnOnce(&mut [f32])> InplaceOp1 for Change<F> {
+        fn name(&self) -> &'static str {
+            "in-place"
+        }
+
+        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+            let (CpuStorage::F32(values), Some((from, to))) = (storage, layout.contiguous_offsets()) else {
+                candle_core::bail!("only contiguous f32 tensors can be changed in place");
+            };
+            if let Some(change) = self.0.take() {
+                change(&mut values[from..to]);
+            }
+            Ok(())
+        }
+    }
+    tensor.inplace_op1(&Change(RefCell::new(Some(change))))
 }
 
 #[cfg(test)]
@@ -104,25 +243,120 @@ mod tests {
     use super::*;
     use candle_core::Device;
 
+    fn var(values: &[f32]) -> Var {
+        Var::from_tensor(&Tensor::new(values, &Device::Cpu).unwrap()).unwrap()
+    }
+
+    fn values(var: &Var) -> Vec<f32> {
+        var.as_tensor().to_vec1().unwrap()
+    }
+
+    /// Gradients of `|x - goal|^2`.
+    fn bowl(var: &Var, goal: &[f32]) -> GradStore {
+        let goal = Tensor::new(goal, &Device::Cpu).unwrap();
+        (var.as_tensor() - &goal).unwrap().sqr().unwrap().sum_all().unwrap().backward().unwrap()
+    }
+
     #[test]
-    fn it_finds_the_bottom_of_a_bowl() {
-        let var = Var::from_tensor(&Tensor::new(&[3.0f32, -2.0], &Device::Cpu).unwrap()).unwrap();
-        let goal = Tensor::new(&[1.0f32, 0.5], &Device::Cpu).unwrap();
-        let mut optimizer = AdamW::new([("x".to_owned(), var.clone())].into()).unwrap();
+    fn it_finds_the_bottom_of_a_bowl_and_the_average_follows() {
+        let x = var(&[3.0, -2.0]);
+        let mut optimizer = AdamW::new([("x".to_owned(), x.clone())].into()).unwrap();
         for _ in 0..500 {
-            let loss = (var.as_tensor() - &goal).unwrap().sqr().unwrap().sum_all().unwrap();
-            optimizer.step(&[loss.backward().unwrap()], 0.05).unwrap();
+            optimizer.add(&bowl(&x, &[1.0, 0.5])).unwrap();
+            optimizer.step(0.05, true).unwrap();
         }
-        let found = var.as_tensor().to_vec1::<f32>().unwrap();
+        let found = values(&x);
         assert!((found[0] - 1.0).abs() < 0.02 && (found[1] - 0.5).abs() < 0.02, "{found:?}");
+        optimizer.swap().unwrap();
+        let average = values(&x);
+        assert!(average != found && (average[0] - 1.0).abs() < 0.3, "{average:?}");
+        optimizer.swap().unwrap();
+        assert_eq!(values(&x), found);
+    }
+
+    #[test]
+    fn a_step_is_that_of_the_paper() {
+        let x = var(&[1.0, -2.0]);
+        let matrix = Var::from_tensor(&x.as_tensor().reshape((1, 2)).unwrap()).unwrap();
+        let mut optimizer = AdamW::new([("m.weight".to_owned(), matrix.clone())].into()).unwrap();
+        let (mut mean, mut square, mut average, mut w) = ([0.0f64; 2], [0.0f64; 2], [1.0, -2.0], [1.0f64, -2.0]);
+        for step in 1..=5 {
+            let loss = matrix.as_tensor().sqr().unwrap().sum_all().unwrap();
+            optimizer.add(&loss.backward().unwrap()).unwrap();
+            let norm = optimizer.step(0.1, true).unwrap();
+            let gradient = w.map(|w| 2.0 * w);
+            let expected = (gradient[0].powi(2) + gradient[1].powi(2)).sqrt();
+            assert!((norm - expected).abs() < 1e-5 * expected, "{norm} {expected}");
+            for i in 0..2 {
+                let g = gradient[i] * (MAX_NORM / expected).min(1.0);
+                mean[i] = 0.9 * mean[i] + 0.1 * g;
+                square[i] = 0.95 * square[i] + 0.05 * g * g;
+                let hat = [mean[i] / (1.0 - 0.9f64.powi(step)), square[i] / (1.0 - 0.95f64.powi(step))];
+                w[i] = w[i] * (1.0 - 0.1 * WEIGHT_DECAY) - 0.1 * hat[0] / (hat[1].sqrt() + 1e-8);
+                let kept = AVERAGE.min((1.0 + f64::from(step)) / (10.0 + f64::from(step)));
+                average[i] = kept * average[i] + (1.0 - kept) * w[i];
+            }
+        }
+        let close = |got: f32, expected: f64| (f64::from(got) - expected).abs() < 1e-5;
+        let got = matrix.as_tensor().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert!(close(got[0], w[0]) && close(got[1], w[1]), "{got:?} {w:?}");
+        let (_, got) = optimizer.averages().next().unwrap();
+        assert!(close(got[[0, 0]], average[0]) && close(got[[0, 1]], average[1]), "{got} {average:?}");
+    }
+
+    #[test]
+    fn gradients_added_in_parts_make_the_step_of_their_mean() {
+        let goals = [[1.0f32, 0.0], [0.0, 3.0], [-2.0, 1.0], [0.5, 0.5]];
+        let (one, parts) = (var(&[0.2, 0.1]), var(&[0.2, 0.1]));
+        let mut whole = AdamW::new([("x".to_owned(), one.clone())].into()).unwrap();
+        let mut accumulated = AdamW::new([("x".to_owned(), parts.clone())].into()).unwrap();
+        for _ in 0..3 {
+            let mean = [0, 1].map(|i| goals.iter().map(|goal| goal[i]).sum::<f32>() / 4.0);
+            whole.add(&bowl(&one, &mean)).unwrap();
+            for goal in &goals {
+                accumulated.add(&bowl(&parts, goal)).unwrap();
+            }
+            let norms = [whole.step(0.1, true).unwrap(), accumulated.step(0.1, true).unwrap()];
+            assert!((norms[0] - norms[1]).abs() < 1e-5, "{norms:?}");
+        }
+        let (a, b) = (values(&one), values(&parts));
+        assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-5), "{a:?} {b:?}");
     }
 
     #[test]
     fn a_gradient_that_is_not_a_number_changes_nothing() {
-        let var = Var::from_tensor(&Tensor::new(&[1.0f32], &Device::Cpu).unwrap()).unwrap();
-        let mut optimizer = AdamW::new([("x".to_owned(), var.clone())].into()).unwrap();
-        let loss = (var.as_tensor() * f64::NAN).unwrap().sum_all().unwrap();
-        assert!(optimizer.step(&[loss.backward().unwrap()], 0.1).unwrap().is_nan());
-        assert_eq!(var.as_tensor().to_vec1::<f32>().unwrap(), [1.0]);
+        let x = var(&[1.0]);
+        let mut optimizer = AdamW::new([("x".to_owned(), x.clone())].into()).unwrap();
+        let loss = (x.as_tensor() * f64::NAN).unwrap().sum_all().unwrap();
+        optimizer.add(&loss.backward().unwrap()).unwrap();
+        assert!(optimizer.step(0.1, true).unwrap().is_nan());
+        optimizer.add(&bowl(&x, &[0.0])).unwrap();
+        optimizer.step(0.1, false).unwrap();
+        assert_eq!((values(&x), optimizer.steps()), (vec![1.0], 0));
+        // And nothing of it is left in the next step.
+        optimizer.add(&bowl(&x, &[0.0])).unwrap();
+        assert!((optimizer.step(0.1, true).unwrap() - 2.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_restored_optimizer_goes_on_as_the_saved_one() {
+        let (a, b) = (var(&[3.0, -2.0]), var(&[0.0, 0.0]));
+        let mut saved = AdamW::new([("x".to_owned(), a.clone())].into()).unwrap();
+        let mut restored = AdamW::new([("x".to_owned(), b.clone())].into()).unwrap();
+        let teach = |optimizer: &mut AdamW, x: &Var| {
+            optimizer.add(&bowl(x, &[1.0, 0.5])).unwrap();
+            optimizer.step(0.05, true).unwrap();
+        };
+        (0..7).for_each(|_| teach(&mut saved, &a));
+        let mut state: BTreeMap<String, Vec<f32>> =
+            saved.state().unwrap().into_iter().map(|(name, _, values)| (name, values)).collect();
+        restored.restore(saved.steps(), |name| state.remove(name)).unwrap();
+        assert!(state.is_empty());
+        for _ in 0..7 {
+            teach(&mut saved, &a);
+            teach(&mut restored, &b);
+        }
+        assert_eq!(values(&a), values(&b));
+        assert_eq!(restored.restore(0, |_| None), Err("x".to_owned()));
     }
 }

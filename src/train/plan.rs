@@ -8,7 +8,7 @@ use ndarray::{ArrayView2, s};
 use super::dataset::Dataset;
 use super::lesson::Lesson;
 use super::optimizer::AdamW;
-use super::schedule::PLAN_SHARE;
+use super::workers::Workers;
 use super::{Part, Run, TrainError};
 use crate::model::plan_transformer::PlanTransformer;
 use crate::plan::ResidualQuantizer;
@@ -16,8 +16,6 @@ use crate::rng::Rng;
 
 /// Plan frames of a training context, where pieces are long enough.
 const CONTEXT: usize = 512;
-/// Contexts per step.
-const BATCH: usize = 4;
 /// Steps between validations.
 const VALIDATE: usize = 100;
 
@@ -26,30 +24,28 @@ type Context = (Tensor, Tensor, Option<Tensor>);
 
 /// Trains until the budget is spent; the averages then hold the result.
 pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, TrainError> {
-    let config = &run.settings.config.plan_transformer;
+    let config = &run.settings.config().plan_transformer;
     let (data, quantizer, model) = (run.data, run.quantizer, &run.model.plan);
-    let mut rng = Rng::new(run.settings.seed ^ 0x91a2);
-    let hop = run.spectrum.hop();
+    let hop = data.spectrum.hop();
     let longest = data.train.iter().map(|r| r.n_frames(hop)).max().unwrap_or(0);
     let context = CONTEXT.min(longest);
-    let mut next = || -> Result<Context, TrainError> {
-        let (recording, first) = data.pick(context, &mut rng);
+    let draw = |rng: &mut Rng| -> Result<Context, TrainError> {
+        let (recording, first) = data.pick(context, rng);
         let codes = recording.plan_tokens.slice(s![first..first + context, ..]);
         let (tokens, bands) = tensors(quantizer, codes)?;
-        Ok((tokens, bands, dropout(config.dropout, (1, context - 1, config.dim), &mut rng)?))
+        Ok((tokens, bands, dropout(config.dropout, (1, context - 1, config.dim), rng)?))
     };
     let lesson = Lesson {
         part: Part::Plan,
-        share: PLAN_SHARE,
         learning_rate: run.settings.plan_learning_rate,
+        batch: run.settings.plan_batch,
         validate_every: VALIDATE,
-        batch: &mut || (0..BATCH).map(|_| next()).collect(),
+        draw: &draw,
         loss: &|(tokens, bands, mask)| model.nll(tokens, bands, mask.as_ref())?.mean_all(),
         units: |(tokens, ..): &Context| tokens.dims()[1],
-        validate: &|_| validate(run.data, quantizer, model),
-        save: &mut |_| Ok(()),
+        validate: &|workers| validate(workers, data, quantizer, model),
     };
-    lesson.teach(run.settings, optimizer, run.observe)
+    lesson.teach(run, optimizer)
 }
 
 /// Plan tokens -> tokens and centred bands, each `[1, frames, ..]`.
@@ -74,13 +70,17 @@ fn dropout(share: f32, dims: (usize, usize, usize), rng: &mut Rng) -> Result<Opt
 }
 
 /// Nats per frame over the beginnings of held-out pieces; `None` without any.
-fn validate(data: &Dataset, quantizer: &ResidualQuantizer, model: &PlanTransformer) -> Result<Option<f64>, TrainError> {
-    let (mut nats, mut frames) = (0.0, 0);
-    for recording in &data.validation {
+fn validate(
+    workers: &Workers,
+    data: &Dataset,
+    quantizer: &ResidualQuantizer,
+    model: &PlanTransformer,
+) -> Result<Option<f64>, TrainError> {
+    let scored = workers.map(&data.validation, |recording| {
         let n = recording.plan_tokens.nrows().min(CONTEXT);
         let (tokens, bands) = tensors(quantizer, recording.plan_tokens.slice(s![..n, ..]))?;
-        nats += f64::from(model.nll(&tokens, &bands, None)?.sum_all()?.to_scalar::<f32>()?);
-        frames += n - 1;
-    }
+        Ok((f64::from(model.nll(&tokens, &bands, None)?.sum_all()?.to_scalar::<f32>()?), n - 1))
+    })?;
+    let (nats, frames) = scored.iter().fold((0.0, 0), |(nats, frames), (x, n)| (nats + x, frames + n));
     Ok((frames > 0).then(|| nats / frames as f64))
 }

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use super::resume::Progress;
+
 /// End of training, by work or by the clock.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Budget {
@@ -22,17 +24,20 @@ const FLOOR: f64 = 0.02;
 pub struct Clock {
     budget: Budget,
     start: Instant,
+    /// Time that earlier processes spent.
+    before: Duration,
     step: usize,
 }
 
 impl Clock {
-    /// `share` of a time budget is this part's.
-    pub fn start(budget: Budget, share: f64) -> Self {
+    /// Goes on from where the part stands; `share` of a time budget is this part's.
+    pub fn resume(budget: Budget, share: f64, progress: &Progress) -> Self {
         let budget = match budget {
             Budget::Time(total) => Budget::Time(total.mul_f64(share)),
             steps => steps,
         };
-        Self { budget, start: Instant::now(), step: 0 }
+        let before = Duration::try_from_secs_f64(progress.elapsed_s).unwrap_or_default();
+        Self { budget, start: Instant::now(), before, step: progress.step }
     }
 
     /// Steps made.
@@ -41,7 +46,7 @@ impl Clock {
     }
 
     pub fn elapsed(&self) -> Duration {
-        self.start.elapsed()
+        self.before + self.start.elapsed()
     }
 
     /// Counts a step.

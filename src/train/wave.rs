@@ -1,14 +1,16 @@
 //! Trains the wave transformer on excerpts: negative log-likelihood of the next token, bits per sample.
 
 use std::ops::ControlFlow;
-use std::sync::mpsc::sync_channel;
+
+use rayon::prelude::*;
 
 use super::dataset::{Dataset, Recording};
 use super::lesson::Lesson;
 use super::optimizer::AdamW;
-use super::schedule::PLAN_SHARE;
-use super::{Part, Run, TrainError, TrainSettings};
+use super::{Part, Run, TrainError};
+use crate::codec::Token;
 use crate::forecast::{PastForecast, PlannedForecast};
+use crate::model::config::ModelConfig;
 use crate::model::excerpt::{Excerpt, Piece};
 use crate::model::head;
 use crate::plan::ResidualQuantizer;
@@ -16,10 +18,6 @@ use crate::rng::Rng;
 
 /// Plan frames of an excerpt; about a second.
 const EXCERPT: usize = 32;
-/// Excerpts per step.
-const BATCH: usize = 2;
-/// Batches made ahead of the model.
-const AHEAD: usize = 2;
 /// Share of the excerpts whose history is noisy, and whose plan is quantised as in generation.
 const NOISY: f32 = 0.5;
 const QUANTISED: f32 = 0.7;
@@ -31,119 +29,95 @@ const WARM: usize = 8;
 /// Steps between validations.
 const VALIDATE: usize = 250;
 
-/// Draws training excerpts: a pure function of the seed.
+/// Trains until the budget is spent; the averages then hold the result.
+pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, TrainError> {
+    let model = &run.model.wave;
+    let config = run.settings.config();
+    let maker = Maker { config, data: run.data, quantizer: run.quantizer, history: model.history() };
+    let held_out = maker.held_out()?;
+    let warm = WARM * config.plan.hop;
+    let nll = |excerpt: &Excerpt| head::nll(&model.forward(&excerpt.inputs()?)?, &excerpt.targets);
+    let lesson = Lesson {
+        part: Part::Wave,
+        learning_rate: run.settings.wave_learning_rate,
+        batch: run.settings.wave_batch,
+        validate_every: VALIDATE,
+        draw: &|rng| maker.draw(rng),
+        loss: &|excerpt| nll(excerpt)?.mean_all(),
+        units: Excerpt::n_samples,
+        validate: &|workers| {
+            let means = workers.map(&held_out, |excerpt| {
+                let scored = nll(excerpt)?.narrow(0, warm, excerpt.n_samples() - warm)?;
+                Ok(f64::from(scored.mean_all()?.to_scalar::<f32>()?))
+            })?;
+            Ok((!means.is_empty()).then(|| means.iter().sum::<f64>() / means.len() as f64))
+        },
+    };
+    lesson.teach(run, optimizer)
+}
+
+/// Makes excerpts of recordings.
 struct Maker<'a> {
-    settings: &'a TrainSettings,
+    config: &'a ModelConfig,
     data: &'a Dataset,
     quantizer: &'a ResidualQuantizer,
     history: usize,
-    rng: Rng,
 }
 
 impl Maker<'_> {
-    fn batch(&mut self) -> Result<Vec<Excerpt>, TrainError> {
-        (0..BATCH).map(|_| self.excerpt()).collect()
-    }
-
-    fn excerpt(&mut self) -> Result<Excerpt, TrainError> {
-        let rng = &mut self.rng;
-        let hop = self.data.spectrum.hop();
-        let before = run_up(self.settings, hop);
+    /// A training excerpt of any piece, gain and noise.
+    fn draw(&self, rng: &mut Rng) -> Result<Excerpt, TrainError> {
+        let hop = self.config.plan.hop;
+        let before = self.run_up();
         let longest = self.data.train.iter().map(|r| r.n_frames(hop)).max().unwrap_or(0);
         let frames = EXCERPT.min(longest.saturating_sub(before));
         let (recording, first) = self.data.pick(before + frames, rng);
         let gain = 10.0f32.powf((GAIN_DB.0 + (GAIN_DB.1 - GAIN_DB.0) * rng.uniform()) / 20.0);
         let quantised = rng.uniform() < QUANTISED;
         let noise = if rng.uniform() < NOISY { rng.uniform() } else { 0.0 };
-        let codec = &self.data.codec;
+        let codec = &self.config.codec;
         let tokens = recording.tokens(first * hop..(first + before + frames) * hop, gain, codec);
         let top = (codec.levels() - 1) as f32;
-        let heard: Vec<_> = tokens
-            .iter()
-            .map(
-                |&t| if noise > 0.0 { (f32::from(t) + noise * rng.normal()).round().clamp(0.0, top) as u16 } else { t },
-            )
-            .collect();
-        excerpt(self.settings, self.data, quantised.then_some(self.quantizer), &tokens, &heard, before, self.history)
-    }
-}
-
-/// Plan frames before an excerpt that the forecasts and the plan's window need.
-fn run_up(settings: &TrainSettings, hop: usize) -> usize {
-    settings.config.forecast.past_window.max(settings.config.plan.window).div_ceil(hop)
-}
-
-fn excerpt(
-    settings: &TrainSettings,
-    data: &Dataset,
-    quantizer: Option<&ResidualQuantizer>,
-    tokens: &[u16],
-    heard: &[u16],
-    before: usize,
-    history: usize,
-) -> Result<Excerpt, TrainError> {
-    let mut plan = data.spectrum.analyse(&data.codec.decode_all(tokens));
-    if let Some(quantizer) = quantizer {
-        plan = quantizer.decode_all(quantizer.encode_all(plan.view())?.view())?;
-    }
-    let piece = Piece { tokens, heard, plan: plan.view(), spectrum: &data.spectrum };
-    let forecast = &settings.config.forecast;
-    let (mut past, mut planned) = (PastForecast::new(forecast)?, PlannedForecast::new(forecast)?);
-    let frames = before..plan.nrows();
-    Ok(Excerpt::read(&settings.config, history, &piece, frames, &mut past, &mut planned)?)
-}
-
-/// Trains until the budget is spent; the averages then hold the result. `save` is called after every validation.
-pub fn train(
-    run: &mut Run,
-    optimizer: &mut AdamW,
-    save: &mut dyn FnMut(&AdamW) -> Result<(), TrainError>,
-) -> Result<ControlFlow<()>, TrainError> {
-    let model = &run.model.wave;
-    let history = model.history();
-    let held_out = held_out(run, history)?;
-    let warm = WARM * run.spectrum.hop();
-    let nll = |excerpt: &Excerpt| head::nll(&model.forward(&excerpt.inputs()?)?, &excerpt.targets);
-    let rng = Rng::new(run.settings.seed ^ 0x3a7e);
-    let mut maker = Maker { settings: run.settings, data: run.data, quantizer: run.quantizer, history, rng };
-    std::thread::scope(|scope| {
-        let (sender, batches) = sync_channel(AHEAD);
-        // Ends when the receiver is gone.
-        scope.spawn(move || while sender.send(maker.batch()).is_ok() {});
-        let lesson = Lesson {
-            part: Part::Wave,
-            share: 1.0 - PLAN_SHARE,
-            learning_rate: run.settings.wave_learning_rate,
-            validate_every: VALIDATE,
-            batch: &mut || batches.recv().map_err(|_| TrainError::Thread)?,
-            loss: &|excerpt| nll(excerpt)?.mean_all(),
-            units: Excerpt::n_samples,
-            validate: &|workers| {
-                let means = workers.map(&held_out, |excerpt| {
-                    let scored = nll(excerpt)?.narrow(0, warm, excerpt.n_samples() - warm)?;
-                    Ok(f64::from(scored.mean_all()?.to_scalar::<f32>()?))
-                })?;
-                Ok((!means.is_empty()).then(|| means.iter().sum::<f64>() / means.len() as f64))
-            },
-            save,
+        let mut hear = |&t: &Token| match noise {
+            0.0 => t,
+            noise => (f32::from(t) + noise * rng.normal()).round().clamp(0.0, top) as Token,
         };
-        lesson.teach(run.settings, optimizer, run.observe)
-    })
-}
+        let heard: Vec<Token> = tokens.iter().map(&mut hear).collect();
+        self.excerpt(&tokens, &heard, quantised)
+    }
 
-/// Excerpts of held-out pieces, with clean history and the plan as in generation.
-fn held_out(run: &Run, history: usize) -> Result<Vec<Excerpt>, TrainError> {
-    let hop = run.spectrum.hop();
-    let before = run_up(run.settings, hop);
-    let fits = |r: &&Recording| r.n_frames(hop) >= before + EXCERPT;
-    let pieces: Vec<&Recording> = run.data.validation.iter().filter(fits).collect();
-    (0..if pieces.is_empty() { 0 } else { PLACES })
-        .map(|i| {
-            let piece = pieces[i % pieces.len()];
-            let room = piece.n_frames(hop) - before - EXCERPT;
-            let first = room * (2 * i + 1) / (2 * PLACES);
-            let tokens = piece.tokens(first * hop..(first + before + EXCERPT) * hop, 1.0, &run.data.codec);
-            excerpt(run.settings, run.data, Some(run.quantizer), &tokens, &tokens, before, history)
-        })
-        .collect()
+    /// Excerpts of held-out pieces, with clean history and the plan as in generation.
+    fn held_out(&self) -> Result<Vec<Excerpt>, TrainError> {
+        let hop = self.config.plan.hop;
+        let long = self.run_up() + EXCERPT;
+        let pieces: Vec<&Recording> = self.data.validation.iter().filter(|r| r.n_frames(hop) >= long).collect();
+        (0..if pieces.is_empty() { 0 } else { PLACES })
+            .into_par_iter()
+            .map(|i| {
+                let piece = pieces[i % pieces.len()];
+                let first = (piece.n_frames(hop) - long) * (2 * i + 1) / (2 * PLACES);
+                let tokens = piece.tokens(first * hop..(first + long) * hop, 1.0, &self.config.codec);
+                self.excerpt(&tokens, &tokens, true)
+            })
+            .collect()
+    }
+
+    /// Plan frames before an excerpt that the forecasts and the plan's window need.
+    fn run_up(&self) -> usize {
+        self.config.forecast.past_window.max(self.config.plan.window).div_ceil(self.config.plan.hop)
+    }
+
+    /// Everything after the run-up.
+    fn excerpt(&self, tokens: &[Token], heard: &[Token], quantised: bool) -> Result<Excerpt, TrainError> {
+        let spectrum = &self.data.spectrum;
+        let mut plan = spectrum.analyse(&self.config.codec.decode_all(tokens));
+        if quantised {
+            plan = self.quantizer.decode_all(self.quantizer.encode_all(plan.view())?.view())?;
+        }
+        let piece = Piece { tokens, heard, plan: plan.view(), spectrum };
+        let forecast = &self.config.forecast;
+        let (mut past, mut planned) = (PastForecast::new(forecast)?, PlannedForecast::new(forecast)?);
+        let frames = self.run_up()..plan.nrows();
+        Ok(Excerpt::read(self.config, self.history, &piece, frames, &mut past, &mut planned)?)
+    }
 }

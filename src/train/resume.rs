@@ -1,0 +1,250 @@
+//! The state of a training run on disk, from which a killed run goes on as if nothing had happened.
+//!
+//! A folder beside the output: `run.json` says which run it belongs to, `codebooks.safetensors` holds the plan's,
+//! `PART-STEP.safetensors` a transformer's weights and optimizer after a step, `PART-best.safetensors` the averaged
+//! weights that did best on held-out pieces. Every file is written under another name and renamed when it is whole.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use ndarray::{Array1, Array3, ArrayD, IxDyn};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::{Deserialize, Serialize};
+
+use super::optimizer::{AdamW, Entry};
+use super::{Part, TrainError};
+use crate::checkpoint::write_whole;
+use crate::plan::ResidualQuantizer;
+
+/// States kept of each part: the newest, and one more should the newest be damaged.
+const KEPT: usize = 2;
+const RUN: &str = "run.json";
+const CODEBOOKS: &str = "codebooks.safetensors";
+
+/// What makes a run this run, by name; a state is only taken up by the same.
+pub type Identity = BTreeMap<String, String>;
+
+/// Where one part's training stands.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Steps made, with those that were skipped.
+    pub step: usize,
+    /// Steps that changed the weights.
+    pub updates: u64,
+    pub elapsed_s: f64,
+    /// Frames or samples seen.
+    pub units: u64,
+    /// Least nats per unit on held-out pieces.
+    pub best: Option<f64>,
+    /// Validations since then.
+    pub stale: usize,
+    /// Skipped steps without a good one between them.
+    pub skipped: usize,
+    pub finished: bool,
+}
+
+/// The folder of a run.
+pub struct StateFolder {
+    path: PathBuf,
+}
+
+impl StateFolder {
+    /// Where the state of the run that makes `output` lies.
+    pub fn beside(output: &Path) -> PathBuf {
+        output.with_extension("training")
+    }
+
+    /// Opens the folder of this run, or begins one; `afresh` forgets what is there.
+    ///
+    /// # Errors
+    /// When the folder belongs to another run.
+    pub fn open(output: &Path, identity: &Identity, afresh: bool) -> Result<Self, TrainError> {
+        let folder = Self { path: Self::beside(output) };
+        if afresh {
+            folder.remove()?;
+        }
+        let run = folder.path.join(RUN);
+        match std::fs::read(&run) {
+            Ok(bytes) => {
+                let stored: Identity = serde_json::from_slice(&bytes).unwrap_or_default();
+                let names = stored.keys().chain(identity.keys());
+                let differing: std::collections::BTreeSet<&str> =
+                    names.filter(|&name| stored.get(name) != identity.get(name)).map(String::as_str).collect();
+                if !differing.is_empty() {
+                    let what = differing.into_iter().collect::<Vec<_>>().join(", ");
+                    return Err(TrainError::OtherRun { folder: folder.path, what });
+                }
+            }
+            Err(_) => {
+                std::fs::create_dir_all(&folder.path).map_err(|source| folder.io(source))?;
+                let bytes = serde_json::to_vec_pretty(identity).map_err(|e| folder.io(e.into()))?;
+                write_whole(&run, &bytes).map_err(|source| folder.io(source))?;
+            }
+        }
+        Ok(folder)
+    }
+
+    fn io(&self, source: std::io::Error) -> TrainError {
+        TrainError::State { folder: self.path.clone(), source }
+    }
+
+    /// Removes the folder, with a run that is over.
+    pub fn remove(&self) -> Result<(), TrainError> {
+        match std::fs::remove_dir_all(&self.path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(self.io(error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// The plan's codebooks of this run, once they have been fitted.
+    pub fn codebooks(&self) -> Option<ResidualQuantizer> {
+        let (_, tensors) = read(&self.path.join(CODEBOOKS))?;
+        let take = |name: &str| tensors.get(name).cloned();
+        let mean: Array1<f32> = take("mean")?.into_dimensionality().ok()?;
+        let books: Array3<f32> = take("books")?.into_dimensionality().ok()?;
+        ResidualQuantizer::new(mean, books).ok()
+    }
+
+    pub fn save_codebooks(&self, quantizer: &ResidualQuantizer) -> Result<(), TrainError> {
+        let entry = |name: &str, shape: &[usize], values: Vec<f32>| (name.to_owned(), shape.to_vec(), values);
+        let entries = [
+            entry("mean", quantizer.mean.shape(), quantizer.mean.iter().copied().collect()),
+            entry("books", quantizer.books.shape(), quantizer.books.iter().copied().collect()),
+        ];
+        self.write(CODEBOOKS, &entries, "")
+    }
+
+    /// The newest whole state of a part goes into the optimizer; `None` when there is none.
+    pub fn load(&self, part: Part, optimizer: &mut AdamW) -> Option<Progress> {
+        self.states(part).into_iter().find_map(|path| {
+            let (progress, mut tensors) = read(&path)?;
+            let progress: Progress = serde_json::from_str(&progress).ok()?;
+            let take = |name: &str| tensors.remove(name).map(|array| array.into_raw_vec_and_offset().0);
+            optimizer.restore(progress.updates, take).ok()?;
+            Some(progress)
+        })
+    }
+
+    /// Writes a part's state, then removes the oldest ones.
+    pub fn save(&self, part: Part, optimizer: &AdamW, progress: &Progress) -> Result<(), TrainError> {
+        let stated = serde_json::to_string(progress).map_err(|e| self.io(e.into()))?;
+        self.write(&format!("{}-{:08}.safetensors", part.name(), progress.step), &optimizer.state()?, &stated)?;
+        for old in self.states(part).into_iter().skip(KEPT) {
+            std::fs::remove_file(old).map_err(|source| self.io(source))?;
+        }
+        Ok(())
+    }
+
+    /// Keeps the averaged weights as the best so far.
+    pub fn save_best(&self, part: Part, optimizer: &AdamW) -> Result<(), TrainError> {
+        let entries: Vec<Entry> = optimizer
+            .averages()
+            .map(|(name, array)| (name.clone(), array.shape().to_vec(), array.into_raw_vec_and_offset().0))
+            .collect();
+        self.write(&best_name(part), &entries, "")
+    }
+
+    /// The averaged weights that were best.
+    pub fn best(&self, part: Part) -> Option<BTreeMap<String, ArrayD<f32>>> {
+        read(&self.path.join(best_name(part))).map(|(_, tensors)| tensors)
+    }
+
+    /// A part's states, newest first.
+    fn states(&self, part: Part) -> Vec<PathBuf> {
+        let prefix = format!("{}-", part.name());
+        let is_state = |path: &PathBuf| {
+            let stem = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.strip_prefix(&prefix));
+            stem.is_some_and(|step| step.bytes().all(|b| b.is_ascii_digit()))
+        };
+        let entries = std::fs::read_dir(&self.path).into_iter().flatten().flatten();
+        let mut states: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(is_state).collect();
+        states.sort();
+        states.reverse();
+        states
+    }
+
+    fn write(&self, name: &str, entries: &[Entry], progress: &str) -> Result<(), TrainError> {
+        let bytes: Vec<Vec<u8>> =
+            entries.iter().map(|(_, _, values)| values.iter().flat_map(|v| v.to_le_bytes()).collect()).collect();
+        let serialized = entries
+            .iter()
+            .zip(&bytes)
+            .map(|((name, shape, _), bytes)| Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
+            .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()
+            .and_then(|views| {
+                safetensors::serialize(views, Some(HashMap::from([("progress".to_owned(), progress.to_owned())])))
+            })
+            .map_err(|e| self.io(std::io::Error::other(e)))?;
+        write_whole(&self.path.join(name), &serialized).map_err(|source| self.io(source))
+    }
+}
+
+fn best_name(part: Part) -> String {
+    format!("{}-best.safetensors", part.name())
+}
+
+/// Progress and tensors of a file; `None` when it is not there or damaged.
+fn read(path: &Path) -> Option<(String, BTreeMap<String, ArrayD<f32>>)> {
+    let bytes = std::fs::read(path).ok()?;
+    let (_, header) = SafeTensors::read_metadata(&bytes).ok()?;
+    let progress = header.metadata().as_ref()?.get("progress")?.clone();
+    let tensors = SafeTensors::deserialize(&bytes).ok()?;
+    let arrays = tensors.iter().map(|(name, view)| {
+        let values = view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        Some((name.to_owned(), ArrayD::from_shape_vec(IxDyn(view.shape()), values).ok()?))
+    });
+    Some((progress, arrays.collect::<Option<_>>()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Tensor, Var};
+
+    fn identity(seed: &str) -> Identity {
+        [("seed".to_owned(), seed.to_owned())].into()
+    }
+
+    fn optimizer(value: f32) -> AdamW {
+        let var = Var::from_tensor(&Tensor::new(&[value, 2.0], &Device::Cpu).unwrap()).unwrap();
+        AdamW::new([("x".to_owned(), var)].into()).unwrap()
+    }
+
+    #[test]
+    fn the_newest_whole_state_is_taken_up_and_old_ones_go() {
+        let directory = tempfile::tempdir().unwrap();
+        let output = directory.path().join("m.safetensors");
+        let folder = StateFolder::open(&output, &identity("1"), false).unwrap();
+        for step in [3, 7, 12] {
+            let progress = Progress { step, ..Progress::default() };
+            folder.save(Part::Wave, &optimizer(step as f32), &progress).unwrap();
+        }
+        folder.save_best(Part::Wave, &optimizer(99.0)).unwrap();
+        assert_eq!(folder.states(Part::Wave).len(), KEPT);
+        let mut taken = optimizer(0.0);
+        let folder = StateFolder::open(&output, &identity("1"), false).unwrap();
+        assert_eq!(folder.load(Part::Wave, &mut taken).unwrap().step, 12);
+        assert_eq!(taken.averages().next().unwrap().1[[0]], 12.0);
+        assert_eq!(folder.best(Part::Wave).unwrap()["x"][[0]], 99.0);
+        assert_eq!(folder.load(Part::Plan, &mut taken), None);
+        // A damaged file costs the steps since the one before it.
+        let newest = &folder.states(Part::Wave)[0];
+        let bytes = std::fs::read(newest).unwrap();
+        std::fs::write(newest, &bytes[..bytes.len() - 3]).unwrap();
+        assert_eq!(folder.load(Part::Wave, &mut taken).unwrap().step, 7);
+        folder.remove().unwrap();
+        assert!(!StateFolder::beside(&output).exists());
+    }
+
+    #[test]
+    fn another_run_s_state_is_refused_by_the_name_of_what_differs() {
+        let directory = tempfile::tempdir().unwrap();
+        let output = directory.path().join("m.safetensors");
+        let folder = StateFolder::open(&output, &identity("1"), false).unwrap();
+        folder.save(Part::Plan, &optimizer(1.0), &Progress::default()).unwrap();
+        let Err(error) = StateFolder::open(&output, &identity("2"), false) else { panic!("taken up") };
+        assert!(error.to_string().contains("seed"), "{error}");
+        let folder = StateFolder::open(&output, &identity("2"), true).unwrap();
+        assert_eq!(folder.load(Part::Plan, &mut optimizer(1.0)), None);
+    }
+}
