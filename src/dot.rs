@@ -4,6 +4,7 @@ use std::ops::{Add, Mul};
 
 /// `sum a[i] * b[i]` over the shorter length, summed in `LANES` interleaved lanes, which are then folded in
 /// halves; `LANES` is a power of two. Written so that the compiler vectorises it.
+#[inline(always)]
 pub(crate) fn dot<T, const LANES: usize>(a: &[T], b: &[T]) -> T
 where
     T: Copy + Default + Add<Output = T> + Mul<Output = T>,

@@ -21,6 +21,7 @@
 //! | [`model`] | the two transformers, in candle |
 //! | [`checkpoint`] | a safetensors file into a model and back |
 //! | [`engine`] | a prompt and uniforms into plan frames and tokens |
+//! | [`simd`] | the inner loops, for the machine's instruction set |
 //! | [`generate`] | a recording into its continuation: the loop, the prompt, the seam |
 //! | [`sink`] | where samples go: WAV file, pipe |
 //! | [`train`] | recordings into a checkpoint |
@@ -57,5 +58,6 @@ pub mod model;
 pub mod plan;
 pub mod rng;
 pub mod sampler;
+pub mod simd;
 pub mod sink;
 pub mod train;

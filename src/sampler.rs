@@ -25,39 +25,51 @@ impl Default for PlanSampling {
 /// How samples are drawn: the generation settings of the checkpoint, or the user's.
 pub type WaveSampling = crate::model::config::GenerationSettings;
 
-/// Draws an index from `logits` by inverse CDF over the kept tokens, in order of falling probability.
-///
-/// `uniform` lies in (0, 1). Ties keep the lower index first, so that the result is the same everywhere. A logit
-/// that is not a number counts as impossible.
-pub fn sample_logits(logits: &[f32], uniform: f32, settings: &PlanSampling) -> usize {
-    let value = |i: usize| if logits[i].is_nan() { f32::NEG_INFINITY } else { logits[i] };
-    let mut order: Vec<usize> = (0..logits.len()).collect();
-    order.sort_by(|&a, &b| value(b).total_cmp(&value(a)).then(a.cmp(&b)));
-    let Some(&best) = order.first() else { return 0 };
-    if settings.temperature <= 0.0 {
-        return best;
-    }
-    let top = f64::from(value(best));
-    let temperature = f64::from(settings.temperature);
-    let weights: Vec<f64> = order.iter().map(|&i| ((f64::from(value(i)) - top) / temperature).exp()).collect();
-    let total: f64 = weights.iter().sum();
-    let limit = if settings.top_k == 0 { order.len() } else { settings.top_k.min(order.len()) };
-    let (mut kept, mut mass) = (0, 0.0);
-    while kept < limit
-        && (kept == 0 || (mass < f64::from(settings.top_p) * total && weights[kept] >= f64::from(settings.min_p)))
-    {
-        mass += weights[kept];
-        kept += 1;
-    }
-    let target = f64::from(uniform) * mass;
-    let mut cumulative = 0.0;
-    for (&index, weight) in order.iter().zip(&weights).take(kept) {
-        cumulative += weight;
-        if target < cumulative {
-            return index;
+/// Draws from logits; holds only room for it, so that a draw allocates nothing.
+#[derive(Clone, Debug, Default)]
+pub struct LogitSampler {
+    order: Vec<usize>,
+    weights: Vec<f64>,
+}
+
+impl LogitSampler {
+    /// Draws an index from `logits` by inverse CDF over the kept tokens, in order of falling probability.
+    ///
+    /// `uniform` lies in (0, 1). Ties keep the lower index first, so that the result is the same everywhere. A logit
+    /// that is not a number counts as impossible.
+    pub fn sample(&mut self, logits: &[f32], uniform: f32, settings: &PlanSampling) -> usize {
+        let value = |i: usize| if logits[i].is_nan() { f32::NEG_INFINITY } else { logits[i] };
+        let Self { order, weights } = self;
+        order.clear();
+        order.extend(0..logits.len());
+        order.sort_unstable_by(|&a, &b| value(b).total_cmp(&value(a)).then(a.cmp(&b)));
+        let Some(&best) = order.first() else { return 0 };
+        if settings.temperature <= 0.0 {
+            return best;
         }
+        let top = f64::from(value(best));
+        let temperature = f64::from(settings.temperature);
+        weights.clear();
+        weights.extend(order.iter().map(|&i| ((f64::from(value(i)) - top) / temperature).exp()));
+        let total: f64 = weights.iter().sum();
+        let limit = if settings.top_k == 0 { order.len() } else { settings.top_k.min(order.len()) };
+        let (mut kept, mut mass) = (0, 0.0);
+        while kept < limit
+            && (kept == 0 || (mass < f64::from(settings.top_p) * total && weights[kept] >= f64::from(settings.min_p)))
+        {
+            mass += weights[kept];
+            kept += 1;
+        }
+        let target = f64::from(uniform) * mass;
+        let mut cumulative = 0.0;
+        for (&index, weight) in order.iter().zip(&*weights).take(kept) {
+            cumulative += weight;
+            if target < cumulative {
+                return index;
+            }
+        }
+        order[kept - 1]
     }
-    order[kept - 1]
 }
 
 /// Place of the logistic's uniform that is never passed: +-9.2 scales from the mean.
@@ -89,21 +101,33 @@ pub const MAX_LOG_SCALE: f32 = 2.5;
 impl Mixture {
     /// From the head's output: `head` = [weights | offsets | log scales], each `[n_components]`.
     pub fn from_head(head: &[f32], forecasts: [f32; N_FORECASTS], log_scale: f32, codec: &Codec) -> Self {
+        let mut mixture = Self::default();
+        mixture.set(head, forecasts, log_scale, codec);
+        mixture
+    }
+
+    /// Becomes what [`from_head`](Self::from_head) gives, in place.
+    pub fn set(&mut self, head: &[f32], forecasts: [f32; N_FORECASTS], log_scale: f32, codec: &Codec) {
         let n = head.len() / 3;
         let per_forecast = n / N_FORECASTS;
         let (weights, rest) = head.split_at(n);
         let (offsets, log_scales) = rest.split_at(n);
         let top = weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let log_total = top + weights.iter().map(|w| (w - top).exp()).sum::<f32>().ln();
-        let mut mixture = Self { forecasts, ..Self::default() };
-        for k in 0..n {
-            let forecast = forecasts[k / per_forecast];
-            let unit = unit_scale(forecast, log_scale, codec);
-            mixture.log_weights.push(weights[k] - log_total);
-            mixture.means.push(forecast + unit * MAX_OFFSET * (offsets[k] / MAX_OFFSET).tanh());
-            mixture.scales.push(unit * (MAX_LOG_SCALE * (log_scales[k] / MAX_LOG_SCALE).tanh()).exp());
-        }
-        mixture
+        let units = forecasts.map(|forecast| unit_scale(forecast, log_scale, codec));
+        let Self { log_weights, means, scales, .. } = self;
+        self.forecasts = forecasts;
+        log_weights.clear();
+        log_weights.extend(weights.iter().map(|w| w - log_total));
+        means.clear();
+        means.extend(offsets.iter().enumerate().map(|(k, offset)| {
+            let of = k / per_forecast;
+            forecasts[of] + units[of] * MAX_OFFSET * (offset / MAX_OFFSET).tanh()
+        }));
+        scales.clear();
+        scales.extend(log_scales.iter().enumerate().map(|(k, log_scale)| {
+            units[k / per_forecast] * (MAX_LOG_SCALE * (log_scale / MAX_LOG_SCALE).tanh()).exp()
+        }));
     }
 
     /// ln P(token): the mixture's mass in the token's bin.
@@ -200,7 +224,7 @@ mod tests {
         let plain = PlanSampling { top_p: 1.0, ..PlanSampling::default() };
         let reachable = |s: &PlanSampling| {
             let mut seen: Vec<usize> =
-                (0..1000).map(|i| sample_logits(&logits, (i as f32 + 0.5) / 1000.0, s)).collect();
+                (0..1000).map(|i| LogitSampler::default().sample(&logits, (i as f32 + 0.5) / 1000.0, s)).collect();
             seen.sort_unstable();
             seen.dedup();
             seen

@@ -3,7 +3,9 @@
 //! The caller draws the uniforms (see [`crate::rng`]), so an engine is a deterministic function of its inputs and
 //! two engines can be compared token by token. An engine knows nothing about audio files.
 
+pub mod cpu;
 pub mod reference;
+mod state;
 
 use crate::checkpoint::CheckpointError;
 use crate::codec::Token;
@@ -71,4 +73,20 @@ pub trait Engine {
 
     /// Continues from a saved state of the same model.
     fn restore(&mut self, state: &[u8]) -> Result<(), EngineError>;
+}
+
+fn state_error(e: impl std::fmt::Display) -> EngineError {
+    EngineError::State(e.to_string())
+}
+
+fn expect(what: &'static str, expected: usize, got: usize) -> Result<(), EngineError> {
+    if expected == got { Ok(()) } else { Err(EngineError::Length { what, expected, got }) }
+}
+
+fn check_tokens(config: &ModelConfig, tokens: &[Token]) -> Result<(), EngineError> {
+    let levels = config.codec.levels();
+    match tokens.iter().position(|&t| usize::from(t) >= levels) {
+        Some(position) => Err(EngineError::Token { token: tokens[position], position, levels }),
+        None => Ok(()),
+    }
 }

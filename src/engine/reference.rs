@@ -1,15 +1,14 @@
 //! The reference engine: candle tensors, one step at a time, with no thought of speed. Other engines are tested
 //! against it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
-use candle_core::{D, Device, Tensor};
+use candle_core::{Device, Tensor};
 use ndarray::{Array2, ArrayView2};
 use rayon::{ThreadPool, ThreadPoolBuilder};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-use serde::{Deserialize, Serialize};
 
-use super::{Engine, EngineError, UNIFORMS_PER_SAMPLE};
+use super::state::{Counters, SavedCache, SavedStream, plan_cache, wave_cache};
+use super::{Engine, EngineError, UNIFORMS_PER_SAMPLE, check_tokens, expect, state_error};
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
 use crate::forecast::{PastForecast, PlannedForecast};
@@ -21,7 +20,7 @@ use crate::model::features::{features, residual_code};
 use crate::model::head;
 use crate::model::wave_transformer::{PLAN_FRAMES, WaveState, WaveTransformer};
 use crate::plan::{PlanFrame, ResidualQuantizer, Spectrum};
-use crate::sampler::{Mixture, PlanSampling, WaveSampling, sample_logits};
+use crate::sampler::{LogitSampler, Mixture, PlanSampling, WaveSampling};
 
 /// Plan frames of the prompt that the wave transformer reads: more than its attention windows hold.
 const WAVE_CONTEXT: usize = 32;
@@ -49,18 +48,6 @@ struct Stream {
     /// Hidden state after the last plan frame, `[1, 1, dim]`.
     plan_hidden: Option<Tensor>,
     wave: WaveState,
-    past: PastForecast,
-    planned: PlannedForecast,
-}
-
-/// The part of a [`Stream`] that is not tensors.
-#[derive(Serialize, Deserialize)]
-struct Counters {
-    plan_pos: u64,
-    n: u64,
-    tokens: Vec<Token>,
-    residual_code: Token,
-    plan: Vec<Vec<f32>>,
     past: PastForecast,
     planned: PlannedForecast,
 }
@@ -99,14 +86,6 @@ impl ReferenceEngine {
         let bands = Tensor::from_vec(centred, (1, bands.nrows(), bands.ncols()), &Device::Cpu)?;
         Ok((tokens, bands))
     }
-
-    fn check_tokens(&self, tokens: &[Token]) -> Result<(), EngineError> {
-        let levels = self.config.codec.levels();
-        match tokens.iter().position(|&t| usize::from(t) >= levels) {
-            Some(position) => Err(EngineError::Token { token: tokens[position], position, levels }),
-            None => Ok(()),
-        }
-    }
 }
 
 impl Stream {
@@ -120,25 +99,6 @@ impl Stream {
             planned: PlannedForecast::new(&config.forecast).map_err(state_error)?,
         })
     }
-
-    fn caches(&self) -> impl Iterator<Item = (String, &KvCache)> {
-        let plan = self.plan_caches.iter().enumerate().map(|(i, cache)| (format!("plan.{i}"), cache));
-        let wave = self
-            .wave
-            .caches
-            .iter()
-            .enumerate()
-            .flat_map(|(i, tier)| tier.iter().enumerate().map(move |(j, cache)| (format!("wave.{i}.{j}"), cache)));
-        plan.chain(wave)
-    }
-}
-
-fn state_error(e: impl std::fmt::Display) -> EngineError {
-    EngineError::State(e.to_string())
-}
-
-fn expect(what: &'static str, expected: usize, got: usize) -> Result<(), EngineError> {
-    if expected == got { Ok(()) } else { Err(EngineError::Length { what, expected, got }) }
 }
 
 impl Engine for ReferenceEngine {
@@ -161,7 +121,7 @@ impl Engine for ReferenceEngine {
     }
 
     fn prefill(&mut self, prompt: &[Token]) -> Result<(), EngineError> {
-        self.check_tokens(prompt)?;
+        check_tokens(&self.config, prompt)?;
         self.reset()?;
         let hop = self.config.plan.hop;
         let n_frames = prompt.len().div_ceil(hop);
@@ -206,9 +166,10 @@ impl Engine for ReferenceEngine {
         };
         out.tokens.clear();
         let mut given = Vec::new();
+        let mut sampler = LogitSampler::default();
         for (q, &uniform) in uniforms.iter().enumerate() {
             let logits = self.model.plan.logits(hidden, &given, q)?.flatten_all()?.to_vec1::<f32>()?;
-            let token = sample_logits(&logits, uniform, &self.plan_sampling);
+            let token = sampler.sample(&logits, uniform, &self.plan_sampling);
             out.tokens.push(token as u16);
             given.push(Tensor::from_vec(vec![token as u32], (1, 1), &Device::Cpu)?);
         }
@@ -232,12 +193,13 @@ impl Engine for ReferenceEngine {
         pool.install(|| {
             stream.planned.begin_frame(spectrum, &plan.bands).map_err(state_error)?;
             model.wave.begin_frame(&mut stream.wave, &plan.bands)?;
+            let mut mixture = Mixture::default();
             for (token, uniforms) in out.iter_mut().zip(uniforms.chunks_exact(UNIFORMS_PER_SAMPLE)) {
                 let forecasts = [stream.past.forecast(), stream.planned.forecast()];
                 let log_scale = stream.planned.log_scale();
                 let (features, past_code) = features(forecasts, log_scale, codec);
                 let head = model.wave.step(&mut stream.wave, &features, past_code)?;
-                let mixture = Mixture::from_head(&head, forecasts, log_scale, codec);
+                mixture.set(&head, forecasts, log_scale, codec);
                 *token = mixture.sample([uniforms[0], uniforms[1]], wave_sampling, codec);
                 let sample = codec.decode(*token);
                 stream.past.push(sample);
@@ -250,7 +212,7 @@ impl Engine for ReferenceEngine {
 
     fn score(&mut self, tokens: &[Token], nll: &mut [f32]) -> Result<(), EngineError> {
         expect("values", tokens.len(), nll.len())?;
-        self.check_tokens(tokens)?;
+        check_tokens(&self.config, tokens)?;
         let hop = self.config.plan.hop;
         let n_frames = tokens.len() / hop;
         expect("tokens (whole plan frames)", n_frames * hop, tokens.len())?;
@@ -272,7 +234,7 @@ impl Engine for ReferenceEngine {
     }
 
     fn score_plan(&mut self, tokens: &[Token]) -> Result<Vec<f32>, EngineError> {
-        self.check_tokens(tokens)?;
+        check_tokens(&self.config, tokens)?;
         let (codes, bands) = self.plan_of(tokens)?;
         if codes.nrows() < 2 {
             return Ok(Vec::new());
@@ -282,92 +244,65 @@ impl Engine for ReferenceEngine {
     }
 
     fn save(&self) -> Result<Vec<u8>, EngineError> {
-        let stream = &self.stream;
+        let Stream { plan_caches, plan_pos, plan_hidden, wave, past, planned } = &self.stream;
+        let mut caches = BTreeMap::new();
+        for (i, cache) in plan_caches.iter().enumerate() {
+            caches.insert(plan_cache(i), saved_cache(cache)?);
+        }
+        for (i, tier) in wave.caches.iter().enumerate() {
+            for (j, cache) in tier.iter().enumerate() {
+                caches.insert(wave_cache(i, j), saved_cache(cache)?);
+            }
+        }
+        let hidden = plan_hidden.as_ref().map(|hidden| hidden.flatten_all()?.to_vec1()).transpose()?;
         let counters = Counters {
-            plan_pos: stream.plan_pos,
-            n: stream.wave.n,
-            tokens: stream.wave.tokens.clone(),
-            residual_code: stream.wave.residual_code,
-            plan: stream.wave.plan.clone(),
-            past: stream.past.clone(),
-            planned: stream.planned.clone(),
+            plan_pos: *plan_pos,
+            n: wave.n,
+            tokens: wave.tokens.clone(),
+            residual_code: wave.residual_code,
+            plan: wave.plan.clone(),
+            past: past.clone(),
+            planned: planned.clone(),
         };
-        let mut tensors: BTreeMap<String, &Tensor> = BTreeMap::new();
-        for (name, cache) in stream.caches() {
-            tensors.insert(format!("{name}.keys"), &cache.keys);
-            tensors.insert(format!("{name}.values"), &cache.values);
-        }
-        if let Some(hidden) = &stream.plan_hidden {
-            tensors.insert(HIDDEN.into(), hidden);
-        }
-        let bytes = tensors
-            .into_iter()
-            .map(|(name, tensor)| {
-                let values = tensor.flatten_all()?.to_vec1::<f32>()?;
-                let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-                Ok((name, tensor.dims().to_vec(), bytes))
-            })
-            .collect::<Result<Vec<_>, EngineError>>()?;
-        let views = bytes
-            .iter()
-            .map(|(name, shape, bytes)| Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
-            .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()
-            .map_err(state_error)?;
-        let counters = serde_json::to_string(&counters).map_err(state_error)?;
-        safetensors::serialize(views, Some(HashMap::from([(COUNTERS.to_owned(), counters)]))).map_err(state_error)
+        SavedStream { counters, hidden, caches }.to_bytes()
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), EngineError> {
-        let (_, header) = SafeTensors::read_metadata(state).map_err(state_error)?;
-        let metadata = header.metadata().clone().unwrap_or_default();
-        let counters: Counters = serde_json::from_str(metadata.get(COUNTERS).map(String::as_str).unwrap_or_default())
-            .map_err(state_error)?;
-        let tensors = SafeTensors::deserialize(state).map_err(state_error)?;
-        let tensor = |name: &str, like: Option<&Tensor>| -> Result<Tensor, EngineError> {
-            let view = tensors.tensor(name).map_err(state_error)?;
-            let values: Vec<f32> =
-                view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-            if like.is_some_and(|like| like.dims() != view.shape()) {
-                return Err(EngineError::State(format!("'{name}' has shape {:?}", view.shape())));
-            }
-            Ok(Tensor::from_vec(values, view.shape(), &Device::Cpu)?)
-        };
+        let saved = SavedStream::from_bytes(state, &self.config, self.spectrum.n_bands())?;
         let mut stream = Stream::new(&self.model, &self.config, &self.spectrum.silent_frame())?;
         let read = |name: &str, cache: &mut KvCache| -> Result<(), EngineError> {
-            cache.keys = tensor(&format!("{name}.keys"), Some(&cache.keys))?;
-            cache.values = tensor(&format!("{name}.values"), Some(&cache.values))?;
+            let Some(SavedCache { shape, keys, values }) = saved.caches.get(name) else { return Ok(()) };
+            cache.keys = Tensor::from_slice(keys, &shape[..], &Device::Cpu)?;
+            cache.values = Tensor::from_slice(values, &shape[..], &Device::Cpu)?;
             Ok(())
         };
         for (i, cache) in stream.plan_caches.iter_mut().enumerate() {
-            read(&format!("plan.{i}"), cache)?;
+            read(&plan_cache(i), cache)?;
         }
         for (i, tier) in stream.wave.caches.iter_mut().enumerate() {
             for (j, cache) in tier.iter_mut().enumerate() {
-                read(&format!("wave.{i}.{j}"), cache)?;
+                read(&wave_cache(i, j), cache)?;
             }
         }
-        expect("tokens of history", stream.wave.tokens.len(), counters.tokens.len())?;
-        expect("plan frames", PLAN_FRAMES, counters.plan.len())?;
-        for frame in &counters.plan {
-            expect("plan bands", self.quantizer.mean.len(), frame.len())?;
+        if let Some(hidden) = saved.hidden {
+            let dim = hidden.len();
+            stream.plan_hidden = Some(Tensor::from_vec(hidden, (1, 1, dim), &Device::Cpu)?);
         }
-        if tensors.names().contains(&HIDDEN) {
-            let hidden = tensor(HIDDEN, None)?;
-            expect("hidden values", self.config.plan_transformer.dim, hidden.dim(D::Minus1)?)?;
-            stream.plan_hidden = Some(hidden);
-        }
-        stream.plan_pos = counters.plan_pos;
-        stream.wave.n = counters.n;
-        stream.wave.tokens = counters.tokens;
-        stream.wave.residual_code = counters.residual_code;
-        stream.wave.plan = counters.plan;
-        stream.past = counters.past;
-        stream.planned = counters.planned;
+        let Counters { plan_pos, n, tokens, residual_code, plan, past, planned } = saved.counters;
+        stream.plan_pos = plan_pos;
+        let wave = &mut stream.wave;
+        (wave.n, wave.tokens, wave.residual_code, wave.plan) = (n, tokens, residual_code, plan);
+        (stream.past, stream.planned) = (past, planned);
         self.stream = stream;
         Ok(())
     }
 }
 
-/// Names inside a saved state.
-const HIDDEN: &str = "plan.hidden";
-const COUNTERS: &str = "counters";
+fn saved_cache(cache: &KvCache) -> Result<SavedCache, EngineError> {
+    let (n_heads, window, head_dim) = cache.keys.dims3()?;
+    Ok(SavedCache {
+        shape: [n_heads, window, head_dim],
+        keys: cache.keys.flatten_all()?.to_vec1()?,
+        values: cache.values.flatten_all()?.to_vec1()?,
+    })
+}

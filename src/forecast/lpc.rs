@@ -1,6 +1,6 @@
 //! Turns an autocorrelation into the coefficients of a linear prediction (Levinson-Durbin), and applies them.
 
-use crate::dot::dot;
+use crate::simd::Kernels;
 
 /// A linear prediction `x[n] ~ sum_k coefficients[k] x[n - 1 - k]`.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,35 +23,44 @@ pub fn autocorrelation(block: &[f64], order: usize) -> Vec<f64> {
 /// # Panics
 /// If `r` has fewer than `order + 1` lags.
 pub fn levinson(r: &[f64], order: usize) -> Prediction {
-    let falling: Vec<f64> = r[..=order].iter().rev().copied().collect(); // falling[order - lag] = r[lag]
-    // After k steps: forward[..k] = a_1 ... a_k, and the same backwards: backward[order - k..] = a_k ... a_1.
-    // Keeping both makes every loop below run forwards through memory.
-    let mut forward = vec![0.0; order];
-    let mut backward = vec![0.0; order];
-    let mut power = r[0];
-    for k in 0..order {
-        // Also leaves when the power is not a number.
-        if power.partial_cmp(&0.0) != Some(std::cmp::Ordering::Greater) {
-            break;
-        }
-        let reflection = (r[k + 1] - dot::<f64, 8>(&forward[..k], &falling[order - k..])) / power;
-        for (a, b) in forward[..k].iter_mut().zip(&mut backward[order - k..]) {
-            (*a, *b) = (*a - reflection * *b, *b - reflection * *a);
-        }
-        forward[k] = reflection;
-        backward[order - k - 1] = reflection;
-        power *= 1.0 - reflection * reflection;
+    let mut recursion = Recursion::new(order);
+    let residual_power = recursion.solve(&r[..=order], Kernels::chosen());
+    let coefficients = recursion.rising().rev().collect();
+    Prediction { coefficients, residual_power }
+}
+
+/// The Levinson-Durbin recursion with room to work in.
+#[derive(Clone, Debug)]
+pub(super) struct Recursion {
+    order: usize,
+    falling: Vec<f64>,
+    forward: Vec<f64>,
+    backward: Vec<f64>,
+}
+
+impl Recursion {
+    pub fn new(order: usize) -> Self {
+        let buffer = vec![0.0; order + 1];
+        Self { order, falling: buffer.clone(), forward: buffer.clone(), backward: buffer }
     }
-    Prediction {
-        coefficients: forward.into_iter().map(|a| a as f32).collect(),
-        residual_power: power.max(0.0), // also 0 when it is not a number
+
+    /// Solves for the autocorrelation `r` (lags `0..=order`); returns the power of the residual.
+    pub fn solve(&mut self, r: &[f64], kernels: &Kernels) -> f64 {
+        let Self { order, falling, forward, backward } = self;
+        let power = (kernels.levinson)(r, *order, falling, forward, backward);
+        power.max(0.0) // also 0 when it is not a number
+    }
+
+    /// The coefficients found, the latest sample's last.
+    pub fn rising(&self) -> impl DoubleEndedIterator<Item = f32> + '_ {
+        self.backward[..self.order].iter().map(|&a| a as f32)
     }
 }
 
 /// The forecast after `recent`, `[order]` samples in the order of time, by coefficients turned round the same way
 /// (the latest sample's last), held to [-1, 1]; 0 when it is not a number.
-pub(super) fn predict(rising: &[f32], recent: &[f32]) -> f32 {
-    let forecast = dot::<f32, 16>(rising, recent);
+pub(super) fn predict(rising: &[f32], recent: &[f32], kernels: &Kernels) -> f32 {
+    let forecast = (kernels.dot)(rising, recent);
     if forecast.is_nan() { 0.0 } else { forecast.clamp(-1.0, 1.0) }
 }
 
@@ -99,8 +108,8 @@ mod tests {
             assert_eq!(prediction, Prediction { coefficients: vec![0.0; 4], residual_power: 0.0 }, "{r:?}");
         }
         assert_eq!(levinson(&[2.0], 0).residual_power, 2.0);
-        assert_eq!(predict(&[1.0], &[f32::NAN]), 0.0);
-        assert_eq!(predict(&[9.0], &[-0.5]), -1.0);
+        assert_eq!(predict(&[1.0], &[f32::NAN], Kernels::chosen()), 0.0);
+        assert_eq!(predict(&[9.0], &[-0.5], Kernels::chosen()), -1.0);
     }
 
     proptest! {

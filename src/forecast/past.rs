@@ -5,9 +5,10 @@ use std::f64::consts::FRAC_PI_2;
 use serde::{Deserialize, Serialize};
 
 use super::history::History;
-use super::lpc::{levinson, predict};
+use super::lpc::{Recursion, predict};
 use super::{ForecastConfig, ForecastError, check_length};
 use crate::plan::fourier::{Fourier, Workspace, quick_len};
+use crate::simd::Kernels;
 
 /// White noise that keeps the predictor finite: relative to the power, and absolute.
 const WHITE: (f64, f64) = (1e-7, 1e-6);
@@ -29,6 +30,7 @@ pub struct PastForecast {
     /// The coefficients are those of an earlier window; computed when first asked for.
     outdated: bool,
     estimator: Estimator,
+    kernels: &'static Kernels,
 }
 
 impl PastForecast {
@@ -45,17 +47,23 @@ impl PastForecast {
             age: 0,
             outdated: false,
             estimator: Estimator::new(config),
+            kernels: Kernels::chosen(),
         })
+    }
+
+    /// Computes with these kernels instead of the machine's best; the results are the same.
+    pub fn with_kernels(self, kernels: &'static Kernels) -> Self {
+        Self { kernels, ..self }
     }
 
     /// The forecast of the next sample, in [-1, 1].
     pub fn forecast(&mut self) -> f32 {
         if self.outdated {
             let window = self.history.recent(self.config.past_window, self.age);
-            self.coefficients = self.estimator.estimate(window);
+            self.estimator.estimate(window, self.kernels, &mut self.coefficients);
             self.outdated = false;
         }
-        predict(&self.coefficients, self.history.recent(self.config.order, 0))
+        predict(&self.coefficients, self.history.recent(self.config.order, 0), self.kernels)
     }
 
     /// What the next sample was. Cheap without a forecast in between: coefficients that nobody asks for are not
@@ -97,7 +105,7 @@ impl TryFrom<State> for PastForecast {
         check_length("coefficients", config.order, coefficients.len())?;
         check_length("samples of age", age.min(config.past_hop - 1), age)?;
         let estimator = Estimator::new(&config);
-        Ok(Self { config, history, coefficients, age, outdated, estimator })
+        Ok(Self { config, history, coefficients, age, outdated, estimator, kernels: Kernels::chosen() })
     }
 }
 
@@ -105,6 +113,7 @@ impl TryFrom<State> for PastForecast {
 #[derive(Clone)]
 struct Estimator {
     order: usize,
+    recursion: Recursion,
     window: Vec<f64>,
     fourier: Fourier,
     work: Workspace,
@@ -119,6 +128,7 @@ impl Estimator {
         let fourier = Fourier::new(quick_len(n + config.order));
         Self {
             order: config.order,
+            recursion: Recursion::new(config.order),
             window: ramp(n - fall).map(f64::sin).chain(ramp(fall).map(f64::cos)).collect(),
             work: fourier.workspace(),
             fourier,
@@ -139,13 +149,12 @@ impl Estimator {
     }
 
     /// Coefficients for what follows `samples`, `[past_window]`; the latest sample's last.
-    fn estimate(&mut self, samples: &[f32]) -> Vec<f32> {
-        let order = self.order;
-        let r = self.autocorrelation(samples);
+    fn estimate(&mut self, samples: &[f32], kernels: &Kernels, coefficients: &mut [f32]) {
+        self.autocorrelation(samples);
+        let r = &mut self.work.block[..=self.order];
         r[0] = r[0] * (1.0 + WHITE.0) + WHITE.1;
-        let mut coefficients = levinson(r, order).coefficients;
-        coefficients.reverse();
-        coefficients
+        self.recursion.solve(r, kernels);
+        coefficients.iter_mut().zip(self.recursion.rising()).for_each(|(c, a)| *c = a);
     }
 }
 
@@ -196,7 +205,7 @@ mod tests {
             let block: Vec<f64> = (0..192).map(|i| at(i, end) * window(i)).collect();
             let mut r = autocorrelation(&block, config.order);
             r[0] = r[0] * (1.0 + 1e-7) + 1e-6;
-            let coefficients = levinson(&r, config.order).coefficients;
+            let coefficients = crate::forecast::levinson(&r, config.order).coefficients;
             let expected: f64 = coefficients.iter().enumerate().map(|(k, &a)| f64::from(a) * at(191 - k, n)).sum();
             assert!((f64::from(got) - expected).abs() < 1e-5, "sample {n}: {got}, expected {expected}");
         }

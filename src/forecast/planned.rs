@@ -3,16 +3,17 @@
 use serde::{Deserialize, Serialize};
 
 use super::history::History;
-use super::lpc::{levinson, predict};
+use super::lpc::{Recursion, predict};
 use super::{ForecastConfig, ForecastError, check_length};
-use crate::plan::Spectrum;
+use crate::plan::{Autocorrelation, Spectrum};
+use crate::simd::Kernels;
 
 /// Mean of |x| of a residual, as a part of its root mean square; between a Laplacian's (0.71) and a Gaussian's (0.8).
 const MEAN_TO_RMS: f64 = 0.7;
 const LEAST_SCALE: f64 = 1e-4;
 
 /// Linear prediction of a stream by the spectrum that the current plan frame describes.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 #[serde(try_from = "State", into = "State")]
 pub struct PlannedForecast {
     config: ForecastConfig,
@@ -20,6 +21,9 @@ pub struct PlannedForecast {
     /// `[order]`, the latest sample's last.
     coefficients: Vec<f32>,
     log_scale: f32,
+    recursion: Recursion,
+    autocorrelation: Autocorrelation,
+    kernels: &'static Kernels,
 }
 
 impl PlannedForecast {
@@ -35,7 +39,15 @@ impl PlannedForecast {
             history: History::new(config.planned_order),
             coefficients: vec![0.0; config.planned_order],
             log_scale: LEAST_SCALE.ln() as f32,
+            recursion: Recursion::new(config.planned_order),
+            autocorrelation: Autocorrelation::default(),
+            kernels: Kernels::chosen(),
         })
+    }
+
+    /// Computes with these kernels instead of the machine's best; the results are the same.
+    pub fn with_kernels(self, kernels: &'static Kernels) -> Self {
+        Self { kernels, ..self }
     }
 
     /// From here on samples follow the plan frame `bands`, `[n_bands]`.
@@ -44,16 +56,16 @@ impl PlannedForecast {
     /// When `bands` is no frame of `spectrum`, or its window too short for the order.
     pub fn begin_frame(&mut self, spectrum: &Spectrum, bands: &[f32]) -> Result<(), ForecastError> {
         let order = self.config.planned_order;
-        let prediction = levinson(&spectrum.autocorrelation(bands, order, self.config.lag_window_hz)?, order);
-        self.coefficients = prediction.coefficients;
-        self.coefficients.reverse();
-        self.log_scale = (prediction.residual_power.sqrt() * MEAN_TO_RMS + LEAST_SCALE).ln() as f32;
+        let r = spectrum.autocorrelation_into(bands, order, self.config.lag_window_hz, &mut self.autocorrelation)?;
+        let residual_power = self.recursion.solve(r, self.kernels);
+        self.coefficients.iter_mut().zip(self.recursion.rising()).for_each(|(c, a)| *c = a);
+        self.log_scale = (residual_power.sqrt() * MEAN_TO_RMS + LEAST_SCALE).ln() as f32;
         Ok(())
     }
 
     /// The forecast of the next sample, in [-1, 1].
     pub fn forecast(&mut self) -> f32 {
-        predict(&self.coefficients, self.history.recent(self.config.planned_order, 0))
+        predict(&self.coefficients, self.history.recent(self.config.planned_order, 0), self.kernels)
     }
 
     /// ln of the mean |residual| that the frame implies.
@@ -78,7 +90,7 @@ struct State {
 
 impl From<PlannedForecast> for State {
     fn from(from: PlannedForecast) -> Self {
-        let PlannedForecast { config, history, coefficients, log_scale } = from;
+        let PlannedForecast { config, history, coefficients, log_scale, .. } = from;
         Self { config, history, coefficients, log_scale }
     }
 }
@@ -88,9 +100,8 @@ impl TryFrom<State> for PlannedForecast {
 
     fn try_from(state: State) -> Result<Self, ForecastError> {
         let State { config, history, coefficients, log_scale } = state;
-        config.validate_alone()?;
         check_length("samples", config.planned_order, history.keep())?;
         check_length("coefficients", config.planned_order, coefficients.len())?;
-        Ok(Self { config, history, coefficients, log_scale })
+        Ok(Self { history, coefficients, log_scale, ..Self::new(&config)? })
     }
 }

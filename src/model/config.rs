@@ -102,6 +102,11 @@ impl Default for WaveTransformerConfig {
 }
 
 impl WaveTransformerConfig {
+    /// Tokens before a step that some tier reads.
+    pub fn history(&self) -> usize {
+        self.tiers.iter().map(|t| t.hop).max().unwrap_or(1).max(self.taps)
+    }
+
     /// Logistic components of the whole mixture.
     pub fn n_components(&self) -> usize {
         N_FORECASTS * self.components

@@ -160,7 +160,7 @@ impl WaveTransformer {
 
     /// Tokens before a step that some tier reads.
     pub fn history(&self) -> usize {
-        self.tiers.iter().map(|t| t.hop).max().unwrap_or(1).max(self.config.taps)
+        self.config.history()
     }
 
     fn token_table(&self) -> Result<Tensor> {

@@ -7,6 +7,7 @@ pub mod spectrum;
 use serde::{Deserialize, Serialize};
 
 pub use rvq::ResidualQuantizer;
+pub(crate) use spectrum::Autocorrelation;
 pub use spectrum::{DB_PER_UNIT, Spectrum};
 
 /// What a plan frame is.

@@ -120,11 +120,22 @@ impl ResidualQuantizer {
     /// # Errors
     /// When there is not one token per codebook, or a token has no entry.
     pub fn decode(&self, tokens: &[u16]) -> Result<Vec<f32>, PlanError> {
+        let mut bands = Vec::new();
+        self.decode_into(tokens, &mut bands)?;
+        Ok(bands)
+    }
+
+    /// [`decode`](Self::decode) into a vector that is there already.
+    ///
+    /// # Errors
+    /// As `decode`.
+    pub fn decode_into(&self, tokens: &[u16], bands: &mut Vec<f32>) -> Result<(), PlanError> {
         let (n_codebooks, n_entries, _) = self.books.dim();
         if tokens.len() != n_codebooks {
             return Err(PlanError::TokenCount { expected: n_codebooks, got: tokens.len() });
         }
-        let mut bands = self.mean.to_vec();
+        bands.clear();
+        bands.extend(&self.mean);
         for (codebook, (&token, entries)) in tokens.iter().zip(self.books.outer_iter()).enumerate() {
             if usize::from(token) >= n_entries {
                 return Err(PlanError::Token { token, codebook, n_entries });
@@ -132,7 +143,7 @@ impl ResidualQuantizer {
             bands.iter_mut().zip(entries.row(token.into())).for_each(|(x, entry)| *x += entry);
         }
         bands.iter_mut().zip(&self.ceiling).for_each(|(x, &most)| *x = x.min(most));
-        Ok(bands)
+        Ok(())
     }
 
     /// [`decode`](Self::decode) for each row of tokens `[n_frames, n_codebooks]`: a plan `[n_frames, n_bands]`.

@@ -129,24 +129,49 @@ impl Spectrum {
     /// # Errors
     /// When `bands` is no frame of this plan, or the window determines fewer than `order` lags.
     pub fn autocorrelation(&self, bands: &[f32], order: usize, lag_window_hz: f64) -> Result<Vec<f64>, PlanError> {
+        let mut room = Autocorrelation::default();
+        self.autocorrelation_into(bands, order, lag_window_hz, &mut room)?;
+        Ok(room.lags)
+    }
+
+    /// [`autocorrelation`](Self::autocorrelation) in room that is there already.
+    pub(crate) fn autocorrelation_into<'a>(
+        &self,
+        bands: &[f32],
+        order: usize,
+        lag_window_hz: f64,
+        room: &'a mut Autocorrelation,
+    ) -> Result<&'a [f64], PlanError> {
         if bands.len() != self.n_bands() {
             return Err(PlanError::BandCount { expected: self.n_bands(), got: bands.len() });
         }
         if order > self.window.len() / 2 {
             return Err(PlanError::Order { order, window: self.window.len() });
         }
-        let mut work = self.fourier.workspace();
+        let Autocorrelation { work, lags } = room;
+        let work = match work {
+            Some(work) if work.block.len() == self.window.len() => work,
+            _ => work.insert(self.fourier.workspace()),
+        };
         for (power, &(below, above, weight)) in work.power.iter_mut().zip(&self.bins) {
             let band = f64::from(bands[below]) * (1.0 - weight) + f64::from(bands[above]) * weight;
             *power = (band / UNITS_PER_NEPER).exp();
         }
-        self.fourier.autocorrelation(&mut work);
+        self.fourier.autocorrelation(work);
         let blur = TAU * lag_window_hz / f64::from(self.sample_rate);
         let lag_window = |lag: usize| (-0.5 * (blur * lag as f64).powi(2)).exp() / self.energy;
-        let mut r: Vec<f64> = work.block[..=order].iter().enumerate().map(|(k, r)| r * lag_window(k)).collect();
-        r[0] = r[0] * (1.0 + WHITE.0) + WHITE.1;
-        Ok(r)
+        lags.clear();
+        lags.extend(work.block[..=order].iter().enumerate().map(|(k, r)| r * lag_window(k)));
+        lags[0] = lags[0] * (1.0 + WHITE.0) + WHITE.1;
+        Ok(lags)
     }
+}
+
+/// Room for [`Spectrum::autocorrelation_into`], of whatever spectrum.
+#[derive(Clone, Default)]
+pub(crate) struct Autocorrelation {
+    work: Option<Workspace>,
+    lags: Vec<f64>,
 }
 
 /// Centres of the bands, Hz.

@@ -1,0 +1,143 @@
+//! Linear maps of a checkpoint, packed for the kernels: whole numbers of 8 bits, or f32.
+
+use std::collections::BTreeMap;
+
+use ndarray::ArrayD;
+
+use super::Precision;
+use crate::engine::EngineError;
+use crate::simd::Kernels;
+use crate::simd::panels::{PanelsF32, PanelsI8};
+
+/// The weights of a checkpoint below a name.
+#[derive(Clone)]
+pub struct Source<'a> {
+    weights: &'a BTreeMap<String, ArrayD<f32>>,
+    prefix: String,
+    precision: Precision,
+}
+
+impl<'a> Source<'a> {
+    pub fn new(weights: &'a BTreeMap<String, ArrayD<f32>>, prefix: &str, precision: Precision) -> Self {
+        Self { weights, prefix: prefix.to_owned(), precision }
+    }
+
+    pub fn under(&self, name: impl std::fmt::Display) -> Self {
+        Self { prefix: format!("{}.{name}", self.prefix), ..self.clone() }
+    }
+
+    /// Its values, row-major.
+    pub fn values(&self, name: &str) -> Result<&'a [f32], EngineError> {
+        let name = format!("{}.{name}", self.prefix);
+        let array = self.weights.get(&name).ok_or_else(|| EngineError::State(format!("the model has no '{name}'")))?;
+        array.as_slice().ok_or_else(|| EngineError::State(format!("'{name}' is not row-major")))
+    }
+
+    /// `name.weight` (and `name.bias` if there is one) in the engine's precision; rows are multiplied by `gain`, the name
+    /// of the norm before it.
+    pub fn linear(&self, name: &str, gain: Option<&str>) -> Result<Linear, EngineError> {
+        self.pack(name, gain, self.precision)
+    }
+
+    /// As [`linear`](Self::linear), in f32 always: small maps whose rounding would be heard.
+    pub fn exact(&self, name: &str, gain: Option<&str>) -> Result<Linear, EngineError> {
+        self.pack(name, gain, Precision::F32)
+    }
+
+    fn pack(&self, name: &str, gain: Option<&str>, precision: Precision) -> Result<Linear, EngineError> {
+        let full = format!("{}.{name}.weight", self.prefix);
+        let shape = self.weights.get(&full).map(|w| w.shape().to_vec()).unwrap_or_default();
+        let &[_, n_out] = &shape[..] else {
+            return Err(EngineError::State(format!("'{full}' is no matrix")));
+        };
+        let mut weights = self.values(&format!("{name}.weight"))?.to_vec();
+        if let Some(gain) = gain {
+            for (row, gain) in weights.chunks_exact_mut(n_out).zip(self.values(gain)?) {
+                row.iter_mut().for_each(|w| *w *= gain);
+            }
+        }
+        let bias = match self.weights.contains_key(&format!("{}.{name}.bias", self.prefix)) {
+            true => self.values(&format!("{name}.bias"))?.to_vec(),
+            false => Vec::new(),
+        };
+        let map = match precision {
+            Precision::Int8 => Map::I8(PanelsI8::pack(&weights, n_out)),
+            Precision::F32 => Map::F32(PanelsF32::pack(&weights, n_out)),
+        };
+        Ok(Linear { map, bias })
+    }
+}
+
+enum Map {
+    I8(PanelsI8),
+    F32(PanelsF32),
+}
+
+/// `y = x W + b`.
+pub struct Linear {
+    map: Map,
+    /// Empty where there is none.
+    bias: Vec<f32>,
+}
+
+/// Room for one map's inputs.
+#[derive(Default)]
+pub struct LinearWork {
+    quantized: Vec<i8>,
+    scales: Vec<f32>,
+}
+
+impl Linear {
+    pub fn n_in(&self) -> usize {
+        match &self.map {
+            Map::I8(w) => w.n_in,
+            Map::F32(w) => w.n_in,
+        }
+    }
+
+    pub fn n_out(&self) -> usize {
+        match &self.map {
+            Map::I8(w) => w.n_out,
+            Map::F32(w) => w.n_out,
+        }
+    }
+
+    /// x `[rows, n_in]` -> out `[rows, n_out]`; `normalize` divides each row by its root mean square first.
+    pub fn forward(&self, kernels: &Kernels, x: &[f32], normalize: bool, work: &mut LinearWork, out: &mut [f32]) {
+        let scale = |row: &[f32]| if normalize { (kernels.inverse_rms)(row) } else { 1.0 };
+        let LinearWork { quantized, scales } = work;
+        scales.clear();
+        match &self.map {
+            Map::I8(w) => {
+                let depth = 4 * w.groups;
+                quantized.resize(x.len() / w.n_in * depth, 0);
+                for (row, q) in x.chunks_exact(w.n_in).zip(quantized.chunks_exact_mut(depth)) {
+                    scales.push(scale(row) * (kernels.quantize)(row, q));
+                }
+                (kernels.gemm_i8)(w, quantized, scales, out);
+            }
+            Map::F32(w) => {
+                scales.extend(x.chunks_exact(w.n_in).map(scale));
+                (kernels.gemm_f32)(w, x, scales, out);
+            }
+        }
+        if !self.bias.is_empty() {
+            for row in out.chunks_exact_mut(self.bias.len()) {
+                add(row, &self.bias);
+            }
+        }
+    }
+}
+
+/// `x += y`
+pub fn add(x: &mut [f32], y: &[f32]) {
+    for (x, y) in x.iter_mut().zip(y) {
+        *x += y;
+    }
+}
+
+/// Makes `buffer` n long; what it held is of no use.
+pub fn sized(buffer: &mut Vec<f32>, n: usize) -> &mut [f32] {
+    buffer.resize(n, 0.0);
+    &mut buffer[..n]
+}

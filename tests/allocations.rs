@@ -1,0 +1,52 @@
+//! Once a stream plays, neither a sample nor a plan frame allocates.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use wavegen::checkpoint::Checkpoint;
+use wavegen::engine::cpu::{CpuEngine, CpuOptions, Precision};
+use wavegen::engine::{Engine, UNIFORMS_PER_SAMPLE};
+use wavegen::model::config::ModelConfig;
+use wavegen::plan::PlanFrame;
+use wavegen::simd::Isa;
+
+struct Counting;
+
+static COUNT: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: everything is the system allocator's.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        COUNT.fetch_add(1, Ordering::Relaxed);
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[test]
+fn neither_samples_nor_plan_frames_allocate() {
+    let checkpoint = Checkpoint::untrained(ModelConfig::preset("tiny").unwrap(), 1).unwrap();
+    for precision in [Precision::Int8, Precision::F32] {
+        for isa in Isa::available() {
+            let mut engine = CpuEngine::new(&checkpoint, &CpuOptions { isa, precision }).unwrap();
+            engine.prefill(&[130; 3000]).unwrap();
+            let draws = vec![0.4; UNIFORMS_PER_SAMPLE * 512];
+            let (mut plan, mut out) = (PlanFrame::default(), vec![0; 512]);
+            let mut frame = |engine: &mut CpuEngine| {
+                engine.next_plan(&[0.5, 0.6], &mut plan).unwrap();
+                engine.render(&plan, &draws, &mut out).unwrap();
+            };
+            // The first frame finds the sizes of the buffers.
+            frame(&mut engine);
+            let before = COUNT.load(Ordering::Relaxed);
+            (0..3).for_each(|_| frame(&mut engine));
+            assert_eq!(COUNT.load(Ordering::Relaxed) - before, 0, "{precision:?} on {isa:?}");
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! The CPU engine against the reference engine, against itself on every instruction set, and streams beside each other.
+
+use wavegen::checkpoint::Checkpoint;
+use wavegen::codec::Token;
+use wavegen::engine::cpu::{CpuEngine, CpuOptions, Precision};
+use wavegen::engine::reference::ReferenceEngine;
+use wavegen::engine::{Engine, UNIFORMS_PER_SAMPLE};
+use wavegen::model::config::{GenerationSettings, ModelConfig, TierConfig};
+use wavegen::plan::PlanFrame;
+use wavegen::rng::{Kind, Rng, uniform};
+use wavegen::simd::Isa;
+
+const F32: CpuOptions = CpuOptions { isa: Isa::Scalar, precision: Precision::F32 };
+
+/// Random weights whose last layers are not zero, so that the history matters.
+fn lively(config: ModelConfig, seed: u64) -> Checkpoint {
+    let mut checkpoint = Checkpoint::untrained(config, seed).unwrap();
+    let mut rng = Rng::new(seed);
+    for (_, weights) in checkpoint.weights.iter_mut().filter(|(name, _)| name.starts_with("wave.")) {
+        weights.iter_mut().for_each(|w| *w += 0.05 * rng.normal());
+    }
+    checkpoint.generation = GenerationSettings { grain: 0.9, past: 0.5, offset: 0.3 };
+    checkpoint
+}
+
+fn tiny(seed: u64) -> Checkpoint {
+    lively(ModelConfig::preset("tiny").unwrap(), seed)
+}
+
+fn music(n: usize) -> Vec<Token> {
+    let sample = |i: usize| 0.2 * (i as f32 * 0.11).sin() + 0.1 * (i as f32 * 0.273).sin();
+    ModelConfig::default().codec.encode_all(&(0..n).map(sample).collect::<Vec<_>>())
+}
+
+fn uniforms(stream: u32, kind: Kind, frame: usize, n: usize) -> Vec<f32> {
+    (frame * n..(frame + 1) * n).map(|t| uniform(7, stream, kind, t as u64)).collect()
+}
+
+/// Plays frames `frames`, under their own plan or `given`.
+fn play(
+    engine: &mut dyn Engine,
+    frames: std::ops::Range<usize>,
+    stream: u32,
+    given: Option<&[PlanFrame]>,
+) -> (Vec<PlanFrame>, Vec<Token>) {
+    let (hop, books) = (engine.config().plan.hop, engine.config().plan.n_codebooks);
+    let (mut plan, mut tokens) = (Vec::new(), Vec::new());
+    for k in frames {
+        let mut frame = PlanFrame::default();
+        engine.next_plan(&uniforms(stream, Kind::Plan, k, books), &mut frame).unwrap();
+        let mut out = vec![0; hop];
+        let follows = given.map_or(&frame, |plans| &plans[k]);
+        engine.render(follows, &uniforms(stream, Kind::Wave, k, UNIFORMS_PER_SAMPLE * hop), &mut out).unwrap();
+        plan.push(frame);
+        tokens.extend(out);
+    }
+    (plan, tokens)
+}
+
+#[test]
+fn in_f32_it_plays_the_reference_engines_tokens_over_many_ring_wraps() {
+    let checkpoint = tiny(1);
+    let mut reference = ReferenceEngine::new(&checkpoint).unwrap();
+    let mut cpu = CpuEngine::new(&checkpoint, &F32).unwrap();
+    let prompt = music(5000);
+    reference.prefill(&prompt).unwrap();
+    cpu.prefill(&prompt).unwrap();
+    let expected = play(&mut reference, 0..6, 0, None);
+    assert!(expected.1.iter().collect::<std::collections::HashSet<_>>().len() > 20, "{:?}", expected.1);
+    assert_eq!(play(&mut cpu, 0..6, 0, None), expected);
+}
+
+#[test]
+fn in_f32_it_plays_the_reference_engines_tokens_with_the_built_in_model() {
+    let checkpoint = Checkpoint::built_in().unwrap();
+    let mut reference = ReferenceEngine::new(&checkpoint).unwrap();
+    let mut cpu = CpuEngine::new(&checkpoint, &CpuOptions { precision: Precision::F32, ..Default::default() }).unwrap();
+    let prompt = music(20_000);
+    reference.prefill(&prompt).unwrap();
+    cpu.prefill(&prompt).unwrap();
+    let expected = play(&mut reference, 0..3, 0, None);
+    assert_eq!(play(&mut cpu, 0..3, 0, None), expected);
+}
+
+#[test]
+fn odd_sizes_play_the_reference_engines_tokens() {
+    let tier = |hop, dim, n_layers, n_heads, window| TierConfig { hop, dim, n_layers, n_heads, window };
+    for (seed, tiers) in [
+        vec![tier(32, 20, 2, 2, 5), tier(1, 36, 3, 3, 21)],
+        vec![tier(128, 18, 1, 1, 33), tier(16, 68, 1, 2, 7), tier(4, 10, 1, 1, 3), tier(1, 12, 2, 2, 18)],
+        vec![tier(1, 100, 1, 2, 70)],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut config = ModelConfig::preset("tiny").unwrap();
+        config.wave_transformer.tiers = tiers;
+        config.wave_transformer.token_dim = 5;
+        config.wave_transformer.taps = 3;
+        config.wave_transformer.components = 2;
+        config.wave_transformer.plan_dim = 27;
+        config.wave_transformer.shortcut_dim = 7;
+        config.plan_transformer.dim = 44;
+        config.plan_transformer.n_heads = 1;
+        config.plan_transformer.window = 9;
+        config.plan.n_codebooks = 3;
+        config.plan.n_entries = 11;
+        config.validate().unwrap();
+        let checkpoint = lively(config, seed as u64 + 5);
+        let mut reference = ReferenceEngine::new(&checkpoint).unwrap();
+        let prompt = music(7000);
+        reference.prefill(&prompt).unwrap();
+        let expected = play(&mut reference, 0..2, 0, None);
+        for isa in Isa::available() {
+            let mut cpu = CpuEngine::new(&checkpoint, &CpuOptions { isa, ..F32 }).unwrap();
+            cpu.prefill(&prompt).unwrap();
+            assert_eq!(play(&mut cpu, 0..2, 0, None), expected, "sizes {seed}, {isa:?}");
+            let mut rounded = CpuEngine::new(&checkpoint, &CpuOptions { isa, precision: Precision::Int8 }).unwrap();
+            rounded.prefill(&prompt).unwrap();
+            play(&mut rounded, 0..2, 0, None);
+        }
+    }
+}
+
+#[test]
+fn every_instruction_set_plays_the_same_tokens() {
+    let checkpoint = Checkpoint::built_in().unwrap();
+    let played: Vec<_> = Isa::available()
+        .into_iter()
+        .map(|isa| {
+            let mut engine = CpuEngine::new(&checkpoint, &CpuOptions { isa, precision: Precision::Int8 }).unwrap();
+            engine.prefill(&music(9000)).unwrap();
+            play(&mut engine, 0..3, 0, None)
+        })
+        .collect();
+    assert!(played.iter().all(|p| *p == played[0]));
+}
+
+#[test]
+fn scores_are_the_reference_engines_and_whole_numbers_cost_little() {
+    let checkpoint = Checkpoint::built_in().unwrap();
+    let tokens = music(16 * 512);
+    let mut expected = vec![0.0; tokens.len()];
+    let mut reference = ReferenceEngine::new(&checkpoint).unwrap();
+    reference.score(&tokens, &mut expected).unwrap();
+    let plan = reference.score_plan(&tokens).unwrap();
+    for (precision, most, most_mean) in [(Precision::F32, 2e-3, 1e-5), (Precision::Int8, 2.0, 0.02)] {
+        let mut cpu = CpuEngine::new(&checkpoint, &CpuOptions { precision, ..Default::default() }).unwrap();
+        let mut nll = vec![0.0; tokens.len()];
+        cpu.score(&tokens, &mut nll).unwrap();
+        let differences: Vec<f32> = nll.iter().zip(&expected).map(|(a, b)| a - b).collect();
+        let mean = differences.iter().sum::<f32>() / differences.len() as f32;
+        let worst = differences.iter().fold(0.0f32, |worst, d| worst.max(d.abs()));
+        assert!(worst < most && mean.abs() < most_mean, "{precision:?}: mean {mean}, worst {worst} nats");
+        let plan_nll = cpu.score_plan(&tokens).unwrap();
+        let plan_worst = plan_nll.iter().zip(&plan).fold(0.0f32, |w, (a, b)| w.max((a - b).abs()));
+        assert!(plan_worst < most, "{precision:?}: {plan_worst} nats a frame");
+    }
+}
+
+#[test]
+fn streams_rendered_together_play_what_they_play_alone() {
+    let checkpoint = tiny(3);
+    let hop = checkpoint.config.plan.hop;
+    for n_streams in [1, 2, 5, 8] {
+        let mut first = CpuEngine::new(&checkpoint, &CpuOptions::default()).unwrap();
+        let mut engines = vec![first.fork().unwrap()];
+        engines.extend((1..n_streams).map(|_| first.fork().unwrap()));
+        for (i, engine) in engines.iter_mut().enumerate() {
+            engine.prefill(&music(2000 + 700 * i)).unwrap();
+        }
+        let mut together = vec![Vec::new(); n_streams];
+        for k in 0..3 {
+            let mut plans = vec![PlanFrame::default(); n_streams];
+            for (i, (engine, plan)) in engines.iter_mut().zip(&mut plans).enumerate() {
+                engine.next_plan(&uniforms(i as u32, Kind::Plan, k, plan_books(&checkpoint)), plan).unwrap();
+            }
+            let draws: Vec<_> =
+                (0..n_streams).map(|i| uniforms(i as u32, Kind::Wave, k, UNIFORMS_PER_SAMPLE * hop)).collect();
+            let mut out = vec![vec![0; hop]; n_streams];
+            let mut all: Vec<&mut CpuEngine> = engines.iter_mut().collect();
+            CpuEngine::render_together(&mut all, &plans, &draws, &mut out).unwrap();
+            together.iter_mut().zip(out).for_each(|(tokens, out)| tokens.extend(out));
+        }
+        for (i, tokens) in together.into_iter().enumerate() {
+            first.prefill(&music(2000 + 700 * i)).unwrap();
+            assert_eq!(play(&mut first, 0..3, i as u32, None).1, tokens, "stream {i} of {n_streams}");
+        }
+    }
+}
+
+fn plan_books(checkpoint: &Checkpoint) -> usize {
+    checkpoint.config.plan.n_codebooks
+}
+
+#[test]
+fn states_go_from_engine_to_engine() {
+    let checkpoint = tiny(4);
+    let mut cpu = CpuEngine::new(&checkpoint, &F32).unwrap();
+    let mut reference = ReferenceEngine::new(&checkpoint).unwrap();
+    cpu.prefill(&music(3000)).unwrap();
+    play(&mut cpu, 0..2, 0, None);
+    let state = cpu.save().unwrap();
+    let expected = play(&mut cpu, 2..4, 0, None);
+    cpu.restore(&state).unwrap();
+    assert_eq!(cpu.save().unwrap(), state);
+    assert_eq!(play(&mut cpu, 2..4, 0, None), expected, "back in time");
+    reference.restore(&state).unwrap();
+    assert_eq!(reference.save().unwrap(), state);
+    assert_eq!(play(&mut reference, 2..4, 0, None), expected, "in the reference engine");
+    assert!(cpu.restore(&state[..state.len() / 2]).is_err());
+    let mut other = CpuEngine::new(&Checkpoint::built_in().unwrap(), &F32).unwrap();
+    assert!(other.restore(&state).is_err());
+}
+
+#[test]
+fn reading_a_prompt_at_once_leaves_what_reading_it_frame_by_frame_leaves() {
+    let checkpoint = Checkpoint::built_in().unwrap();
+    let mut engine = CpuEngine::new(&checkpoint, &CpuOptions::default()).unwrap();
+    let tokens = music(12 * 512);
+    engine.prefill(&tokens).unwrap();
+    let at_once = engine.save().unwrap();
+    engine.score(&tokens, &mut vec![0.0; tokens.len()]).unwrap();
+    let step_by_step = engine.save().unwrap();
+    // Scoring leaves the plan transformer alone; what the wave transformer remembers is the same.
+    let wave = |state: &[u8]| -> Vec<(String, Vec<u8>)> {
+        let tensors = safetensors::SafeTensors::deserialize(state).unwrap();
+        let mut all: Vec<_> = tensors.iter().map(|(name, view)| (name.to_owned(), view.data().to_vec())).collect();
+        all.retain(|(name, _)| name.starts_with("wave."));
+        all.sort();
+        all
+    };
+    assert!(wave(&at_once).len() > 6);
+    assert!(wave(&at_once) == wave(&step_by_step));
+}
+
+#[test]
+fn an_instruction_set_that_is_not_there_and_damaged_input_are_refused() {
+    let checkpoint = tiny(5);
+    if let Some(isa) = Isa::ALL.into_iter().find(|isa| !Isa::available().contains(isa)) {
+        assert!(CpuEngine::new(&checkpoint, &CpuOptions { isa, ..F32 }).is_err());
+    }
+    let mut engine = CpuEngine::new(&checkpoint, &F32).unwrap();
+    assert!(engine.prefill(&[0, 256]).is_err());
+    let mut out = vec![0; 511];
+    assert!(engine.render(&PlanFrame::default(), &[], &mut out).is_err());
+    assert!(engine.begin_frame(&[0.0; 3]).is_err());
+    let mut other = CpuEngine::new(&checkpoint, &F32).unwrap();
+    let plan = PlanFrame { tokens: vec![], bands: vec![-1.0; 148] };
+    let draws = vec![vec![0.5; 1024]; 2];
+    let refused = CpuEngine::render_together(
+        &mut [&mut engine, &mut other],
+        &[plan.clone(), plan],
+        &draws,
+        &mut [vec![0; 512], vec![0; 512]],
+    );
+    assert!(refused.is_err());
+}
