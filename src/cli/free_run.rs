@@ -9,7 +9,7 @@ use serde::Serialize;
 use wavegen::audio::{SampleFormat, WavFormat};
 use wavegen::baselines::noise_through_plan;
 use wavegen::checkpoint::Checkpoint;
-use wavegen::engine::reference::ReferenceEngine;
+use wavegen::engine::cpu::{CpuEngine, CpuOptions};
 use wavegen::generate::{Generator, Options};
 use wavegen::metrics::{self, Adherence, Failure, LevelDrift, Track, adherence, failures, level_drift, tonality_db};
 use wavegen::plan::Spectrum;
@@ -107,10 +107,11 @@ pub fn play_all(
         std::fs::create_dir_all(directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
     }
     let bar = talk.bar((places.len() * setup.frames) as u64, "{bar:40} {percent} %, {eta} left");
+    let engine = CpuEngine::new(checkpoint, &CpuOptions::default())?;
     let continuations = places
         .par_iter()
         .enumerate()
-        .map(|(i, place)| play(checkpoint, spectrum, place, i, setup, &mut || bar.inc(1)))
+        .map(|(i, place)| play(checkpoint, engine.fork()?, spectrum, place, i, setup, &mut || bar.inc(1)))
         .collect::<Result<Option<Vec<_>>>>()?;
     bar.finish_and_clear();
     let summary = |of: &dyn Fn(&Continuation) -> Figures| {
@@ -149,6 +150,7 @@ fn places<'a>(pieces: &'a [Piece], hop: usize, setup: &Setup) -> Result<Vec<Plac
 
 fn play(
     checkpoint: &Checkpoint,
+    mut engine: CpuEngine,
     spectrum: &Spectrum,
     place: &Place,
     i: usize,
@@ -170,7 +172,6 @@ fn play(
         }
     };
 
-    let mut engine = ReferenceEngine::new(checkpoint)?;
     let options = Options { stream: i as u32, ..setup.options };
     let mut generator = Generator::new(&mut engine, &options, context)?;
     let mut planned = Array2::zeros((0, spectrum.n_bands()));

@@ -7,7 +7,7 @@ use serde::Serialize;
 use wavegen::baselines::{mixture_bits, residual_entropy, token_entropy};
 use wavegen::checkpoint::Checkpoint;
 use wavegen::engine::Engine;
-use wavegen::engine::reference::ReferenceEngine;
+use wavegen::engine::cpu::{CpuEngine, CpuOptions};
 use wavegen::forecast::forecasts;
 use wavegen::plan::Spectrum;
 
@@ -114,7 +114,7 @@ struct Nats {
 /// -ln P of the frames in `range`; of the plan without the piece's very first frame, which is given.
 fn score_segment(checkpoint: &Checkpoint, piece: &Piece, range: std::ops::Range<usize>, hop: usize) -> Result<Nats> {
     let sum = |values: &[f32]| values.iter().map(|&v| f64::from(v)).sum::<f64>();
-    let mut engine = ReferenceEngine::new(checkpoint)?;
+    let mut engine = CpuEngine::new(checkpoint, &CpuOptions::default())?;
     let first = range.start.saturating_sub(WAVE_RUN_UP);
     let tokens = &piece.tokens[first * hop..range.end * hop];
     let mut nll = vec![0.0; tokens.len()];

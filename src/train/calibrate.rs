@@ -10,7 +10,7 @@ use super::dataset::Dataset;
 use super::{Observer, TrainError, TrainEvent};
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
-use crate::engine::reference::ReferenceEngine;
+use crate::engine::cpu::{CpuEngine, CpuOptions};
 use crate::engine::{Engine, UNIFORMS_PER_SAMPLE};
 use crate::metrics::{Adherence, adherence};
 use crate::model::config::GenerationSettings;
@@ -105,11 +105,12 @@ fn play(
     settings: GenerationSettings,
 ) -> Result<Adherence, TrainError> {
     let hop = data.spectrum.hop();
+    let engine = CpuEngine::new(checkpoint, &CpuOptions::default())?;
     let results: Vec<Adherence> = scenes
         .par_iter()
         .enumerate()
         .map(|(i, scene)| {
-            let mut engine = ReferenceEngine::new(checkpoint)?;
+            let mut engine = engine.fork()?;
             engine.set_sampling(PlanSampling::default(), settings);
             engine.prefill(&scene.prompt)?;
             let mut rng = Rng::new(i as u64);
