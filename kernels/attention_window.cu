@@ -9,7 +9,7 @@
 //
 // (Dao, FlashAttention-2, 2023.) Each result is summed by one block in one order: no atomics, the same bits every time.
 // Layouts in args.cuh. Geometry, for all three kernels: blocks of 128 threads over (tile of 32 rows, head, batch); the rows are
-// queries, for dk and dv keys (and the head one of n_kv_heads). Dynamic shared memory: see src/cuda/launch.rs.
+// queries, for dk and dv keys (and the head one of n_kv_heads). Dynamic shared memory: see src/cuda/launch.
 // Oracle: `attention` in tests/kernels/attention.rs.
 #include "common.cuh"
 

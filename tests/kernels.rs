@@ -4,5 +4,9 @@
 mod attention;
 #[path = "kernels/emulator.rs"]
 mod emulator;
-#[path = "../src/cuda/launch.rs"]
+#[path = "kernels/forecast.rs"]
+mod forecast;
+#[path = "../src/cuda/launch/mod.rs"]
 mod launch;
+#[path = "kernels/training.rs"]
+mod training;

@@ -163,15 +163,17 @@ inline void resume(size_t i) {
   setcontext(&first_entry);
 }
 
-/// Lets the fibers `begin..end` go on if all of them wait for `what`; true if so.
-inline bool release(size_t begin, size_t end, Waits what) {
-  for (size_t i = begin; i < end; ++i)
-    if (fibers[i].waits != what) return false;
+inline bool all_of(size_t begin, size_t end, Waits what) {
+  return std::all_of(fibers.begin() + begin, fibers.begin() + end, [&](const Fiber& f) { return f.waits == what; });
+}
+
+/// Lets the fibers `begin..end` go on if all of them wait for `what`.
+inline void release(size_t begin, size_t end, Waits what) {
+  if (!all_of(begin, end, what)) return;
   for (size_t i = begin; i < end; ++i) {
     if (fibers[i].line != fibers[begin].line) fail("threads meet at barriers of different lines");
     fibers[i].waits = Waits::No;
   }
-  return true;
 }
 
 inline void run_block(size_t n_threads, size_t shared_bytes) {
@@ -194,13 +196,9 @@ inline void run_block(size_t n_threads, size_t shared_bytes) {
       }
     for (size_t w = 0; w < n_threads; w += LANES) release(w, w + LANES, Waits::ForWarp);
     release(0, n_threads, Waits::ForBlock);
-    if (ran) continue;
-    for (size_t i = 0; i < n_threads; ++i)
-      if (fibers[i].waits != Waits::Done && fibers[i].waits != Waits::No) {
-        current = i;
-        fail("waits for threads that never come");
-      }
-    if (release(0, n_threads, Waits::Done)) break;
+    if (all_of(0, n_threads, Waits::Done)) break;
+    if (!ran && !std::any_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.waits == Waits::No; }))
+      fail("threads wait for others that never come");
   }
   for (size_t i = 0; i < CANARY; ++i)
     if (canary[i] != CANARY_BYTE) fail("wrote beyond its shared memory");
@@ -235,6 +233,7 @@ inline bool add(Kernel kernel) {
 #define __shfl_sync(mask, value, from) emulator::exchange(value, from, __LINE__)
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
+inline double cospi(double x) { return std::cos(3.14159265358979323846 * x); }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 using std::max;
 using std::min;

@@ -10,8 +10,6 @@ use super::{ForecastConfig, ForecastError, check_length};
 use crate::plan::fourier::{Fourier, Workspace, quick_len};
 use crate::simd::Kernels;
 
-/// White noise that keeps the predictor finite: relative to the power, and absolute.
-const WHITE: (f64, f64) = (1e-7, 1e-6);
 /// The part of the window that falls, towards the latest sample.
 const FALLING_PART: usize = 16;
 
@@ -34,6 +32,16 @@ pub struct PastForecast {
 }
 
 impl PastForecast {
+    /// White noise that keeps the predictor finite: relative to the power, and absolute.
+    pub const WHITE: (f64, f64) = (1e-7, 1e-6);
+
+    /// The window over the last `n` samples: rises as a sine, falls as a cosine towards the latest.
+    pub fn window(n: usize) -> Vec<f64> {
+        let fall = n / FALLING_PART;
+        let ramp = |n: usize| (0..n).map(move |i| FRAC_PI_2 * (i as f64 + 0.5) / n as f64);
+        ramp(n - fall).map(f64::sin).chain(ramp(fall).map(f64::cos)).collect()
+    }
+
     /// The forecast of a stream's first sample, before which there is silence.
     ///
     /// # Errors
@@ -122,14 +130,12 @@ struct Estimator {
 impl Estimator {
     fn new(config: &ForecastConfig) -> Self {
         let n = config.past_window;
-        let fall = n / FALLING_PART;
-        let ramp = |n: usize| (0..n).map(move |i| FRAC_PI_2 * (i as f64 + 0.5) / n as f64);
         // Long enough that the lags asked for do not wrap round.
         let fourier = Fourier::new(quick_len(n + config.order));
         Self {
             order: config.order,
             recursion: Recursion::new(config.order),
-            window: ramp(n - fall).map(f64::sin).chain(ramp(fall).map(f64::cos)).collect(),
+            window: PastForecast::window(n),
             work: fourier.workspace(),
             fourier,
         }
@@ -152,7 +158,7 @@ impl Estimator {
     fn estimate(&mut self, samples: &[f32], kernels: &Kernels, coefficients: &mut [f32]) {
         self.autocorrelation(samples);
         let r = &mut self.work.block[..=self.order];
-        r[0] = r[0] * (1.0 + WHITE.0) + WHITE.1;
+        r[0] = r[0] * (1.0 + PastForecast::WHITE.0) + PastForecast::WHITE.1;
         self.recursion.solve(r, kernels);
         coefficients.iter_mut().zip(self.recursion.rising()).for_each(|(c, a)| *c = a);
     }

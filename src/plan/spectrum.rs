@@ -16,8 +16,6 @@ const UNITS_PER_NEPER: f64 = 0.25;
 const FLOOR: f64 = 1e-4;
 /// Bands are a quarter tone apart, or a bin of the transform where that is more.
 const BANDS_PER_OCTAVE: f64 = 24.0;
-/// White noise that keeps the predictor of a plan finite: relative to the power, and absolute.
-const WHITE: (f64, f64) = (1e-7, 1e-8);
 
 /// The plan's analysis: triangular bands over the power spectrum of the `window` samples that end with a frame.
 #[derive(Clone)]
@@ -36,6 +34,9 @@ pub struct Spectrum {
 }
 
 impl Spectrum {
+    /// White noise that keeps the predictor of a plan finite: relative to the power, and absolute.
+    pub const WHITE: (f64, f64) = (1e-7, 1e-8);
+
     /// The analysis of sound at `sample_rate` Hz.
     ///
     /// # Errors
@@ -121,6 +122,19 @@ impl Spectrum {
         }
     }
 
+    /// Per bin of the spectrum that a frame's bands describe: the two bands that it lies between and the weight of the
+    /// upper one.
+    pub fn interpolation(&self) -> &[(usize, usize, f64)] {
+        &self.bins
+    }
+
+    /// What lags `0..=order` of a frame's spectrum are multiplied with: a Gaussian that blurs the spectrum by
+    /// `lag_window_hz`, and the part of a sample in the window's energy.
+    pub fn lag_window(&self, order: usize, lag_window_hz: f64) -> impl Iterator<Item = f64> {
+        let blur = TAU * lag_window_hz / f64::from(self.sample_rate);
+        (0..=order).map(move |lag| (-0.5 * (blur * lag as f64).powi(2)).exp() / self.energy)
+    }
+
     /// Autocorrelation of the sound that a frame's bands describe, lags `0..=order`, per sample.
     ///
     /// ln power is interpolated between bands over ln f; `lag_window_hz` blurs the spectrum by a Gaussian of this
@@ -158,11 +172,9 @@ impl Spectrum {
             *power = (band / UNITS_PER_NEPER).exp();
         }
         self.fourier.autocorrelation(work);
-        let blur = TAU * lag_window_hz / f64::from(self.sample_rate);
-        let lag_window = |lag: usize| (-0.5 * (blur * lag as f64).powi(2)).exp() / self.energy;
         lags.clear();
-        lags.extend(work.block[..=order].iter().enumerate().map(|(k, r)| r * lag_window(k)));
-        lags[0] = lags[0] * (1.0 + WHITE.0) + WHITE.1;
+        lags.extend(self.lag_window(order, lag_window_hz).zip(&work.block).map(|(w, r)| w * r));
+        lags[0] = lags[0] * (1.0 + Self::WHITE.0) + Self::WHITE.1;
         Ok(lags)
     }
 }

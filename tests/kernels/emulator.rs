@@ -81,7 +81,7 @@ impl Emulator {
         buffers: &mut [Vec<u8>],
         schedule: Schedule,
     ) -> Result<(), String> {
-        // SAFETY: A is one of the structs of launch.rs, plain numbers without padding (their sizes are asserted).
+        // SAFETY: A is one of the structs of src/cuda/launch, plain numbers without padding (their sizes are asserted).
         let args = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(args).cast::<u8>(), size_of::<A>()) };
         let mut input = Vec::new();
         let word = |input: &mut Vec<u8>, x: u32| input.extend(x.to_le_bytes());

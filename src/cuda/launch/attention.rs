@@ -1,56 +1,11 @@
-//! Turns shapes into kernel launches: names, grids, shared memory and argument structs. Plain data, no driver, so that the
-//! emulated tests launch exactly what the GPU is given.
+//! Launches of kernels/attention_window.cu.
 
-/// What the elements of a kernel's tensors are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Element {
-    F32,
-    Bf16,
-}
-
-impl Element {
-    fn name(self) -> &'static str {
-        match self {
-            Element::F32 => "f32",
-            Element::Bf16 => "bf16",
-        }
-    }
-}
-
-/// One launch of an entry point.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Launch {
-    pub kernel: String,
-    /// Blocks.
-    pub grid: [u32; 3],
-    /// Threads per block, in one dimension.
-    pub threads: u32,
-    /// Dynamic shared memory per block.
-    pub shared_bytes: u32,
-}
-
-/// Why a kernel cannot run on these tensors.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum LaunchError {
-    #[error("windowed attention: head_dim {0}, expected one of {HEAD_DIMS:?}")]
-    HeadDim(usize),
-    #[error("windowed attention: {n_heads} heads do not share {n_kv_heads} key heads evenly")]
-    Heads { n_heads: usize, n_kv_heads: usize },
-    #[error("{what} is {got}, expected 1 to {limit}")]
-    Size { what: &'static str, got: usize, limit: usize },
-}
+use super::{Element, Launch, LaunchError, MAX_GRID_YZ, within};
 
 /// Head sizes that the attention kernels are compiled for.
 pub const HEAD_DIMS: [usize; 5] = [32, 48, 64, 96, 128];
-/// The most blocks in the second and third dimension of a grid.
-const MAX_GRID_YZ: usize = 65_535;
 
-fn within(what: &'static str, got: usize, limit: usize) -> Result<i32, LaunchError> {
-    let size = i32::try_from(got).ok().filter(|_| (1..=limit).contains(&got));
-    size.ok_or(LaunchError::Size { what, got, limit })
-}
-
-/// Arguments of kernels/attention_window.cu, as in kernels/args.cuh; addresses in device memory.
+/// Arguments of kernels/attention_window.cu, as in kernels/args.cuh; addresses in device memory, 0 until set.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct AttentionArgs {

@@ -1,0 +1,272 @@
+// The training step's other operations, each fused, forward and backward: RMSNorm, SwiGLU, cross-entropy, and the negative
+// log-likelihood of the mixture head (src/model/head.rs). Elements f32 or bf16, arithmetic in f32, no atomics.
+//
+// Geometry: RMSNorm and cross-entropy one warp per row, 4 a block; the gain's gradient blocks of 32 columns by 8 rows over (columns,
+// parts of the rows), then column sums; SwiGLU one thread per output; mixture one thread per sample, its head outputs through
+// shared memory. Layouts in args.cuh; dynamic shared memory: see src/cuda/launch.
+// Oracles: tests/kernels/training.rs.
+#include "common.cuh"
+
+namespace training {
+
+constexpr int THREADS = 128;
+constexpr int WARPS = THREADS / WARP;
+constexpr int SUM_ROWS = 8;
+constexpr int SUM_THREADS = WARP * SUM_ROWS;
+/// NORM_EPS of src/model/block.rs.
+constexpr float NORM_EPS = 1e-6f;
+/// As in src/sampler.rs and src/model/head.rs.
+constexpr int N_FORECASTS = 2;
+constexpr float MAX_OFFSET = 4.f, MAX_LOG_SCALE = 2.5f, LEAST_BIN = 1e-6f;
+
+// ---- helpers -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int warp_row() { return blockIdx.x * WARPS + threadIdx.x / WARP; }
+__device__ __forceinline__ int lane() { return threadIdx.x % WARP; }
+
+/// ln sigmoid(x) without overflow on either side.
+__device__ __forceinline__ float log_sigmoid(float x) { return fminf(x, 0.f) - log1pf(expf(-fabsf(x))); }
+
+/// Sum of a column over rows threadIdx.y, threadIdx.y + 8, ..., then over the block's 8 rows; valid in its row 0.
+/// Shared: one float per thread.
+template <class Value>
+__device__ float column_sum(int first, int end, Value value) {
+  SHARED_MEMORY(float, sums);
+  const int column = threadIdx.x % WARP, row = threadIdx.x / WARP;
+  float sum = 0.f;
+  for (int at = first + row; at < end; at += SUM_ROWS) sum += value(at);
+  sums[threadIdx.x] = sum;
+  __syncthreads();  // publishes the sums
+  if (row == 0)
+    for (int other = 1; other < SUM_ROWS; ++other) sum += sums[other * WARP + column];
+  return sum;
+}
+
+/// One component of the mixture and the bin that it is asked about.
+struct Component {
+  float offset, log_scale;  // bounded: tanh(x / limit)
+  float inverse_scale, unit;
+  float low, high;  // the bin's edges in scales from the mean
+  float mass;       // ln of the mass between them
+
+  __device__ Component(const float* head, int k, const MixtureNllArgs& a, int sample) {
+    const int forecast = sample * N_FORECASTS + k / (a.components / N_FORECASTS);
+    unit = a.units[forecast];
+    offset = tanhf(head[a.components + k] / MAX_OFFSET);
+    log_scale = tanhf(head[2 * a.components + k] / MAX_LOG_SCALE);
+    const float mean = offset * MAX_OFFSET * unit + a.forecasts[forecast];
+    inverse_scale = expf(-MAX_LOG_SCALE * log_scale) / unit;
+    low = (a.low[sample] - mean) * inverse_scale;
+    high = (a.high[sample] - mean) * inverse_scale;
+    // ln(sigmoid(high) - sigmoid(low))
+    mass = log_sigmoid(high) + log_sigmoid(-low) + logf(-expm1f(fminf(low - high, -LEAST_BIN)));
+  }
+};
+
+/// ln sum exp of values that come one by one.
+struct LogSumExp {
+  float highest = -INFINITY, sum = 0.f;
+  __device__ void add(float x) {
+    const float before = highest;
+    highest = fmaxf(highest, x);
+    // Nothing to add to, or nothing to add: what is not finite would make NaN of it.
+    sum = (before == -INFINITY ? 0.f : sum * expf(before - highest)) + (x == -INFINITY ? 0.f : expf(x - highest));
+  }
+  __device__ float value() const { return highest + logf(sum); }
+};
+
+/// Copies rows of `width` values between device memory and shared memory, where rows are `stride` apart.
+template <bool STORE>
+__device__ void copy_rows(float* device, float* rows, int n_rows, int width, int stride) {
+  for (int i = threadIdx.x; i < n_rows * width; i += THREADS) {
+    float& in_shared = rows[i / width * stride + i % width];
+    if (STORE)
+      device[i] = in_shared;
+    else
+      in_shared = device[i];
+  }
+}
+
+// ---- kernels: RMSNorm ----------------------------------------------------------------------------------------------
+
+/// y = x / rms(x) * gain
+template <class T>
+__device__ void rms_norm_forward(const RmsNormArgs& a) {
+  const int row = warp_row();
+  if (row >= a.rows) return;  // the whole warp
+  const T* const x = static_cast<const T*>(a.x) + size_t(row) * a.dim;
+  T* const y = static_cast<T*>(a.y) + size_t(row) * a.dim;
+  float power = 0.f;
+  for (int i = lane(); i < a.dim; i += WARP) power += to_float(x[i]) * to_float(x[i]);
+  const float inverse_rms = 1.f / sqrtf(lanes_sum<WARP>(power) / a.dim + NORM_EPS);
+  for (int i = lane(); i < a.dim; i += WARP)
+    y[i] = from_float<T>(to_float(x[i]) * inverse_rms * (a.gain ? a.gain[i] : 1.f));
+  if (lane() == 0) a.inverse_rms[row] = inverse_rms;
+}
+
+/// With n = x / rms(x) and g = d_y * gain: d_x = (g - n * mean(g * n)) / rms(x)
+template <class T>
+__device__ void rms_norm_backward(const RmsNormArgs& a) {
+  const int row = warp_row();
+  if (row >= a.rows) return;  // the whole warp
+  const T* const x = static_cast<const T*>(a.x) + size_t(row) * a.dim;
+  const T* const d_y = static_cast<const T*>(a.d_y) + size_t(row) * a.dim;
+  T* const d_x = static_cast<T*>(a.d_x) + size_t(row) * a.dim;
+  const float inverse_rms = a.inverse_rms[row];
+  auto gradient = [&](int i) { return to_float(d_y[i]) * (a.gain ? a.gain[i] : 1.f); };
+  float sum = 0.f;
+  for (int i = lane(); i < a.dim; i += WARP) sum += gradient(i) * to_float(x[i]);
+  const float mean = lanes_sum<WARP>(sum) * inverse_rms / a.dim;
+  for (int i = lane(); i < a.dim; i += WARP)
+    d_x[i] = from_float<T>((gradient(i) - to_float(x[i]) * inverse_rms * mean) * inverse_rms);
+}
+
+/// d_gain = sum over rows of d_y * x / rms(x), for each part of the rows; column_sums adds the parts.
+template <class T>
+__device__ void rms_norm_backward_gain(const RmsNormArgs& a) {
+  const int column = blockIdx.x * WARP + threadIdx.x % WARP, first = blockIdx.y * a.rows_per_part;
+  const T* const x = static_cast<const T*>(a.x);
+  const T* const d_y = static_cast<const T*>(a.d_y);
+  const float sum = column_sum(first, min(a.rows, first + a.rows_per_part), [&](int row) {
+    const size_t at = size_t(row) * a.dim + column;
+    return column < a.dim ? to_float(d_y[at]) * to_float(x[at]) * a.inverse_rms[row] : 0.f;
+  });
+  if (threadIdx.x < WARP && column < a.dim) a.d_gain_parts[size_t(blockIdx.y) * a.dim + column] = sum;
+}
+
+__device__ void column_sums(const ColumnSumsArgs& a) {
+  const int column = blockIdx.x * WARP + threadIdx.x % WARP;
+  const float sum =
+      column_sum(0, a.rows, [&](int row) { return column < a.dim ? a.parts[size_t(row) * a.dim + column] : 0.f; });
+  if (threadIdx.x < WARP && column < a.dim) a.sums[column] = sum;
+}
+
+// ---- kernels: SwiGLU -----------------------------------------------------------------------------------------------
+
+/// y = silu(gate) * value
+template <class T>
+__device__ void swiglu_forward(const SwigluArgs& a) {
+  const size_t i = size_t(blockIdx.x) * THREADS + threadIdx.x;
+  if (i >= size_t(a.rows) * a.hidden) return;
+  const size_t at = i + i / a.hidden * a.hidden;
+  const T* const up = static_cast<const T*>(a.up);
+  const float gate = to_float(up[at]), value = to_float(up[at + a.hidden]);
+  static_cast<T*>(a.y)[i] = from_float<T>(gate * sigmoid(gate) * value);
+}
+
+template <class T>
+__device__ void swiglu_backward(const SwigluArgs& a) {
+  const size_t i = size_t(blockIdx.x) * THREADS + threadIdx.x;
+  if (i >= size_t(a.rows) * a.hidden) return;
+  const size_t at = i + i / a.hidden * a.hidden;
+  const T* const up = static_cast<const T*>(a.up);
+  const float gate = to_float(up[at]), value = to_float(up[at + a.hidden]), d_y = to_float(static_cast<const T*>(a.d_y)[i]);
+  const float open = sigmoid(gate);
+  T* const d_up = static_cast<T*>(a.d_up);
+  d_up[at] = from_float<T>(d_y * value * open * (1.f + gate * (1.f - open)));
+  d_up[at + a.hidden] = from_float<T>(d_y * gate * open);
+}
+
+// ---- kernels: cross-entropy ----------------------------------------------------------------------------------------
+
+template <class T>
+__device__ void cross_entropy_forward(const CrossEntropyArgs& a) {
+  const int row = warp_row();
+  if (row >= a.rows) return;  // the whole warp
+  const T* const logits = static_cast<const T*>(a.logits) + size_t(row) * a.classes;
+  float highest = -INFINITY, sum = 0.f;
+  for (int i = lane(); i < a.classes; i += WARP) highest = fmaxf(highest, to_float(logits[i]));
+  highest = lanes_max<WARP>(highest);
+  for (int i = lane(); i < a.classes; i += WARP) sum += expf(to_float(logits[i]) - highest);
+  const float lse = highest + logf(lanes_sum<WARP>(sum));
+  if (lane() != 0) return;
+  const uint32_t target = a.targets[row];
+  a.lse[row] = lse;
+  a.nll[row] = target < uint32_t(a.classes) ? lse - to_float(logits[target]) : NAN;
+}
+
+/// d_logits = d_nll * (softmax - one-hot)
+template <class T>
+__device__ void cross_entropy_backward(const CrossEntropyArgs& a) {
+  const int row = warp_row();
+  if (row >= a.rows) return;  // the whole warp
+  const T* const logits = static_cast<const T*>(a.logits) + size_t(row) * a.classes;
+  T* const d_logits = static_cast<T*>(a.d_logits) + size_t(row) * a.classes;
+  const float lse = a.lse[row], d_nll = a.d_nll[row];
+  const uint32_t target = a.targets[row];
+  for (int i = lane(); i < a.classes; i += WARP)
+    d_logits[i] = from_float<T>(d_nll * (expf(to_float(logits[i]) - lse) - (uint32_t(i) == target ? 1.f : 0.f)));
+}
+
+// ---- kernels: mixture of logistics ---------------------------------------------------------------------------------
+
+/// Rows of the head in shared memory have an odd stride: neighbouring threads' values lie in different banks.
+__device__ __forceinline__ int head_stride(const MixtureNllArgs& a) { return 3 * a.components | 1; }
+
+/// nll = ln sum exp(weight) - ln sum exp(weight + mass). Shared: the block's head outputs.
+__device__ void mixture_nll_forward(const MixtureNllArgs& a) {
+  SHARED_MEMORY(float, heads);
+  const int first = blockIdx.x * THREADS, width = 3 * a.components, stride = head_stride(a);
+  const int n = min(THREADS, a.n - first), sample = first + threadIdx.x;
+  copy_rows<false>(const_cast<float*>(a.head) + size_t(first) * width, heads, n, width, stride);
+  __syncthreads();  // publishes the head outputs
+  if (sample >= a.n) return;
+  const float* const head = heads + threadIdx.x * stride;
+  LogSumExp weights, terms;
+  for (int k = 0; k < a.components; ++k) {
+    weights.add(head[k]);
+    terms.add(head[k] + Component(head, k, a, sample).mass);
+  }
+  a.nll[sample] = weights.value() - terms.value();
+}
+
+/// With share = softmax(weight + mass): d_weight = softmax(weight) - share, and of mass -share. Shared: as forward, where
+/// each thread writes gradients over its own outputs.
+__device__ void mixture_nll_backward(const MixtureNllArgs& a) {
+  SHARED_MEMORY(float, heads);
+  const int first = blockIdx.x * THREADS, width = 3 * a.components, stride = head_stride(a);
+  const int n = min(THREADS, a.n - first), sample = first + threadIdx.x;
+  copy_rows<false>(const_cast<float*>(a.head) + size_t(first) * width, heads, n, width, stride);
+  __syncthreads();  // publishes the head outputs
+  if (sample < a.n) {
+    float* const head = heads + threadIdx.x * stride;
+    LogSumExp weights, terms;
+    for (int k = 0; k < a.components; ++k) {
+      weights.add(head[k]);
+      terms.add(head[k] + Component(head, k, a, sample).mass);
+    }
+    const float all_weights = weights.value(), all_terms = terms.value(), d_nll = a.d_nll[sample];
+    for (int k = 0; k < a.components; ++k) {
+      const Component c(head, k, a, sample);
+      const float share = expf(head[k] + c.mass - all_terms), difference = c.low - c.high;
+      // Of ln(1 - exp(difference)); none where it is held.
+      const float narrower = difference < -LEAST_BIN ? -1.f / expm1f(-difference) : 0.f;
+      const float d_low = -share * (narrower - sigmoid(c.low)), d_high = -share * (sigmoid(-c.high) - narrower);
+      const float d_mean = -(d_low + d_high) * c.inverse_scale, d_log_scale = -(d_low * c.low + d_high * c.high);
+      head[k] = d_nll * (expf(head[k] - all_weights) - share);
+      head[a.components + k] = d_nll * d_mean * c.unit * (1.f - c.offset * c.offset);
+      head[2 * a.components + k] = d_nll * d_log_scale * (1.f - c.log_scale * c.log_scale);
+    }
+  }
+  __syncthreads();  // publishes the gradients
+  copy_rows<true>(a.d_head + size_t(first) * width, heads, n, width, stride);
+}
+
+// ---- entry points --------------------------------------------------------------------------------------------------
+
+#define ENTRIES(name, T)                                                                                \
+  KERNEL(training_rms_norm_forward_##name, RmsNormArgs, THREADS, rms_norm_forward<T>)                   \
+  KERNEL(training_rms_norm_backward_##name, RmsNormArgs, THREADS, rms_norm_backward<T>)                 \
+  KERNEL(training_rms_norm_backward_gain_##name, RmsNormArgs, SUM_THREADS, rms_norm_backward_gain<T>)   \
+  KERNEL(training_swiglu_forward_##name, SwigluArgs, THREADS, swiglu_forward<T>)                        \
+  KERNEL(training_swiglu_backward_##name, SwigluArgs, THREADS, swiglu_backward<T>)                      \
+  KERNEL(training_cross_entropy_forward_##name, CrossEntropyArgs, THREADS, cross_entropy_forward<T>)    \
+  KERNEL(training_cross_entropy_backward_##name, CrossEntropyArgs, THREADS, cross_entropy_backward<T>)
+
+ENTRIES(f32, float)
+ENTRIES(bf16, bf16)
+KERNEL(training_column_sums, ColumnSumsArgs, SUM_THREADS, column_sums)
+KERNEL(training_mixture_nll_forward, MixtureNllArgs, THREADS, mixture_nll_forward)
+KERNEL(training_mixture_nll_backward, MixtureNllArgs, THREADS, mixture_nll_backward)
+
+}  // namespace training

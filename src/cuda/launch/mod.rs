@@ -1,0 +1,71 @@
+//! Turns shapes into kernel launches: names, grids, shared memory and argument structs. Plain data, no driver, so that the
+//! emulated tests launch exactly what the GPU is given.
+
+mod attention;
+mod forecast;
+mod training;
+
+pub use attention::{AttentionArgs, AttentionShape, HEAD_DIMS};
+pub use forecast::{ForecastShape, LevinsonArgs, PastAutocorrelationArgs, PlannedAutocorrelationArgs, PredictArgs};
+pub use training::{
+    ColumnSumsArgs, CrossEntropyArgs, CrossEntropyShape, MixtureNllArgs, MixtureShape, NormShape, RmsNormArgs,
+    SwigluArgs, SwigluShape,
+};
+
+/// What the elements of a kernel's tensors are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Element {
+    F32,
+    Bf16,
+}
+
+impl Element {
+    fn name(self) -> &'static str {
+        match self {
+            Element::F32 => "f32",
+            Element::Bf16 => "bf16",
+        }
+    }
+}
+
+/// One launch of an entry point.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Launch {
+    pub kernel: String,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads per block, in one dimension.
+    pub threads: u32,
+    /// Dynamic shared memory per block.
+    pub shared_bytes: u32,
+}
+
+/// Why a kernel cannot run on these tensors.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LaunchError {
+    #[error("windowed attention: head_dim {0}, expected one of {HEAD_DIMS:?}")]
+    HeadDim(usize),
+    #[error("windowed attention: {n_heads} heads do not share {n_kv_heads} key heads evenly")]
+    Heads { n_heads: usize, n_kv_heads: usize },
+    #[error("{what} is {got}, expected 1 to {limit}")]
+    Size { what: &'static str, got: usize, limit: usize },
+    #[error("mixture of {0} components: expected a multiple of 2, at least 2")]
+    Components(usize),
+    #[error("{what} takes {bytes} bytes of shared memory per block, more than the {SHARED_BYTES} of the GPU")]
+    Shared { what: &'static str, bytes: usize },
+}
+
+/// Shared memory that a block may have (sm_90).
+const SHARED_BYTES: usize = 232_448;
+/// The most blocks in the second and third dimension of a grid.
+const MAX_GRID_YZ: usize = 65_535;
+const WARP: usize = 32;
+
+fn within(what: &'static str, got: usize, limit: usize) -> Result<i32, LaunchError> {
+    let size = i32::try_from(got).ok().filter(|_| (1..=limit).contains(&got));
+    size.ok_or(LaunchError::Size { what, got, limit })
+}
+
+fn shared(what: &'static str, bytes: usize) -> Result<u32, LaunchError> {
+    if bytes > SHARED_BYTES { Err(LaunchError::Shared { what, bytes }) } else { Ok(bytes as u32) }
+}

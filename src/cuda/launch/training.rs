@@ -1,0 +1,237 @@
+//! Launches of kernels/training.cu.
+
+use super::{Element, Launch, LaunchError, WARP, shared, within};
+
+const THREADS: usize = 128;
+const WARPS: usize = THREADS / WARP;
+const SUM_ROWS: usize = 8;
+/// Rows that one block sums the gain's gradient over.
+const ROWS_PER_PART: usize = 256;
+/// Parts, one per block in the grid's second dimension.
+const MAX_PARTS: usize = 4096;
+const MAX_ROWS: usize = i32::MAX as usize / 2;
+
+/// Arguments of `training_rms_norm_*`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct RmsNormArgs {
+    pub x: u64,
+    pub gain: u64,
+    pub y: u64,
+    pub inverse_rms: u64,
+    pub d_y: u64,
+    pub d_x: u64,
+    pub d_gain_parts: u64,
+    pub rows: i32,
+    pub dim: i32,
+    pub rows_per_part: i32,
+    pub reserved: i32,
+}
+const _: () = assert!(size_of::<RmsNormArgs>() == 72);
+
+/// Arguments of `training_column_sums`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct ColumnSumsArgs {
+    pub parts: u64,
+    pub sums: u64,
+    pub rows: i32,
+    pub dim: i32,
+}
+const _: () = assert!(size_of::<ColumnSumsArgs>() == 24);
+
+/// Arguments of `training_swiglu_*`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SwigluArgs {
+    pub up: u64,
+    pub y: u64,
+    pub d_y: u64,
+    pub d_up: u64,
+    pub rows: i32,
+    pub hidden: i32,
+}
+const _: () = assert!(size_of::<SwigluArgs>() == 40);
+
+/// Arguments of `training_cross_entropy_*`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct CrossEntropyArgs {
+    pub logits: u64,
+    pub targets: u64,
+    pub nll: u64,
+    pub lse: u64,
+    pub d_nll: u64,
+    pub d_logits: u64,
+    pub rows: i32,
+    pub classes: i32,
+}
+const _: () = assert!(size_of::<CrossEntropyArgs>() == 56);
+
+/// Arguments of `training_mixture_nll_*`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct MixtureNllArgs {
+    pub head: u64,
+    pub forecasts: u64,
+    pub units: u64,
+    pub low: u64,
+    pub high: u64,
+    pub nll: u64,
+    pub d_nll: u64,
+    pub d_head: u64,
+    pub n: i32,
+    pub components: i32,
+}
+const _: () = assert!(size_of::<MixtureNllArgs>() == 72);
+
+/// Launch with `blocks` blocks of 128 threads.
+fn simple(kernel: String, blocks: usize) -> Launch {
+    Launch { kernel, grid: [blocks as u32, 1, 1], threads: THREADS as u32, shared_bytes: 0 }
+}
+
+/// Launch that sums columns: 32 columns a block.
+fn sums(kernel: String, dim: usize, parts: usize) -> Launch {
+    let threads = SUM_ROWS * WARP;
+    let grid = [dim.div_ceil(WARP) as u32, parts as u32, 1];
+    Launch { kernel, grid, threads: threads as u32, shared_bytes: (size_of::<f32>() * threads) as u32 }
+}
+
+/// RMSNorm of `rows` vectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NormShape {
+    pub rows: usize,
+    pub dim: usize,
+}
+
+impl NormShape {
+    pub fn args(&self) -> Result<RmsNormArgs, LaunchError> {
+        Ok(RmsNormArgs {
+            rows: within("rows", self.rows, MAX_ROWS)?,
+            dim: within("dim", self.dim, MAX_ROWS)?,
+            rows_per_part: self.rows_per_part() as i32,
+            ..RmsNormArgs::default()
+        })
+    }
+
+    fn rows_per_part(&self) -> usize {
+        ROWS_PER_PART.max(self.rows.div_ceil(MAX_PARTS))
+    }
+
+    /// Parts that the gain's gradient is summed in.
+    pub fn parts(&self) -> usize {
+        self.rows.div_ceil(self.rows_per_part())
+    }
+
+    /// x, gain -> y, inverse_rms.
+    pub fn forward(&self, element: Element) -> Launch {
+        simple(format!("training_rms_norm_forward_{}", element.name()), self.rows.div_ceil(WARPS))
+    }
+
+    /// x, gain, inverse_rms, d_y -> d_x.
+    pub fn backward(&self, element: Element) -> Launch {
+        simple(format!("training_rms_norm_backward_{}", element.name()), self.rows.div_ceil(WARPS))
+    }
+
+    /// x, inverse_rms, d_y -> d_gain_parts, `[parts, dim]`.
+    pub fn backward_gain(&self, element: Element) -> Launch {
+        sums(format!("training_rms_norm_backward_gain_{}", element.name()), self.dim, self.parts())
+    }
+
+    /// d_gain_parts -> d_gain, `[dim]`.
+    pub fn sum_parts(&self) -> (Launch, ColumnSumsArgs) {
+        let args = ColumnSumsArgs { rows: self.parts() as i32, dim: self.dim as i32, ..ColumnSumsArgs::default() };
+        (sums("training_column_sums".to_string(), self.dim, 1), args)
+    }
+}
+
+/// SwiGLU of `rows` vectors of twice `hidden`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SwigluShape {
+    pub rows: usize,
+    pub hidden: usize,
+}
+
+impl SwigluShape {
+    pub fn args(&self) -> Result<SwigluArgs, LaunchError> {
+        within("number of outputs", self.rows.saturating_mul(self.hidden), THREADS * MAX_ROWS)?;
+        let (rows, hidden) = (within("rows", self.rows, MAX_ROWS)?, within("hidden width", self.hidden, MAX_ROWS)?);
+        Ok(SwigluArgs { rows, hidden, ..SwigluArgs::default() })
+    }
+
+    fn launch(&self, what: &str, element: Element) -> Launch {
+        let kernel = format!("training_swiglu_{what}_{}", element.name());
+        simple(kernel, (self.rows * self.hidden).div_ceil(THREADS))
+    }
+
+    /// up -> y.
+    pub fn forward(&self, element: Element) -> Launch {
+        self.launch("forward", element)
+    }
+
+    /// up, d_y -> d_up.
+    pub fn backward(&self, element: Element) -> Launch {
+        self.launch("backward", element)
+    }
+}
+
+/// Cross-entropy of `rows` choices among `classes`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CrossEntropyShape {
+    pub rows: usize,
+    pub classes: usize,
+}
+
+impl CrossEntropyShape {
+    pub fn args(&self) -> Result<CrossEntropyArgs, LaunchError> {
+        let (rows, classes) = (within("rows", self.rows, MAX_ROWS)?, within("classes", self.classes, MAX_ROWS)?);
+        Ok(CrossEntropyArgs { rows, classes, ..CrossEntropyArgs::default() })
+    }
+
+    fn launch(&self, what: &str, element: Element) -> Launch {
+        simple(format!("training_cross_entropy_{what}_{}", element.name()), self.rows.div_ceil(WARPS))
+    }
+
+    /// logits, targets -> nll, lse.
+    pub fn forward(&self, element: Element) -> Launch {
+        self.launch("forward", element)
+    }
+
+    /// logits, targets, lse, d_nll -> d_logits.
+    pub fn backward(&self, element: Element) -> Launch {
+        self.launch("backward", element)
+    }
+}
+
+/// Likelihood of `n` samples by mixtures of `components` logistics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MixtureShape {
+    pub n: usize,
+    pub components: usize,
+}
+
+impl MixtureShape {
+    pub fn args(&self) -> Result<MixtureNllArgs, LaunchError> {
+        if self.components == 0 || !self.components.is_multiple_of(2) {
+            return Err(LaunchError::Components(self.components));
+        }
+        let n = within("number of samples", self.n, MAX_ROWS)?;
+        Ok(MixtureNllArgs { n, components: self.components as i32, ..MixtureNllArgs::default() })
+    }
+
+    fn launch(&self, what: &str) -> Result<Launch, LaunchError> {
+        let bytes = size_of::<f32>() * THREADS * ((3 * self.components) | 1);
+        let launch = simple(format!("training_mixture_nll_{what}"), self.n.div_ceil(THREADS));
+        Ok(Launch { shared_bytes: shared("mixture likelihood", bytes)?, ..launch })
+    }
+
+    /// head, forecasts, units, low, high -> nll.
+    pub fn forward(&self) -> Result<Launch, LaunchError> {
+        self.launch("forward")
+    }
+
+    /// The same and d_nll -> d_head.
+    pub fn backward(&self) -> Result<Launch, LaunchError> {
+        self.launch("backward")
+    }
+}
