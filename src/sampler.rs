@@ -1,5 +1,7 @@
 //! Turns a distribution, uniform numbers and settings into a token; pure functions, shared by all engines.
 
+use serde::{Deserialize, Serialize};
+
 use crate::codec::{Codec, Token};
 use crate::model::config::N_FORECASTS;
 
@@ -144,8 +146,9 @@ impl Mixture {
         top + terms.iter().map(|t| (t - top).exp()).sum::<f64>().ln()
     }
 
-    /// Draws a token: `uniforms` choose the component and the place in its logistic, both in (0, 1).
-    pub fn sample(&self, uniforms: [f32; 2], settings: &WaveSampling, codec: &Codec) -> Token {
+    /// Draws a value, not rounded to a token: `uniforms` choose the component and the place in its logistic, both in
+    /// (0, 1). The settings' grain is [`Drive`]'s to apply.
+    pub fn draw(&self, uniforms: [f32; 2], settings: &WaveSampling) -> f32 {
         let n = self.means.len();
         let per_forecast = n / N_FORECASTS;
         let weight = |k: usize| {
@@ -165,8 +168,45 @@ impl Mixture {
         let forecast = f64::from(self.forecasts[chosen / per_forecast]);
         let mean = forecast + f64::from(settings.offset) * (f64::from(self.means[chosen]) - forecast);
         let u = f64::from(uniforms[1]).clamp(TAIL, 1.0 - TAIL);
-        let value = mean + f64::from(self.scales[chosen]) * f64::from(settings.grain) * (u / (1.0 - u)).ln();
-        codec.encode(value.clamp(-1.0, 1.0) as f32)
+        (mean + f64::from(self.scales[chosen]) * (u / (1.0 - u)).ln()) as f32
+    }
+}
+
+/// Samples over which a [`Drive`] measures: 16 ms at 16 kHz.
+const DRIVE_SAMPLES: f32 = 256.0;
+/// A single draw counts as at most this, so that no draw can be beyond repair.
+const MOST_SQUARE: f32 = 1e4;
+/// A [`Drive`] makes what is drawn louder by at most this.
+const MOST_DRIVE: f32 = 1.5;
+/// And softer by at most this.
+const LEAST_DRIVE: f32 = 0.05;
+
+/// Holds the power of what is drawn around the forecast from the plan to the power that the plan implies.
+///
+/// Samples follow `forecast + innovation`. A model may weigh its widest component for as long as it likes, and a forecast that
+/// resonates turns that into bursts; with the innovations' mean square held to the planned one, the output has the planned
+/// level whatever the model does. The measured power is that of the draws as they came, so nothing feeds back.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Drive {
+    /// Mean of (innovation / planned)^2 over the last samples.
+    mean_square: f32,
+}
+
+impl Default for Drive {
+    fn default() -> Self {
+        Self { mean_square: 1.0 }
+    }
+}
+
+impl Drive {
+    /// The sample to play, in [-1, 1], where `drawn` came from the mixture: `planned_rms` is the innovation's root mean square
+    /// by plan, `grain` a factor on it.
+    pub fn hold(&mut self, drawn: f32, forecast: f32, planned_rms: f32, grain: f32) -> f32 {
+        let innovation = drawn - forecast;
+        let ratio = innovation / planned_rms;
+        self.mean_square += ((ratio * ratio).min(MOST_SQUARE) - self.mean_square) / DRIVE_SAMPLES;
+        let factor = (1.0 / self.mean_square.sqrt()).clamp(LEAST_DRIVE, MOST_DRIVE);
+        (forecast + innovation * factor * grain).clamp(-1.0, 1.0)
     }
 }
 
@@ -205,7 +245,7 @@ mod tests {
             for i in 0..n {
                 for j in 0..n {
                     let u = [(i as f32 + 0.5) / n as f32, (j as f32 + 0.5) / n as f32];
-                    counts[usize::from(m.sample(u, &all, &codec))] += 1.0 / f64::from(n * n);
+                    counts[usize::from(codec.encode(m.draw(u, &all)))] += 1.0 / f64::from(n * n);
                 }
             }
             let (mut drawn, mut expected, mut distance) = (0.0, 0.0, 0.0f64);
@@ -238,13 +278,35 @@ mod tests {
 
     #[test]
     fn past_zero_never_follows_the_forecast_from_the_past() {
-        let codec = Codec::default();
         let mut head = [0.0f32; 18];
         head[..3].fill(5.0);
         let m = mixture(&head);
-        let settings = WaveSampling { grain: 0.0, past: 0.0, offset: 1.0 };
+        let settings = WaveSampling { grain: 1.0, past: 0.0, offset: 1.0 };
         for i in 0..100 {
-            assert_eq!(m.sample([(i as f32 + 0.5) / 100.0, 0.3], &settings, &codec), codec.encode(-0.05));
+            assert_eq!(m.draw([(i as f32 + 0.5) / 100.0, 0.5], &settings), -0.05);
         }
+    }
+
+    #[test]
+    fn what_is_played_has_the_planned_power_whatever_is_drawn() {
+        let mut rng = crate::rng::Rng::new(2);
+        for loudness in [0.7, 1.0, 3.0, 15.0] {
+            let mut drive = Drive::default();
+            let mut power = 0.0;
+            for i in 0..20_000 {
+                let forecast = 0.3 * (i as f32 * 0.1).sin();
+                let innovation = drive.hold(forecast + loudness * 0.01 * rng.normal(), forecast, 0.01, 0.5) - forecast;
+                if i >= 1000 {
+                    power += f64::from(innovation * innovation) / 19_000.0;
+                }
+            }
+            assert!(
+                (power.sqrt() / 0.005 - 1.0).abs() < 0.03,
+                "draws of {loudness} times the plan's: {}",
+                power.sqrt()
+            );
+        }
+        let held = Drive::default().hold(f32::MAX, 0.5, 1e-4, 1.0);
+        assert!((-1.0..=1.0).contains(&held), "{held}");
     }
 }

@@ -90,9 +90,6 @@ pub struct SamplingArgs {
     /// How it sounds: weight of the learned correction, 0 to 1 [default: the model's]
     #[arg(long, value_parser = share)]
     pub offset: Option<f32>,
-    /// How it sounds: do not hold the level to what the plan asks for
-    #[arg(long)]
-    pub free_level: bool,
 }
 
 impl SamplingArgs {
@@ -102,7 +99,6 @@ impl SamplingArgs {
         Options {
             seed: self.seed,
             stream: 0,
-            free_level: self.free_level,
             plan: PlanSampling { temperature, top_k, top_p, min_p },
             wave: GenerationSettings {
                 grain: self.grain.unwrap_or(own.grain),

@@ -11,7 +11,7 @@ use super::state::{Counters, SavedCache, SavedStream, plan_cache, wave_cache};
 use super::{Engine, EngineError, UNIFORMS_PER_SAMPLE, check_tokens, expect, state_error};
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
-use crate::forecast::{PastForecast, PlannedForecast};
+use crate::forecast::{PLANNED, PastForecast, PlannedForecast};
 use crate::model::Model;
 use crate::model::block::KvCache;
 use crate::model::config::{GenerationSettings, ModelConfig};
@@ -20,7 +20,7 @@ use crate::model::features::{features, residual_code};
 use crate::model::head;
 use crate::model::wave_transformer::{PLAN_FRAMES, WaveState, WaveTransformer};
 use crate::plan::{PlanFrame, ResidualQuantizer, Spectrum};
-use crate::sampler::{LogitSampler, Mixture, PlanSampling, WaveSampling};
+use crate::sampler::{Drive, LogitSampler, Mixture, PlanSampling, WaveSampling};
 
 /// Plan frames of the prompt that the wave transformer reads: more than its attention windows hold.
 const WAVE_CONTEXT: usize = 32;
@@ -50,6 +50,7 @@ struct Stream {
     wave: WaveState,
     past: PastForecast,
     planned: PlannedForecast,
+    drive: Drive,
 }
 
 impl ReferenceEngine {
@@ -97,6 +98,7 @@ impl Stream {
             wave: model.wave.new_state(silent_bands)?,
             past: PastForecast::new(&config.forecast).map_err(state_error)?,
             planned: PlannedForecast::new(&config.forecast).map_err(state_error)?,
+            drive: Drive::default(),
         })
     }
 }
@@ -200,9 +202,11 @@ impl Engine for ReferenceEngine {
                 let (features, past_code) = features(forecasts, log_scale, codec);
                 let head = model.wave.step(&mut stream.wave, &features, past_code)?;
                 mixture.set(&head, forecasts, log_scale, codec);
-                *token = mixture.sample([uniforms[0], uniforms[1]], wave_sampling, codec);
-                let sample = codec.decode(*token);
-                stream.past.push(sample);
+                let drawn = mixture.draw([uniforms[0], uniforms[1]], wave_sampling);
+                let rms = stream.planned.residual_rms();
+                let sample = stream.drive.hold(drawn, forecasts[PLANNED], rms, wave_sampling.grain);
+                *token = codec.encode(sample);
+                stream.past.push(codec.decode(*token));
                 stream.planned.push(sample);
                 WaveTransformer::push(&mut stream.wave, *token, residual_code(*token, past_code, codec));
             }
@@ -244,7 +248,7 @@ impl Engine for ReferenceEngine {
     }
 
     fn save(&self) -> Result<Vec<u8>, EngineError> {
-        let Stream { plan_caches, plan_pos, plan_hidden, wave, past, planned } = &self.stream;
+        let Stream { plan_caches, plan_pos, plan_hidden, wave, past, planned, drive } = &self.stream;
         let mut caches = BTreeMap::new();
         for (i, cache) in plan_caches.iter().enumerate() {
             caches.insert(plan_cache(i), saved_cache(cache)?);
@@ -263,6 +267,7 @@ impl Engine for ReferenceEngine {
             plan: wave.plan.clone(),
             past: past.clone(),
             planned: planned.clone(),
+            drive: *drive,
         };
         SavedStream { counters, hidden, caches }.to_bytes()
     }
@@ -288,11 +293,11 @@ impl Engine for ReferenceEngine {
             let dim = hidden.len();
             stream.plan_hidden = Some(Tensor::from_vec(hidden, (1, 1, dim), &Device::Cpu)?);
         }
-        let Counters { plan_pos, n, tokens, residual_code, plan, past, planned } = saved.counters;
+        let Counters { plan_pos, n, tokens, residual_code, plan, past, planned, drive } = saved.counters;
         stream.plan_pos = plan_pos;
         let wave = &mut stream.wave;
         (wave.n, wave.tokens, wave.residual_code, wave.plan) = (n, tokens, residual_code, plan);
-        (stream.past, stream.planned) = (past, planned);
+        (stream.past, stream.planned, stream.drive) = (past, planned, drive);
         self.stream = stream;
         Ok(())
     }

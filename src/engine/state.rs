@@ -10,6 +10,7 @@ use crate::codec::Token;
 use crate::forecast::{PastForecast, PlannedForecast};
 use crate::model::config::ModelConfig;
 use crate::model::wave_transformer::PLAN_FRAMES;
+use crate::sampler::Drive;
 
 /// Names inside a saved state.
 const HIDDEN: &str = "plan.hidden";
@@ -39,6 +40,7 @@ pub struct Counters {
     pub plan: Vec<Vec<f32>>,
     pub past: PastForecast,
     pub planned: PlannedForecast,
+    pub drive: Drive,
 }
 
 /// Keys and values of one block; the position p lies in slot p mod window.

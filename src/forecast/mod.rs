@@ -17,6 +17,9 @@ pub use lpc::{Prediction, autocorrelation, levinson};
 pub use past::PastForecast;
 pub use planned::PlannedForecast;
 
+/// Place of the forecast from the plan where both are listed: `[past, planned]`.
+pub const PLANNED: usize = 1;
+
 /// What the forecasts are computed from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]

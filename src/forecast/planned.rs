@@ -73,6 +73,11 @@ impl PlannedForecast {
         self.log_scale
     }
 
+    /// Root mean square of the residual that the frame implies.
+    pub fn residual_rms(&self) -> f32 {
+        self.log_scale.exp() / MEAN_TO_RMS as f32
+    }
+
     /// What the next sample was.
     pub fn push(&mut self, sample: f32) {
         self.history.push(sample);

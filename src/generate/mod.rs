@@ -6,7 +6,6 @@
 //! Uniforms are drawn by (seed, stream, kind, t) with t counted from the join, so the same seed gives the same bytes.
 
 mod extrapolate;
-mod leveller;
 mod prompt;
 mod seam;
 
@@ -15,12 +14,11 @@ use std::ops::ControlFlow;
 use crate::audio::AudioError;
 use crate::codec::Token;
 use crate::engine::{Engine, EngineError, UNIFORMS_PER_SAMPLE};
-use crate::plan::{PlanFrame, Spectrum};
+use crate::plan::PlanFrame;
 use crate::rng::{Kind, uniform};
 use crate::sampler::{PlanSampling, WaveSampling};
 use crate::sink::Sink;
 
-use leveller::Leveller;
 pub use prompt::{CONTEXT_S, Prompt};
 pub use seam::{Seam, SeamReport};
 
@@ -52,15 +50,12 @@ pub struct Options {
     pub plan: PlanSampling,
     /// How samples are drawn.
     pub wave: WaveSampling,
-    /// Let the level go where the model takes it, instead of holding it to the plan's.
-    pub free_level: bool,
 }
 
 /// Draws uniforms and drives an engine, one plan frame at a time.
 pub struct Generator<'e> {
     engine: &'e mut dyn Engine,
     options: Options,
-    leveller: Leveller,
     n_frames: u64,
     plan: PlanFrame,
     tokens: Vec<Token>,
@@ -74,11 +69,8 @@ impl<'e> Generator<'e> {
     pub fn new(engine: &'e mut dyn Engine, options: &Options, context: &[Token]) -> Result<Self, EngineError> {
         engine.prefill(context)?;
         let config = engine.config();
-        let spectrum = Spectrum::new(config.codec.sample_rate, &config.plan)?;
-        let recent = &context[context.len().saturating_sub(spectrum.window_len())..];
-        let leveller = Leveller::new(spectrum, &config.codec.decode_all(recent));
         let tokens = vec![0; config.plan.hop];
-        Ok(Self { engine, options: *options, leveller, n_frames: 0, plan: PlanFrame::default(), tokens })
+        Ok(Self { engine, options: *options, n_frames: 0, plan: PlanFrame::default(), tokens })
     }
 
     /// The next plan frame and its `hop` tokens. `given`: bands to play instead of the engine's own choice, `[n_bands]`.
@@ -86,23 +78,19 @@ impl<'e> Generator<'e> {
     /// # Errors
     /// The engine's own.
     pub fn next_frame(&mut self, given: Option<&[f32]>) -> Result<(&PlanFrame, &[Token]), EngineError> {
-        let (Options { seed, stream, plan, mut wave, free_level }, frame) = (self.options, self.n_frames);
+        let (Options { seed, stream, plan, wave }, frame) = (self.options, self.n_frames);
         let draws = |kind, n: usize| -> Vec<f32> {
             let first = frame * n as u64;
             (first..first + n as u64).map(|t| uniform(seed, stream, kind, t)).collect()
         };
         let plan_uniforms = draws(Kind::Plan, self.engine.config().plan.n_codebooks);
         let wave_uniforms = draws(Kind::Wave, self.tokens.len() * UNIFORMS_PER_SAMPLE);
-        if !free_level {
-            wave.grain *= self.leveller.factor();
-        }
         self.engine.set_sampling(plan, wave);
         match given {
             Some(bands) => self.plan = PlanFrame { tokens: Vec::new(), bands: bands.to_vec() },
             None => self.engine.next_plan(&plan_uniforms, &mut self.plan)?,
         }
         self.engine.render(&self.plan, &wave_uniforms, &mut self.tokens)?;
-        self.leveller.heard(&self.plan.bands, &self.engine.config().codec.decode_all(&self.tokens))?;
         self.n_frames += 1;
         Ok((&self.plan, &self.tokens))
     }

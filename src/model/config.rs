@@ -221,7 +221,7 @@ fn check_heads(what: &str, dim: usize, n_heads: usize) -> Result<(), ConfigError
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GenerationSettings {
-    /// Factor on the scales of the mixture's components.
+    /// Factor on what is added to the forecast, whose power the plan gives.
     pub grain: f32,
     /// Factor on the weights of the components around the forecast from the past.
     pub past: f32,
@@ -231,7 +231,7 @@ pub struct GenerationSettings {
 
 impl Default for GenerationSettings {
     fn default() -> Self {
-        Self { grain: 0.8, past: 0.0, offset: 0.5 }
+        Self { grain: 1.0, past: 0.0, offset: 0.0 }
     }
 }
 

@@ -18,11 +18,11 @@ use super::state::{Counters, SavedStream, plan_cache, wave_cache};
 use super::{Engine, EngineError, UNIFORMS_PER_SAMPLE, check_tokens, expect, state_error};
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
-use crate::forecast::{PastForecast, PlannedForecast};
+use crate::forecast::{PLANNED, PastForecast, PlannedForecast};
 use crate::model::config::{GenerationSettings, ModelConfig};
 use crate::model::features::{features, residual_code};
 use crate::plan::{PlanFrame, ResidualQuantizer, Spectrum};
-use crate::sampler::{LogitSampler, Mixture, PlanSampling, WaveSampling};
+use crate::sampler::{Drive, LogitSampler, Mixture, PlanSampling, WaveSampling};
 use crate::simd::{Isa, Kernels};
 use linear::Source;
 use plan::{PlanState, PlanTransformer, PlanWork};
@@ -71,6 +71,7 @@ struct Stream {
     wave: WaveState,
     past: PastForecast,
     planned: PlannedForecast,
+    drive: Drive,
 }
 
 /// Room for a step, and nothing that lasts.
@@ -98,6 +99,7 @@ pub struct CpuEngine {
 struct Lane<'a> {
     past: &'a mut PastForecast,
     planned: &'a mut PlannedForecast,
+    drive: &'a mut Drive,
     sampling: &'a WaveSampling,
     uniforms: &'a [f32],
     out: &'a mut [Token],
@@ -173,9 +175,9 @@ impl CpuEngine {
 
     fn render_samples(&mut self, uniforms: &[f32], out: &mut [Token]) {
         let Self { weights, wave_sampling: sampling, stream, work, .. } = self;
-        let Stream { wave, past, planned, .. } = stream;
+        let Stream { wave, past, planned, drive, .. } = stream;
         let mut steps = [Step::new(wave)];
-        weights.render(&mut [Lane { past, planned, sampling, uniforms, out }], &mut steps, work);
+        weights.render(&mut [Lane { past, planned, drive, sampling, uniforms, out }], &mut steps, work);
     }
 
     /// [`Engine::render`] for several streams over the same weights in lockstep, each weight read once for all of them.
@@ -208,9 +210,9 @@ impl CpuEngine {
             .zip(uniforms)
             .zip(out)
             .map(|((engine, uniforms), out)| {
-                let CpuEngine { wave_sampling: sampling, stream: Stream { wave, past, planned, .. }, .. } =
+                let CpuEngine { wave_sampling: sampling, stream: Stream { wave, past, planned, drive, .. }, .. } =
                     &mut **engine;
-                (Lane { past, planned, sampling, uniforms, out }, Step::new(wave))
+                (Lane { past, planned, drive, sampling, uniforms, out }, Step::new(wave))
             })
             .unzip();
         weights.render(&mut lanes, &mut steps, &mut work);
@@ -230,6 +232,7 @@ impl Stream {
             wave: weights.wave.new_state(&weights.spectrum.silent_frame()),
             past: PastForecast::new(forecast).map_err(state_error)?.with_kernels(weights.kernels),
             planned: PlannedForecast::new(forecast).map_err(state_error)?.with_kernels(weights.kernels),
+            drive: Drive::default(),
         })
     }
 
@@ -265,9 +268,11 @@ impl Weights {
             for ((lane, step), head) in lanes.iter_mut().zip(&mut *steps).zip(work.head.chunks_exact(head_dim)) {
                 work.mixture.set(head, step.forecasts, lane.planned.log_scale(), codec);
                 let uniforms = [lane.uniforms[UNIFORMS_PER_SAMPLE * t], lane.uniforms[UNIFORMS_PER_SAMPLE * t + 1]];
-                let token = work.mixture.sample(uniforms, lane.sampling, codec);
-                let sample = codec.decode(token);
-                lane.past.push(sample);
+                let drawn = work.mixture.draw(uniforms, lane.sampling);
+                let (rms, grain) = (lane.planned.residual_rms(), lane.sampling.grain);
+                let sample = lane.drive.hold(drawn, step.forecasts[PLANNED], rms, grain);
+                let token = codec.encode(sample);
+                lane.past.push(codec.decode(token));
                 lane.planned.push(sample);
                 step.state.push(token, residual_code(token, step.past_code, codec));
                 lane.out[t] = token;
@@ -452,7 +457,7 @@ impl Engine for CpuEngine {
     }
 
     fn save(&self) -> Result<Vec<u8>, EngineError> {
-        let Stream { plan, wave, past, planned } = &self.stream;
+        let Stream { plan, wave, past, planned, drive } = &self.stream;
         let mut caches: BTreeMap<_, _> = plan.stack.save().enumerate().map(|(i, c)| (plan_cache(i), c)).collect();
         for (i, stack) in wave.stacks.iter().enumerate() {
             caches.extend(stack.save().enumerate().map(|(j, c)| (wave_cache(i, j), c)));
@@ -465,6 +470,7 @@ impl Engine for CpuEngine {
             plan: wave.plan.clone(),
             past: past.clone(),
             planned: planned.clone(),
+            drive: *drive,
         };
         SavedStream { counters, hidden: (plan.pos > 0).then(|| plan.hidden.clone()), caches }.to_bytes()
     }
@@ -473,7 +479,7 @@ impl Engine for CpuEngine {
         let Self { weights, .. } = &*self;
         let saved = SavedStream::from_bytes(state, &weights.config, weights.spectrum.n_bands())?;
         let mut stream = Stream::new(weights)?;
-        let Counters { plan_pos, n, tokens, residual_code, plan, past, planned } = saved.counters;
+        let Counters { plan_pos, n, tokens, residual_code, plan, past, planned, drive } = saved.counters;
         let n_blocks = weights.config.plan_transformer.n_layers;
         stream.plan.stack.restore((0..n_blocks).filter_map(|i| saved.caches.get(&plan_cache(i))));
         for (i, (stack, tier)) in stream.wave.stacks.iter_mut().zip(&weights.config.wave_transformer.tiers).enumerate()
@@ -488,6 +494,7 @@ impl Engine for CpuEngine {
         (wave.n, wave.tokens, wave.residual_code, wave.plan) = (n, tokens, residual_code, plan);
         stream.past = past.with_kernels(weights.kernels);
         stream.planned = planned.with_kernels(weights.kernels);
+        stream.drive = drive;
         self.stream = stream;
         Ok(())
     }
