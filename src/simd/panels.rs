@@ -4,6 +4,8 @@
 pub const LANES: usize = 16;
 /// Most vectors of [`LANES`] outputs in a panel: as many sums as fit in registers.
 pub const MAX_VECTORS: usize = 6;
+/// Adding and subtracting this rounds to a whole number (ties to even) when |x| < 2^22.
+pub(super) const ROUNDING: f32 = 12_582_912.0;
 /// Inputs that one integer instruction takes at a time.
 const GROUP: usize = 4;
 
@@ -105,7 +107,7 @@ impl PanelsI8 {
             for (k, row) in weights.chunks_exact(n_out).enumerate() {
                 let group = &mut lines[panel.at + k / GROUP * panel.vectors..][..panel.vectors];
                 for j in panel.first..end {
-                    let rounded = (row[j] * factors[j]).round_ties_even() as i8;
+                    let rounded = (row[j] * factors[j] + ROUNDING - ROUNDING) as i8;
                     let lane = j - panel.first;
                     group[lane / LANES].0[lane % LANES * GROUP + k % GROUP] = rounded;
                     offsets[j] -= 128 * i32::from(rounded);

@@ -3,11 +3,9 @@
 //! Sums run in [`LANES`] interleaved lanes, multiplications and additions are separate (never fused), integers are exact:
 //! so compiling these functions for wider registers changes speed and not one bit of the result.
 
-use super::panels::{LANES, LineF32, MAX_VECTORS, PanelsF32, PanelsI8};
+use super::panels::{LANES, LineF32, MAX_VECTORS, PanelsF32, PanelsI8, ROUNDING};
 use crate::dot::dot;
 
-/// Adding and subtracting this rounds to a whole number (ties to even) when |x| < 2^22.
-const ROUNDING: f32 = 12_582_912.0;
 const LN_2_HIGH: f32 = 0.693_359_4;
 const LN_2_LOW: f32 = -2.121_944_4e-4;
 /// Score of a slot that holds no position.

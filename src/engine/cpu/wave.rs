@@ -109,7 +109,7 @@ impl WaveTransformer {
             tiers.push(Tier {
                 hop: tier.hop,
                 seen: if tier.hop > 1 { tier.hop } else { wave.taps },
-                input: source.exact("input", None)?,
+                input: source.linear("input", None)?,
                 plan_in: source.exact("plan_in", None)?,
                 stack: Stack::new(&source, shape)?,
                 down: if i + 1 < wave.tiers.len() { Some(source.linear("down", None)?) } else { None },
@@ -134,7 +134,7 @@ impl WaveTransformer {
             head: source.exact("head", Some("norm"))?,
             shortcut: [
                 source.exact("shortcut.0", None)?,
-                source.exact("shortcut.1", None)?,
+                source.linear("shortcut.1", None)?,
                 source.exact("shortcut.2", None)?,
             ],
             config: wave,
