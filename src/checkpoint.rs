@@ -4,7 +4,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 use ndarray::{ArrayD, IxDyn};
+use rayon::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use crate::model::Model;
@@ -92,16 +95,17 @@ impl Checkpoint {
         let generation =
             serde_json::from_str(field("generation")).map_err(|e| damaged(format!("its generation settings: {e}")))?;
         let notes = serde_json::from_str(field("notes")).map_err(|e| damaged(format!("its notes: {e}")))?;
-        let mut weights = BTreeMap::new();
-        for (name, view) in tensors.iter() {
-            let values = decode(&view).ok_or_else(|| damaged(format!("tensor '{name}' is {:?}", view.dtype())))?;
-            let array = ArrayD::from_shape_vec(IxDyn(view.shape()), values)
-                .map_err(|e| damaged(format!("tensor '{name}': {e}")))?;
-            if array.iter().any(|v| !v.is_finite()) {
+        let read = |(name, view): &(&str, TensorView)| {
+            let values = decode(view).ok_or_else(|| damaged(format!("tensor '{name}' is {:?}", view.dtype())))?;
+            if values.iter().any(|v| !v.is_finite()) {
                 return Err(damaged(format!("tensor '{name}' holds values that are not finite")));
             }
-            weights.insert(name.to_owned(), array);
-        }
+            let array = ArrayD::from_shape_vec(IxDyn(view.shape()), values)
+                .map_err(|e| damaged(format!("tensor '{name}': {e}")))?;
+            Ok(((*name).to_owned(), array))
+        };
+        let mut weights: BTreeMap<_, _> =
+            tensors.iter().collect::<Vec<_>>().par_iter().map(read).collect::<Result<_, CheckpointError>>()?;
         let mut take =
             |name: &str| weights.remove(name).ok_or_else(|| damaged(ParamsError::Missing(name.into()).to_string()));
         let shape = |e: ndarray::ShapeError| damaged(format!("codebooks: {e}"));
@@ -131,7 +135,7 @@ impl Checkpoint {
     pub fn model(&self) -> Result<Model, ParamsError> {
         let mut tensors = BTreeMap::new();
         for (name, array) in &self.weights {
-            let values: Vec<f32> = array.iter().copied().collect();
+            let values = array.as_standard_layout().into_owned().into_raw_vec_and_offset().0;
             tensors.insert(name.clone(), Tensor::from_vec(values, array.shape(), &Device::Cpu)?);
         }
         let mut params = Params::stored(tensors);
@@ -233,8 +237,13 @@ pub fn arrays<'a>(
 fn decode(view: &TensorView) -> Option<Vec<f32>> {
     let bytes = view.data();
     match view.dtype() {
-        Dtype::F32 => Some(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
-        Dtype::F16 => Some(bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect()),
+        Dtype::F32 => Some(bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect()),
+        Dtype::F16 => {
+            let halves: Vec<f16> = bytes.as_chunks::<2>().0.iter().map(|&b| f16::from_le_bytes(b)).collect();
+            let mut values = vec![0.0; halves.len()];
+            halves.convert_to_f32_slice(&mut values);
+            Some(values)
+        }
         _ => None,
     }
 }
