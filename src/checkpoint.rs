@@ -10,6 +10,7 @@ use ndarray::{ArrayD, IxDyn};
 use rayon::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
+use crate::atomic::write_whole;
 use crate::model::Model;
 use crate::model::config::{ConfigError, GenerationSettings, ModelConfig};
 use crate::model::params::{Params, ParamsError};
@@ -173,6 +174,28 @@ impl Checkpoint {
         write_whole(path, &bytes).map_err(io)
     }
 
+    /// What tells this model from every other: BLAKE3 over its configuration, codebooks and weights, in hexadecimal.
+    ///
+    /// Notes and generation settings are not part of it: they change nothing that a saved state depends on.
+    pub fn fingerprint(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        let mut add = |bytes: &[u8]| {
+            hasher.update(&(bytes.len() as u64).to_le_bytes());
+            hasher.update(bytes);
+        };
+        add(serde_json::to_string(&self.config).unwrap_or_default().as_bytes());
+        let mean = self.quantizer.mean.clone().into_dyn();
+        let books = self.quantizer.books.clone().into_dyn();
+        let all = self.weights.iter().map(|(name, array)| (name.as_str(), array));
+        for (name, array) in all.chain([(MEAN, &mean), (BOOKS, &books)]) {
+            add(name.as_bytes());
+            add(format!("{:?}", array.shape()).as_bytes());
+            let bytes: Vec<u8> = array.iter().flat_map(|v| v.to_le_bytes()).collect();
+            add(&bytes);
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+
     fn to_bytes(&self, precision: Precision) -> Result<Vec<u8>, safetensors::SafeTensorError> {
         let json = |value: serde_json::Result<String>| value.unwrap_or_default();
         let metadata = HashMap::from([
@@ -201,24 +224,6 @@ impl Checkpoint {
             .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
         safetensors::serialize(views, Some(metadata))
     }
-}
-
-/// Writes a file under a temporary name and renames it when it is whole: whatever happens meanwhile, `path` holds the old
-/// or the new content.
-pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let mut builder = tempfile::Builder::new();
-    // Temporary files are private by default; a model is as readable as any file of its owner.
-    #[cfg(unix)]
-    builder.permissions(<std::fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o666));
-    let mut file = builder.tempfile_in(directory)?;
-    std::io::Write::write_all(&mut file, bytes)?;
-    file.as_file().sync_all()?;
-    file.persist(path).map_err(|e| e.error)?;
-    Ok(())
 }
 
 /// Tensors as plain arrays.
@@ -315,6 +320,24 @@ mod tests {
         let bytes = tiny().to_bytes(Precision::F32).unwrap();
         let cut = Checkpoint::from_bytes(&bytes[..bytes.len() - 100], path).unwrap_err();
         assert!(message(&cut).starts_with("bent"), "{cut}");
+    }
+
+    #[test]
+    fn a_fingerprint_is_the_models_own_whatever_is_noted() {
+        let model = tiny();
+        let bytes = model.to_bytes(Precision::F32).unwrap();
+        let mut back = Checkpoint::from_bytes(&bytes, Path::new("same")).unwrap();
+        back.notes.insert("licence".into(), "CC0".into());
+        back.generation.grain = 0.5;
+        assert_eq!(back.fingerprint(), model.fingerprint());
+        let other = |change: &dyn Fn(&mut Checkpoint)| {
+            let mut model = tiny();
+            change(&mut model);
+            model.fingerprint()
+        };
+        assert_ne!(other(&|m| m.config.plan_transformer.n_heads = 1), model.fingerprint());
+        assert_ne!(other(&|m| m.quantizer.mean[3] += 1e-6), model.fingerprint());
+        assert_ne!(other(&|m| m.weights.get_mut("wave.head.bias").unwrap()[0] += 1e-6), model.fingerprint());
     }
 
     #[test]

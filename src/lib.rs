@@ -22,7 +22,7 @@
 //! | [`checkpoint`] | a safetensors file into a model and back |
 //! | [`engine`] | a prompt and uniforms into plan frames and tokens |
 //! | [`simd`] | the inner loops, for the machine's instruction set |
-//! | [`generate`] | a recording into its continuation: the loop, the prompt, the seam |
+//! | [`generate`] | a recording into its continuation: the loop, the prompt, the seam, sessions |
 //! | [`sink`] | where samples go: WAV file, pipe |
 //! | [`train`] | recordings into a checkpoint |
 //! | [`metrics`], [`baselines`] | samples and plans into figures; what a model must beat |
@@ -44,9 +44,9 @@
 #![deny(unsafe_code)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+pub(crate) mod atomic;
 pub mod audio;
 pub mod baselines;
-
 pub mod checkpoint;
 pub mod codec;
 pub(crate) mod dot;

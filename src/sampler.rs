@@ -6,7 +6,7 @@ use crate::codec::{Codec, Token};
 use crate::model::config::N_FORECASTS;
 
 /// How plan tokens are drawn. `1.0` temperature, `0` top-k, `1.0` top-p and `0.0` min-p change nothing.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PlanSampling {
     /// Divides the logits; 0 takes the likeliest token.
     pub temperature: f32,

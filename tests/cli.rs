@@ -38,12 +38,12 @@ impl Scene {
     }
 
     fn write_wav(&self, name: &str, channels: u16, samples: &[f32]) {
-        let spec = hound::WavSpec {
-            channels,
-            sample_rate: RATE,
-            bits_per_sample: 32,
-            sample_format: hound::SampleFormat::Float,
-        };
+        self.write_wav_at(name, RATE, channels, samples);
+    }
+
+    fn write_wav_at(&self, name: &str, sample_rate: u32, channels: u16, samples: &[f32]) {
+        let spec =
+            hound::WavSpec { channels, sample_rate, bits_per_sample: 32, sample_format: hound::SampleFormat::Float };
         let mut writer = hound::WavWriter::create(self.path(name), spec).unwrap();
         samples.iter().for_each(|&x| writer.write_sample(x).unwrap());
         writer.finalize().unwrap();
@@ -247,6 +247,112 @@ fn generate_plays_from_nothing() {
 }
 
 #[test]
+fn a_session_is_played_on_as_if_there_had_been_no_pause() {
+    let scene = Scene::new();
+    let play = |args: &[&str]| scene.play_on(args).assert().success().get_output().clone();
+    // At the model's rate, and stereo at another one.
+    for rate in [RATE, 44_100] {
+        scene.write_wav_at("in.wav", rate, 2, &scene.chord(2 * 3200));
+        let whole = ["continue", "in.wav", "--model", "tiny.safetensors", "--seconds", "0.2", "-o", "whole.wav"];
+        scene.wavegen(&whole).args(["--seed", "5", "--temperature", "0.9"]).assert().success();
+        play(&["in.wav", "-o", "a.wav", "--seed", "5", "--temperature", "0.9", "--save-session", "s.bin"]);
+        // The session beside what it wrote gives the whole; alone, what is new. The prompt is not needed.
+        std::fs::remove_file(scene.path("in.wav")).unwrap();
+        play(&["a.wav", "--resume", "s.bin", "-o", "b.wav"]);
+        play(&["--resume", "s.bin", "-o", "rest.wav"]);
+        let bytes = |name: &str| std::fs::read(scene.path(name)).unwrap();
+        assert!(bytes("whole.wav") == bytes("b.wav"), "{rate} Hz: the parts are not the whole");
+        let (spec, whole) = wav_data(&scene.path("whole.wav"));
+        let (rest_spec, rest) = wav_data(&scene.path("rest.wav"));
+        assert_eq!((rest_spec.sample_rate, rest_spec.channels), (spec.sample_rate, spec.channels));
+        assert_eq!(rest, whole[whole.len() - rest.len()..], "{rate} Hz");
+        assert_eq!(rest.len(), 2 * rate as usize / 10);
+        // Another seed from the same place; the default name lies beside the session.
+        play(&["--resume", "s.bin", "--seed", "6"]);
+        assert_ne!(wav_data(&scene.path("s.continued.wav")).1, rest);
+        for name in ["whole.wav", "a.wav", "b.wav", "rest.wav", "s.bin", "s.continued.wav"] {
+            std::fs::remove_file(scene.path(name)).unwrap();
+        }
+    }
+}
+
+#[test]
+fn generated_music_is_played_on_from_its_session() {
+    let scene = Scene::new();
+    let generate = |args: &[&str]| {
+        let mut command = scene.wavegen(&["generate", "--model", "tiny.safetensors"]);
+        command.args(args).assert().success();
+    };
+    generate(&["--seconds", "0.2", "-o", "whole.wav"]);
+    generate(&["--seconds", "0.1", "-o", "a.wav", "--save-session", "s.bin"]);
+    scene
+        .play_on(&["a.wav", "--resume", "s.bin", "-o", "b.wav"])
+        .assert()
+        .success()
+        .stderr(contains("0.10 s of prompt"));
+    assert!(std::fs::read(scene.path("whole.wav")).unwrap() == std::fs::read(scene.path("b.wav")).unwrap());
+}
+
+#[test]
+fn sessions_that_do_not_fit_are_refused() {
+    let scene = Scene::new();
+    scene.play_on(&["in.wav", "--save-session", "s.bin"]).assert().success().stderr(contains("--resume s.bin"));
+    let config = ModelConfig::preset("tiny").unwrap();
+    Checkpoint::untrained(config, 2).unwrap().save(&scene.path("other.safetensors"), Precision::F32).unwrap();
+    let other = ["continue", "--resume", "s.bin", "--model", "other.safetensors"];
+    scene.refuses(scene.wavegen(&other), 1, "s.bin: saved with model 'tiny'");
+    let whole = std::fs::read(scene.path("s.bin")).unwrap();
+    std::fs::write(scene.path("cut.bin"), &whole[..whole.len() - 9]).unwrap();
+    scene.refuses(scene.play_on(&["--resume", "cut.bin"]), 1, "cut.bin");
+    let mut bent = whole.clone();
+    bent[whole.len() - 9] ^= 4;
+    std::fs::write(scene.path("bent.bin"), bent).unwrap();
+    scene.refuses(scene.play_on(&["--resume", "bent.bin"]), 1, "bent.bin: damaged");
+    for name in ["tiny.safetensors", "in.wav", "missing.bin"] {
+        scene.refuses(scene.play_on(&["--resume", name, "-o", "out.wav"]), 1, name);
+    }
+    // Not the WAV that the session ended with.
+    scene.refuses(scene.play_on(&["in.wav", "--resume", "s.bin", "-o", "out.wav"]), 1, "in.wav: not the WAV");
+    scene.refuses(scene.play_on(&["--resume", "s.bin", "--format", "i16"]), 2, "--format");
+    scene.refuses(scene.play_on(&["in.wav", "-o", "out.wav", "--save-session", "s.bin"]), 1, "s.bin: already exists");
+    scene.refuses(scene.play_on(&["in.wav", "-o", "out.wav", "--save-session", "no/s.bin"]), 1, "no/s.bin");
+}
+
+#[test]
+fn takes_are_the_streams_of_a_seed() {
+    let scene = Scene::new();
+    let args = ["in.wav", "--takes", "3", "--seed", "4", "--save-session", "s.bin"];
+    scene.play_on(&args).assert().success().stderr(contains("in.continued.3.wav"));
+    let names: Vec<String> = (1..=3).map(|i| format!("in.continued.{i}.wav")).collect();
+    assert_eq!(scene.files(), [&names[..], &["in.wav", "s.1.bin", "s.2.bin", "s.3.bin"].map(String::from)].concat());
+    for (stream, name) in ["0", "1", "2"].into_iter().zip(&names) {
+        scene.play_on(&["in.wav", "--seed", "4", "--stream", stream, "--force", "-o", "one.wav"]).assert().success();
+        assert!(std::fs::read(scene.path("one.wav")).unwrap() == std::fs::read(scene.path(name)).unwrap(), "{name}");
+    }
+    // Takes of a session, and their sessions.
+    scene.play_on(&["--resume", "s.2.bin", "--takes", "2", "-o", "t.wav", "--force"]).assert().success();
+    scene.play_on(&["--resume", "s.2.bin", "-o", "one.wav", "--force"]).assert().success();
+    assert!(std::fs::read(scene.path("one.wav")).unwrap() == std::fs::read(scene.path("t.1.wav")).unwrap());
+    assert!(std::fs::read(scene.path("t.2.wav")).unwrap() != std::fs::read(scene.path("t.1.wav")).unwrap());
+    let output =
+        scene.play_on(&["in.wav", "--takes", "2", "--json", "-q", "--force"]).assert().success().get_output().clone();
+    let reports: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((reports[0]["stream"].as_u64(), reports[1]["stream"].as_u64()), (Some(0), Some(1)), "{reports}");
+    scene.refuses(scene.play_on(&["in.wav", "--takes", "2", "-o", "-"]), 2, "files");
+    scene.refuses(scene.play_on(&["in.wav", "--takes", "0"]), 2, "--takes");
+    scene.refuses(scene.play_on(&["in.wav", "--takes", "3"]), 1, "in.continued.1.wav");
+}
+
+#[test]
+fn the_number_of_threads_changes_nothing() {
+    let scene = Scene::new();
+    for (threads, output) in [("1", "a.wav"), ("3", "b.wav")] {
+        scene.play_on(&["in.wav", "--threads", threads, "-o", output]).assert().success();
+    }
+    assert!(std::fs::read(scene.path("a.wav")).unwrap() == std::fs::read(scene.path("b.wav")).unwrap());
+}
+
+#[test]
 fn tokens_go_to_a_file_and_come_back_as_audio() {
     let scene = Scene::new();
     let model = ["--model", "tiny.safetensors"];
@@ -316,6 +422,48 @@ fn help_shows_examples() {
 
 #[cfg(unix)]
 #[test]
+fn an_interrupt_among_takes_leaves_whole_files_only() {
+    let scene = Scene::new();
+    let mut child = Process::new(PROGRAM)
+        .current_dir(scene.directory.path())
+        .args([
+            "continue",
+            "in.wav",
+            "--model",
+            "tiny.safetensors",
+            "--seconds",
+            "3600",
+            "--takes",
+            "3",
+            "-o",
+            "out.wav",
+        ])
+        .args(["--save-session", "s.bin"])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_for_output(&scene);
+    Process::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(scene.files(), ["in.wav", "out.1.wav", "s.1.bin"]);
+    let before = wav_data(&scene.path("out.1.wav")).1;
+    // What was interrupted can be played on without a gap.
+    scene.play_on(&["out.1.wav", "--resume", "s.1.bin", "-o", "more.wav"]).assert().success();
+    let after = wav_data(&scene.path("more.wav")).1;
+    assert_eq!((after.len(), &after[..before.len()]), (before.len() + 2 * 1600, &before[..]));
+}
+
+/// Waits until the output's temporary file is there: Ctrl-C is being listened to.
+#[cfg(unix)]
+fn wait_for_output(scene: &Scene) {
+    let start = Instant::now();
+    while scene.files() == ["in.wav"] && start.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[cfg(unix)]
+#[test]
 fn an_interrupt_leaves_a_finished_wav_of_what_exists() {
     let scene = Scene::new();
     let mut child = Process::new(PROGRAM)
@@ -324,11 +472,7 @@ fn an_interrupt_leaves_a_finished_wav_of_what_exists() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    // The output's temporary file is there: Ctrl-C is being listened to.
-    let start = Instant::now();
-    while scene.files() == ["in.wav"] && start.elapsed() < Duration::from_secs(60) {
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_for_output(&scene);
     Process::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     let status = child.wait().unwrap();
     let mut stderr = String::new();

@@ -5,8 +5,9 @@ use std::ops::ControlFlow;
 use wavegen::audio::decode::decode_tail;
 use wavegen::audio::{AudioSource, Result, SampleFormat, WavFormat, WavPrompt};
 use wavegen::checkpoint::Checkpoint;
+use wavegen::engine::Engine;
 use wavegen::engine::reference::ReferenceEngine;
-use wavegen::generate::{CONTEXT_S, Options, Played, Prompt, play_on};
+use wavegen::generate::{CONTEXT_S, Options, Played, Player, Prompt, Recording, Session, SessionError};
 use wavegen::model::config::ModelConfig;
 use wavegen::sink::Sink;
 
@@ -49,12 +50,29 @@ fn play(prompt: &Prompt, seconds: f64, seed: u64, frames: usize) -> (Played, Vec
     let mut engine = ReferenceEngine::new(&checkpoint()).unwrap();
     let mut sink = Memory::default();
     let options = Options { seed, ..Options::default() };
+    let mut player = Player::new(&mut engine, prompt, &options).unwrap();
     let mut calls = 0;
-    let played = play_on(&mut engine, prompt, seconds, &options, &mut sink, &mut |_| {
+    let played = player.play(&mut engine, seconds, &mut sink, &mut |_| {
         calls += 1;
         if calls > frames { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     (played.unwrap(), sink.0)
+}
+
+/// Plays `seconds` more.
+fn play_more(player: &mut Player, engine: &mut dyn Engine, seconds: f64) -> Vec<f32> {
+    let mut sink = Memory::default();
+    player.play(engine, seconds, &mut sink, &mut |_| ControlFlow::Continue(())).unwrap();
+    sink.0
+}
+
+/// A continuation of 0.05 s, saved.
+fn session(prompt: &Prompt) -> (Vec<f32>, Session) {
+    let mut engine = ReferenceEngine::new(&checkpoint()).unwrap();
+    let mut player = Player::new(&mut engine, prompt, &Options::default()).unwrap();
+    let samples = play_more(&mut player, &mut engine, 0.05);
+    let format = WavFormat::new(prompt.sample_rate(), prompt.channels(), SampleFormat::I16);
+    (samples, Session::of(&player, &engine, Recording { format, n_frames: 1 }).unwrap())
 }
 
 #[test]
@@ -70,20 +88,104 @@ fn every_rate_and_channel_count_gets_exactly_the_frames_asked_for() {
 
 #[test]
 fn a_longer_continuation_begins_as_the_shorter_one() {
-    let prompt = prompt(16_000, 1, 2000);
-    let (_, short) = play(&prompt, 0.05, 3, usize::MAX);
-    let (_, long) = play(&prompt, 0.1, 3, usize::MAX);
-    assert_eq!(short, long[..short.len()]);
-    assert_ne!(short, play(&prompt, 0.05, 4, usize::MAX).1);
+    for (rate, channels) in [(16_000, 1), (44_100, 2)] {
+        let prompt = prompt(rate, channels, 4410);
+        let (_, short) = play(&prompt, 0.05, 3, usize::MAX);
+        let (_, long) = play(&prompt, 0.1, 3, usize::MAX);
+        assert_eq!(short, long[..short.len()], "{rate} Hz");
+        assert_ne!(short, play(&prompt, 0.05, 4, usize::MAX).1, "{rate} Hz");
+    }
 }
 
 #[test]
-fn an_interrupted_continuation_keeps_what_was_played() {
+fn a_session_in_a_file_goes_on_as_if_there_had_been_no_pause() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("session.bin");
+    for (rate, channels, n_frames) in [(16_000, 1, 2000), (44_100, 2, 4410), (8000, 6, 900)] {
+        let prompt = prompt(rate, channels, n_frames);
+        let (_, whole) = play(&prompt, 0.15, 0, usize::MAX);
+        let (mut samples, session) = session(&prompt);
+        session.save(&path, "the model").unwrap();
+        for _ in 0..2 {
+            let session = Session::load(&path, "the model").unwrap();
+            let mut engine = ReferenceEngine::new(&checkpoint()).unwrap();
+            let mut player = session.resume(&mut engine).unwrap();
+            samples.extend(play_more(&mut player, &mut engine, 0.05));
+            Session::of(&player, &engine, session.recording).unwrap().save(&path, "the model").unwrap();
+        }
+        assert!(samples == whole, "{rate} Hz, {channels} channels: the parts are not the whole");
+    }
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "temporary files are left");
+}
+
+#[test]
+fn takes_from_one_prefill_are_those_of_separate_runs() {
     let prompt = prompt(44_100, 2, 4410);
-    let (played, samples) = play(&prompt, 10.0, 0, 2);
-    // Two plan frames of 512 samples at 16 kHz.
+    let mut engine = ReferenceEngine::new(&checkpoint()).unwrap();
+    let player = Player::new(&mut engine, &prompt, &Options::default()).unwrap();
+    let format = WavFormat::new(44_100, 2, SampleFormat::I16);
+    let start = Session::of(&player, &engine, Recording { format, n_frames: 0 }).unwrap();
+    let mut takes = Vec::new();
+    for stream in 0..3 {
+        let options = Options { stream, ..Options::default() };
+        let mut player = start.resume(&mut engine).unwrap();
+        player.set_options(&options);
+        let samples = play_more(&mut player, &mut engine, 0.05);
+        let mut alone = ReferenceEngine::new(&checkpoint()).unwrap();
+        let mut player = Player::new(&mut alone, &prompt, &options).unwrap();
+        assert_eq!(samples, play_more(&mut player, &mut alone, 0.05), "stream {stream}");
+        assert!(!takes.contains(&samples), "stream {stream} is as one before it");
+        takes.push(samples);
+    }
+}
+
+#[test]
+fn another_model_a_damaged_file_and_no_session_are_refused_by_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("session.bin");
+    session(&prompt(16_000, 1, 700)).1.save(&path, "the model").unwrap();
+    let load = |bytes: &[u8], model: &str| {
+        std::fs::write(&path, bytes).unwrap();
+        let error = Session::load(&path, model).unwrap_err();
+        assert!(error.to_string().contains("session.bin"), "{error}");
+        error
+    };
+    let whole = std::fs::read(&path).unwrap();
+    assert!(matches!(load(&whole, "another"), SessionError::Model { ref name, .. } if name == "tiny"));
+    // A bit anywhere, be it in the header, the metadata or the state.
+    for at in (8..whole.len()).step_by(whole.len() / 60) {
+        let mut bent = whole.clone();
+        bent[at] ^= 1;
+        load(&bent, "the model");
+    }
+    for n in [0, 7, 100, whole.len() / 2, whole.len() - 1] {
+        load(&whole[..n], "the model");
+    }
+    load(b"RIFF....WAVE", "the model");
+    let model = directory.path().join("model.safetensors");
+    checkpoint().save(&model, wavegen::checkpoint::Precision::F32).unwrap();
+    assert!(matches!(load(&std::fs::read(model).unwrap(), "the model"), SessionError::Foreign { .. }));
+    std::fs::remove_file(&path).unwrap();
+    assert!(matches!(Session::load(&path, "the model"), Err(SessionError::Io { .. })));
+}
+
+#[test]
+fn a_session_does_not_fit_an_engine_of_other_sizes() {
+    let (_, session) = session(&prompt(16_000, 1, 700));
+    let mut config = ModelConfig::preset("tiny").unwrap();
+    config.plan.window = 1024;
+    let mut other = ReferenceEngine::new(&Checkpoint::untrained(config, 1).unwrap()).unwrap();
+    assert!(session.resume(&mut other).is_err());
+}
+
+#[test]
+fn an_interrupted_continuation_keeps_what_is_settled() {
+    let prompt = prompt(44_100, 2, 4410);
+    let (played, samples) = play(&prompt, 10.0, 0, 6);
+    // Six plan frames of 512 samples at 16 kHz, less what the resampler still holds: a chunk and half a filter.
     assert!(played.interrupted);
-    assert_eq!(played.n_frames, 2 * 512 * 44_100 / 16_000);
+    let all = 6 * 512 * 441 / 160;
+    assert!((all - 1920 * 441 / 160..=all).contains(&played.n_frames), "{}", played.n_frames);
     assert_eq!(samples.len() as u64, 2 * played.n_frames);
     let (played, samples) = play(&prompt, 10.0, 0, 0);
     assert!(samples.is_empty() && played.seam.is_none());

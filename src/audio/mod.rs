@@ -24,14 +24,16 @@ pub mod wav_writer;
 
 use std::io;
 
+use serde::{Deserialize, Serialize};
+
 pub use decode::{Decoder, Tail, decode_file, decode_tail};
-pub use resample::{StreamResampler, resample};
+pub use resample::{ResamplerState, StreamResampler, resample};
 pub use source::AudioSource;
 pub use wav::{SampleFormat, WavFormat, WavPrompt};
 pub use wav_writer::WavWriter;
 
 /// Audio held in memory.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Clip {
     /// Interleaved samples, nominally in [-1, 1]: `[n_frames, channels]`.
     pub samples: Vec<f32>,

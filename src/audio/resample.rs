@@ -2,6 +2,7 @@
 
 use rubato::audioadapter_buffers::direct::InterleavedSlice;
 use rubato::{Fft, FixedSync, Resampler, WindowFunction};
+use serde::{Deserialize, Serialize};
 
 use super::{AudioError, Result};
 
@@ -23,6 +24,8 @@ pub struct StreamResampler {
     to: u64,
     // f64, so that f32 samples come back as they were but for the last bit.
     pending: Vec<f64>,
+    // The chunk that `fft` took last: all that its memory holds, for [`Self::state`].
+    last: Vec<f64>,
     block: Vec<f64>,
     n_in: u64,
     n_out: u64,
@@ -44,7 +47,50 @@ impl StreamResampler {
         let fft = if from == to { None } else { Some(make_fft(from as usize, to as usize)?) };
         let skip = fft.as_ref().map_or(0, Resampler::output_delay);
         let block = vec![0.0; fft.as_ref().map_or(0, Resampler::output_frames_max)];
-        Ok(Self { fft, from: from.into(), to: to.into(), pending: Vec::new(), block, n_in: 0, n_out: 0, skip })
+        Ok(Self {
+            fft,
+            from: from.into(),
+            to: to.into(),
+            pending: Vec::new(),
+            last: Vec::new(),
+            block,
+            n_in: 0,
+            n_out: 0,
+            skip,
+        })
+    }
+
+    /// What [`Self::from_state`] goes on from, bit for bit.
+    pub fn state(&self) -> ResamplerState {
+        // All input was f32.
+        let samples = |values: &[f64]| values.iter().map(|&x| x as f32).collect();
+        ResamplerState {
+            from: self.from as u32,
+            to: self.to as u32,
+            last: samples(&self.last),
+            pending: samples(&self.pending),
+            n_in: self.n_in,
+            n_out: self.n_out,
+            skip: self.skip,
+        }
+    }
+
+    /// The resampler that a state was taken of.
+    ///
+    /// # Errors
+    /// A rate outside [`LOWEST_RATE`]..=[`HIGHEST_RATE`], or numbers that no resampler has.
+    pub fn from_state(state: &ResamplerState) -> Result<Self> {
+        let mut new = Self::new(state.from, state.to)?;
+        let chunk = new.fft.as_ref().map_or(1, Resampler::input_frames_next);
+        let last_fits = state.last.is_empty() || (new.fft.is_some() && state.last.len() == chunk);
+        if !last_fits || state.pending.len() >= chunk || state.skip > new.skip {
+            return Err(refused("its saved state does not hold together"));
+        }
+        // Overlap-add: the filter's tail over the last chunk is the whole memory.
+        new.push(&state.last, &mut Vec::new())?;
+        new.pending = state.pending.iter().map(|&x| f64::from(x)).collect();
+        (new.n_in, new.n_out, new.skip) = (state.n_in, state.n_out, state.skip);
+        Ok(new)
     }
 
     /// Takes more input and appends what output it settles to `out`.
@@ -66,6 +112,8 @@ impl StreamResampler {
             let capacity = self.block.len();
             let mut output = InterleavedSlice::new_mut(&mut self.block, 1, capacity).map_err(refused)?;
             let (used, made) = fft.process_into_buffer(&input, &mut output, None).map_err(refused)?;
+            self.last.clear();
+            self.last.extend_from_slice(&self.pending[done..done + used]);
             done += used;
             let dropped = self.skip.min(made);
             self.skip -= dropped;
@@ -92,6 +140,18 @@ impl StreamResampler {
         out.truncate(out.len() - (self.n_out - expected) as usize);
         Ok(())
     }
+}
+
+/// A [`StreamResampler`] as plain data.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ResamplerState {
+    from: u32,
+    to: u32,
+    last: Vec<f32>,
+    pending: Vec<f32>,
+    n_in: u64,
+    n_out: u64,
+    skip: usize,
 }
 
 fn make_fft(from: usize, to: usize) -> Result<Fft<f64>> {
@@ -209,6 +269,29 @@ mod tests {
                 }
                 stream.finish(&mut pieces).unwrap();
                 assert_eq!(whole, pieces, "{n} samples, {from} -> {to}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_restored_stream_goes_on_bit_for_bit_and_a_bent_state_is_refused() {
+        let samples: Vec<f32> = (0..9000).map(|i| (i as f32 * 0.1).sin()).collect();
+        for (from, to) in [(16000, 44100), (44100, 16000), (16000, 16000), (16000, 8000)] {
+            let whole = resample(&samples, from, to).unwrap();
+            for at in [0, 1, 1500, 5003] {
+                let mut out = Vec::new();
+                let mut stream = StreamResampler::new(from, to).unwrap();
+                stream.push(&samples[..at], &mut out).unwrap();
+                let state = stream.state();
+                let mut stream = StreamResampler::from_state(&state).unwrap();
+                assert_eq!(stream.state(), state, "{from} -> {to}, after {at}");
+                stream.push(&samples[at..], &mut out).unwrap();
+                stream.finish(&mut out).unwrap();
+                assert_eq!(out, whole, "{from} -> {to}, after {at}");
+                let bent = ResamplerState { pending: vec![0.0; 100_000], ..state.clone() };
+                assert!(StreamResampler::from_state(&bent).is_err());
+                let bent = ResamplerState { last: vec![0.0; 7], ..state };
+                assert!(StreamResampler::from_state(&bent).is_err());
             }
         }
     }

@@ -5,6 +5,8 @@ use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom, Take};
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 use super::{AudioError, AudioSource, Result};
 
 /// How one sample is stored in a WAV file; all are little-endian.
@@ -77,8 +79,9 @@ impl FromStr for SampleFormat {
     }
 }
 
-/// Rate, channels and sample format of a WAV, with the `fmt ` chunk that says so.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Rate, channels and sample format of a WAV, with the `fmt ` chunk that says so; saved as that chunk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Vec<u8>", into = "Vec<u8>")]
 pub struct WavFormat {
     /// Frames per second, Hz.
     pub sample_rate: u32,
@@ -160,6 +163,20 @@ impl WavFormat {
     /// A streaming header with the plainest `fmt ` chunk for these samples, which any reader understands.
     pub(super) fn plain_header(&self) -> Vec<u8> {
         header(&basic_chunk(self.sample_rate, self.channels, self.sample_format), None)
+    }
+}
+
+impl From<WavFormat> for Vec<u8> {
+    fn from(format: WavFormat) -> Self {
+        format.chunk
+    }
+}
+
+impl TryFrom<Vec<u8>> for WavFormat {
+    type Error = String;
+
+    fn try_from(chunk: Vec<u8>) -> std::result::Result<Self, String> {
+        Self::parse(chunk).ok_or_else(|| "no WAV format of linear PCM or float samples".into())
     }
 }
 

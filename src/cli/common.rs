@@ -12,7 +12,9 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use wavegen::audio::{AudioSource, Decoder, StreamResampler};
 use wavegen::checkpoint::Checkpoint;
-use wavegen::generate::{Options, Played, Progress, SeamReport};
+use wavegen::engine::Engine;
+use wavegen::engine::reference::ReferenceEngine;
+use wavegen::generate::{Options, Progress};
 use wavegen::model::config::GenerationSettings;
 use wavegen::sampler::PlanSampling;
 
@@ -66,21 +68,20 @@ impl ModelArgs {
 #[derive(Args)]
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArgs {
-    /// The same seed gives the same bytes
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
-    /// What is played: below 1 safer, above 1 bolder, 0 always the likeliest
-    #[arg(long, value_parser = factor, default_value_t = PlanSampling::default().temperature)]
-    pub temperature: f32,
-    /// What is played: only the K likeliest choices; 0 for all
-    #[arg(long, value_name = "K", default_value_t = PlanSampling::default().top_k)]
-    pub top_k: usize,
-    /// What is played: only the likeliest choices that hold this probability
-    #[arg(long, value_parser = share, default_value_t = PlanSampling::default().top_p)]
-    pub top_p: f32,
-    /// What is played: no choice less likely than this share of the likeliest
-    #[arg(long, value_parser = share, default_value_t = PlanSampling::default().min_p)]
-    pub min_p: f32,
+    #[arg(long, help = format!("The same seed gives the same bytes [default: {}]", Options::default().seed))]
+    pub seed: Option<u64>,
+    #[arg(long, value_parser = factor, help = plan_help(
+        "What is played: below 1 safer, above 1 bolder, 0 always the likeliest", |plan| plan.temperature))]
+    pub temperature: Option<f32>,
+    #[arg(long, value_name = "K", help = plan_help(
+        "What is played: only the K likeliest choices; 0 for all", |plan| plan.top_k))]
+    pub top_k: Option<usize>,
+    #[arg(long, value_parser = share, help = plan_help(
+        "What is played: only the likeliest choices that hold this probability", |plan| plan.top_p))]
+    pub top_p: Option<f32>,
+    #[arg(long, value_parser = share, help = plan_help(
+        "What is played: no choice less likely than this share of the likeliest", |plan| plan.min_p))]
+    pub min_p: Option<f32>,
     /// How it sounds: breath and noise, 0 for none, 1 as in the recordings [default: the model's]
     #[arg(long, value_parser = factor)]
     pub grain: Option<f32>,
@@ -92,20 +93,56 @@ pub struct SamplingArgs {
     pub offset: Option<f32>,
 }
 
+/// A line of help with the default of a plan setting, which stands only where no session has its own.
+fn plan_help<T: std::fmt::Display>(text: &str, default: impl Fn(&PlanSampling) -> T) -> String {
+    format!("{text} [default: {}]", default(&PlanSampling::default()))
+}
+
 impl SamplingArgs {
-    /// `own`: the model's settings, which stand where nothing else is asked for.
-    pub fn options(&self, own: GenerationSettings) -> Options {
-        let Self { temperature, top_k, top_p, min_p, .. } = *self;
+    /// `own`: what stands where nothing else is asked for.
+    pub fn options(&self, own: Options) -> Options {
         Options {
-            seed: self.seed,
-            stream: 0,
-            plan: PlanSampling { temperature, top_k, top_p, min_p },
+            seed: self.seed.unwrap_or(own.seed),
+            stream: own.stream,
+            plan: PlanSampling {
+                temperature: self.temperature.unwrap_or(own.plan.temperature),
+                top_k: self.top_k.unwrap_or(own.plan.top_k),
+                top_p: self.top_p.unwrap_or(own.plan.top_p),
+                min_p: self.min_p.unwrap_or(own.plan.min_p),
+            },
             wave: GenerationSettings {
-                grain: self.grain.unwrap_or(own.grain),
-                past: self.past.unwrap_or(own.past),
-                offset: self.offset.unwrap_or(own.offset),
+                grain: self.grain.unwrap_or(own.wave.grain),
+                past: self.past.unwrap_or(own.wave.past),
+                offset: self.offset.unwrap_or(own.wave.offset),
             },
         }
+    }
+}
+
+/// Which engine plays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum EngineKind {
+    /// candle, one step at a time: slow, and what the others are tested against
+    Reference,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Engine")]
+pub struct EngineArgs {
+    /// What computes the model
+    #[arg(long, value_enum, default_value = "reference")]
+    pub engine: EngineKind,
+    /// Most threads for reading the prompt [default: one per core]; the result does not depend on it
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+}
+
+impl EngineArgs {
+    /// A stream of the engine that was asked for.
+    pub fn open(&self, checkpoint: &Checkpoint) -> Result<Box<dyn Engine>> {
+        Ok(match self.engine {
+            EngineKind::Reference => Box::new(ReferenceEngine::new(checkpoint)?),
+        })
     }
 }
 
@@ -192,85 +229,10 @@ impl PlayBar {
         if interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 
-    /// Removes the bar; gives the seconds since the start.
-    pub fn finish(self) -> f64 {
+    /// Removes the bar.
+    pub fn finish(self) {
         self.bar.finish_and_clear();
-        self.start.elapsed().as_secs_f64()
     }
-}
-
-/// What `continue` and `generate` report.
-#[derive(Serialize)]
-pub struct PlayReport {
-    pub output: String,
-    pub sample_rate: u32,
-    pub channels: usize,
-    /// Seconds of the prompt in the output; 0 without.
-    pub prompt_s: f64,
-    /// Seconds played.
-    pub played_s: f64,
-    pub elapsed_s: f64,
-    pub x_real_time: f64,
-    pub interrupted: bool,
-    pub seed: u64,
-    pub seam: Option<SeamReport>,
-}
-
-impl PlayReport {
-    pub fn new(
-        output: &Path,
-        rate_and_channels: (u32, usize),
-        prompt_frames: u64,
-        played: &Played,
-        elapsed_s: f64,
-        seed: u64,
-    ) -> Self {
-        let (sample_rate, channels) = rate_and_channels;
-        let played_s = played.n_frames as f64 / f64::from(sample_rate);
-        Self {
-            output: output.display().to_string(),
-            sample_rate,
-            channels,
-            prompt_s: prompt_frames as f64 / f64::from(sample_rate),
-            played_s,
-            elapsed_s,
-            x_real_time: played_s / elapsed_s.max(1e-9),
-            interrupted: played.interrupted,
-            seed,
-            seam: played.seam,
-        }
-    }
-
-    /// Tells people, or machines.
-    pub fn tell(&self, talk: &Talk) -> Result<()> {
-        let to_pipe = is_pipe(Path::new(&self.output));
-        let name = if to_pipe { "standard output" } else { &self.output };
-        let before = if self.prompt_s > 0.0 { format!("{:.2} s of prompt + ", self.prompt_s) } else { String::new() };
-        let how = if self.interrupted { ", interrupted" } else { "" };
-        talk.note(&format!(
-            "{name}: {before}{:.2} s played in {:.1} s ({:.2} x real time){how}",
-            self.played_s, self.elapsed_s, self.x_real_time
-        ));
-        if let Some(seam) = &self.seam {
-            talk.note(&describe_seam(seam));
-        }
-        talk.json(self, to_pipe)
-    }
-}
-
-fn describe_seam(seam: &SeamReport) -> String {
-    let pair = |value: Option<f32>, own: Option<f32>, sign: bool| match (value, own) {
-        (Some(value), Some(own)) if sign => format!("{value:+.1} dB (inside the prompt {own:.1})"),
-        (Some(value), Some(own)) => format!("{value:.1} dB (inside the prompt {own:.1})"),
-        (Some(value), None) => format!("{value:.1} dB"),
-        (None, _) => "too short to tell".into(),
-    };
-    format!(
-        "join: step {:.1} x the prompt's rms step, level {}, spectrum {}",
-        seam.jump,
-        pair(seam.level_change_db, seam.own_level_change_db, true),
-        pair(seam.spectral_distance_db, seam.own_spectral_distance_db, false)
-    )
 }
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);

@@ -1,59 +1,67 @@
 //! `wavegen continue`: turns a recording into the same recording with more of it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use wavegen::audio::decode::decode_tail;
-use wavegen::audio::{AudioSource, Decoder, SampleFormat, WavFormat, WavPrompt};
-use wavegen::engine::reference::ReferenceEngine;
-use wavegen::generate::{CONTEXT_S, Prompt, play_on};
-use wavegen::sink;
+use wavegen::audio::{AudioSource, SampleFormat, WavFormat, WavPrompt};
+use wavegen::checkpoint::Checkpoint;
+use wavegen::generate::{CONTEXT_S, Prompt, Recording};
 
 use super::Outcome;
-use super::common::{
-    ModelArgs, PlayReport, SamplingArgs, Talk, Usage, catch_interrupt, output_path, report_damage, seconds,
-};
+use super::common::{Usage, output_path, report_damage};
+use super::play::{Before, PlayArgs, Start, load_session};
 
 /// Play a recording on: writes a WAV of the recording and what comes next
 ///
-/// The recording's part of the output keeps its rate, channels and samples; of a WAV it keeps every byte.
+/// The recording's part of the output keeps its rate, channels and samples; of a WAV it keeps every byte. A session that
+/// --save-session wrote is played on with --resume, bit for bit as if there had been no pause: alone it gives only what
+/// is new; beside the WAV that was written up to there, that WAV with what is new.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   wavegen continue song.wav                          writes song.continued.wav with 10 more seconds
   wavegen continue song.mp3 --seconds 30 -o long.wav
   wavegen continue song.wav --seed 7 --temperature 0.8 --force
+  wavegen continue song.wav --takes 4                four ways to go on: song.continued.1.wav and so on
+  wavegen continue song.wav -o a.wav --save-session s.bin
+  wavegen continue a.wav --resume s.bin -o b.wav     10 s more, as if a.wav had been 10 s longer
+  wavegen continue --resume s.bin -o rest.wav        only these 10 s
   cat song.flac | wavegen continue - | aplay         from pipe to pipe")]
 pub struct Args {
     /// Recording in any audio format; - for standard input
-    #[arg(value_name = "FILE")]
-    input: PathBuf,
-    /// How long to play on
-    #[arg(long, short, default_value = "10", value_parser = seconds)]
-    seconds: f64,
+    #[arg(value_name = "FILE", required_unless_present = "resume")]
+    input: Option<PathBuf>,
+    /// Play on from a session; its sampling settings stand where no others are given
+    #[arg(long, value_name = "SESSION")]
+    resume: Option<PathBuf>,
     /// Where the WAV goes, - for standard output [default: FILE.continued.wav beside the input]
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Overwrite an existing output
-    #[arg(long)]
-    force: bool,
     /// Sample format for a compressed recording: u8, i16, i24, i32, f32 or f64 [default: its own, or i16]
-    #[arg(long)]
+    #[arg(long, conflicts_with = "resume")]
     format: Option<SampleFormat>,
     #[command(flatten)]
-    model: ModelArgs,
-    #[command(flatten)]
-    sampling: SamplingArgs,
-    #[command(flatten)]
-    talk: Talk,
+    pub play: PlayArgs,
 }
 
 pub fn run(args: &Args) -> Result<Outcome> {
-    let talk = &args.talk;
-    let output = output_path(args.output.as_deref(), &args.input, "continued.wav")?;
-    let mut sink = sink::open(&output, args.force)?;
-    let source = AudioSource::open(&args.input)?;
-    let checkpoint = args.model.load()?;
+    let named = args.input.as_deref().or(args.resume.as_deref()).unwrap_or(Path::new("-"));
+    let output = output_path(args.output.as_deref(), named, "continued.wav")?;
+    let takes = args.play.open(&output)?;
+    let source = args.input.as_deref().map(AudioSource::open).transpose()?;
+    let checkpoint = args.play.model.load()?;
+    let (start, before, recording) = match (&args.resume, source) {
+        (Some(session), source) => resume(session, source, &checkpoint)?,
+        (None, Some(source)) => listen(args, source, &checkpoint)?,
+        (None, None) => return Err(Usage("give a recording, or a session with --resume; see --help".into()).into()),
+    };
+    args.play.play(&checkpoint, takes, start, &before, &recording)
+}
+
+/// The recording's end as a prompt.
+fn listen(args: &Args, source: AudioSource, checkpoint: &Checkpoint) -> Result<(Start, Before, Recording)> {
+    let talk = &args.play.talk;
     let wav = WavPrompt::open(&source)?;
     if let (Some(wav), Some(format)) = (&wav, args.format)
         && wav.format.sample_format != format
@@ -86,18 +94,32 @@ pub fn run(args: &Args) -> Result<Outcome> {
             WavFormat::new(prompt.sample_rate(), prompt.channels(), args.format.unwrap_or(own))
         }
     };
-    let mut engine = ReferenceEngine::new(&checkpoint)?;
-    let options = args.sampling.options(checkpoint.generation);
-    catch_interrupt()?;
-    sink.start(&format)?;
-    match &wav {
-        Some(wav) => sink.copy_prompt(wav)?,
-        None => sink.copy_decoded(&mut Decoder::from_source(&source)?)?,
+    let before = wav.map_or(Before::Decoded(source), Before::Wav);
+    Ok((Start::Prompt(prompt), before, Recording { format, n_frames: tail.total_frames }))
+}
+
+/// A saved session, and the WAV that it ended with if that is given.
+fn resume(path: &Path, source: Option<AudioSource>, checkpoint: &Checkpoint) -> Result<(Start, Before, Recording)> {
+    let session = load_session(path, checkpoint)?;
+    let mut recording = session.recording.clone();
+    let Some(source) = source else {
+        return Ok((Start::Session(session), Before::Nothing, recording));
+    };
+    let shape = |format: &WavFormat| (format.sample_rate, format.channels, format.sample_format);
+    match WavPrompt::open(&source)? {
+        Some(wav) if (wav.n_frames, shape(&wav.format)) == (recording.n_frames, shape(&recording.format)) => {
+            recording.format = wav.format.clone();
+            Ok((Start::Session(session), Before::Wav(wav), recording))
+        }
+        _ => {
+            let (rate, channels, format) = shape(&recording.format);
+            bail!(
+                "{}: not the WAV that the session {} goes on after, which has {} frames of {channels} {format} samples at \
+                 {rate} Hz; give that one, or leave it out to write only what is new",
+                source.name(),
+                path.display(),
+                recording.n_frames
+            )
+        }
     }
-    let bar = talk.play_bar();
-    let played = play_on(&mut engine, &prompt, args.seconds, &options, sink.as_mut(), &mut |p| bar.update(p))?;
-    sink.finish()?;
-    let shape = (prompt.sample_rate(), prompt.channels());
-    PlayReport::new(&output, shape, tail.total_frames, &played, bar.finish(), options.seed).tell(talk)?;
-    Ok(if played.interrupted { Outcome::Interrupted } else { Outcome::Done })
 }

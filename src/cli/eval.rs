@@ -7,6 +7,7 @@ use serde::Serialize;
 use wavegen::audio::level;
 use wavegen::checkpoint::Checkpoint;
 use wavegen::codec::Token;
+use wavegen::generate::Options;
 use wavegen::plan::Spectrum;
 
 use super::common::{ModelArgs, SamplingArgs, Talk, catch_interrupt, print, read_mono, seconds};
@@ -105,7 +106,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
             n_prompts: args.prompts as usize,
             prompt_frames: frames(args.prompt_seconds),
             frames: frames(args.seconds),
-            options: args.sampling.options(checkpoint.generation),
+            options: args.sampling.options(Options { wave: checkpoint.generation, ..Options::default() }),
             keep: args.keep.as_deref(),
         };
         let Some(result) = free_run::play_all(&checkpoint, &spectrum, &pieces, &setup, talk)? else {

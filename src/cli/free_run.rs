@@ -181,7 +181,7 @@ fn play(
             return Ok(None);
         }
         let bands = given.as_ref().map(|plan| plan.row(k).to_vec());
-        let (frame, tokens) = generator.next_frame(bands.as_deref())?;
+        let (frame, tokens) = generator.next_frame(&mut engine, bands.as_deref())?;
         planned.push_row(ArrayView1::from(&frame.bands))?;
         samples.extend(codec.decode_all(tokens));
         advance();

@@ -9,6 +9,7 @@ mod eval;
 mod free_run;
 mod generate;
 mod info;
+mod play;
 mod score;
 mod token_file;
 mod tokenize;
@@ -23,7 +24,7 @@ use common::Usage;
 /// Raw-audio waveform generation: a recording goes in, and it plays on.
 #[derive(Parser)]
 #[command(version, max_term_width = 100, after_help = EXAMPLES, arg_required_else_help = true)]
-struct Cli {
+pub struct Cli {
     #[command(subcommand)]
     command: Command,
 }
@@ -56,9 +57,26 @@ enum Outcome {
     Interrupted,
 }
 
-/// Runs the command that the process was started with.
-pub fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+impl Cli {
+    /// What the process was started with; ends it where that is no command.
+    pub fn of_process() -> Self {
+        Self::parse()
+    }
+
+    /// Most threads that the engine may use, if the user said.
+    pub fn threads(&self) -> Option<usize> {
+        let play = match &self.command {
+            Command::Continue(args) => &args.play,
+            Command::Generate(args) => &args.play,
+            _ => return None,
+        };
+        play.engine.threads.map(usize::from)
+    }
+}
+
+/// Runs the command.
+pub fn run(cli: Cli) -> ExitCode {
+    let result = match cli.command {
         Command::Continue(args) => r#continue::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Train(args) => train::run(&args),

@@ -1,14 +1,14 @@
 //! Turns model samples into frames at the prompt's own rate, channels and level, without a step at the join.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use crate::audio::{Clip, StreamResampler};
+use crate::audio::{Clip, ResamplerState, StreamResampler};
 use crate::metrics::{level_db, median, rms, spectral_distance_db};
 use crate::plan::{PlanConfig, Spectrum};
 
 use super::GenerateError;
 use super::extrapolate::extrapolate;
-use super::prompt::{Prompt, channel, filter_reach};
+use super::prompt::{Prompt, channel};
 
 /// Frames before the join from which the rest that the model does not hear is carried over it.
 const CARRIED: usize = 4096;
@@ -19,80 +19,156 @@ const FADE_S: f64 = 0.05;
 ///
 /// The resampler runs through the prompt first, so phase and level go on. What the prompt has and the model does not
 /// (treble above the model's band, the difference of the channels) rings on by linear prediction and fades out.
+///
+/// Every frame is settled by the samples around it, so frames come out a filter's length (some 0.1 s at common rates)
+/// after their samples, and are the same however many follow.
 pub struct Seam {
-    prompt: Prompt,
+    /// Factor from the recording's level to the model's.
+    gain: f32,
+    /// Factor from the downmix to each channel.
+    channel_gains: Vec<f32>,
+    /// The prompt's end at its own rate and channels.
+    tail: Clip,
     resampler: StreamResampler,
-    // Resampled and not yet written, as on the downmix; before the join its last CARRIED frames stay.
+    /// Resampled and not yet taken, as on the downmix; before the join its last [`CARRIED`] frames stay.
     made: Vec<f32>,
-    // Frames from the join to the start of `made`: negative before it.
+    /// Frames from the join to the start of `made`: negative before it.
     made_start: i64,
-    // Per channel, what rings on after the join; known when the join is reached.
+    /// Per channel, what rings on after the join; known when the join is reached.
     rests: Option<Vec<Vec<f32>>>,
-    // Latest model samples at the recording's level.
-    recent: Vec<f32>,
-    n_samples: u64,
-    n_frames: u64,
-    // The continuation's first frames, for the report.
+    /// The continuation's first frames, for the report.
     first_frames: Vec<f32>,
 }
 
+/// A [`Seam`] as plain data.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SeamState {
+    gain: f32,
+    channel_gains: Vec<f32>,
+    /// Empty once the join is made: what was before it is of no more use, and its report belongs to who made it.
+    tail: Clip,
+    resampler: ResamplerState,
+    made: Vec<f32>,
+    made_start: i64,
+    rests: Option<Vec<Vec<f32>>>,
+}
+
+impl SeamState {
+    fn holds_together(&self) -> bool {
+        let channels = self.tail.channels;
+        self.gain.is_normal()
+            && channels > 0
+            && self.channel_gains.len() == channels
+            && self.tail.samples.len().is_multiple_of(channels)
+            && match &self.rests {
+                Some(rests) => rests.len() == channels && self.made_start >= 0,
+                None => self.made_start <= 0 && self.made_start.unsigned_abs() <= self.tail.n_frames() as u64,
+            }
+    }
+}
+
 impl Seam {
-    /// A seam after `prompt` for `n_frames` frames of continuation.
+    /// A seam after `prompt`.
     ///
     /// # Errors
     /// A rate that cannot be resampled.
-    pub fn new(prompt: &Prompt, n_frames: u64) -> Result<Self, GenerateError> {
+    pub fn new(prompt: &Prompt) -> Result<Self, GenerateError> {
+        let Clip { samples, channels, sample_rate } = &prompt.tail;
         let mut seam = Self {
-            resampler: StreamResampler::new(prompt.model_rate, prompt.tail.sample_rate)?,
+            resampler: StreamResampler::new(prompt.model_rate, *sample_rate)?,
             made: Vec::new(),
             made_start: -(prompt.tail.n_frames() as i64),
             rests: None,
-            recent: prompt.mono[prompt.mono.len().saturating_sub(CARRIED)..].to_vec(),
-            n_samples: 0,
-            n_frames,
             first_frames: Vec::new(),
-            prompt: prompt.clone(),
+            gain: prompt.gain,
+            channel_gains: prompt.channel_gains.clone(),
+            tail: Clip {
+                samples: samples[samples.len().saturating_sub(own_frames(&prompt.tail) * channels)..].to_vec(),
+                ..prompt.tail
+            },
         };
         seam.resampler.push(&prompt.mono, &mut seam.made)?;
         seam.forget_distant();
         Ok(seam)
     }
 
-    /// Model samples that the whole continuation takes.
-    pub fn samples_needed(&self) -> u64 {
-        let (from, to) = (u64::from(self.prompt.model_rate), u64::from(self.prompt.tail.sample_rate));
-        let whole = ((self.prompt.tail.n_frames() as u64 + self.n_frames) * from).div_ceil(to);
-        whole - self.prompt.mono.len() as u64
+    /// What [`Self::from_state`] goes on from, bit for bit.
+    pub fn state(&self) -> SeamState {
+        let tail = match self.rests {
+            Some(_) => Clip { samples: Vec::new(), ..self.tail },
+            None => self.tail.clone(),
+        };
+        SeamState {
+            gain: self.gain,
+            channel_gains: self.channel_gains.clone(),
+            tail,
+            resampler: self.resampler.state(),
+            made: self.made.clone(),
+            made_start: self.made_start,
+            rests: self.rests.clone(),
+        }
     }
 
-    /// Takes samples as the model made them and appends the frames that they settle to `out`, interleaved.
+    /// The seam that a state was taken of; its report is left out where the join had been made before.
+    ///
+    /// # Errors
+    /// A state that does not hold together.
+    pub fn from_state(state: SeamState) -> Result<Self, GenerateError> {
+        if !state.holds_together() {
+            return Err(GenerateError::State);
+        }
+        let resampler = StreamResampler::from_state(&state.resampler)?;
+        let SeamState { gain, channel_gains, tail, made, made_start, rests, .. } = state;
+        Ok(Self { gain, channel_gains, tail, resampler, made, made_start, rests, first_frames: Vec::new() })
+    }
+
+    /// Frames per second of the recording and its continuation, Hz.
+    pub fn sample_rate(&self) -> u32 {
+        self.tail.sample_rate
+    }
+
+    /// Channels of the recording and its continuation.
+    pub fn channels(&self) -> usize {
+        self.tail.channels
+    }
+
+    /// Takes samples as the model made them.
     ///
     /// # Errors
     /// The resampler's own.
-    pub fn push(&mut self, samples: &[f32], out: &mut Vec<f32>) -> Result<(), GenerateError> {
-        let scaled: Vec<f32> = samples.iter().map(|x| x / self.prompt.gain).collect();
-        self.n_samples += samples.len() as u64;
-        self.recent.extend_from_slice(&scaled);
-        self.recent.drain(..self.recent.len().saturating_sub(CARRIED));
-        self.resampler.push(&scaled, &mut self.made)?;
-        self.emit(out);
-        Ok(())
+    pub fn push(&mut self, samples: &[f32]) -> Result<(), GenerateError> {
+        let scaled: Vec<f32> = samples.iter().map(|x| x / self.gain).collect();
+        Ok(self.resampler.push(&scaled, &mut self.made)?)
     }
 
-    /// Ends the continuation, where what was pushed ends or at the end asked for, and looks back at the join.
-    ///
-    /// # Errors
-    /// The resampler's own.
-    pub fn finish(mut self, out: &mut Vec<f32>) -> Result<Option<SeamReport>, GenerateError> {
-        let (from, to) = (u64::from(self.prompt.model_rate), u64::from(self.prompt.tail.sample_rate));
-        let covered = (self.prompt.mono.len() as u64 + self.n_samples) * to / from;
-        self.n_frames = self.n_frames.min(covered.saturating_sub(self.prompt.tail.n_frames() as u64));
-        let beyond = extrapolate(&self.recent, filter_reach(self.prompt.model_rate, self.prompt.tail.sample_rate));
-        self.resampler.push(&beyond, &mut self.made)?;
-        let idle = StreamResampler::new(self.prompt.model_rate, self.prompt.model_rate)?;
-        std::mem::replace(&mut self.resampler, idle).finish(&mut self.made)?;
-        self.emit(out);
-        Ok(SeamReport::measure(&self.prompt.tail, &self.first_frames))
+    /// Appends the next settled frames, at most `most`, to `out`, interleaved; gives their number.
+    pub fn take(&mut self, most: u64, out: &mut Vec<f32>) -> u64 {
+        self.forget_distant();
+        if self.made_start + (self.made.len() as i64) <= 0 {
+            return 0;
+        }
+        if self.rests.is_none() {
+            let before: Vec<f32> = self.made.drain(..self.made_start.unsigned_abs() as usize).collect();
+            self.made_start = 0;
+            self.rests = Some(self.rests_after(&before));
+        }
+        let rests = self.rests.as_deref().unwrap_or_default();
+        let n = self.made.len().min(usize::try_from(most).unwrap_or(usize::MAX));
+        let first = out.len();
+        for (at, x) in (self.made_start as usize..).zip(self.made.drain(..n)) {
+            let channels = self.channel_gains.iter().zip(rests);
+            out.extend(channels.map(|(gain, rest)| gain * x + rest.get(at).copied().unwrap_or(0.0)));
+        }
+        self.made_start += n as i64;
+        let enough = 2 * level_frames(&self.tail) * self.tail.channels;
+        let missing = enough.saturating_sub(self.first_frames.len());
+        self.first_frames.extend(out[first..].iter().take(missing));
+        n as u64
+    }
+
+    /// What the join sounds like, as far as it has been taken.
+    pub fn report(&self) -> Option<SeamReport> {
+        SeamReport::measure(&self.tail, &self.first_frames)
     }
 
     /// Before the join only the last frames of the resampled prompt are of use.
@@ -103,34 +179,9 @@ impl Seam {
         self.made_start += distant as i64;
     }
 
-    fn emit(&mut self, out: &mut Vec<f32>) {
-        self.forget_distant();
-        if self.made_start + (self.made.len() as i64) <= 0 {
-            return;
-        }
-        if self.rests.is_none() {
-            let before: Vec<f32> = self.made.drain(..self.made_start.unsigned_abs() as usize).collect();
-            self.made_start = 0;
-            self.rests = Some(self.rests_after(&before));
-        }
-        let rests = self.rests.as_deref().unwrap_or_default();
-        let written = self.made_start as u64;
-        let n = self.made.len().min(self.n_frames.saturating_sub(written) as usize);
-        let first = out.len();
-        for (at, &x) in (written as usize..).zip(&self.made[..n]) {
-            let channels = self.prompt.channel_gains.iter().zip(rests);
-            out.extend(channels.map(|(gain, rest)| gain * x + rest.get(at).copied().unwrap_or(0.0)));
-        }
-        self.made_start += self.made.len() as i64;
-        self.made.clear();
-        let enough = 2 * level_frames(&self.prompt.tail) * self.prompt.tail.channels;
-        let missing = enough.saturating_sub(self.first_frames.len());
-        self.first_frames.extend(out[first..].iter().take(missing));
-    }
-
     /// Per channel: what the prompt's last frames have beyond the resampled downmix `before`, continued and faded out.
     fn rests_after(&self, before: &[f32]) -> Vec<Vec<f32>> {
-        let tail = &self.prompt.tail;
+        let tail = &self.tail;
         let n_fade = (FADE_S * f64::from(tail.sample_rate)) as usize;
         let rest_of = |(c, gain): (usize, &f32)| {
             let samples = channel(tail, c);
@@ -142,7 +193,7 @@ impl Seam {
             }
             carried
         };
-        self.prompt.channel_gains.iter().enumerate().map(rest_of).collect()
+        self.channel_gains.iter().enumerate().map(rest_of).collect()
     }
 }
 
@@ -154,6 +205,11 @@ const OWN_S: f64 = 10.0;
 const SPECTRUM_S: f64 = 0.128;
 /// Highest band of these spectra, Hz: what every model hears.
 const HIGHEST_HZ: f64 = 7700.0;
+
+/// Frames at the end of the prompt that are of use: for the report, and (fewer, at any rate) to carry over the join.
+fn own_frames(clip: &Clip) -> usize {
+    (OWN_S * f64::from(clip.sample_rate)) as usize
+}
 
 fn level_frames(clip: &Clip) -> usize {
     ((LEVEL_S * f64::from(clip.sample_rate)) as usize).max(1)
@@ -181,8 +237,7 @@ impl SeamReport {
         if prompt.samples.is_empty() || after.is_empty() {
             return None;
         }
-        let own_frames = (OWN_S * f64::from(prompt.sample_rate)) as usize;
-        let own = &prompt.samples[prompt.samples.len().saturating_sub(own_frames * channels)..];
+        let own = &prompt.samples[prompt.samples.len().saturating_sub(own_frames(prompt) * channels)..];
         let jump = (0..channels).map(|c| jump(own, after, channels, c)).fold(0.0, f32::max);
 
         let window = level_frames(prompt) * channels;
@@ -268,19 +323,29 @@ mod tests {
 
     /// Plays on with what a perfect model would: the same chord.
     fn play_on(prompt: &Prompt, n_frames: u64, pushed: usize) -> (Vec<f32>, Option<SeamReport>) {
-        let mut seam = Seam::new(prompt, n_frames).unwrap();
-        let needed = pushed.min(seam.samples_needed() as usize);
+        let mut seam = Seam::new(prompt).unwrap();
         let known = prompt.mono.len();
         // The mono chord of one channel's level, scaled as the prompt's downmix is.
         let mono = clip(30.0, 16_000, 1).samples;
         let scale = rms(&prompt.mono) / rms(&mono[..known]) * prompt.gain;
-        let model: Vec<f32> = mono[known..known + needed].iter().map(|x| x * scale).collect();
-        let mut out = Vec::new();
-        for piece in model.chunks(512) {
-            seam.push(piece, &mut out).unwrap();
+        let model: Vec<f32> = mono[known..].iter().take(pushed).map(|x| x * scale).collect();
+        let (mut out, mut taken) = (Vec::new(), 0);
+        for (n_pieces, piece) in model.chunks(512).enumerate() {
+            seam.push(piece).unwrap();
+            taken += seam.take(n_frames - taken, &mut out);
+            if taken == n_frames {
+                break;
+            }
+            // Saved and restored before the join and after it, it goes on as if nothing had been.
+            if taken == 0 || n_pieces % 8 == 0 {
+                seam = Seam { first_frames: seam.first_frames.clone(), tail: seam.tail.clone(), ..restored(&seam) };
+            }
         }
-        let report = seam.finish(&mut out).unwrap();
-        (out, report)
+        (out, seam.report())
+    }
+
+    fn restored(seam: &Seam) -> Seam {
+        Seam::from_state(serde_json::from_str(&serde_json::to_string(&seam.state()).unwrap()).unwrap()).unwrap()
     }
 
     #[test]
@@ -304,12 +369,29 @@ mod tests {
     }
 
     #[test]
-    fn an_interrupted_continuation_ends_where_the_model_stopped() {
+    fn what_is_taken_does_not_depend_on_what_follows() {
         let prompt = prompt_of(clip(1.0, 44_100, 2));
-        let (out, _) = play_on(&prompt, 44_100, 1600);
-        assert_eq!(out.len(), 4410 * 2);
+        let (long, _) = play_on(&prompt, 44_100, usize::MAX);
+        let (short, _) = play_on(&prompt, 44_100, 8000);
+        // A chunk of the resampler (8 blocks of 160 samples) and half of its filter may still be missing.
+        assert!(short.len() / 2 > (8000 - 1280 - 640) * 441 / 160, "{}", short.len());
+        assert_eq!(short, long[..short.len()]);
         let (out, report) = play_on(&prompt, 44_100, 0);
         assert!(out.is_empty() && report.is_none());
+    }
+
+    #[test]
+    fn a_bent_state_is_refused() {
+        let state = Seam::new(&prompt_of(clip(0.2, 44_100, 2))).unwrap().state();
+        for bent in [
+            SeamState { gain: 0.0, ..state.clone() },
+            SeamState { channel_gains: vec![1.0], ..state.clone() },
+            SeamState { made_start: 1, ..state.clone() },
+            SeamState { made_start: -100_000, ..state.clone() },
+            SeamState { rests: Some(vec![]), ..state },
+        ] {
+            assert!(matches!(Seam::from_state(bent), Err(GenerateError::State)));
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
 use super::Sink;
+use crate::atomic;
 use crate::audio::{AudioError, Result, WavFormat, WavPrompt, WavWriter};
 
 /// Writes to a temporary file beside the destination and renames it at the end; dropped unfinished, nothing remains.
@@ -40,16 +41,7 @@ impl WavFileSink {
 
 impl Sink for WavFileSink {
     fn start(&mut self, format: &WavFormat) -> Result<()> {
-        let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".wavegen-").suffix(".part");
-        #[cfg(unix)]
-        {
-            // As any new file; temporary files are private otherwise.
-            use std::os::unix::fs::PermissionsExt;
-            builder.permissions(std::fs::Permissions::from_mode(0o666));
-        }
-        let file = builder.tempfile_in(folder).map_err(|source| self.error(source))?;
+        let file = atomic::beside(&self.path).map_err(|source| self.error(source))?;
         self.writer = Some(WavWriter::file(BufWriter::new(file), &self.name, format.clone())?);
         Ok(())
     }

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::optimizer::{AdamW, Entry};
 use super::{Part, TrainError};
-use crate::checkpoint::write_whole;
+use crate::atomic::write_whole;
 use crate::plan::ResidualQuantizer;
 
 /// States kept of each part: the newest, and one more should the newest be damaged.

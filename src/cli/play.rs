@@ -1,0 +1,274 @@
+//! Turns a prompt or a saved session into takes of what comes next: what `continue` and `generate` share.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+use clap::Args;
+use serde::Serialize;
+use wavegen::audio::{AudioSource, Decoder, WavPrompt};
+use wavegen::checkpoint::Checkpoint;
+use wavegen::generate::{Options, Played, Player, Progress, Prompt, Recording, SeamReport, Session};
+use wavegen::sink::{self, Sink};
+
+use super::Outcome;
+use super::common::{EngineArgs, ModelArgs, SamplingArgs, Talk, Usage, catch_interrupt, interrupted, is_pipe, seconds};
+
+#[derive(Args)]
+pub struct PlayArgs {
+    /// How long to play
+    #[arg(long, short, default_value = "10", value_parser = seconds)]
+    pub seconds: f64,
+    /// Overwrite existing outputs
+    #[arg(long)]
+    pub force: bool,
+    /// Play N different continuations, NAME.1.wav to NAME.N.wav: streams 0 to N - 1 of the seed
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub takes: u32,
+    /// Which of the seed's continuations to play, or the first of them [default: 0]
+    #[arg(long, value_name = "I")]
+    pub stream: Option<u32>,
+    /// Write down where playing ended, for --resume; with --takes, FILE.1 to FILE.N before the extension
+    #[arg(long, value_name = "FILE")]
+    pub save_session: Option<PathBuf>,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    #[command(flatten)]
+    pub talk: Talk,
+}
+
+/// What playing begins with.
+pub enum Start {
+    Prompt(Prompt),
+    Session(Box<Session>),
+}
+
+/// What the output begins with.
+pub enum Before {
+    Nothing,
+    Wav(WavPrompt),
+    Decoded(AudioSource),
+}
+
+impl Before {
+    fn copy(&self, sink: &mut dyn Sink) -> Result<()> {
+        match self {
+            Self::Nothing => {}
+            Self::Wav(wav) => sink.copy_prompt(wav)?,
+            Self::Decoded(source) => sink.copy_decoded(&mut Decoder::from_source(source)?)?,
+        }
+        Ok(())
+    }
+}
+
+/// Where a take goes.
+pub struct Take {
+    output: PathBuf,
+    sink: Box<dyn Sink>,
+    session: Option<PathBuf>,
+}
+
+impl PlayArgs {
+    /// Opens what `output` means for each take; refuses what exists before anything is computed.
+    pub fn open(&self, output: &Path) -> Result<Vec<Take>> {
+        if self.takes > 1 && is_pipe(output) {
+            return Err(Usage("several takes need files to go to; give one with -o".into()).into());
+        }
+        let take = |i: u32| {
+            let output = numbered(output, i, self.takes);
+            let session = self.save_session.as_ref().map(|path| numbered(path, i, self.takes));
+            if let Some(path) = &session {
+                refuse_unwritable(path, self.force)?;
+            }
+            Ok(Take { sink: sink::open(&output, self.force)?, output, session })
+        };
+        (0..self.takes).map(take).collect()
+    }
+
+    /// Plays all takes, one after the other. `recording` is what `before` brings into the output.
+    pub fn play(
+        &self,
+        checkpoint: &Checkpoint,
+        takes: Vec<Take>,
+        start: Start,
+        before: &Before,
+        recording: &Recording,
+    ) -> Result<Outcome> {
+        let talk = &self.talk;
+        let mut engine = self.engine.open(checkpoint)?;
+        let fingerprint = self.save_session.as_ref().map(|_| checkpoint.fingerprint());
+        let own = match &start {
+            Start::Prompt(_) => Options { wave: checkpoint.generation, ..Options::default() },
+            Start::Session(session) => *session.options(),
+        };
+        let mut options = self.sampling.options(own);
+        options.stream = self.stream.unwrap_or(options.stream);
+        catch_interrupt()?;
+        let mut first = match &start {
+            Start::Prompt(prompt) => Some(Player::new(engine.as_mut(), prompt, &options)?),
+            Start::Session(_) => None,
+        };
+        let session = match (start, &first) {
+            (Start::Session(session), _) => Some(session),
+            (Start::Prompt(_), Some(player)) if takes.len() > 1 => {
+                Some(Box::new(Session::of(player, engine.as_ref(), recording.clone())?))
+            }
+            _ => None,
+        };
+        let (n_takes, bar) = (takes.len(), talk.play_bar());
+        let total_s = self.seconds * n_takes as f64;
+        let mut reports = Vec::new();
+        for (i, mut take) in takes.into_iter().enumerate() {
+            if i > 0 && interrupted() {
+                break;
+            }
+            let begun = Instant::now();
+            let mut player = match (first.take(), &session) {
+                (Some(player), _) => player,
+                (None, Some(session)) => session.resume(engine.as_mut())?,
+                (None, None) => bail!("nothing to play on from"),
+            };
+            let options = Options { stream: options.stream.wrapping_add(i as u32), ..options };
+            player.set_options(&options);
+            take.sink.start(&recording.format)?;
+            before.copy(take.sink.as_mut())?;
+            let done_s = self.seconds * i as f64;
+            let mut follow = |p: Progress| bar.update(Progress { done_s: done_s + p.done_s, total_s });
+            let played = player.play(engine.as_mut(), self.seconds, take.sink.as_mut(), &mut follow)?;
+            take.sink.finish()?;
+            if let (Some(path), Some(fingerprint)) = (&take.session, &fingerprint) {
+                let n_frames = recording.n_frames + played.n_frames;
+                let recording = Recording { n_frames, ..recording.clone() };
+                Session::of(&player, engine.as_ref(), recording)?.save(path, fingerprint)?;
+            }
+            let prompt_frames = if matches!(before, Before::Nothing) { 0 } else { recording.n_frames };
+            let elapsed_s = begun.elapsed().as_secs_f64();
+            reports.push(PlayReport::new(&take, &player, prompt_frames, &played, elapsed_s));
+        }
+        bar.finish();
+        reports.iter().for_each(|report| report.tell(talk));
+        let to_pipe = reports.iter().any(|report| is_pipe(Path::new(&report.output)));
+        match &reports[..] {
+            [report] if n_takes == 1 => talk.json(report, to_pipe)?,
+            reports => talk.json(&reports, to_pipe)?,
+        }
+        let whole = reports.len() == n_takes && reports.iter().all(|report| !report.interrupted);
+        Ok(if whole { Outcome::Done } else { Outcome::Interrupted })
+    }
+}
+
+/// `name.wav` of take `i` of several: `name.1.wav`.
+fn numbered(path: &Path, i: u32, takes: u32) -> PathBuf {
+    let number = (i + 1).to_string();
+    match path.extension() {
+        _ if takes == 1 => path.to_owned(),
+        Some(extension) => path.with_extension(format!("{number}.{}", extension.to_string_lossy())),
+        None => path.with_extension(number),
+    }
+}
+
+fn refuse_unwritable(path: &Path, force: bool) -> Result<()> {
+    if path.exists() && !force {
+        bail!("{}: already exists; use --force to overwrite it", path.display());
+    }
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if path.is_dir() || !folder.is_dir() {
+        bail!("{}: cannot be written; give a file in a folder that exists", path.display());
+    }
+    Ok(())
+}
+
+/// What `continue` and `generate` report of a take.
+#[derive(Serialize)]
+struct PlayReport {
+    output: String,
+    sample_rate: u32,
+    channels: usize,
+    /// Seconds in the output before what was played.
+    prompt_s: f64,
+    /// Seconds played.
+    played_s: f64,
+    elapsed_s: f64,
+    x_real_time: f64,
+    interrupted: bool,
+    seed: u64,
+    stream: u32,
+    /// Where the session was saved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    session: Option<String>,
+    seam: Option<SeamReport>,
+}
+
+impl PlayReport {
+    fn new(take: &Take, player: &Player, prompt_frames: u64, played: &Played, elapsed_s: f64) -> Self {
+        let (sample_rate, channels) = player.shape();
+        let played_s = played.n_frames as f64 / f64::from(sample_rate);
+        Self {
+            output: take.output.display().to_string(),
+            sample_rate,
+            channels,
+            prompt_s: prompt_frames as f64 / f64::from(sample_rate),
+            played_s,
+            elapsed_s,
+            x_real_time: played_s / elapsed_s.max(1e-9),
+            interrupted: played.interrupted,
+            seed: player.options().seed,
+            stream: player.options().stream,
+            session: take.session.as_ref().map(|path| path.display().to_string()),
+            seam: played.seam,
+        }
+    }
+
+    /// Tells people.
+    fn tell(&self, talk: &Talk) {
+        let name = if is_pipe(Path::new(&self.output)) { "standard output" } else { &self.output };
+        let before = if self.prompt_s > 0.0 { format!("{:.2} s of prompt + ", self.prompt_s) } else { String::new() };
+        let how = if self.interrupted { ", interrupted" } else { "" };
+        talk.note(&format!(
+            "{name}: {before}{:.2} s played in {:.1} s ({:.2} x real time){how}",
+            self.played_s, self.elapsed_s, self.x_real_time
+        ));
+        if let Some(seam) = &self.seam {
+            talk.note(&describe_seam(seam));
+        }
+        if let Some(session) = &self.session {
+            talk.note(&format!("{session}: play on from here with `wavegen continue --resume {session}`"));
+        }
+    }
+}
+
+fn describe_seam(seam: &SeamReport) -> String {
+    let pair = |value: Option<f32>, own: Option<f32>, sign: bool| match (value, own) {
+        (Some(value), Some(own)) if sign => format!("{value:+.1} dB (inside the prompt {own:.1})"),
+        (Some(value), Some(own)) => format!("{value:.1} dB (inside the prompt {own:.1})"),
+        (Some(value), None) => format!("{value:.1} dB"),
+        (None, _) => "too short to tell".into(),
+    };
+    format!(
+        "join: step {:.1} x the prompt's rms step, level {}, spectrum {}",
+        seam.jump,
+        pair(seam.level_change_db, seam.own_level_change_db, true),
+        pair(seam.spectral_distance_db, seam.own_spectral_distance_db, false)
+    )
+}
+
+/// Reads the session `path` of `checkpoint`.
+pub fn load_session(path: &Path, checkpoint: &Checkpoint) -> Result<Box<Session>> {
+    Ok(Box::new(Session::load(path, &checkpoint.fingerprint())?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn takes_are_numbered_before_the_extension() {
+        assert_eq!(numbered(Path::new("a/in.continued.wav"), 0, 1), Path::new("a/in.continued.wav"));
+        assert_eq!(numbered(Path::new("a/in.continued.wav"), 0, 3), Path::new("a/in.continued.1.wav"));
+        assert_eq!(numbered(Path::new("s"), 2, 3), Path::new("s.3"));
+    }
+}
