@@ -346,10 +346,39 @@ fn takes_are_the_streams_of_a_seed() {
 #[test]
 fn the_number_of_threads_changes_nothing() {
     let scene = Scene::new();
-    for (threads, output) in [("1", "a.wav"), ("3", "b.wav")] {
-        scene.play_on(&["in.wav", "--threads", threads, "-o", output]).assert().success();
+    for engine in ["cpu", "cpu-f32", "reference"] {
+        for (threads, output) in [("1", "a.wav"), ("3", "b.wav")] {
+            let args = ["in.wav", "--engine", engine, "--threads", threads, "--force", "-o", output];
+            scene.play_on(&args).assert().success();
+        }
+        assert!(std::fs::read(scene.path("a.wav")).unwrap() == std::fs::read(scene.path("b.wav")).unwrap(), "{engine}");
     }
-    assert!(std::fs::read(scene.path("a.wav")).unwrap() == std::fs::read(scene.path("b.wav")).unwrap());
+}
+
+#[test]
+fn every_instruction_set_gives_the_same_bytes_and_unknown_ones_are_refused() {
+    let scene = Scene::new();
+    scene.play_on(&["in.wav", "-o", "default.wav"]).assert().success();
+    for isa in wavegen::simd::Isa::available() {
+        let mut command = scene.play_on(&["in.wav", "--force", "-o", "isa.wav"]);
+        command.env("WAVEGEN_ISA", isa.name()).assert().success();
+        let same = std::fs::read(scene.path("isa.wav")).unwrap() == std::fs::read(scene.path("default.wav")).unwrap();
+        assert!(same, "{isa:?}");
+    }
+    let mut command = scene.play_on(&["in.wav", "-o", "mmx.wav"]);
+    command.env("WAVEGEN_ISA", "mmx");
+    scene.refuses(command, 2, "mmx");
+}
+
+#[test]
+fn a_session_may_change_engines() {
+    let scene = Scene::new();
+    for (from, to) in [("reference", "cpu-f32"), ("cpu-f32", "reference"), ("cpu", "reference"), ("reference", "cpu")] {
+        let save = ["in.wav", "--engine", from, "--force", "-o", "a.wav", "--save-session", "s.bin"];
+        scene.play_on(&save).assert().success();
+        scene.play_on(&["a.wav", "--engine", to, "--resume", "s.bin", "--force", "-o", "b.wav"]).assert().success();
+        assert_eq!(wav_data(&scene.path("b.wav")).1.len(), 2 * (3200 + 2 * 1600), "{from} to {to}");
+    }
 }
 
 #[test]

@@ -12,8 +12,6 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use wavegen::audio::{AudioSource, Decoder, StreamResampler};
 use wavegen::checkpoint::Checkpoint;
-use wavegen::engine::Engine;
-use wavegen::engine::reference::ReferenceEngine;
 use wavegen::generate::{Options, Progress};
 use wavegen::model::config::GenerationSettings;
 use wavegen::sampler::PlanSampling;
@@ -116,33 +114,6 @@ impl SamplingArgs {
                 offset: self.offset.unwrap_or(own.wave.offset),
             },
         }
-    }
-}
-
-/// Which engine plays.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum EngineKind {
-    /// candle, one step at a time: slow, and what the others are tested against
-    Reference,
-}
-
-#[derive(Args)]
-#[command(next_help_heading = "Engine")]
-pub struct EngineArgs {
-    /// What computes the model
-    #[arg(long, value_enum, default_value = "reference")]
-    pub engine: EngineKind,
-    /// Most threads for reading the prompt [default: one per core]; the result does not depend on it
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub threads: Option<u16>,
-}
-
-impl EngineArgs {
-    /// A stream of the engine that was asked for.
-    pub fn open(&self, checkpoint: &Checkpoint) -> Result<Box<dyn Engine>> {
-        Ok(match self.engine {
-            EngineKind::Reference => Box::new(ReferenceEngine::new(checkpoint)?),
-        })
     }
 }
 

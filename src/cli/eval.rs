@@ -11,6 +11,7 @@ use wavegen::generate::Options;
 use wavegen::plan::Spectrum;
 
 use super::common::{ModelArgs, SamplingArgs, Talk, catch_interrupt, print, read_mono, seconds};
+use super::engine::{EngineArgs, Loaded};
 use super::free_run::{FreeRun, PlanFrom, Setup};
 use super::score::{Scored, score};
 use super::{Outcome, free_run};
@@ -55,6 +56,8 @@ pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
+    pub engine: EngineArgs,
+    #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
     talk: Talk,
@@ -86,10 +89,11 @@ pub fn run(args: &Args) -> Result<Outcome> {
         .iter()
         .map(|path| read_piece(path, &checkpoint, args.max_seconds, talk))
         .collect::<Result<Vec<_>>>()?;
+    let engine = args.engine.load(&checkpoint)?;
     catch_interrupt()?;
     let mut report = Report { files: Vec::new(), total: None, free_run: None };
     if !args.free_run || args.baselines {
-        let Some(files) = score_all(&checkpoint, &spectrum, &pieces, args.baselines, talk)? else {
+        let Some(files) = score_all(&checkpoint, &engine, &spectrum, &pieces, args.baselines, talk)? else {
             return Ok(Outcome::Interrupted);
         };
         let total = Scored::total(&files);
@@ -109,7 +113,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
             options: args.sampling.options(Options { wave: checkpoint.generation, ..Options::default() }),
             keep: args.keep.as_deref(),
         };
-        let Some(result) = free_run::play_all(&checkpoint, &spectrum, &pieces, &setup, talk)? else {
+        let Some(result) = free_run::play_all(&checkpoint, &engine, &spectrum, &pieces, &setup, talk)? else {
             return Ok(Outcome::Interrupted);
         };
         if !talk.json {
@@ -139,6 +143,7 @@ fn read_piece(path: &Path, checkpoint: &Checkpoint, max_s: Option<f64>, talk: &T
 /// Every piece's figures; `None` when interrupted.
 fn score_all(
     checkpoint: &Checkpoint,
+    engine: &Loaded,
     spectrum: &Spectrum,
     pieces: &[Piece],
     baselines: bool,
@@ -148,7 +153,7 @@ fn score_all(
     let bar = talk.bar(n_frames as u64, "{bar:40} {percent} %, {eta} left");
     let mut scored = Vec::new();
     for piece in pieces {
-        match score(checkpoint, spectrum, piece, baselines, &bar)? {
+        match score(checkpoint, engine, spectrum, piece, baselines, &bar)? {
             Some(figures) => scored.push(figures),
             None => return Ok(None),
         }

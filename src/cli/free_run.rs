@@ -9,13 +9,13 @@ use serde::Serialize;
 use wavegen::audio::{SampleFormat, WavFormat};
 use wavegen::baselines::noise_through_plan;
 use wavegen::checkpoint::Checkpoint;
-use wavegen::engine::cpu::{CpuEngine, CpuOptions};
 use wavegen::generate::{Generator, Options};
 use wavegen::metrics::{self, Adherence, Failure, LevelDrift, Track, adherence, failures, level_drift, tonality_db};
 use wavegen::plan::Spectrum;
 use wavegen::sink;
 
 use super::common::{Talk, interrupted, print};
+use super::engine::Loaded;
 use super::eval::Piece;
 
 /// Where a free run's plan comes from.
@@ -97,6 +97,7 @@ struct Place<'a> {
 /// Plays after every prompt, on all cores; `None` when interrupted.
 pub fn play_all(
     checkpoint: &Checkpoint,
+    engine: &Loaded,
     spectrum: &Spectrum,
     pieces: &[Piece],
     setup: &Setup,
@@ -107,11 +108,10 @@ pub fn play_all(
         std::fs::create_dir_all(directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
     }
     let bar = talk.bar((places.len() * setup.frames) as u64, "{bar:40} {percent} %, {eta} left");
-    let engine = CpuEngine::new(checkpoint, &CpuOptions::default())?;
     let continuations = places
         .par_iter()
         .enumerate()
-        .map(|(i, place)| play(checkpoint, engine.fork()?, spectrum, place, i, setup, &mut || bar.inc(1)))
+        .map(|(i, place)| play(checkpoint, engine, spectrum, place, i, setup, &mut || bar.inc(1)))
         .collect::<Result<Option<Vec<_>>>>()?;
     bar.finish_and_clear();
     let summary = |of: &dyn Fn(&Continuation) -> Figures| {
@@ -150,7 +150,7 @@ fn places<'a>(pieces: &'a [Piece], hop: usize, setup: &Setup) -> Result<Vec<Plac
 
 fn play(
     checkpoint: &Checkpoint,
-    mut engine: CpuEngine,
+    engine: &Loaded,
     spectrum: &Spectrum,
     place: &Place,
     i: usize,
@@ -172,8 +172,9 @@ fn play(
         }
     };
 
+    let mut engine = engine.stream()?;
     let options = Options { stream: i as u32, ..setup.options };
-    let mut generator = Generator::new(&mut engine, &options, context)?;
+    let mut generator = Generator::new(engine.as_mut(), &options, context)?;
     let mut planned = Array2::zeros((0, spectrum.n_bands()));
     let mut samples = Vec::new();
     for k in 0..setup.frames {
@@ -181,7 +182,7 @@ fn play(
             return Ok(None);
         }
         let bands = given.as_ref().map(|plan| plan.row(k).to_vec());
-        let (frame, tokens) = generator.next_frame(&mut engine, bands.as_deref())?;
+        let (frame, tokens) = generator.next_frame(engine.as_mut(), bands.as_deref())?;
         planned.push_row(ArrayView1::from(&frame.bands))?;
         samples.extend(codec.decode_all(tokens));
         advance();

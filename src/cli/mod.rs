@@ -5,6 +5,7 @@
 mod common;
 mod r#continue;
 mod detokenize;
+mod engine;
 mod eval;
 mod free_run;
 mod generate;
@@ -65,12 +66,13 @@ impl Cli {
 
     /// Most threads that the engine may use, if the user said.
     pub fn threads(&self) -> Option<usize> {
-        let play = match &self.command {
-            Command::Continue(args) => &args.play,
-            Command::Generate(args) => &args.play,
+        let engine = match &self.command {
+            Command::Continue(args) => &args.play.engine,
+            Command::Generate(args) => &args.play.engine,
+            Command::Eval(args) => &args.engine,
             _ => return None,
         };
-        play.engine.threads.map(usize::from)
+        engine.threads.map(usize::from)
     }
 }
 

@@ -12,7 +12,8 @@ use wavegen::generate::{Options, Played, Player, Progress, Prompt, Recording, Se
 use wavegen::sink::{self, Sink};
 
 use super::Outcome;
-use super::common::{EngineArgs, ModelArgs, SamplingArgs, Talk, Usage, catch_interrupt, interrupted, is_pipe, seconds};
+use super::common::{ModelArgs, SamplingArgs, Talk, Usage, catch_interrupt, interrupted, is_pipe, seconds};
+use super::engine::EngineArgs;
 
 #[derive(Args)]
 pub struct PlayArgs {
@@ -99,7 +100,7 @@ impl PlayArgs {
         recording: &Recording,
     ) -> Result<Outcome> {
         let talk = &self.talk;
-        let mut engine = self.engine.open(checkpoint)?;
+        let mut engine = self.engine.load(checkpoint)?.stream()?;
         let fingerprint = self.save_session.as_ref().map(|_| checkpoint.fingerprint());
         let own = match &start {
             Start::Prompt(_) => Options { wave: checkpoint.generation, ..Options::default() },

@@ -6,12 +6,11 @@ use rayon::prelude::*;
 use serde::Serialize;
 use wavegen::baselines::{mixture_bits, residual_entropy, token_entropy};
 use wavegen::checkpoint::Checkpoint;
-use wavegen::engine::Engine;
-use wavegen::engine::cpu::{CpuEngine, CpuOptions};
 use wavegen::forecast::forecasts;
 use wavegen::plan::Spectrum;
 
 use super::common::interrupted;
+use super::engine::Loaded;
 use super::eval::Piece;
 
 /// Plan frames scored at a time; each after the frames that its transformers look back on.
@@ -68,6 +67,7 @@ impl Scored {
 /// Scores a piece on all cores; `None` when interrupted.
 pub fn score(
     checkpoint: &Checkpoint,
+    engine: &Loaded,
     spectrum: &Spectrum,
     piece: &Piece,
     baselines: bool,
@@ -84,7 +84,7 @@ pub fn score(
                 return Ok(None);
             }
             let end = (start + SEGMENT).min(n_frames);
-            let nats = score_segment(checkpoint, piece, start..end, hop)?;
+            let nats = score_segment(engine, piece, start..end, hop)?;
             bar.inc((end - start) as u64);
             Ok(Some(nats))
         })
@@ -112,15 +112,15 @@ struct Nats {
 }
 
 /// -ln P of the frames in `range`; of the plan without the piece's very first frame, which is given.
-fn score_segment(checkpoint: &Checkpoint, piece: &Piece, range: std::ops::Range<usize>, hop: usize) -> Result<Nats> {
+fn score_segment(engine: &Loaded, piece: &Piece, range: std::ops::Range<usize>, hop: usize) -> Result<Nats> {
     let sum = |values: &[f32]| values.iter().map(|&v| f64::from(v)).sum::<f64>();
-    let mut engine = CpuEngine::new(checkpoint, &CpuOptions::default())?;
+    let mut engine = engine.stream()?;
     let first = range.start.saturating_sub(WAVE_RUN_UP);
     let tokens = &piece.tokens[first * hop..range.end * hop];
     let mut nll = vec![0.0; tokens.len()];
     engine.score(tokens, &mut nll)?;
     let wave = sum(&nll[(range.start - first) * hop..]);
-    let first = range.start.saturating_sub(checkpoint.config.plan_transformer.window);
+    let first = range.start.saturating_sub(engine.config().plan_transformer.window);
     let plan = engine.score_plan(&piece.tokens[first * hop..range.end * hop])?;
     // `plan[i]` is frame `first + i + 1`.
     let plan = sum(&plan[(range.start.max(1) - first - 1).min(plan.len())..]);

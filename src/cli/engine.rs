@@ -1,0 +1,75 @@
+//! Turns the choice of an engine into streams of it.
+
+use anyhow::{Context, Result};
+use clap::Args;
+use wavegen::checkpoint::Checkpoint;
+use wavegen::engine::Engine;
+use wavegen::engine::cpu::{CpuEngine, CpuOptions, Precision};
+use wavegen::engine::reference::ReferenceEngine;
+use wavegen::simd::{ISA_VARIABLE, Isa};
+
+use super::common::Usage;
+
+/// What computes a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum EngineKind {
+    /// The fast one, its large matrices in 8-bit whole numbers
+    Cpu,
+    /// The same in 32-bit floats
+    CpuF32,
+    /// candle, one step at a time: slow, and what the others are tested against
+    Reference,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Engine")]
+pub struct EngineArgs {
+    /// What computes the model
+    #[arg(long, value_enum, default_value = "cpu")]
+    pub engine: EngineKind,
+    /// Most threads [default: one per core]; the result does not depend on it
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+}
+
+/// A loaded model of which any number of streams can be had.
+pub enum Loaded<'a> {
+    Cpu(Box<CpuEngine>),
+    Reference(&'a Checkpoint),
+}
+
+impl EngineArgs {
+    /// Prepares the model for the engine that was asked for.
+    pub fn load<'a>(&self, checkpoint: &'a Checkpoint) -> Result<Loaded<'a>> {
+        let precision = match self.engine {
+            EngineKind::Cpu => Precision::Int8,
+            EngineKind::CpuF32 => Precision::F32,
+            EngineKind::Reference => return Ok(Loaded::Reference(checkpoint)),
+        };
+        check_isa_variable()?;
+        let options = CpuOptions { precision, ..CpuOptions::default() };
+        Ok(Loaded::Cpu(Box::new(CpuEngine::new(checkpoint, &options).context("preparing the CPU engine")?)))
+    }
+}
+
+impl Loaded<'_> {
+    /// A stream at its beginning.
+    pub fn stream(&self) -> Result<Box<dyn Engine>> {
+        Ok(match self {
+            Self::Cpu(engine) => Box::new(engine.fork()?),
+            Self::Reference(checkpoint) => Box::new(ReferenceEngine::new(checkpoint)?),
+        })
+    }
+}
+
+/// Refuses a `WAVEGEN_ISA` that this machine cannot follow; the library would ignore it.
+pub fn check_isa_variable() -> Result<()> {
+    let Some(value) = std::env::var_os(ISA_VARIABLE) else { return Ok(()) };
+    let available = Isa::available();
+    if value.to_str().and_then(Isa::from_name).is_some_and(|isa| available.contains(&isa)) {
+        return Ok(());
+    }
+    let names: Vec<&str> = available.into_iter().map(Isa::name).collect();
+    let value = value.to_string_lossy();
+    Err(Usage(format!("{ISA_VARIABLE}={value}: this machine has the instruction sets {}", names.join(", "))).into())
+}
