@@ -20,7 +20,7 @@ pub struct PlanSampling {
 
 impl Default for PlanSampling {
     fn default() -> Self {
-        Self { temperature: 1.0, top_k: 0, top_p: 0.95, min_p: 0.0 }
+        Self { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 }
     }
 }
 
