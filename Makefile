@@ -1,5 +1,5 @@
 # What CI runs, and the shortcuts of daily work. One build profile serves all: release.
-.PHONY: check format lint test examples docs
+.PHONY: check format lint test examples docs cuda
 
 check: format lint test examples docs
 
@@ -18,3 +18,7 @@ examples:
 
 docs:
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --release
+
+# With the settings of `eval "$(scripts/cuda/get-toolkit.sh)"`; no GPU needed.
+cuda:
+	cargo clippy --release --lib --bins --test kernels --features cuda -- -D warnings

@@ -306,4 +306,7 @@ BOTH_TYPES(64)
 BOTH_TYPES(96)
 BOTH_TYPES(128)
 
+#undef BOTH_TYPES
+#undef ENTRIES
+
 }  // namespace attention_window

@@ -269,4 +269,6 @@ KERNEL(training_column_sums, ColumnSumsArgs, SUM_THREADS, column_sums)
 KERNEL(training_mixture_nll_forward, MixtureNllArgs, THREADS, mixture_nll_forward)
 KERNEL(training_mixture_nll_backward, MixtureNllArgs, THREADS, mixture_nll_backward)
 
+#undef ENTRIES
+
 }  // namespace training

@@ -25,6 +25,7 @@
 //! | [`generate`] | a recording into its continuation: the loop, the prompt, the seam, sessions |
 //! | [`sink`] | where samples go: WAV file, pipe |
 //! | [`train`] | recordings into a checkpoint |
+//! | `cuda` | tensors into tensors on a GPU, for training; only with the feature `cuda` |
 //! | [`metrics`], [`baselines`] | samples and plans into figures; what a model must beat |
 //!
 //! What does not happen: the engines know nothing of audio files. Training and engines meet only through a checkpoint
@@ -49,6 +50,8 @@ pub mod audio;
 pub mod baselines;
 pub mod checkpoint;
 pub mod codec;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub(crate) mod dot;
 pub mod engine;
 pub mod forecast;

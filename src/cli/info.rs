@@ -61,11 +61,24 @@ struct AudioInfo {
 
 pub fn run(args: &Args) -> Result<Outcome> {
     match &args.file {
-        None => model(&Checkpoint::built_in()?, &args.talk)?,
+        None => {
+            #[cfg(feature = "cuda")]
+            report_device(&args.talk);
+            model(&Checkpoint::built_in()?, &args.talk)?
+        }
         Some(path) if is_model(path) => model(&Checkpoint::load(path)?, &args.talk)?,
         Some(path) => audio(path, &args.talk)?,
     }
     Ok(Outcome::Done)
+}
+
+/// Whether there is a GPU that the kernels can run on.
+#[cfg(feature = "cuda")]
+fn report_device(talk: &Talk) {
+    match wavegen::cuda::device() {
+        Ok(_) => talk.note("a CUDA device is at hand"),
+        Err(e) => talk.note(&format!("{e}; everything runs on the CPU")),
+    }
 }
 
 /// By name or by content: a safetensors file begins with the length of its JSON header.

@@ -163,7 +163,7 @@ fn attention_equals_its_definition_for_random_shapes_and_schedules() {
 
 #[test]
 fn every_schedule_gives_the_same_bits() {
-    let Some(emulator) = Emulator::of("attention_window.cu") else { return };
+    let Some(emulator) = Emulator::program("attention_window.cu") else { return };
     let inputs = Inputs::random(WITH_BORDERS, Element::F32, &mut Rng::new(62));
     let outputs = |seed| emulated(&emulator, &inputs, Element::F32, Schedule::seeded(seed)).unwrap();
     let first = outputs(0);
@@ -177,7 +177,7 @@ fn every_schedule_gives_the_same_bits() {
 
 #[test]
 fn a_barrier_that_is_left_out_is_noticed() {
-    let Some(emulator) = Emulator::of("attention_window.cu") else { return };
+    let Some(emulator) = Emulator::program("attention_window.cu") else { return };
     let inputs = Inputs::random(WITH_BORDERS, Element::F32, &mut Rng::new(63));
     let expected = attention(&inputs);
     let barriers = emulator.barriers();
@@ -195,7 +195,7 @@ fn a_barrier_that_is_left_out_is_noticed() {
 
 #[test]
 fn too_little_shared_memory_is_noticed() {
-    let Some(emulator) = Emulator::of("attention_window.cu") else { return };
+    let Some(emulator) = Emulator::program("attention_window.cu") else { return };
     let inputs = Inputs::random(WITH_BORDERS, Element::F32, &mut Rng::new(64));
     let schedule = Schedule { short_by: 64, ..Schedule::default() };
     let error = emulated(&emulator, &inputs, Element::F32, schedule).err().unwrap();

@@ -1,4 +1,5 @@
-//! Compiles a kernel file for the CPU and runs launches in kernels/emulator, each in a process of its own.
+//! Runs launches: on the GPU where the feature `cuda` and the machine have one, else in kernels/emulator, for which a kernel
+//! file is compiled for the CPU; each launch there is a process of its own.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -10,10 +11,18 @@ use wavegen::rng::Rng;
 
 use crate::launch::{Element, Launch};
 
-/// A kernel file as a program for this machine.
+/// What a kernel takes.
+#[cfg(not(feature = "cuda"))]
+pub trait Args: Copy {}
+#[cfg(not(feature = "cuda"))]
+impl<A: Copy> Args for A {}
+#[cfg(feature = "cuda")]
+pub use crate::gpu::Args;
+
+/// A kernel file as something that runs here.
 pub struct Emulator {
     source: PathBuf,
-    program: PathBuf,
+    program: Option<PathBuf>,
 }
 
 /// In which order threads run, and what is done wrong on purpose.
@@ -34,8 +43,17 @@ impl Schedule {
 }
 
 impl Emulator {
-    /// The program of kernels/`file`; says so and gives `None` where there is no C++ compiler for it.
+    /// Runs kernels/`file` on a GPU or as a program; says so and gives `None` where neither can be.
     pub fn of(file: &str) -> Option<Self> {
+        #[cfg(feature = "cuda")]
+        if crate::gpu::is_there() {
+            return Some(Self { source: PathBuf::from(file), program: None });
+        }
+        Self::program(file)
+    }
+
+    /// Runs kernels/`file` as a program, which errors can be planted in.
+    pub fn program(file: &str) -> Option<Self> {
         static HAS_COMPILER: OnceLock<bool> = OnceLock::new();
         let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_string());
         if !*HAS_COMPILER.get_or_init(|| Command::new(&compiler).arg("--version").output().is_ok()) {
@@ -62,7 +80,7 @@ impl Emulator {
             assert!(output.status.success(), "{compiler}: {}", String::from_utf8_lossy(&output.stderr));
             compiled.push(source.clone());
         }
-        Some(Self { source, program })
+        Some(Self { source, program: Some(program) })
     }
 
     /// Lines of the file that hold a barrier.
@@ -73,7 +91,7 @@ impl Emulator {
     }
 
     /// Runs a launch. `args` begins with `n_pointers` addresses: 0 for null, else 1 + the number of one of `buffers`.
-    pub fn run<A: Copy>(
+    pub fn run<A: Args>(
         &self,
         launch: &Launch,
         args: &A,
@@ -81,6 +99,12 @@ impl Emulator {
         buffers: &mut [Vec<u8>],
         schedule: Schedule,
     ) -> Result<(), String> {
+        let Some(program) = &self.program else {
+            #[cfg(feature = "cuda")]
+            return crate::gpu::run(launch, args, n_pointers, buffers);
+            #[cfg(not(feature = "cuda"))]
+            return Err("no program".to_string());
+        };
         // SAFETY: A is one of the structs of src/cuda/launch, plain numbers without padding (their sizes are asserted).
         let args = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(args).cast::<u8>(), size_of::<A>()) };
         let mut input = Vec::new();
@@ -100,7 +124,7 @@ impl Emulator {
             input.extend((buffer.len() as u64).to_le_bytes());
             input.extend(buffer);
         }
-        let mut child = Command::new(&self.program)
+        let mut child = Command::new(program)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

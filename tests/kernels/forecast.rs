@@ -228,7 +228,7 @@ fn samples_that_are_no_numbers_give_no_forecast() {
 
 #[test]
 fn a_barrier_that_is_left_out_is_noticed() {
-    let Some(emulator) = Emulator::of(FILE) else { return };
+    let Some(emulator) = Emulator::program(FILE) else { return };
     let case = small(&mut Rng::new(73));
     let barriers = emulator.barriers();
     assert_eq!(barriers.len(), 6);

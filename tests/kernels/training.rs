@@ -320,7 +320,7 @@ fn mixture_likelihood_equals_the_models() {
 
 #[test]
 fn a_barrier_that_is_left_out_is_noticed() {
-    let Some(emulator) = Emulator::of(FILE) else { return };
+    let Some(emulator) = Emulator::program(FILE) else { return };
     let mut rng = Rng::new(86);
     let mixtures = Mixtures::random(MixtureShape { n: 150, components: 4 }, &mut rng);
     let barriers = emulator.barriers();

@@ -1,0 +1,103 @@
+//! Runs launches on the machine's GPU, and the tensor operations built on them.
+
+use std::sync::OnceLock;
+
+use candle_core::cuda_backend::cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr};
+use candle_core::{D, DType, Device, Tensor, Var};
+use wavegen::cuda::attention_window;
+use wavegen::cuda::kernels::Kernels;
+
+use crate::launch::Launch;
+
+/// What a kernel takes.
+pub trait Args: Copy + DeviceRepr {}
+impl<A: Copy + DeviceRepr> Args for A {}
+
+fn device() -> Option<&'static Device> {
+    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
+    let device = DEVICE.get_or_init(|| match wavegen::cuda::device() {
+        Ok(device) => Some(device),
+        Err(e) if std::env::var_os("WAVEGEN_REQUIRE_CUDA").is_some_and(|v| v == "1") => panic!("{e}"),
+        Err(e) => {
+            println!("no test runs on a GPU: {e}");
+            None
+        }
+    });
+    device.as_ref()
+}
+
+pub fn is_there() -> bool {
+    device().is_some()
+}
+
+/// As `Emulator::run`.
+pub fn run<A: Args>(launch: &Launch, args: &A, n_pointers: u32, buffers: &mut [Vec<u8>]) -> Result<(), String> {
+    let Some(Device::Cuda(device)) = device() else { return Err("no GPU".to_string()) };
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    let kernels = Kernels::of(device).map_err(|e| text(&e))?;
+    let stream = kernels.stream();
+    let mut on_device = Vec::with_capacity(buffers.len());
+    for buffer in buffers.iter() {
+        on_device.push(device.clone_htod(buffer).map_err(|e| text(&e))?);
+    }
+    let mut args = *args;
+    // SAFETY: each of these structs begins with `n_pointers` addresses, as u64.
+    let pointers =
+        unsafe { std::slice::from_raw_parts_mut(std::ptr::from_mut(&mut args).cast::<u64>(), n_pointers as usize) };
+    for pointer in pointers.iter_mut().filter(|pointer| **pointer != 0) {
+        *pointer = on_device[*pointer as usize - 1].device_ptr_mut(stream).0;
+    }
+    // SAFETY: the addresses are those of buffers that live until they have been read back below.
+    unsafe { kernels.launch(launch, &args) }.map_err(|e| text(&e))?;
+    for (buffer, on_device) in buffers.iter_mut().zip(&on_device) {
+        debug_assert_eq!(on_device.device_ptr(stream).0 % 16, 0);
+        *buffer = device.clone_dtoh(on_device).map_err(|e| text(&e))?;
+    }
+    Ok(())
+}
+
+/// softmax(q k^T / sqrt(d)) v under a mask, by candle's own operations.
+fn plain(q: &Tensor, k: &Tensor, v: &Tensor, window: usize) -> candle_core::Result<Tensor> {
+    let (_, n_heads, len, head_dim) = q.dims4()?;
+    let n_kv_heads = k.dim(1)?;
+    let all_heads = |t: &Tensor| {
+        let heads: Vec<u32> = (0..n_heads).map(|head| (head / (n_heads / n_kv_heads)) as u32).collect();
+        t.index_select(&Tensor::from_vec(heads, n_heads, t.device())?, 1)
+    };
+    let sees = |i: usize, j: usize| j <= i && j + window > i;
+    let mask = (0..len * len).map(|at| if sees(at / len, at % len) { 0.0f32 } else { -1e9 }).collect();
+    let mask = Tensor::from_vec(mask, (len, len), q.device())?;
+    let scores = (q.matmul(&all_heads(k)?.t()?)? / (head_dim as f64).sqrt())?.broadcast_add(&mask)?;
+    candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&all_heads(v)?)
+}
+
+#[test]
+fn attention_of_tensors_has_the_gradients_of_plain_operations() {
+    let Some(device) = device() else { return };
+    let draw = |heads| Var::randn(0f32, 1f32, (2, heads, 150, 64), device).unwrap();
+    let (q, k, v) = (draw(4), draw(2), draw(2));
+    let weights = Tensor::randn(0f32, 1f32, q.shape(), device).unwrap();
+    for dtype in [DType::F32, DType::BF16] {
+        let gradients = |custom: bool| {
+            let [q, k, v] = [&q, &k, &v]
+                .map(|x| x.to_dtype(dtype).unwrap().to_dtype(if custom { dtype } else { DType::F32 }).unwrap());
+            let o = if custom { attention_window(&q, &k, &v, 40) } else { plain(&q, &k, &v, 40) };
+            let loss = (o.unwrap().to_dtype(DType::F32).unwrap() * &weights).unwrap().sum_all().unwrap();
+            loss.backward().unwrap()
+        };
+        let (ours, plain) = (gradients(true), gradients(false));
+        let tolerance = if dtype == DType::F32 { 1e-4 } else { 0.05 };
+        for (name, x) in [("q", &q), ("k", &k), ("v", &v)] {
+            let difference = (ours.get(x).unwrap() - plain.get(x).unwrap()).unwrap();
+            let worst = difference.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(worst < tolerance, "{dtype:?}, gradient of {name}: off by {worst}");
+        }
+    }
+}
+
+#[test]
+fn attention_on_the_cpu_is_refused() {
+    let x = Tensor::zeros((1, 1, 4, 32), DType::F32, &Device::Cpu).unwrap();
+    let error = attention_window(&x, &x, &x, 4).unwrap_err().to_string();
+    assert!(error.contains("the tensors are on the CPU"), "{error}");
+}
