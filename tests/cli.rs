@@ -553,3 +553,27 @@ fn training_writes_a_model_that_plays() {
     let nothing = ["train", "notes.txt", "-o", "none.safetensors", "--preset", "tiny", "--steps", "1"];
     scene.wavegen(&nothing).assert().code(1).stderr(contains("error: no usable audio"));
 }
+
+#[test]
+fn a_machine_tests_itself() {
+    let scene = Scene::new();
+    let run = scene.wavegen(&["selftest", "--model", "tiny.safetensors", "--json"]).assert().success();
+    let report: serde_json::Value = serde_json::from_slice(&run.get_output().stdout).unwrap();
+    assert_eq!(report["passed"], true);
+    let checks = report["checks"].as_array().unwrap();
+    assert!(checks.len() >= 10 && checks.iter().all(|check| check["passed"] == true), "{checks:?}");
+}
+
+#[test]
+fn a_benchmark_checks_what_it_measures() {
+    let scene = Scene::new();
+    let few = ["--presets", "none", "--batches", "1,2", "--seconds", "0.1", "--rounds", "1", "--json"];
+    let bench = ["bench", "decode", "--model", "tiny.safetensors"];
+    let run = scene.wavegen(&[&bench[..], &few[..]].concat()).assert().success();
+    let report: serde_json::Value = serde_json::from_slice(&run.get_output().stdout).unwrap();
+    let cases = report["models"][0]["cases"].as_array().unwrap();
+    assert!(cases.iter().all(|case| case["passed"] == true && case["samples_per_s"].as_f64() > Some(0.0)), "{cases:?}");
+    assert!(cases.iter().any(|case| case["engine"] == "reference") && cases.iter().any(|case| case["batch"] == 2));
+    let unknown = scene.wavegen(&[&bench[..], &["--isas", "mmx"]].concat());
+    scene.refuses(unknown, 2, "this machine has");
+}

@@ -2,6 +2,8 @@
 //!
 //! Audio and data go to stdout, all else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
+mod bench;
+mod check;
 mod common;
 mod r#continue;
 mod detokenize;
@@ -12,6 +14,7 @@ mod generate;
 mod info;
 mod play;
 mod score;
+mod selftest;
 mod token_file;
 mod tokenize;
 mod train;
@@ -48,6 +51,8 @@ enum Command {
     Tokenize(tokenize::Args),
     Detokenize(detokenize::Args),
     Info(info::Args),
+    Bench(bench::Args),
+    Selftest(selftest::Args),
 }
 
 /// What a command ended with, short of an error.
@@ -56,6 +61,8 @@ enum Outcome {
     Done,
     /// Ctrl-C: what was made up to then is whole.
     Interrupted,
+    /// What was to be checked does not hold, which has been told.
+    Failed,
 }
 
 impl Cli {
@@ -86,10 +93,13 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Detokenize(args) => detokenize::run(&args),
         Command::Info(args) => info::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Selftest(args) => selftest::run(&args),
     };
     match result {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Interrupted) => ExitCode::from(130),
+        Ok(Outcome::Failed) => ExitCode::FAILURE,
         // The reader of our pipe has gone; there is nobody to tell.
         Err(error) if common::is_broken_pipe(&error) => ExitCode::FAILURE,
         Err(error) => {

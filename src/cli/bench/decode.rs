@@ -1,0 +1,500 @@
+//! `wavegen bench decode`: turns engines, instruction sets, models and batch sizes into samples per second.
+//!
+//! Every case first plays two frames that are compared with the scalar engine's; then all cases of a model are measured
+//! in turn, round after round, so that whatever else the machine does falls on all of them.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use serde::Serialize;
+use wavegen::checkpoint::Checkpoint;
+use wavegen::codec::Token;
+use wavegen::engine::Engine;
+use wavegen::engine::cpu::{CpuEngine, CpuOptions, Precision};
+use wavegen::engine::reference::ReferenceEngine;
+use wavegen::model::config::ModelConfig;
+use wavegen::plan::PlanFrame;
+use wavegen::simd::Isa;
+
+use super::super::Outcome;
+use super::super::check::{Distance, chords, costs, draws, play, play_together};
+use super::super::common::{ModelArgs, Talk, Usage, catch_interrupt, interrupted, print};
+use super::machine::{Machine, Peak, resident_bytes};
+
+/// Plan frames that every case plays first: to warm up, and to be compared.
+const CHECKED_FRAMES: usize = 2;
+/// Plan frames that the reference engine plays in a round: it is slow, and its time per sample hardly varies.
+const REFERENCE_FRAMES: usize = 4;
+/// Seconds of prompt.
+const PROMPT_S: f64 = 2.0;
+/// Seconds that distributions are compared over.
+const COMPARED_S: f64 = 1.0;
+/// Most that distributions may differ, mean absolute bits per sample.
+const MOST_F32_BITS: f64 = 0.002;
+const MOST_INT8_BITS: f64 = 0.1;
+
+/// How fast every engine plays on this machine
+///
+/// One core unless candle takes more. Models beside the given one are presets with random weights. Times of single steps
+/// count what a plan frame costs to its first sample; they are those of streams that play alone.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  wavegen bench decode
+  wavegen bench decode --presets none --batches 1,4,16 --rounds 11
+  wavegen bench decode --model my.safetensors --isas avx2 --json > decode.json")]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Presets to measure beside the model, with random weights; `none` for none
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "small,base")]
+    presets: Vec<String>,
+    /// Instruction sets [default: all that this machine has but `scalar`, which takes minutes]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', value_parser = isa)]
+    isas: Option<Vec<Isa>>,
+    /// Streams that are played together
+    #[arg(long, value_name = "NUMBERS", value_delimiter = ',', default_value = "1,8",
+          value_parser = clap::value_parser!(u16).range(1..=256))]
+    batches: Vec<u16>,
+    /// Seconds of sound that a stream plays in a round
+    #[arg(long, default_value = "0.5", value_parser = super::super::common::seconds)]
+    seconds: f64,
+    /// Rounds; figures are medians over them
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    rounds: u16,
+    /// Leave the reference engine out
+    #[arg(long)]
+    no_reference: bool,
+    #[command(flatten)]
+    talk: Talk,
+}
+
+fn isa(name: &str) -> Result<Isa, String> {
+    let available = Isa::available();
+    let found = Isa::from_name(name).filter(|isa| available.contains(isa));
+    let names: Vec<&str> = available.into_iter().map(Isa::name).collect();
+    found.ok_or_else(|| format!("this machine has {}", names.join(", ")))
+}
+
+#[derive(Serialize)]
+struct Report {
+    machine: Machine,
+    version: &'static str,
+    seconds: f64,
+    rounds: u16,
+    models: Vec<ModelReport>,
+}
+
+#[derive(Serialize)]
+struct ModelReport {
+    name: String,
+    /// Multiply-adds per sample of the wave transformer's matrices.
+    multiply_adds: f64,
+    plan_parameters: usize,
+    wave_parameters: usize,
+    cases: Vec<CaseReport>,
+}
+
+#[derive(Serialize)]
+struct CaseReport {
+    engine: &'static str,
+    isa: Option<&'static str>,
+    batch: usize,
+    /// Median over the rounds, all streams together; with the least and the most.
+    samples_per_s: f64,
+    samples_per_s_range: [f64; 2],
+    x_real_time: f64,
+    x_reference: Option<f64>,
+    step_us: Option<Quantiles>,
+    gmac_s: f64,
+    /// Part of the machine's peak.
+    of_peak: Option<f64>,
+    memory_mb: Option<f64>,
+    prepare_ms: f64,
+    /// Reading [`PROMPT_S`] of prompt.
+    prefill_ms: f64,
+    /// Tokens as the scalar engine's, stream by stream.
+    tokens_as_scalar: Option<bool>,
+    /// Against the reference engine.
+    distance: Option<Distance>,
+    passed: bool,
+}
+
+/// Microseconds per step.
+#[derive(Serialize)]
+struct Quantiles {
+    p50: f64,
+    p99: f64,
+    p999: f64,
+    most: f64,
+}
+
+enum Streams {
+    Cpu(Vec<CpuEngine>),
+    Reference(Box<ReferenceEngine>),
+}
+
+struct Case {
+    engine: &'static str,
+    isa: Option<Isa>,
+    streams: Streams,
+    memory: Option<u64>,
+    prepare_ms: f64,
+    prefill_ms: f64,
+    tokens_as_scalar: Option<bool>,
+    distance: Option<Distance>,
+    /// Samples per second, one value a round.
+    rounds: Vec<f64>,
+    steps_us: Vec<f64>,
+    frame: usize,
+}
+
+pub fn run(args: &Args) -> Result<Outcome> {
+    let mut models = vec![args.model.load()?];
+    for name in args.presets.iter().filter(|name| *name != "none") {
+        let config = ModelConfig::preset(name).map_err(|e| Usage(e.to_string()))?;
+        models.push(Checkpoint::untrained(ModelConfig { name: format!("{name}, random"), ..config }, 1)?);
+    }
+    catch_interrupt()?;
+    let isas = args.isas.clone().unwrap_or_else(|| match Isa::available() {
+        all if all.len() > 1 => all[1..].to_vec(),
+        all => all,
+    });
+    let machine = Machine::measure(&isas);
+    let mut report = Report {
+        machine,
+        version: env!("CARGO_PKG_VERSION"),
+        seconds: args.seconds,
+        rounds: args.rounds,
+        models: Vec::new(),
+    };
+    for checkpoint in &models {
+        let Some(model) = measure_model(args, checkpoint, &isas, &report.machine)? else {
+            return Ok(Outcome::Interrupted);
+        };
+        report.models.push(model);
+    }
+    if !args.talk.json {
+        report.print()?;
+    }
+    args.talk.json(&report, false)?;
+    let passed = report.models.iter().flat_map(|model| &model.cases).all(|case| case.passed);
+    Ok(if passed { Outcome::Done } else { Outcome::Failed })
+}
+
+/// All cases of a model; `None` when interrupted.
+fn measure_model(args: &Args, checkpoint: &Checkpoint, isas: &[Isa], machine: &Machine) -> Result<Option<ModelReport>> {
+    let config = &checkpoint.config;
+    let rate = f64::from(config.codec.sample_rate);
+    let prompt = chords(&config.codec, (PROMPT_S * rate) as usize);
+    let compared_frames = (COMPARED_S * rate / config.plan.hop as f64) as usize;
+    let compared = chords(&config.codec, compared_frames * config.plan.hop);
+    let mut reference = Case::reference(checkpoint, &prompt)?;
+    let exact = match &mut reference.streams {
+        Streams::Reference(engine) => costs(engine.as_mut(), &compared)?,
+        Streams::Cpu(_) => Vec::new(),
+    };
+    reference.prefill(&prompt)?;
+    let mut cases = Vec::new();
+    for precision in [Precision::Int8, Precision::F32] {
+        let most_streams = args.batches.iter().copied().max().unwrap_or(1).into();
+        let mut scalar = Case::cpu(checkpoint, Isa::Scalar, precision, most_streams)?;
+        scalar.prefill(&prompt)?;
+        let expected = scalar.alone()?;
+        for &isa in isas {
+            for &batch in &args.batches {
+                if interrupted() {
+                    return Ok(None);
+                }
+                let mut case = Case::cpu(checkpoint, isa, precision, batch.into())?;
+                case.distance = Some(case.distance(&exact, &compared)?);
+                case.prefill(&prompt)?;
+                case.tokens_as_scalar = Some(case.together()? == expected[..batch.into()]);
+                cases.push(case);
+            }
+        }
+    }
+    if !args.no_reference {
+        cases.push(reference);
+    }
+    let n_frames = ((args.seconds * rate / config.plan.hop as f64).round() as usize).max(1);
+    let bar = args.talk.bar(u64::from(args.rounds) * cases.len() as u64, "{bar:40} {msg} {percent} %, {eta} left");
+    bar.set_message(config.name.clone());
+    for _ in 0..args.rounds {
+        for case in &mut cases {
+            if interrupted() {
+                return Ok(None);
+            }
+            case.round(n_frames)?;
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+    let reference_speed = cases.iter().find(|case| case.isa.is_none()).map(|case| median(&case.rounds));
+    Ok(Some(ModelReport {
+        name: config.name.clone(),
+        multiply_adds: config.wave_transformer.multiply_adds_per_sample(),
+        plan_parameters: checkpoint.n_weights("plan."),
+        wave_parameters: checkpoint.n_weights("wave."),
+        cases: cases.into_iter().map(|case| case.report(checkpoint, machine, reference_speed)).collect(),
+    }))
+}
+
+impl Case {
+    fn new(engine: &'static str, isa: Option<Isa>, make: impl FnOnce() -> Result<Streams>) -> Result<Self> {
+        let (before, begun) = (resident_bytes(), Instant::now());
+        let streams = make()?;
+        let prepare_ms = 1e3 * begun.elapsed().as_secs_f64();
+        let memory = resident_bytes().zip(before).map(|(after, before)| after.saturating_sub(before));
+        Ok(Self {
+            engine,
+            isa,
+            streams,
+            memory,
+            prepare_ms,
+            prefill_ms: 0.0,
+            tokens_as_scalar: None,
+            distance: None,
+            rounds: Vec::new(),
+            steps_us: Vec::new(),
+            frame: 0,
+        })
+    }
+
+    fn cpu(checkpoint: &Checkpoint, isa: Isa, precision: Precision, batch: usize) -> Result<Self> {
+        let name = match precision {
+            Precision::Int8 => "cpu",
+            Precision::F32 => "cpu-f32",
+        };
+        Self::new(name, Some(isa), || {
+            let mut engines = vec![CpuEngine::new(checkpoint, &CpuOptions { isa, precision })?];
+            while engines.len() < batch {
+                engines.push(engines[0].fork()?);
+            }
+            Ok(Streams::Cpu(engines))
+        })
+    }
+
+    fn reference(checkpoint: &Checkpoint, prompt: &[Token]) -> Result<Self> {
+        let mut case =
+            Self::new("reference", None, || Ok(Streams::Reference(Box::new(ReferenceEngine::new(checkpoint)?))))?;
+        case.prefill(prompt)?;
+        Ok(case)
+    }
+
+    /// Brings all streams to the end of `prompt`.
+    fn prefill(&mut self, prompt: &[Token]) -> Result<()> {
+        let begun = Instant::now();
+        let state = match &mut self.streams {
+            Streams::Reference(engine) => {
+                engine.prefill(prompt)?;
+                Vec::new()
+            }
+            Streams::Cpu(engines) => {
+                engines[0].prefill(prompt)?;
+                engines[0].save()?
+            }
+        };
+        self.prefill_ms = 1e3 * begun.elapsed().as_secs_f64();
+        if let Streams::Cpu(engines) = &mut self.streams {
+            engines[1..].iter_mut().try_for_each(|engine| engine.restore(&state))?;
+        }
+        self.frame = 0;
+        Ok(())
+    }
+
+    fn distance(&mut self, exact: &[f32], compared: &[Token]) -> Result<Distance> {
+        match &mut self.streams {
+            Streams::Cpu(engines) => Ok(Distance::between(exact, &costs(&mut engines[0], compared)?)),
+            Streams::Reference(engine) => Ok(Distance::between(exact, &costs(engine.as_mut(), compared)?)),
+        }
+    }
+
+    /// The first frames, stream by stream.
+    fn alone(&mut self) -> Result<Vec<Vec<Token>>> {
+        match &mut self.streams {
+            Streams::Cpu(engines) => {
+                (0..).zip(engines).map(|(stream, engine)| play(engine, stream, 0..CHECKED_FRAMES)).collect()
+            }
+            Streams::Reference(engine) => Ok(vec![play(engine.as_mut(), 0, 0..CHECKED_FRAMES)?]),
+        }
+    }
+
+    /// The first frames, as the case is measured.
+    fn together(&mut self) -> Result<Vec<Vec<Token>>> {
+        self.frame = CHECKED_FRAMES;
+        match &mut self.streams {
+            Streams::Cpu(engines) => play_together(engines, 0..CHECKED_FRAMES),
+            Streams::Reference(_) => self.alone(),
+        }
+    }
+
+    fn round(&mut self, n_frames: usize) -> Result<()> {
+        let begun = Instant::now();
+        let n_samples = match &mut self.streams {
+            Streams::Reference(engine) => {
+                let last = self.frame + REFERENCE_FRAMES;
+                let played = play(engine.as_mut(), 0, self.frame..last)?.len();
+                self.frame = last;
+                played
+            }
+            Streams::Cpu(engines) => {
+                let last = self.frame + n_frames;
+                let played = match &mut engines[..] {
+                    [engine] => play_timed(engine, self.frame..last, &mut self.steps_us)?,
+                    engines => play_together(engines, self.frame..last)?.iter().map(Vec::len).sum(),
+                };
+                self.frame = last;
+                played
+            }
+        };
+        self.rounds.push(n_samples as f64 / begun.elapsed().as_secs_f64());
+        Ok(())
+    }
+
+    fn report(self, checkpoint: &Checkpoint, machine: &Machine, reference_speed: Option<f64>) -> CaseReport {
+        let config = &checkpoint.config;
+        let int8 = self.engine == "cpu";
+        let samples_per_s = median(&self.rounds);
+        let gmac_s = samples_per_s * config.wave_transformer.multiply_adds_per_sample() / 1e9;
+        let limit = if int8 { MOST_INT8_BITS } else { MOST_F32_BITS };
+        CaseReport {
+            engine: self.engine,
+            isa: self.isa.map(Isa::name),
+            batch: match &self.streams {
+                Streams::Cpu(engines) => engines.len(),
+                Streams::Reference(_) => 1,
+            },
+            samples_per_s,
+            samples_per_s_range: [
+                self.rounds.iter().copied().fold(f64::INFINITY, f64::min),
+                self.rounds.iter().copied().fold(0.0, f64::max),
+            ],
+            x_real_time: samples_per_s / f64::from(config.codec.sample_rate),
+            x_reference: reference_speed.filter(|_| self.isa.is_some()).map(|speed| samples_per_s / speed),
+            step_us: Quantiles::of(self.steps_us),
+            gmac_s,
+            of_peak: self.isa.and_then(|isa| machine.peak(isa, int8)).map(|peak| gmac_s / peak),
+            memory_mb: self.memory.map(|bytes| bytes as f64 / 1e6),
+            prepare_ms: self.prepare_ms,
+            prefill_ms: self.prefill_ms,
+            tokens_as_scalar: self.tokens_as_scalar,
+            passed: self.tokens_as_scalar != Some(false)
+                && self.distance.is_none_or(|distance| distance.mean_abs_bits <= limit),
+            distance: self.distance,
+        }
+    }
+}
+
+/// Plays and takes the time of every step; a frame's plan counts to its first step. Gives the number of samples.
+fn play_timed(engine: &mut CpuEngine, frames: std::ops::Range<usize>, steps_us: &mut Vec<f64>) -> Result<usize> {
+    let mut plan = PlanFrame::default();
+    let mut played = 0;
+    for frame in frames {
+        let (plan_draws, wave_draws) = draws(engine, 0, frame);
+        let mut begun = Instant::now();
+        engine.next_plan(&plan_draws, &mut plan)?;
+        engine.begin_frame(&plan.bands)?;
+        for &uniforms in wave_draws.as_chunks().0 {
+            engine.next_token(uniforms);
+            let now = Instant::now();
+            steps_us.push(1e6 * (now - begun).as_secs_f64());
+            begun = now;
+            played += 1;
+        }
+    }
+    Ok(played)
+}
+
+impl Quantiles {
+    fn of(mut values: Vec<f64>) -> Option<Self> {
+        values.sort_by(f64::total_cmp);
+        let at = |share: f64| values[((values.len() - 1) as f64 * share).round() as usize];
+        (!values.is_empty()).then(|| Self { p50: at(0.5), p99: at(0.99), p999: at(0.999), most: at(1.0) })
+    }
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
+}
+
+impl Report {
+    fn print(&self) -> Result<()> {
+        let Machine { cpu, cores, load, bandwidth_gb_s, peaks } = &self.machine;
+        let load = load.map_or(String::new(), |load| format!(", load {load:.1}"));
+        print(&format!("{cpu}, {cores} cores{load}; one core reads {bandwidth_gb_s:.1} GB/s"))?;
+        for Peak { isa, int8_gmac_s, f32_gmac_s } in peaks {
+            print(&format!(
+                "  {isa:<11} at most {int8_gmac_s:6.1} GMAC/s in int8, {f32_gmac_s:6.1} in f32 (weights in L2)"
+            ))?;
+        }
+        for model in &self.models {
+            model.print(self.rounds)?;
+        }
+        print("")?;
+        print(
+            "GMAC/s: the wave transformer's matrices only. A check fails where tokens are not the scalar engine's, or the",
+        )?;
+        print(&format!(
+            "distributions lie further from the reference's than {MOST_INT8_BITS} (int8) or {MOST_F32_BITS} (f32) bits."
+        ))?;
+        Ok(())
+    }
+}
+
+impl ModelReport {
+    fn print(&self, rounds: u16) -> Result<()> {
+        print("")?;
+        print(&format!(
+            "{}: {:.2} M multiply-adds a sample; plan {:.1} M and wave {:.1} M parameters; medians of {rounds}",
+            self.name,
+            self.multiply_adds / 1e6,
+            self.plan_parameters as f64 / 1e6,
+            self.wave_parameters as f64 / 1e6
+        ))?;
+        print(&format!(
+            "{:<9} {:<11} {:>5} {:>10} {:>7} {:>6} {:>6} {:>7} {:>7} {:>7} {:>5} {:>6} {:>8} {:>7}  check",
+            "engine",
+            "isa",
+            "batch",
+            "samples/s",
+            "x real",
+            "x ref",
+            "p50 us",
+            "p99 us",
+            "p99.9",
+            "GMAC/s",
+            "peak",
+            "MB",
+            "prefill",
+            "d bits"
+        ))?;
+        for case in &self.cases {
+            let optional = |value: Option<f64>, digits: usize| {
+                value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"))
+            };
+            let step = |of: fn(&Quantiles) -> f64| optional(case.step_us.as_ref().map(of), 1);
+            print(&format!(
+                "{:<9} {:<11} {:>5} {:>10.0} {:>7.2} {:>6} {:>6} {:>7} {:>7} {:>7.1} {:>5} {:>6} {:>5.0} ms {:>7}  {}",
+                case.engine,
+                case.isa.unwrap_or("-"),
+                case.batch,
+                case.samples_per_s,
+                case.x_real_time,
+                optional(case.x_reference, 1),
+                step(|q| q.p50),
+                step(|q| q.p99),
+                step(|q| q.p999),
+                case.gmac_s,
+                case.of_peak.map_or_else(|| "-".to_owned(), |part| format!("{:.0} %", 100.0 * part)),
+                optional(case.memory_mb, 0),
+                case.prefill_ms,
+                optional(case.distance.map(|distance| distance.mean_abs_bits), 4),
+                if case.passed { "ok" } else { "FAILED" }
+            ))?;
+        }
+        Ok(())
+    }
+}

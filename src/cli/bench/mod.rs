@@ -1,0 +1,30 @@
+//! `wavegen bench`: turns this machine's time into figures.
+
+mod decode;
+mod machine;
+
+use anyhow::Result;
+
+use super::Outcome;
+
+/// Measure how fast this machine is
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  wavegen bench decode                               how fast every engine plays
+  wavegen bench decode --json > decode.json")]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    Decode(decode::Args),
+}
+
+pub fn run(args: &Args) -> Result<Outcome> {
+    match &args.what {
+        What::Decode(args) => decode::run(args),
+    }
+}
