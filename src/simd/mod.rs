@@ -12,7 +12,7 @@ mod x86;
 use std::sync::OnceLock;
 
 use panels::{PanelsF32, PanelsI8};
-use portable::{Plain, Ring};
+use portable::{Plain, Ring, RingI8};
 
 /// Environment variable that forces an instruction set by name, for tests and reports.
 pub const ISA_VARIABLE: &str = "WAVEGEN_ISA";
@@ -74,6 +74,9 @@ impl Isa {
 /// `(autocorrelation, order, room, forward coefficients, backward coefficients) -> residual power`
 type Levinson = fn(&[f64], usize, &mut [f64], &mut [f64], &mut [f64]) -> f64;
 
+/// `(rounded query, what one of it is worth, ring, room for scores, room for digits, out)`
+type AttendI8 = fn(&[i8], f32, RingI8, &mut [f32], &mut [i8], &mut [f32]);
+
 /// The kernels of one instruction set; [`portable`] says what each computes.
 pub struct Kernels {
     pub isa: Isa,
@@ -85,13 +88,14 @@ pub struct Kernels {
     pub swiglu: fn(&[f32], &mut [f32]),
     pub normalize_and_rotate: fn(&mut [f32], &[f32], f32),
     pub attend: fn(&[f32], Ring, &mut [f32], &mut [f32]),
+    pub attend_i8: AttendI8,
     pub dot: fn(&[f32], &[f32]) -> f32,
     pub levinson: Levinson,
 }
 
 static SCALAR: Kernels = Kernels {
     isa: Isa::Scalar,
-    gemm_i8: |w, a, scales, out| portable::gemm_i8(w, a, scales, out),
+    gemm_i8: |w, a, scales, out| portable::gemm_i8::<Plain>(w, a, scales, out),
     gemm_f32: |w, x, scales, out| portable::gemm_f32::<Plain>(w, x, scales, out),
     quantize: |x, out| portable::quantize(x, out),
     inverse_rms: |x| portable::inverse_rms(x),
@@ -99,6 +103,9 @@ static SCALAR: Kernels = Kernels {
     swiglu: |up, gated| portable::swiglu(up, gated),
     normalize_and_rotate: |heads, angles, factor| portable::normalize_and_rotate(heads, angles, factor),
     attend: |q, ring, scores, out| portable::attend::<Plain>(q, ring, scores, out),
+    attend_i8: |q, q_scale, ring, scores, digits, out| {
+        portable::attend_i8::<Plain>(q, q_scale, ring, scores, digits, out)
+    },
     dot: |a, b| portable::dot_f32(a, b),
     levinson: |r, order, falling, forward, backward| portable::levinson(r, order, falling, forward, backward),
 };
@@ -125,7 +132,7 @@ impl Kernels {
 
 #[cfg(test)]
 mod tests {
-    use super::panels::LineF32;
+    use super::panels::{GROUP, LANES, LineF32, LineI8};
     use super::*;
     use crate::rng::Rng;
     use proptest::prelude::*;
@@ -151,7 +158,7 @@ mod tests {
             let scales: Vec<f32> = x.chunks(n_in).zip(a.chunks_mut(4 * w.groups))
                 .map(|(x, a)| portable::quantize(x, a)).collect();
             let mut expected = vec![0.0; rows * n_out];
-            portable::gemm_i8(&w, &a, &scales, &mut expected);
+            portable::gemm_i8::<Plain>(&w, &a, &scales, &mut expected);
             for kernels in fast() {
                 let mut out = vec![9.0; rows * n_out];
                 (kernels.gemm_i8)(&w, &a, &scales, &mut out);
@@ -203,6 +210,49 @@ mod tests {
         }
     }
 
+    proptest! {
+        #[test]
+        fn attention_in_whole_numbers_is_the_same_bits_on_every_instruction_set(
+            head_dim in 1usize..100, window in 1usize..200, part in 0.0f64..1.0, seed in 0u64..1000,
+        ) {
+            let filled = 1 + (part * (window - 1) as f64) as usize;
+            let (stride, value_stride) = (window.div_ceil(LANES), head_dim.div_ceil(LANES));
+            let mut keys = vec![LineI8::ZERO; head_dim.div_ceil(GROUP) * stride];
+            let mut values = vec![LineI8::ZERO; window.div_ceil(GROUP) * value_stride];
+            let (mut key_offsets, mut value_offsets) = (vec![0; stride * LANES], vec![0; value_stride * LANES]);
+            let mut rng = Rng::new(seed);
+            let mut whole = || (rng.uniform() * 254.9 - 127.0) as i8;
+            for slot in 0..filled {
+                for d in 0..head_dim {
+                    let (k, v) = (whole(), whole());
+                    keys[d / GROUP * stride + slot / LANES].0[slot % LANES * GROUP + d % GROUP] = k;
+                    values[slot / GROUP * value_stride + d / LANES].0[d % LANES * GROUP + slot % GROUP] = v;
+                    key_offsets[slot] -= 128 * i32::from(k);
+                    value_offsets[d] -= 128 * i32::from(v);
+                }
+            }
+            let scales = |seed| numbers(stride * LANES, seed).iter().map(|x| 0.01 + x.abs()).collect::<Vec<f32>>();
+            let (key_scales, value_scales) = (scales(seed + 1), scales(seed + 2));
+            let ring = RingI8 {
+                keys: &keys, key_scales: &key_scales, key_offsets: &key_offsets,
+                values: &values, value_scales: &value_scales, value_offsets: &value_offsets,
+                stride, value_stride, filled,
+            };
+            let mut q = vec![0; head_dim.next_multiple_of(GROUP)];
+            portable::quantize(&numbers(head_dim, seed + 3), &mut q);
+            let run = |k: &Kernels| {
+                let mut out = vec![9.0; head_dim];
+                let (mut scores, mut digits) = (vec![0.0; stride * LANES], vec![0; 2 * stride * LANES]);
+                (k.attend_i8)(&q, 1e-4, ring, &mut scores, &mut digits, &mut out);
+                out.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+            };
+            let expected = run(&SCALAR);
+            for kernels in fast() {
+                prop_assert_eq!(&run(kernels), &expected, "{:?}", kernels.isa);
+            }
+        }
+    }
+
     #[test]
     fn the_largest_whole_numbers_do_not_saturate() {
         for (w, x) in [(1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0)] {
@@ -212,7 +262,7 @@ mod tests {
             for kernels in Isa::available().into_iter().filter_map(Kernels::of) {
                 let mut out = vec![0.0; 33];
                 (kernels.gemm_i8)(&panels, &a, &[scale], &mut out);
-                assert!(out.iter().all(|y| (y - 1000.0 * w * x).abs() < 1e-2), "{:?}: {out:?}", kernels.isa);
+                assert!(out.iter().all(|y| (y - 1000.0 * w * x).abs() < 2e-2), "{:?}: {out:?}", kernels.isa);
             }
         }
     }
@@ -229,7 +279,7 @@ mod tests {
         let panels = PanelsI8::pack(&w, n_out);
         let mut a = vec![0; 4 * panels.groups];
         let scale = portable::quantize(&x, &mut a);
-        portable::gemm_i8(&panels, &a, &[scale], &mut out);
+        portable::gemm_i8::<Plain>(&panels, &a, &[scale], &mut out);
         assert!(out.iter().zip(&exact).all(|(y, e)| (f64::from(*y) - e).abs() < 0.25), "{out:?}, {exact:?}");
     }
 

@@ -5,13 +5,13 @@
 
 use std::arch::aarch64::*;
 
-use super::panels::{LANES, MAX_VECTORS, PanelsI8};
-use super::portable::{self, Plain};
+use super::panels::{LANES, LineI8, MAX_VECTORS};
+use super::portable::{self, Plain, WholeSums};
 use super::{Isa, Kernels};
 
 pub static KERNELS: Kernels = Kernels {
     isa: Isa::Neon,
-    gemm_i8: |w, a, scales, out| gemm_i8(w, a, scales, out),
+    gemm_i8: |w, a, scales, out| portable::gemm_i8::<Neon>(w, a, scales, out),
     gemm_f32: |w, x, scales, out| portable::gemm_f32::<Plain>(w, x, scales, out),
     quantize: |x, out| portable::quantize(x, out),
     inverse_rms: |x| portable::inverse_rms(x),
@@ -19,21 +19,35 @@ pub static KERNELS: Kernels = Kernels {
     swiglu: |up, gated| portable::swiglu(up, gated),
     normalize_and_rotate: |heads, angles, factor| portable::normalize_and_rotate(heads, angles, factor),
     attend: |q, ring, scores, out| portable::attend::<Plain>(q, ring, scores, out),
+    attend_i8: |q, q_scale, ring, scores, digits, out| {
+        portable::attend_i8::<Neon>(q, q_scale, ring, scores, digits, out)
+    },
     dot: |a, b| portable::dot_f32(a, b),
     levinson: |r, order, falling, forward, backward| portable::levinson(r, order, falling, forward, backward),
 };
 
-/// As [`portable::gemm_i8`]: products of 8 bits in 16, two of which fit, then pairs of pairs in 32.
-fn gemm_i8(w: &PanelsI8, a: &[i8], row_scales: &[f32], out: &mut [f32]) {
-    for ((a, &scale), out) in a.chunks_exact(4 * w.groups).zip(row_scales).zip(out.chunks_exact_mut(w.n_out)) {
-        for panel in &w.panels {
-            let mut sums = [[0i32; LANES]; MAX_VECTORS];
-            let lines = &w.lines[panel.at..panel.at + w.groups * panel.vectors];
-            for (v, sums) in sums.iter_mut().take(panel.vectors).enumerate() {
+/// Whole sums on NEON registers.
+struct Neon;
+
+impl WholeSums for Neon {
+    const VECTORS: usize = MAX_VECTORS;
+    const ROWS: usize = 1;
+
+    /// Products of 8 bits in 16, two of which fit, then pairs of pairs in 32.
+    #[inline(always)]
+    fn sum<const V: usize, const M: usize>(
+        lines: &[LineI8],
+        stride: usize,
+        rows: [&[[i8; 4]]; M],
+        _: &[i32],
+    ) -> [[[i32; LANES]; V]; M] {
+        let mut sums = [[[0; LANES]; V]; M];
+        for (row, sums) in rows.into_iter().zip(&mut sums) {
+            for (v, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: NEON is part of the architecture; a line is 64 bytes, a row of sums 16 numbers.
                 unsafe {
                     let mut acc = [vdupq_n_s32(0); 4];
-                    for (a, line) in a.as_chunks::<4>().0.iter().zip(lines.iter().skip(v).step_by(panel.vectors)) {
+                    for (a, line) in row.iter().zip(lines[v..].iter().step_by(stride)) {
                         let a = vreinterpretq_s8_s32(vdupq_n_s32(i32::from_le_bytes(a.map(|x| x as u8))));
                         for (part, acc) in acc.iter_mut().enumerate() {
                             let w = vld1q_s8(line.0.as_ptr().add(16 * part));
@@ -47,7 +61,7 @@ fn gemm_i8(w: &PanelsI8, a: &[i8], row_scales: &[f32], out: &mut [f32]) {
                     }
                 }
             }
-            portable::store_i8(w, panel.first, &sums[..panel.vectors], scale, out);
         }
+        sums
     }
 }

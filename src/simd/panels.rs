@@ -7,7 +7,7 @@ pub const MAX_VECTORS: usize = 6;
 /// Adding and subtracting this rounds to a whole number (ties to even) when |x| < 2^22.
 pub(super) const ROUNDING: f32 = 12_582_912.0;
 /// Inputs that one integer instruction takes at a time.
-const GROUP: usize = 4;
+pub const GROUP: usize = 4;
 
 /// [`LANES`] numbers that are used side by side: a cache line.
 #[derive(Clone, Copy)]
@@ -22,6 +22,10 @@ impl LineF32 {
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub struct LineI8(pub [i8; GROUP * LANES]);
+
+impl LineI8 {
+    pub const ZERO: Self = Self([0; GROUP * LANES]);
+}
 
 /// Neighbouring outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,7 +87,7 @@ pub struct PanelsI8 {
     pub groups: usize,
     pub(super) panels: Vec<Panel>,
     pub(super) lines: Vec<LineI8>,
-    /// Weight = scale * whole number, `[n_out]`.
+    /// Weight = scale * whole number, `[n_out]` padded to whole vectors.
     pub(super) scales: Vec<f32>,
     /// `-128 * sum of an output's whole numbers`, padded to whole vectors: what instructions that take unsigned inputs start from.
     pub(super) offsets: Vec<i32>,
@@ -100,7 +104,7 @@ impl PanelsI8 {
         }
         let factors: Vec<f32> = most.iter().map(|&m| if m > 0.0 { 127.0 / m } else { 0.0 }).collect();
         let panels = panels(n_out, groups);
-        let mut lines = vec![LineI8([0; GROUP * LANES]); groups * n_out.div_ceil(LANES)];
+        let mut lines = vec![LineI8::ZERO; groups * n_out.div_ceil(LANES)];
         let mut offsets = vec![0; n_out.next_multiple_of(LANES)];
         for panel in &panels {
             let end = n_out.min(panel.first + panel.vectors * LANES);
@@ -114,7 +118,9 @@ impl PanelsI8 {
                 }
             }
         }
-        Self { n_in, n_out, groups, panels, lines, scales: most.iter().map(|m| m / 127.0).collect(), offsets }
+        let mut scales: Vec<f32> = most.iter().map(|m| m / 127.0).collect();
+        scales.resize(offsets.len(), 0.0);
+        Self { n_in, n_out, groups, panels, lines, scales, offsets }
     }
 }
 

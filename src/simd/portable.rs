@@ -3,7 +3,7 @@
 //! Sums run in [`LANES`] interleaved lanes, multiplications and additions are separate (never fused), integers are exact:
 //! so compiling these functions for wider registers changes speed and not one bit of the result.
 
-use super::panels::{LANES, LineF32, MAX_VECTORS, PanelsF32, PanelsI8, ROUNDING};
+use super::panels::{LANES, LineF32, LineI8, MAX_VECTORS, Panel, PanelsF32, PanelsI8, ROUNDING};
 use crate::dot::dot;
 
 const LN_2_HIGH: f32 = 0.693_359_4;
@@ -11,6 +11,8 @@ const LN_2_LOW: f32 = -2.121_944_4e-4;
 /// Score of a slot that holds no position.
 const MASKED: f32 = -1e30;
 const NORM_EPSILON: f32 = 1e-6;
+/// Vectors whose numbers are all smaller are rounded to nothing.
+const SMALLEST: f32 = 1e-30;
 
 /// e^x to 2 units in the last place; x is held to [-87, 88].
 #[inline(always)]
@@ -32,6 +34,12 @@ pub fn exp(x: f32) -> f32 {
     f32::from_bits(p.to_bits().wrapping_add(exponent))
 }
 
+/// The larger one, or b if they cannot be compared: what one instruction computes.
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
 #[inline(always)]
 fn fold(mut lanes: [f32; LANES], combine: impl Fn(f32, f32) -> f32) -> f32 {
     let mut width = LANES / 2;
@@ -50,24 +58,29 @@ pub fn sum_squares(x: &[f32]) -> f32 {
     dot::<f32, LANES>(x, x)
 }
 
-/// `x * 127 / max|x|`, rounded, into `out` (as long as `x`; what lies beyond is set to 0); returns `max|x| / 127`.
+/// Rounds x to whole numbers of -127..=127 in `out` (as long as `x`; what lies beyond is set to 0) and returns what one is
+/// worth: `max|x| / 127`, rounded to 17 binary digits, so that every rounded value is an f32 and rounds to itself.
 #[inline(always)]
 pub fn quantize(x: &[f32], out: &mut [i8]) -> f32 {
     let (blocks, rest) = x.as_chunks::<LANES>();
     let mut most = [0.0f32; LANES];
     for block in blocks {
         for i in 0..LANES {
-            most[i] = most[i].max(block[i].abs());
+            most[i] = larger(block[i].abs(), most[i]);
         }
     }
-    let most = rest.iter().fold(fold(most, f32::max), |most, x| most.max(x.abs()));
-    let factor = if most > 0.0 { 127.0 / most } else { 0.0 };
+    let most = rest.iter().fold(fold(most, larger), |most, x| larger(x.abs(), most));
+    let scale = f32::from_bits(((most / 127.0).to_bits() + 0x40) & !0x7f);
+    let factor = if most > SMALLEST { 127.0 / most } else { 0.0 };
+    let (out, padding) = out.split_at_mut(x.len());
     for (q, &x) in out.iter_mut().zip(x) {
         // The low byte of the rounded sum is the whole number in two's complement.
         *q = (x * factor + ROUNDING).to_bits() as i8;
     }
-    out[x.len()..].fill(0);
-    most / 127.0
+    if !padding.is_empty() {
+        padding.fill(0);
+    }
+    scale
 }
 
 #[inline(always)]
@@ -123,7 +136,7 @@ pub trait Sums {
     fn sum<const V: usize>(weights: &[f32], rows: &[LineF32], stride: usize) -> [[f32; LANES]; V];
 }
 
-/// The specification of [`Sums`].
+/// The specification of [`Sums`] and [`WholeSums`].
 pub struct Plain;
 
 impl Sums for Plain {
@@ -180,23 +193,7 @@ pub fn attend<S: Sums>(q: &[f32], ring: Ring, scores: &mut [f32], out: &mut [f32
         };
         at += n;
     }
-    scores[ring.filled..].fill(MASKED);
-    let mut most = [MASKED; LANES];
-    let (blocks, _) = scores.as_chunks_mut::<LANES>();
-    for block in &*blocks {
-        for i in 0..LANES {
-            most[i] = most[i].max(block[i]);
-        }
-    }
-    let most = fold(most, f32::max);
-    let mut sums = [0.0; LANES];
-    for block in blocks {
-        for i in 0..LANES {
-            block[i] = exp(block[i] - most);
-            sums[i] += block[i];
-        }
-    }
-    let scale = 1.0 / fold(sums, |a, b| a + b);
+    let scale = 1.0 / exponentials(scores, ring.filled);
     let weights = &scores[..ring.filled];
     let mut at = 0;
     while at * LANES < out.len() {
@@ -209,6 +206,28 @@ pub fn attend<S: Sums>(q: &[f32], ring: Ring, scores: &mut [f32], out: &mut [f32
         };
         at += n;
     }
+}
+
+/// Turns scores (whole lines) into e^(score - the largest), 0 from `filled` on; returns their sum.
+#[inline(always)]
+fn exponentials(scores: &mut [f32], filled: usize) -> f32 {
+    scores[filled..].fill(MASKED);
+    let mut most = [MASKED; LANES];
+    let (blocks, _) = scores.as_chunks_mut::<LANES>();
+    for block in &*blocks {
+        for i in 0..LANES {
+            most[i] = larger(block[i], most[i]);
+        }
+    }
+    let most = fold(most, larger);
+    let mut sums = [0.0; LANES];
+    for block in blocks {
+        for i in 0..LANES {
+            block[i] = exp(block[i] - most);
+            sums[i] += block[i];
+        }
+    }
+    fold(sums, |a, b| a + b)
 }
 
 /// `out = scale * sums`, as far as there is room; returns the number of lines.
@@ -239,31 +258,228 @@ pub fn gemm_f32<S: Sums>(w: &PanelsF32, x: &[f32], row_scales: &[f32], out: &mut
     }
 }
 
-/// `out[r, j] = row_scales[r] * scales[j] * sum_k a[r, k] w[k, j]`, a `[rows, 4 * groups]`, out `[rows, n_out]`.
-#[inline(always)]
-pub fn gemm_i8(w: &PanelsI8, a: &[i8], row_scales: &[f32], out: &mut [f32]) {
-    for ((a, &scale), out) in a.chunks_exact(4 * w.groups).zip(row_scales).zip(out.chunks_exact_mut(w.n_out)) {
-        for panel in &w.panels {
-            let mut sums = [[0i32; LANES]; MAX_VECTORS];
-            let lines = &w.lines[panel.at..panel.at + w.groups * panel.vectors];
-            for (a, lines) in a.as_chunks::<4>().0.iter().zip(lines.chunks_exact(panel.vectors)) {
+/// The sum of whole numbers that matrices and attention are made of: exact, so every order of it is the same.
+pub trait WholeSums {
+    /// Most vectors of outputs that one call takes, and most rows.
+    const VECTORS: usize;
+    const ROWS: usize;
+
+    /// `sums[m][v][lane] = sum_k rows[m][k] w[k][v][lane]`: four k side by side in a line, `stride` lines from group to group.
+    /// `offsets`: `-128 sum_k w[k][v][lane]`, for instructions that take unsigned rows.
+    fn sum<const V: usize, const M: usize>(
+        lines: &[LineI8],
+        stride: usize,
+        rows: [&[[i8; 4]]; M],
+        offsets: &[i32],
+    ) -> [[[i32; LANES]; V]; M];
+}
+
+impl WholeSums for Plain {
+    const VECTORS: usize = MAX_VECTORS;
+    const ROWS: usize = 1;
+
+    #[inline(always)]
+    fn sum<const V: usize, const M: usize>(
+        lines: &[LineI8],
+        stride: usize,
+        rows: [&[[i8; 4]]; M],
+        _: &[i32],
+    ) -> [[[i32; LANES]; V]; M] {
+        rows.map(|row| {
+            let mut sums = [[0; LANES]; V];
+            for (a, lines) in row.iter().zip(lines.chunks(stride)) {
                 for (sums, line) in sums.iter_mut().zip(lines) {
                     for (sum, w) in sums.iter_mut().zip(line.0.as_chunks::<4>().0) {
                         *sum += (0..4).map(|t| i32::from(a[t]) * i32::from(w[t])).sum::<i32>();
                     }
                 }
             }
-            store_i8(w, panel.first, &sums[..panel.vectors], scale, out);
+            sums
+        })
+    }
+}
+
+/// Where [`whole_sums`] leaves its results.
+trait Take {
+    /// Sums of a row, of the vectors from `first` on.
+    fn take(&mut self, row: usize, first: usize, sums: &[[i32; LANES]]);
+}
+
+/// All sums over `stride` vectors of outputs or the first `vectors` of them.
+#[inline(always)]
+fn whole_sums<S: WholeSums, const M: usize>(
+    lines: &[LineI8],
+    stride: usize,
+    vectors: usize,
+    rows: [&[[i8; 4]]; M],
+    offsets: &[i32],
+    mut results: impl Take,
+) {
+    let mut at = 0;
+    while at < vectors {
+        let (lines, offsets) = (&lines[at..], &offsets[at * LANES..]);
+        macro_rules! take {
+            ($n:literal) => {{
+                for (m, sums) in S::sum::<$n, M>(lines, stride, rows, offsets).iter().enumerate() {
+                    results.take(m, at, sums);
+                }
+                at += $n;
+            }};
+        }
+        match (vectors - at).min(S::VECTORS) {
+            1 => take!(1),
+            2 => take!(2),
+            3 => take!(3),
+            4 => take!(4),
+            5 => take!(5),
+            _ => take!(6),
         }
     }
 }
 
-/// Integer sums of the outputs from `first` on, scaled, into a row of outputs.
-#[inline(always)]
-pub fn store_i8(w: &PanelsI8, first: usize, sums: &[[i32; LANES]], row_scale: f32, out: &mut [f32]) {
-    for ((y, &sum), &scale) in out[first..].iter_mut().zip(sums.as_flattened()).zip(&w.scales[first..]) {
-        *y = sum as f32 * (scale * row_scale);
+/// `out[row, lane] = row_scales[row] * scales[lane] * sum`, `row_width` from row to row; scales are whole lines.
+struct Scaled<'a> {
+    scales: &'a [f32],
+    row_scales: &'a [f32],
+    out: &'a mut [f32],
+    row_width: usize,
+}
+
+impl Take for Scaled<'_> {
+    #[inline(always)]
+    fn take(&mut self, row: usize, first: usize, sums: &[[i32; LANES]]) {
+        let row_scale = self.row_scales[row];
+        let out = &mut self.out[row * self.row_width + first * LANES..];
+        let scales = &self.scales.as_chunks::<LANES>().0[first..];
+        for ((sums, scales), out) in sums.iter().zip(scales).zip(out.chunks_mut(LANES)) {
+            match out.first_chunk_mut::<LANES>() {
+                Some(out) => (0..LANES).for_each(|i| out[i] = sums[i] as f32 * (scales[i] * row_scale)),
+                None => (0..out.len()).for_each(|i| out[i] = sums[i] as f32 * (scales[i] * row_scale)),
+            }
+        }
     }
+}
+
+/// `out[lane] += row_scales[row] * sum`.
+struct Added<'a> {
+    row_scales: [f32; 2],
+    out: &'a mut [f32],
+}
+
+impl Take for Added<'_> {
+    #[inline(always)]
+    fn take(&mut self, row: usize, first: usize, sums: &[[i32; LANES]]) {
+        let scale = self.row_scales[row];
+        for (sums, out) in sums.iter().zip(self.out[first * LANES..].chunks_mut(LANES)) {
+            match out.first_chunk_mut::<LANES>() {
+                Some(out) => (0..LANES).for_each(|i| out[i] += sums[i] as f32 * scale),
+                None => (0..out.len()).for_each(|i| out[i] += sums[i] as f32 * scale),
+            }
+        }
+    }
+}
+
+/// `out[r, j] = row_scales[r] * scales[j] * sum_k a[r, k] w[k, j]`, a `[rows, 4 * groups]`, out `[rows, n_out]`.
+#[inline(always)]
+pub fn gemm_i8<S: WholeSums>(w: &PanelsI8, a: &[i8], row_scales: &[f32], out: &mut [f32]) {
+    // All rows take a panel before the next one comes: it is read from far away once.
+    for panel in &w.panels {
+        let mut r = 0;
+        while r < row_scales.len() {
+            r += match row_scales.len() - r {
+                4.. if S::ROWS >= 4 => gemm_i8_rows::<S, 4>(w, panel, a, row_scales, r, out),
+                2.. if S::ROWS >= 2 => gemm_i8_rows::<S, 2>(w, panel, a, row_scales, r, out),
+                _ => gemm_i8_rows::<S, 1>(w, panel, a, row_scales, r, out),
+            };
+        }
+    }
+}
+
+/// [`gemm_i8`] for one panel and the rows `r..r + M`; returns M.
+#[inline(always)]
+fn gemm_i8_rows<S: WholeSums, const M: usize>(
+    w: &PanelsI8,
+    panel: &Panel,
+    a: &[i8],
+    row_scales: &[f32],
+    r: usize,
+    out: &mut [f32],
+) -> usize {
+    let lines = &w.lines[panel.at..panel.at + w.groups * panel.vectors];
+    let depth = 4 * w.groups;
+    let rows = std::array::from_fn(|m| a[(r + m) * depth..(r + m + 1) * depth].as_chunks::<4>().0);
+    let results = Scaled {
+        scales: &w.scales[panel.first..],
+        row_scales: &row_scales[r..],
+        out: &mut out[r * w.n_out + panel.first..],
+        row_width: w.n_out,
+    };
+    whole_sums::<S, M>(lines, panel.vectors, panel.vectors, rows, &w.offsets[panel.first..], results);
+    M
+}
+
+/// Where [`attend_i8`] finds the ring of one head, in whole numbers with a scale per slot: keys `[head_dim / 4, stride]` lines of
+/// [`LANES`] slots, values `[slots / 4, value_stride]` lines of [`LANES`] features. Padding and slots that hold no
+/// position are 0. Offsets: see [`WholeSums::sum`].
+#[derive(Clone, Copy)]
+pub struct RingI8<'a> {
+    pub keys: &'a [LineI8],
+    /// Per slot, `[stride * LANES]`.
+    pub key_scales: &'a [f32],
+    pub key_offsets: &'a [i32],
+    pub values: &'a [LineI8],
+    /// Per slot, `[stride * LANES]`.
+    pub value_scales: &'a [f32],
+    /// Per feature, `[value_stride * LANES]`.
+    pub value_offsets: &'a [i32],
+    pub stride: usize,
+    pub value_stride: usize,
+    /// Slots that hold a position: the first so many.
+    pub filled: usize,
+}
+
+/// Values of a digit of attention's weights, of which each has two.
+const DIGIT: u32 = 128;
+
+/// As [`attend`] in whole numbers: a query that [`quantize`] has rounded (padded to whole groups of four) and what one of it is
+/// worth; weights of the softmax are rounded to [`DIGIT`]^2 steps of the largest. `digits` has room for two rows of `stride` lines.
+#[inline(always)]
+pub fn attend_i8<S: WholeSums>(
+    q: &[i8],
+    q_scale: f32,
+    ring: RingI8,
+    scores: &mut [f32],
+    digits: &mut [i8],
+    out: &mut [f32],
+) {
+    let used = ring.filled.div_ceil(LANES);
+    let scores = &mut scores[..used * LANES];
+    let results = Scaled { scales: ring.key_scales, row_scales: &[q_scale], out: scores, row_width: 0 };
+    whole_sums::<S, 1>(ring.keys, ring.stride, used, [q.as_chunks().0], ring.key_offsets, results);
+    let total = exponentials(scores, ring.filled);
+    let mut most = [0.0f32; LANES];
+    let (blocks, _) = scores.as_chunks_mut::<LANES>();
+    for (block, scales) in blocks.iter_mut().zip(ring.value_scales.as_chunks::<LANES>().0) {
+        for i in 0..LANES {
+            block[i] *= scales[i];
+            most[i] = larger(block[i], most[i]);
+        }
+    }
+    let most = fold(most, larger);
+    const STEPS: f32 = (DIGIT * DIGIT - 1) as f32;
+    let factor = if most > SMALLEST { STEPS / most } else { 0.0 };
+    let (high, low) = digits[..2 * used * LANES].split_at_mut(used * LANES);
+    for ((score, high), low) in scores.iter().zip(&mut *high).zip(&mut *low) {
+        let whole = (score * factor + ROUNDING).to_bits();
+        (*high, *low) = ((whole / DIGIT % DIGIT) as i8, (whole % DIGIT) as i8);
+    }
+    let n_groups = ring.filled.div_ceil(4);
+    let rows = [&high.as_chunks().0[..n_groups], &low.as_chunks().0[..n_groups]];
+    let scale = most / (STEPS * total);
+    out.fill(0.0);
+    let vectors = out.len().div_ceil(LANES);
+    let results = Added { row_scales: [scale * DIGIT as f32, scale], out };
+    whole_sums::<S, 2>(ring.values, ring.value_stride, vectors, rows, ring.value_offsets, results);
 }
 
 /// The Levinson-Durbin recursion (see [`crate::forecast::levinson`]): `r` and all buffers hold `order + 1` or more; leaves a_1, ...,

@@ -14,7 +14,7 @@ use crate::simd::panels::{PanelsF32, PanelsI8};
 pub struct Source<'a> {
     weights: &'a BTreeMap<String, ArrayD<f32>>,
     prefix: String,
-    precision: Precision,
+    pub precision: Precision,
 }
 
 impl<'a> Source<'a> {

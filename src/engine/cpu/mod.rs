@@ -4,6 +4,7 @@
 //! float sums have one order (see [`crate::simd`]), so the same seed gives the same bytes on every instruction set, and
 //! streams that are rendered together give the same bytes as alone.
 
+mod cache;
 mod linear;
 mod plan;
 mod stack;
@@ -481,10 +482,10 @@ impl Engine for CpuEngine {
         let mut stream = Stream::new(weights)?;
         let Counters { plan_pos, n, tokens, residual_code, plan, past, planned, drive } = saved.counters;
         let n_blocks = weights.config.plan_transformer.n_layers;
-        stream.plan.stack.restore((0..n_blocks).filter_map(|i| saved.caches.get(&plan_cache(i))));
+        stream.plan.stack.restore(weights.kernels, (0..n_blocks).filter_map(|i| saved.caches.get(&plan_cache(i))));
         for (i, (stack, tier)) in stream.wave.stacks.iter_mut().zip(&weights.config.wave_transformer.tiers).enumerate()
         {
-            stack.restore((0..tier.n_layers).filter_map(|j| saved.caches.get(&wave_cache(i, j))));
+            stack.restore(weights.kernels, (0..tier.n_layers).filter_map(|j| saved.caches.get(&wave_cache(i, j))));
         }
         stream.plan.pos = plan_pos;
         if let Some(hidden) = saved.hidden {

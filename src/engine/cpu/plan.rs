@@ -69,7 +69,7 @@ impl PlanTransformer {
     }
 
     pub fn new_state(&self) -> PlanState {
-        PlanState { stack: StackState::new(self.stack.shape), pos: 0, hidden: vec![0.0; self.dim] }
+        PlanState { stack: self.stack.new_state(), pos: 0, hidden: vec![0.0; self.dim] }
     }
 
     /// Reads frames: tokens `[frames, n_codebooks]`, centred decoded bands `[frames, n_bands]`. `each` is told of every

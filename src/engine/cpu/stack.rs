@@ -1,11 +1,11 @@
 //! A stack of transformer blocks (pre-norm, QK-norm, RoPE, sliding window, SwiGLU) with ring caches, any number of rows at once.
 
+use super::Precision;
+use super::cache::{Cache, CacheWork};
 use super::linear::{Linear, LinearWork, Source, add, sized};
 use crate::engine::EngineError;
 use crate::engine::state::SavedCache;
 use crate::simd::Kernels;
-use crate::simd::panels::{LANES, LineF32};
-use crate::simd::portable::Ring;
 
 const ROPE_BASE: f64 = 10_000.0;
 /// Positions whose angles are kept; those of multiples of it are computed when they come.
@@ -29,7 +29,7 @@ pub struct StackShape {
 }
 
 impl StackShape {
-    fn head_dim(&self) -> usize {
+    pub fn head_dim(&self) -> usize {
         self.dim / self.n_heads
     }
 }
@@ -37,6 +37,8 @@ impl StackShape {
 /// Weights of the blocks.
 pub struct Stack {
     pub shape: StackShape,
+    /// Of the blocks and of what they remember.
+    precision: Precision,
     blocks: Vec<Block>,
     /// Cosines and sines of the positions `0..ROPE_LOW`, `[ROPE_LOW, head_dim]`.
     angles: Vec<f32>,
@@ -59,7 +61,7 @@ pub struct StackWork {
     up: Vec<f32>,
     gated: Vec<f32>,
     added: Vec<f32>,
-    scores: Vec<f32>,
+    cache: CacheWork,
     angles: Vec<f32>,
 }
 
@@ -77,100 +79,16 @@ impl Rows for Successive<'_> {
     }
 }
 
-/// Keys and values of the last `window` positions, in lines: keys `[n_heads, head_dim, stride]`, slots beside each other;
-/// values `[n_heads, window, value_stride]`, features beside each other.
-#[derive(Clone)]
-struct Cache {
-    shape: StackShape,
-    keys: Vec<LineF32>,
-    values: Vec<LineF32>,
-}
-
-impl Cache {
-    fn new(shape: StackShape) -> Self {
-        let (stride, value_stride) = Self::strides(shape);
-        let head_dim = shape.head_dim();
-        Self {
-            shape,
-            keys: vec![LineF32::ZERO; shape.n_heads * head_dim * stride],
-            values: vec![LineF32::ZERO; shape.n_heads * shape.window * value_stride],
-        }
-    }
-
-    fn strides(shape: StackShape) -> (usize, usize) {
-        (shape.window.div_ceil(LANES), shape.head_dim().div_ceil(LANES))
-    }
-
-    fn write(&mut self, slot: usize, keys: &[f32], values: &[f32]) {
-        let (stride, value_stride) = Self::strides(self.shape);
-        let head_dim = self.shape.head_dim();
-        for (key, ring) in keys.iter().zip(self.keys.chunks_exact_mut(stride)) {
-            ring[slot / LANES].0[slot % LANES] = *key;
-        }
-        for (value, ring) in
-            values.chunks_exact(head_dim).zip(self.values.chunks_exact_mut(self.shape.window * value_stride))
-        {
-            for (line, value) in ring[slot * value_stride..].iter_mut().zip(value.chunks(LANES)) {
-                line.0[..value.len()].copy_from_slice(value);
-            }
-        }
-    }
-
-    fn attend(&self, kernels: &Kernels, q: &[f32], filled: usize, scores: &mut [f32], out: &mut [f32]) {
-        let (stride, value_stride) = Self::strides(self.shape);
-        let head_dim = self.shape.head_dim();
-        let heads = q.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim));
-        let rings =
-            self.keys.chunks_exact(head_dim * stride).zip(self.values.chunks_exact(self.shape.window * value_stride));
-        for ((q, out), (keys, values)) in heads.zip(rings) {
-            (kernels.attend)(q, Ring { keys, values, stride, value_stride, filled }, scores, out);
-        }
-    }
-
-    /// In the engine-neutral layout, `[n_heads, window, head_dim]`.
-    fn save(&self) -> SavedCache {
-        let (stride, value_stride) = Self::strides(self.shape);
-        let (n_heads, window, head_dim) = (self.shape.n_heads, self.shape.window, self.shape.head_dim());
-        let each = |at: &dyn Fn(usize, usize, usize) -> f32| -> Vec<f32> {
-            let value = |i: usize| at(i / head_dim / window, i / head_dim % window, i % head_dim);
-            (0..n_heads * window * head_dim).map(value).collect()
-        };
-        SavedCache {
-            shape: [n_heads, window, head_dim],
-            keys: each(&|h, slot, d| self.keys[(h * head_dim + d) * stride + slot / LANES].0[slot % LANES]),
-            values: each(&|h, slot, d| self.values[(h * window + slot) * value_stride + d / LANES].0[d % LANES]),
-        }
-    }
-
-    fn restore(&mut self, saved: &SavedCache) {
-        let row = self.shape.dim;
-        let (window, head_dim) = (self.shape.window, self.shape.head_dim());
-        let (mut keys, mut values) = (vec![0.0; row], vec![0.0; row]);
-        for slot in 0..window {
-            for h in 0..self.shape.n_heads {
-                let from = (h * window + slot) * head_dim;
-                keys[h * head_dim..(h + 1) * head_dim].copy_from_slice(&saved.keys[from..from + head_dim]);
-                values[h * head_dim..(h + 1) * head_dim].copy_from_slice(&saved.values[from..from + head_dim]);
-            }
-            self.write(slot, &keys, &values);
-        }
-    }
-}
-
 impl StackState {
-    pub fn new(shape: StackShape) -> Self {
-        Self { caches: vec![Cache::new(shape); shape.n_layers], high: (u64::MAX, vec![0.0; shape.head_dim()]) }
-    }
-
     /// One per block.
     pub fn save(&self) -> impl Iterator<Item = SavedCache> + '_ {
         self.caches.iter().map(Cache::save)
     }
 
     /// From caches of this stack's shape, one per block.
-    pub fn restore<'s>(&mut self, saved: impl Iterator<Item = &'s SavedCache>) {
+    pub fn restore<'s>(&mut self, kernels: &Kernels, saved: impl Iterator<Item = &'s SavedCache>) {
         for (cache, saved) in self.caches.iter_mut().zip(saved) {
-            cache.restore(saved);
+            cache.restore(kernels, saved);
         }
     }
 }
@@ -192,7 +110,13 @@ impl Stack {
         for (pos, angles) in angles.chunks_exact_mut(shape.head_dim()).enumerate() {
             rotations(pos as u64, angles);
         }
-        Ok(Self { shape, blocks, angles })
+        Ok(Self { shape, precision: source.precision, blocks, angles })
+    }
+
+    /// Before the first position.
+    pub fn new_state(&self) -> StackState {
+        let cache = Cache::new(self.shape, self.precision);
+        StackState { caches: vec![cache; self.shape.n_layers], high: (u64::MAX, vec![0.0; self.shape.head_dim()]) }
     }
 
     /// The residual stream x `[rows, dim]` through all blocks; every row's keys and values are left in its caches.
@@ -200,12 +124,11 @@ impl Stack {
         let StackShape { dim, window, .. } = self.shape;
         let head_dim = self.shape.head_dim();
         let n = x.len() / dim;
-        let StackWork { linear, qkv, attended, up, gated, added, scores, angles } = work;
+        let StackWork { linear, qkv, attended, up, gated, added, cache: cache_work, angles } = work;
         for (r, angles) in sized(angles, n * head_dim).chunks_exact_mut(head_dim).enumerate() {
             let (state, pos) = rows.row(r);
             self.rotate_to(pos, &mut state.high, angles);
         }
-        let scores = sized(scores, window.next_multiple_of(LANES));
         let to_unit = 1.0 / (head_dim as f32).sqrt();
         for (i, block) in self.blocks.iter().enumerate() {
             let qkv = sized(qkv, n * 3 * dim);
@@ -219,8 +142,8 @@ impl Stack {
                 (kernels.normalize_and_rotate)(q, angles, to_unit);
                 (kernels.normalize_and_rotate)(k, angles, 1.0);
                 let cache = &mut state.caches[i];
-                cache.write((pos % window as u64) as usize, k, v);
-                cache.attend(kernels, q, (pos + 1).min(window as u64) as usize, scores, attended);
+                cache.write(kernels, (pos % window as u64) as usize, k, v, cache_work);
+                cache.attend(kernels, q, (pos + 1).min(window as u64) as usize, cache_work, attended);
             }
             let added = sized(added, n * dim);
             block.out.forward(kernels, attended, false, linear, added);

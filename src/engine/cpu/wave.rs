@@ -148,7 +148,7 @@ impl WaveTransformer {
             tokens: vec![self.silence; self.config.history()],
             residual_code: 0,
             plan: vec![silent.to_vec(); PLAN_FRAMES],
-            stacks: self.tiers.iter().map(|t| StackState::new(t.stack.shape)).collect(),
+            stacks: self.tiers.iter().map(|t| t.stack.new_state()).collect(),
             planned: self.tiers.iter().map(|t| vec![0.0; t.stack.shape.dim]).collect(),
             scales: vec![0.0; self.config.slices * self.config.n_components()],
             handed: self.tiers.iter().map(|t| vec![0.0; t.down.as_ref().map_or(0, Linear::n_out)]).collect(),
