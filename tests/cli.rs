@@ -474,7 +474,7 @@ fn an_interrupt_among_takes_leaves_whole_files_only() {
     wait_for_output(&scene);
     Process::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(130));
-    assert_eq!(scene.files(), ["in.wav", "out.1.wav", "s.1.bin"]);
+    assert_eq!(scene.files(), ["in.wav", "out.1.wav", "out.2.wav", "out.3.wav", "s.1.bin", "s.2.bin", "s.3.bin"]);
     let before = wav_data(&scene.path("out.1.wav")).1;
     // What was interrupted can be played on without a gap.
     scene.play_on(&["out.1.wav", "--resume", "s.1.bin", "-o", "more.wav"]).assert().success();

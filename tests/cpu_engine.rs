@@ -214,6 +214,29 @@ fn streams_rendered_together_play_what_they_play_alone() {
     }
 }
 
+#[test]
+fn streams_in_lockstep_play_what_they_play_alone_and_leave_when_they_like() {
+    let checkpoint = tiny(5);
+    let mut first = CpuEngine::new(&checkpoint, &CpuOptions::default()).unwrap();
+    let n_frames = |i: usize| 3 + i % 3;
+    let together: Vec<Vec<Token>> = std::thread::scope(|scope| {
+        let engines = first.fork_in_lockstep(5).unwrap().into_iter().enumerate();
+        let threads: Vec<_> = engines
+            .map(|(i, mut engine)| {
+                scope.spawn(move || {
+                    engine.prefill(&music(2000 + 700 * i)).unwrap();
+                    play(&mut engine, 0..n_frames(i), i as u32, None).1
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    for (i, tokens) in together.into_iter().enumerate() {
+        first.prefill(&music(2000 + 700 * i)).unwrap();
+        assert!(play(&mut first, 0..n_frames(i), i as u32, None).1 == tokens, "stream {i}");
+    }
+}
+
 fn plan_books(checkpoint: &Checkpoint) -> usize {
     checkpoint.config.plan.n_codebooks
 }

@@ -60,7 +60,27 @@ impl Loaded<'_> {
             Self::Reference(checkpoint) => Box::new(ReferenceEngine::new(checkpoint)?),
         })
     }
+
+    /// Streams to be driven at the same time, each from a thread of its own: as many of `wanted` as keep all cores busy.
+    pub fn streams(&self, wanted: usize) -> Result<Vec<Box<dyn Engine>>> {
+        let threads = rayon::current_num_threads().min(wanted);
+        match self {
+            Self::Reference(_) => (0..threads).map(|_| self.stream()).collect(),
+            Self::Cpu(engine) => {
+                let n = wanted.min(threads * STREAMS_PER_THREAD);
+                let mut streams: Vec<Box<dyn Engine>> = Vec::new();
+                for thread in 0..threads {
+                    let group = (thread + 1) * n / threads - thread * n / threads;
+                    streams.extend(engine.fork_in_lockstep(group)?.into_iter().map(|e| Box::new(e) as Box<dyn Engine>));
+                }
+                Ok(streams)
+            }
+        }
+    }
 }
+
+/// Streams that a thread renders in lockstep: more than these gain nothing.
+const STREAMS_PER_THREAD: usize = 8;
 
 /// Refuses a `WAVEGEN_ISA` that this machine cannot follow; the library would ignore it.
 pub fn check_isa_variable() -> Result<()> {

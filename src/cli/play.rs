@@ -1,6 +1,9 @@
 //! Turns a prompt or a saved session into takes of what comes next: what `continue` and `generate` share.
 
+use std::ops::ControlFlow;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
 use anyhow::{Result, bail};
@@ -8,6 +11,7 @@ use clap::Args;
 use serde::Serialize;
 use wavegen::audio::{AudioSource, Decoder, WavPrompt};
 use wavegen::checkpoint::Checkpoint;
+use wavegen::engine::Engine;
 use wavegen::generate::{Options, Played, Player, Progress, Prompt, Recording, SeamReport, Session};
 use wavegen::sink::{self, Sink};
 
@@ -90,7 +94,7 @@ impl PlayArgs {
         (0..self.takes).map(take).collect()
     }
 
-    /// Plays all takes, one after the other. `recording` is what `before` brings into the output.
+    /// Plays all takes, several at a time. `recording` is what `before` brings into the output.
     pub fn play(
         &self,
         checkpoint: &Checkpoint,
@@ -100,8 +104,9 @@ impl PlayArgs {
         recording: &Recording,
     ) -> Result<Outcome> {
         let talk = &self.talk;
-        let mut engine = self.engine.load(checkpoint)?.stream()?;
-        let fingerprint = self.save_session.as_ref().map(|_| checkpoint.fingerprint());
+        let loaded = self.engine.load(checkpoint)?;
+        let model = self.save_session.as_ref().map(|_| checkpoint.fingerprint());
+        let shared = Shared { seconds: self.seconds, before, recording, model };
         let own = match &start {
             Start::Prompt(_) => Options { wave: checkpoint.generation, ..Options::default() },
             Start::Session(session) => *session.options(),
@@ -109,49 +114,72 @@ impl PlayArgs {
         let mut options = self.sampling.options(own);
         options.stream = self.stream.unwrap_or(options.stream);
         catch_interrupt()?;
-        let mut first = match &start {
-            Start::Prompt(prompt) => Some(Player::new(engine.as_mut(), prompt, &options)?),
-            Start::Session(_) => None,
-        };
-        let session = match (start, &first) {
-            (Start::Session(session), _) => Some(session),
-            (Start::Prompt(_), Some(player)) if takes.len() > 1 => {
-                Some(Box::new(Session::of(player, engine.as_ref(), recording.clone())?))
-            }
-            _ => None,
-        };
-        let (n_takes, bar) = (takes.len(), talk.play_bar());
-        let total_s = self.seconds * n_takes as f64;
-        let mut reports = Vec::new();
-        for (i, mut take) in takes.into_iter().enumerate() {
-            if i > 0 && interrupted() {
-                break;
-            }
-            let begun = Instant::now();
-            let mut player = match (first.take(), &session) {
-                (Some(player), _) => player,
-                (None, Some(session)) => session.resume(engine.as_mut())?,
-                (None, None) => bail!("nothing to play on from"),
-            };
+        let (n_takes, begun) = (takes.len(), Instant::now());
+        let done = (0..n_takes).map(|_| AtomicU64::new(0)).collect::<Vec<_>>();
+        let bar = talk.play_bar();
+        let take = |i: usize, take: Take, mut engine: Box<dyn Engine>, mut player: Player| -> Result<PlayReport> {
             let options = Options { stream: options.stream.wrapping_add(i as u32), ..options };
             player.set_options(&options);
-            take.sink.start(&recording.format)?;
-            before.copy(take.sink.as_mut())?;
-            let done_s = self.seconds * i as f64;
-            let mut follow = |p: Progress| bar.update(Progress { done_s: done_s + p.done_s, total_s });
-            let played = player.play(engine.as_mut(), self.seconds, take.sink.as_mut(), &mut follow)?;
-            take.sink.finish()?;
-            if let (Some(path), Some(fingerprint)) = (&take.session, &fingerprint) {
-                let n_frames = recording.n_frames + played.n_frames;
-                let recording = Recording { n_frames, ..recording.clone() };
-                Session::of(&player, engine.as_ref(), recording)?.save(path, fingerprint)?;
+            let mut follow = |p: Progress| {
+                done[i].store(p.done_s.to_bits(), Relaxed);
+                let done_s = done.iter().map(|done_s| f64::from_bits(done_s.load(Relaxed))).sum();
+                bar.update(Progress { done_s, total_s: p.total_s * n_takes as f64 })
+            };
+            shared.play(take, engine.as_mut(), player, &mut follow)
+        };
+        let mut reports = Vec::new();
+        if n_takes == 1 {
+            for one in takes {
+                let mut engine = loaded.stream()?;
+                let player = match &start {
+                    Start::Prompt(prompt) => Player::new(engine.as_mut(), prompt, &options)?,
+                    Start::Session(session) => session.resume(engine.as_mut())?,
+                };
+                reports.push(take(0, one, engine, player)?);
             }
-            let prompt_frames = if matches!(before, Before::Nothing) { 0 } else { recording.n_frames };
-            let elapsed_s = begun.elapsed().as_secs_f64();
-            reports.push(PlayReport::new(&take, &player, prompt_frames, &played, elapsed_s));
+        } else {
+            let session = match start {
+                Start::Session(session) => session,
+                Start::Prompt(prompt) => {
+                    let mut engine = loaded.stream()?;
+                    let player = Player::new(engine.as_mut(), &prompt, &options)?;
+                    Box::new(Session::of(&player, engine.as_ref(), recording.clone())?)
+                }
+            };
+            let mut takes = takes.into_iter().enumerate();
+            while reports.len() < n_takes && !interrupted() {
+                let engines = loaded.streams(n_takes - reports.len())?;
+                let some: Vec<_> = engines.into_iter().zip(&mut takes).collect();
+                let played = std::thread::scope(|scope| {
+                    let play = |(mut engine, (i, one)): (Box<dyn Engine>, (usize, Take))| {
+                        let (session, take) = (&session, &take);
+                        scope.spawn(move || {
+                            let player = session.resume(engine.as_mut())?;
+                            take(i, one, engine, player)
+                        })
+                    };
+                    let threads: Vec<_> = some.into_iter().map(play).collect();
+                    threads
+                        .into_iter()
+                        .map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+                        .collect::<Vec<_>>()
+                });
+                for report in played {
+                    reports.push(report?);
+                }
+            }
         }
         bar.finish();
         reports.iter().for_each(|report| report.tell(talk));
+        if n_takes > 1 {
+            let (played_s, elapsed_s): (f64, f64) =
+                (reports.iter().map(|r| r.played_s).sum(), begun.elapsed().as_secs_f64());
+            talk.note(&format!(
+                "{} takes: {played_s:.2} s played in {elapsed_s:.1} s ({:.2} x real time)",
+                reports.len(),
+                played_s / elapsed_s.max(1e-9)
+            ));
+        }
         let to_pipe = reports.iter().any(|report| is_pipe(Path::new(&report.output)));
         match &reports[..] {
             [report] if n_takes == 1 => talk.json(report, to_pipe)?,
@@ -159,6 +187,40 @@ impl PlayArgs {
         }
         let whole = reports.len() == n_takes && reports.iter().all(|report| !report.interrupted);
         Ok(if whole { Outcome::Done } else { Outcome::Interrupted })
+    }
+}
+
+/// What all takes share.
+struct Shared<'a> {
+    seconds: f64,
+    before: &'a Before,
+    recording: &'a Recording,
+    /// The model's fingerprint, for sessions.
+    model: Option<String>,
+}
+
+impl Shared<'_> {
+    /// Writes what was before, plays on, and takes down where that ended.
+    fn play(
+        &self,
+        mut take: Take,
+        engine: &mut dyn Engine,
+        mut player: Player,
+        follow: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+    ) -> Result<PlayReport> {
+        let begun = Instant::now();
+        let Self { seconds, before, recording, model } = self;
+        take.sink.start(&recording.format)?;
+        before.copy(take.sink.as_mut())?;
+        let played = player.play(engine, *seconds, take.sink.as_mut(), follow)?;
+        take.sink.finish()?;
+        if let (Some(path), Some(model)) = (&take.session, model) {
+            let n_frames = recording.n_frames + played.n_frames;
+            let recording = Recording { n_frames, ..(*recording).clone() };
+            Session::of(&player, engine, recording)?.save(path, model)?;
+        }
+        let prompt_frames = if matches!(before, Before::Nothing) { 0 } else { recording.n_frames };
+        Ok(PlayReport::new(&take, &player, prompt_frames, &played, begun.elapsed().as_secs_f64()))
     }
 }
 

@@ -34,7 +34,7 @@ pub enum EngineError {
 }
 
 /// One stream of generation.
-pub trait Engine {
+pub trait Engine: Send {
     /// The model's sizes, codec and frame grid.
     fn config(&self) -> &ModelConfig;
 

@@ -13,7 +13,7 @@ pub use wav_file::WavFileSink;
 use crate::audio::{AudioError, Decoder, Result, WavFormat, WavPrompt};
 
 /// Takes audio in one format, from start to finish; may be finished at any time after the start.
-pub trait Sink {
+pub trait Sink: Send {
     /// Begins the audio; once, before everything else.
     ///
     /// # Errors

@@ -14,8 +14,8 @@ pub struct PipeSink {
 }
 
 enum State {
-    Opened(Box<dyn Write>),
-    Writing(WavWriter<BufWriter<Box<dyn Write>>>),
+    Opened(Box<dyn Write + Send>),
+    Writing(WavWriter<BufWriter<Box<dyn Write + Send>>>),
     Finished,
 }
 
@@ -37,7 +37,7 @@ impl PipeSink {
         }
     }
 
-    fn writer(&mut self) -> &mut WavWriter<BufWriter<Box<dyn Write>>> {
+    fn writer(&mut self) -> &mut WavWriter<BufWriter<Box<dyn Write + Send>>> {
         match &mut self.state {
             State::Writing(writer) => writer,
             _ => panic!("a sink takes audio between its start and its finish"),

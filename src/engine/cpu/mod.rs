@@ -6,6 +6,7 @@
 
 mod cache;
 mod linear;
+mod lockstep;
 mod plan;
 mod stack;
 mod wave;
@@ -26,6 +27,7 @@ use crate::plan::{PlanFrame, ResidualQuantizer, Spectrum};
 use crate::sampler::{Drive, LogitSampler, Mixture, PlanSampling, WaveSampling};
 use crate::simd::{Isa, Kernels};
 use linear::Source;
+use lockstep::Member;
 use plan::{PlanState, PlanTransformer, PlanWork};
 use wave::{Step, WaveState, WaveTransformer, WaveWork};
 
@@ -93,10 +95,27 @@ pub struct CpuEngine {
     plan_sampling: PlanSampling,
     wave_sampling: WaveSampling,
     stream: Stream,
+    /// Its place among streams that render together.
+    member: Option<Member>,
     work: Work,
 }
 
-/// A stream that is rendered beside others: where its numbers come from and where its tokens go.
+/// A frame to render: whose, how, from which uniforms and where to; [`CpuEngine::begin_frame`] came first.
+struct Turn<'a> {
+    stream: &'a mut Stream,
+    sampling: &'a WaveSampling,
+    uniforms: &'a [f32],
+    out: &'a mut [Token],
+}
+
+impl<'a> Turn<'a> {
+    fn split(self) -> (Lane<'a>, Step<'a>) {
+        let Turn { stream: Stream { wave, past, planned, drive, .. }, sampling, uniforms, out } = self;
+        (Lane { past, planned, drive, sampling, uniforms, out }, Step::new(wave))
+    }
+}
+
+/// A [`Turn`] but for the wave transformer's part of the stream.
 struct Lane<'a> {
     past: &'a mut PastForecast,
     planned: &'a mut PlannedForecast,
@@ -131,6 +150,7 @@ impl CpuEngine {
             stream: Stream::new(&weights)?,
             plan_sampling: PlanSampling::default(),
             wave_sampling: weights.generation,
+            member: None,
             work: Work::default(),
             weights,
         })
@@ -146,8 +166,20 @@ impl CpuEngine {
             plan_sampling: PlanSampling::default(),
             wave_sampling: self.weights.generation,
             stream: Stream::new(&self.weights)?,
+            member: None,
             work: Work::default(),
         })
+    }
+
+    /// `n` streams over the same weights that read them once for all: [`Engine::render`] waits until every one of them that
+    /// still exists renders too. Each is for a thread of its own, which drops it when it is done; what they play is what they
+    /// would play alone.
+    ///
+    /// # Errors
+    /// As [`CpuEngine::fork`].
+    pub fn fork_in_lockstep(&self, n: usize) -> Result<Vec<Self>, EngineError> {
+        let members = Member::group(Stream::new(&self.weights)?, self.weights.generation, n);
+        members.into_iter().map(|member| Ok(Self { member: Some(member), ..self.fork()? })).collect()
     }
 
     /// The instruction set that it runs on.
@@ -175,10 +207,15 @@ impl CpuEngine {
     }
 
     fn render_samples(&mut self, uniforms: &[f32], out: &mut [Token]) {
-        let Self { weights, wave_sampling: sampling, stream, work, .. } = self;
-        let Stream { wave, past, planned, drive, .. } = stream;
-        let mut steps = [Step::new(wave)];
-        weights.render(&mut [Lane { past, planned, drive, sampling, uniforms, out }], &mut steps, work);
+        let Self { weights, wave_sampling: sampling, stream, member, work, .. } = self;
+        let turn = Turn { stream, sampling, uniforms, out };
+        match member {
+            Some(member) => member.render(weights, turn, work),
+            None => {
+                let (lane, step) = turn.split();
+                weights.render(&mut [lane], &mut [step], work);
+            }
+        }
     }
 
     /// [`Engine::render`] for several streams over the same weights in lockstep, each weight read once for all of them.
@@ -206,18 +243,11 @@ impl CpuEngine {
             }
             engine.begin_frame(&plan.bands)?;
         }
-        let (mut lanes, mut steps): (Vec<_>, Vec<_>) = engines
-            .iter_mut()
-            .zip(uniforms)
-            .zip(out)
-            .map(|((engine, uniforms), out)| {
-                let CpuEngine { wave_sampling: sampling, stream: Stream { wave, past, planned, drive, .. }, .. } =
-                    &mut **engine;
-                (Lane { past, planned, drive, sampling, uniforms, out }, Step::new(wave))
-            })
-            .unzip();
-        weights.render(&mut lanes, &mut steps, &mut work);
-        drop((lanes, steps));
+        let turns = engines.iter_mut().zip(uniforms).zip(out).map(|((engine, uniforms), out)| {
+            let CpuEngine { wave_sampling: sampling, stream, .. } = &mut **engine;
+            Turn { stream, sampling, uniforms, out }
+        });
+        weights.render_all(turns, &mut work);
         if let Some(first) = engines.first_mut() {
             first.work = work;
         }
@@ -251,6 +281,12 @@ impl Weights {
         let codes = self.quantizer.encode_all(exact.view())?;
         let bands = self.quantizer.decode_all(codes.view())?;
         Ok((codes, bands))
+    }
+
+    /// Renders several streams in lockstep.
+    fn render_all<'a>(&self, turns: impl IntoIterator<Item = Turn<'a>>, work: &mut Work) {
+        let (mut lanes, mut steps): (Vec<_>, Vec<_>) = turns.into_iter().map(Turn::split).unzip();
+        self.render(&mut lanes, &mut steps, work);
     }
 
     /// As many samples as the lanes have room for, within one plan frame.
