@@ -27,6 +27,30 @@ impl Default for PlanSampling {
 /// How samples are drawn: the generation settings of the checkpoint, or the user's.
 pub type WaveSampling = crate::model::config::GenerationSettings;
 
+/// How a drawn plan frame stood in the model's own distribution, before temperature and filters, in nats; sums over its tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PlanDraw {
+    /// -ln P of what was drawn.
+    pub surprisal: f32,
+    /// What that is on average.
+    pub entropy: f32,
+}
+
+impl PlanDraw {
+    /// Adds the token `drawn` from `logits`.
+    pub fn add(&mut self, logits: &[f32], drawn: usize) {
+        let finite = || logits.iter().map(|&l| f64::from(l)).filter(|l| l.is_finite());
+        let most = finite().fold(f64::NEG_INFINITY, f64::max);
+        let (total, weighted) = finite().fold((0.0, 0.0), |(total, weighted), l| {
+            let weight = (l - most).exp();
+            (total + weight, weighted + weight * (l - most))
+        });
+        let Some(&drawn) = logits.get(drawn).filter(|l| l.is_finite()) else { return };
+        self.surprisal += (total.ln() - (f64::from(drawn) - most)) as f32;
+        self.entropy += (total.ln() - weighted / total) as f32;
+    }
+}
+
 /// Draws from logits; holds only room for it, so that a draw allocates nothing.
 #[derive(Clone, Debug, Default)]
 pub struct LogitSampler {
@@ -274,6 +298,24 @@ mod tests {
         assert_eq!(reachable(&PlanSampling { top_p: 0.6, ..plain }), [1]);
         assert_eq!(reachable(&PlanSampling { min_p: 0.3, ..plain }), [1, 2]);
         assert_eq!(reachable(&PlanSampling { temperature: 0.0, ..plain }), [1]);
+    }
+
+    #[test]
+    fn the_entropy_is_the_mean_surprisal() {
+        let logits = [0.3, -1.0, 2.0, f32::NAN, 0.0];
+        let total: f32 = logits.iter().filter(|l| l.is_finite()).map(|l| l.exp()).sum();
+        let mut mean = 0.0;
+        let mut entropy = 0.0;
+        for (i, l) in logits.iter().enumerate().filter(|(_, l)| l.is_finite()) {
+            let mut draw = PlanDraw::default();
+            draw.add(&logits, i);
+            mean += l.exp() / total * draw.surprisal;
+            entropy = draw.entropy;
+        }
+        assert!((mean - entropy).abs() < 1e-5, "{mean} and {entropy}");
+        let mut certain = PlanDraw::default();
+        certain.add(&[0.0, 90.0], 1);
+        assert!(certain.surprisal.abs() < 1e-6 && certain.entropy.abs() < 1e-6, "{certain:?}");
     }
 
     #[test]

@@ -50,7 +50,7 @@ fn play(prompt: &Prompt, seconds: f64, seed: u64, frames: usize) -> (Played, Vec
     let mut engine = ReferenceEngine::new(&checkpoint()).unwrap();
     let mut sink = Memory::default();
     let options = Options { seed, ..Options::default() };
-    let mut player = Player::new(&mut engine, prompt, &options).unwrap();
+    let mut player = Player::new(&mut engine, prompt, &options, false).unwrap();
     let mut calls = 0;
     let played = player.play(&mut engine, seconds, &mut sink, &mut |_| {
         calls += 1;
@@ -69,10 +69,10 @@ fn play_more(player: &mut Player, engine: &mut dyn Engine, seconds: f64) -> Vec<
 /// A continuation of 0.05 s, saved.
 fn session(prompt: &Prompt) -> (Vec<f32>, Session) {
     let mut engine = ReferenceEngine::new(&checkpoint()).unwrap();
-    let mut player = Player::new(&mut engine, prompt, &Options::default()).unwrap();
+    let mut player = Player::new(&mut engine, prompt, &Options::default(), false).unwrap();
     let samples = play_more(&mut player, &mut engine, 0.05);
     let format = WavFormat::new(prompt.sample_rate(), prompt.channels(), SampleFormat::I16);
-    (samples, Session::of(&player, &engine, Recording { format, n_frames: 1 }).unwrap())
+    (samples, Session::of(&player, &mut engine, Recording { format, n_frames: 1 }).unwrap())
 }
 
 #[test]
@@ -111,7 +111,7 @@ fn a_session_in_a_file_goes_on_as_if_there_had_been_no_pause() {
             let mut engine = ReferenceEngine::new(&checkpoint()).unwrap();
             let mut player = session.resume(&mut engine).unwrap();
             samples.extend(play_more(&mut player, &mut engine, 0.05));
-            Session::of(&player, &engine, session.recording).unwrap().save(&path, "the model").unwrap();
+            Session::of(&player, &mut engine, session.recording).unwrap().save(&path, "the model").unwrap();
         }
         assert!(samples == whole, "{rate} Hz, {channels} channels: the parts are not the whole");
     }
@@ -122,17 +122,17 @@ fn a_session_in_a_file_goes_on_as_if_there_had_been_no_pause() {
 fn takes_from_one_prefill_are_those_of_separate_runs() {
     let prompt = prompt(44_100, 2, 4410);
     let mut engine = ReferenceEngine::new(&checkpoint()).unwrap();
-    let player = Player::new(&mut engine, &prompt, &Options::default()).unwrap();
+    let player = Player::new(&mut engine, &prompt, &Options::default(), false).unwrap();
     let format = WavFormat::new(44_100, 2, SampleFormat::I16);
-    let start = Session::of(&player, &engine, Recording { format, n_frames: 0 }).unwrap();
+    let start = Session::of(&player, &mut engine, Recording { format, n_frames: 0 }).unwrap();
     let mut takes = Vec::new();
     for stream in 0..3 {
         let options = Options { stream, ..Options::default() };
         let mut player = start.resume(&mut engine).unwrap();
-        player.set_options(&options);
+        player.set_options(&mut engine, &options).unwrap();
         let samples = play_more(&mut player, &mut engine, 0.05);
         let mut alone = ReferenceEngine::new(&checkpoint()).unwrap();
-        let mut player = Player::new(&mut alone, &prompt, &options).unwrap();
+        let mut player = Player::new(&mut alone, &prompt, &options, false).unwrap();
         assert_eq!(samples, play_more(&mut player, &mut alone, 0.05), "stream {stream}");
         assert!(!takes.contains(&samples), "stream {stream} is as one before it");
         takes.push(samples);

@@ -89,6 +89,25 @@ pub struct SamplingArgs {
     /// How it sounds: weight of the learned correction, 0 to 1 [default: the model's]
     #[arg(long, value_parser = share)]
     pub offset: Option<f32>,
+    /// Whether a governor watches silence, noise, stuck tones and level; a resumed session keeps its own
+    #[arg(long, value_enum, default_value = "on")]
+    pub governor: Switch,
+}
+
+/// Whether something watches over what is played.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Switch {
+    /// Go back and play otherwise where the music dies, bursts, sticks or drifts
+    #[default]
+    On,
+    /// Play whatever comes
+    Off,
+}
+
+impl Switch {
+    pub fn is_on(self) -> bool {
+        self == Self::On
+    }
 }
 
 /// A line of help with the default of a plan setting, which stands only where no session has its own.

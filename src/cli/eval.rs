@@ -111,6 +111,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
             prompt_frames: frames(args.prompt_seconds),
             frames: frames(args.seconds),
             options: args.sampling.options(Options { wave: checkpoint.generation, ..Options::default() }),
+            governed: args.sampling.governor.is_on(),
             keep: args.keep.as_deref(),
         };
         let Some(result) = free_run::play_all(&checkpoint, &engine, &spectrum, &pieces, &setup, talk)? else {

@@ -9,7 +9,7 @@ use serde::Serialize;
 use wavegen::audio::{SampleFormat, WavFormat};
 use wavegen::baselines::noise_through_plan;
 use wavegen::checkpoint::Checkpoint;
-use wavegen::generate::{Generator, Options};
+use wavegen::generate::{Guide, Intervention, Options, Path as Continued};
 use wavegen::metrics::{self, Adherence, Failure, LevelDrift, Track, adherence, failures, level_drift, tonality_db};
 use wavegen::plan::Spectrum;
 use wavegen::sink;
@@ -38,6 +38,7 @@ pub struct Setup<'a> {
     pub prompt_frames: usize,
     pub frames: usize,
     pub options: Options,
+    pub governed: bool,
     pub keep: Option<&'a Path>,
 }
 
@@ -57,6 +58,8 @@ pub struct Continuation {
     /// Where in the file the join lies.
     pub at_s: f64,
     pub model: Figures,
+    /// What the governor did about it.
+    pub interventions: Vec<Intervention>,
     /// White noise through the filter that the same plan describes.
     pub floor: Figures,
     /// What the recording does: against its own plan if that was given, else by itself.
@@ -174,17 +177,19 @@ fn play(
 
     let mut engine = engine.stream()?;
     let options = Options { stream: i as u32, ..setup.options };
-    let mut generator = Generator::new(engine.as_mut(), &options, context)?;
+    let mut path = Continued::new(engine.as_mut(), &options, context, setup.governed)?;
+    if let Some(bands) = given {
+        path.set_guide(engine.as_mut(), Guide::Other { bands: bands.into(), start: 0 })?;
+    }
     let mut planned = Array2::zeros((0, spectrum.n_bands()));
     let mut samples = Vec::new();
-    for k in 0..setup.frames {
+    for _ in 0..setup.frames {
         if interrupted() {
             return Ok(None);
         }
-        let bands = given.as_ref().map(|plan| plan.row(k).to_vec());
-        let (frame, tokens) = generator.next_frame(engine.as_mut(), bands.as_deref())?;
-        planned.push_row(ArrayView1::from(&frame.bands))?;
-        samples.extend(codec.decode_all(tokens));
+        let frame = path.next(engine.as_mut())?;
+        planned.push_row(ArrayView1::from(&frame.plan.bands))?;
+        samples.extend(codec.decode_all(&frame.tokens));
         advance();
     }
     if let Some(directory) = setup.keep {
@@ -224,6 +229,7 @@ fn play(
         file: place.piece.name.clone(),
         at_s: (place.join * hop) as f64 / f64::from(codec.sample_rate),
         model: figures(&samples, &planned)?,
+        interventions: path.interventions(),
         floor: figures(&noise, &planned)?,
         truth: figures(&true_samples, true_plan)?,
     }))
@@ -270,7 +276,8 @@ impl FreeRun {
             "", "adherence", "bias", "drift", "tonality", "failures"
         ))?;
         for c in &self.continuations {
-            let failures: Vec<String> = c.model.failures.iter().map(ToString::to_string).collect();
+            let mut failures: Vec<String> = c.model.failures.iter().map(ToString::to_string).collect();
+            failures.extend(c.interventions.iter().map(|i| format!("({} at {:.1} s: another way)", i.alarm, i.at_s)));
             print(&row(&format!("{} {:.1} s", short(&c.file), c.at_s), &c.model, &failures.join(", ")))?;
         }
         let n = self.continuations.len();

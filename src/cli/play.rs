@@ -12,7 +12,7 @@ use serde::Serialize;
 use wavegen::audio::{AudioSource, Decoder, WavPrompt};
 use wavegen::checkpoint::Checkpoint;
 use wavegen::engine::Engine;
-use wavegen::generate::{Options, Played, Player, Progress, Prompt, Recording, SeamReport, Session};
+use wavegen::generate::{Intervention, Options, Played, Player, Progress, Prompt, Recording, SeamReport, Session};
 use wavegen::sink::{self, Sink};
 
 use super::Outcome;
@@ -114,12 +114,13 @@ impl PlayArgs {
         let mut options = self.sampling.options(own);
         options.stream = self.stream.unwrap_or(options.stream);
         catch_interrupt()?;
+        let governed = self.sampling.governor.is_on();
         let (n_takes, begun) = (takes.len(), Instant::now());
         let done = (0..n_takes).map(|_| AtomicU64::new(0)).collect::<Vec<_>>();
         let bar = talk.play_bar();
         let take = |i: usize, take: Take, mut engine: Box<dyn Engine>, mut player: Player| -> Result<PlayReport> {
             let options = Options { stream: options.stream.wrapping_add(i as u32), ..options };
-            player.set_options(&options);
+            player.set_options(engine.as_mut(), &options)?;
             let mut follow = |p: Progress| {
                 done[i].store(p.done_s.to_bits(), Relaxed);
                 let done_s = done.iter().map(|done_s| f64::from_bits(done_s.load(Relaxed))).sum();
@@ -132,7 +133,7 @@ impl PlayArgs {
             for one in takes {
                 let mut engine = loaded.stream()?;
                 let player = match &start {
-                    Start::Prompt(prompt) => Player::new(engine.as_mut(), prompt, &options)?,
+                    Start::Prompt(prompt) => Player::new(engine.as_mut(), prompt, &options, governed)?,
                     Start::Session(session) => session.resume(engine.as_mut())?,
                 };
                 reports.push(take(0, one, engine, player)?);
@@ -142,8 +143,8 @@ impl PlayArgs {
                 Start::Session(session) => session,
                 Start::Prompt(prompt) => {
                     let mut engine = loaded.stream()?;
-                    let player = Player::new(engine.as_mut(), &prompt, &options)?;
-                    Box::new(Session::of(&player, engine.as_ref(), recording.clone())?)
+                    let player = Player::new(engine.as_mut(), &prompt, &options, governed)?;
+                    Box::new(Session::of(&player, engine.as_mut(), recording.clone())?)
                 }
             };
             let mut takes = takes.into_iter().enumerate();
@@ -264,6 +265,8 @@ struct PlayReport {
     #[serde(skip_serializing_if = "Option::is_none")]
     session: Option<String>,
     seam: Option<SeamReport>,
+    /// What the governor did.
+    interventions: Vec<Intervention>,
 }
 
 impl PlayReport {
@@ -283,6 +286,7 @@ impl PlayReport {
             stream: player.options().stream,
             session: take.session.as_ref().map(|path| path.display().to_string()),
             seam: played.seam,
+            interventions: played.interventions.clone(),
         }
     }
 
@@ -298,10 +302,17 @@ impl PlayReport {
         if let Some(seam) = &self.seam {
             talk.note(&describe_seam(seam));
         }
+        self.interventions.iter().for_each(|intervention| talk.note(&describe(intervention)));
         if let Some(session) = &self.session {
             talk.note(&format!("{session}: play on from here with `wavegen continue --resume {session}`"));
         }
     }
+}
+
+/// What a governor did, for people.
+pub fn describe(intervention: &Intervention) -> String {
+    let Intervention { at_s, from_s, alarm, attempt } = intervention;
+    format!("governor: {alarm} at {at_s:.1} s, another way from {from_s:.1} s (try {attempt})")
 }
 
 fn describe_seam(seam: &SeamReport) -> String {

@@ -7,10 +7,13 @@ pub mod cpu;
 pub mod reference;
 mod state;
 
+use std::any::Any;
+
 use crate::checkpoint::CheckpointError;
 use crate::codec::Token;
 use crate::model::config::{GenerationSettings, ModelConfig};
 use crate::plan::{PlanError, PlanFrame};
+pub use crate::sampler::PlanDraw;
 use crate::sampler::{PlanSampling, WaveSampling};
 
 /// Uniform numbers that [`Engine::render`] takes per sample: one chooses the component, one the place in it.
@@ -56,6 +59,9 @@ pub trait Engine: Send {
     /// Samples the next plan frame; `uniforms` holds one number in (0, 1) per codebook.
     fn next_plan(&mut self, uniforms: &[f32], out: &mut PlanFrame) -> Result<(), EngineError>;
 
+    /// How surprising the frame of the last [`Engine::next_plan`] was.
+    fn plan_draw(&self) -> PlanDraw;
+
     /// Renders one plan frame into `out` (`hop` tokens); `uniforms` holds [`UNIFORMS_PER_SAMPLE`] numbers a token.
     ///
     /// Only `plan.bands` is read: a frame can come from [`Engine::next_plan`] or from elsewhere.
@@ -73,6 +79,32 @@ pub trait Engine: Send {
 
     /// Continues from a saved state of the same model.
     fn restore(&mut self, state: &[u8]) -> Result<(), EngineError>;
+
+    /// The stream's whole state in memory, for [`Engine::rewind`] on this very engine: cheaper than [`Engine::save`] where
+    /// the engine can do better.
+    ///
+    /// # Errors
+    /// As `save`.
+    fn snapshot(&self) -> Result<Snapshot, EngineError> {
+        Ok(Snapshot(Box::new(self.save()?)))
+    }
+
+    /// Continues from a snapshot of this engine.
+    ///
+    /// # Errors
+    /// A snapshot of another kind of engine.
+    fn rewind(&mut self, to: &Snapshot) -> Result<(), EngineError> {
+        self.restore(to.state::<Vec<u8>>()?)
+    }
+}
+
+/// A stream's state in memory, in the form of the engine that it was taken of.
+pub struct Snapshot(Box<dyn Any + Send>);
+
+impl Snapshot {
+    fn state<T: 'static>(&self) -> Result<&T, EngineError> {
+        self.0.downcast_ref().ok_or_else(|| EngineError::State("it is a snapshot of another engine".into()))
+    }
 }
 
 fn state_error(e: impl std::fmt::Display) -> EngineError {

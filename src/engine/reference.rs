@@ -8,7 +8,7 @@ use ndarray::{Array2, ArrayView2};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::state::{Counters, SavedCache, SavedStream, plan_cache, wave_cache};
-use super::{Engine, EngineError, UNIFORMS_PER_SAMPLE, check_tokens, expect, state_error};
+use super::{Engine, EngineError, PlanDraw, UNIFORMS_PER_SAMPLE, check_tokens, expect, state_error};
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
 use crate::forecast::{PLANNED, PastForecast, PlannedForecast};
@@ -37,6 +37,7 @@ pub struct ReferenceEngine {
     plan_sampling: PlanSampling,
     wave_sampling: WaveSampling,
     stream: Stream,
+    plan_draw: PlanDraw,
     /// One thread: candle's products of single rows are too small to share, and waking others costs more than they do.
     pool: ThreadPool,
 }
@@ -66,6 +67,7 @@ impl ReferenceEngine {
             plan_sampling: PlanSampling::default(),
             wave_sampling: checkpoint.generation,
             stream,
+            plan_draw: PlanDraw::default(),
             pool: ThreadPoolBuilder::new().num_threads(1).build().map_err(state_error)?,
             config,
         })
@@ -167,11 +169,13 @@ impl Engine for ReferenceEngine {
             return Err(EngineError::State("the plan transformer has no context".into()));
         };
         out.tokens.clear();
+        self.plan_draw = PlanDraw::default();
         let mut given = Vec::new();
         let mut sampler = LogitSampler::default();
         for (q, &uniform) in uniforms.iter().enumerate() {
             let logits = self.model.plan.logits(hidden, &given, q)?.flatten_all()?.to_vec1::<f32>()?;
             let token = sampler.sample(&logits, uniform, &self.plan_sampling);
+            self.plan_draw.add(&logits, token);
             out.tokens.push(token as u16);
             given.push(Tensor::from_vec(vec![token as u32], (1, 1), &Device::Cpu)?);
         }
@@ -184,6 +188,10 @@ impl Engine for ReferenceEngine {
         stream.plan_hidden = Some(hidden);
         stream.plan_pos += 1;
         Ok(())
+    }
+
+    fn plan_draw(&self) -> PlanDraw {
+        self.plan_draw
     }
 
     fn render(&mut self, plan: &PlanFrame, uniforms: &[f32], out: &mut [Token]) -> Result<(), EngineError> {

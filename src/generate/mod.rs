@@ -1,12 +1,14 @@
 //! Turns a prompt into more of it: context in, plan frames and tokens from an engine, audio out at the prompt's own rate.
 //!
 //! ```text
-//! tail of a file --Prompt--> tokens --Generator(engine, uniforms)--> tokens --Seam--> frames --> sink
+//! tail of a file --Prompt--> tokens --Generator(engine, uniforms)--> tokens --Path(Governor)--> tokens --Seam--> frames --> sink
 //! ```
-//! A [`Player`] is all of it in one; a [`Session`] is a player and its engine's state as plain data, for files and takes.
+//! A path runs ahead and goes back where its [`Governor`] finds that the continuation fails. A [`Player`] is all of it in one; a [`Session`] is a player and its engine's state as plain data, for files and takes.
 //! Uniforms are drawn by (seed, stream, kind, t) with t counted from the join, so the same seed gives the same bytes.
 
 mod extrapolate;
+pub mod governor;
+mod path;
 mod player;
 mod prompt;
 mod seam;
@@ -21,6 +23,8 @@ use crate::plan::PlanFrame;
 use crate::rng::{Kind, uniform};
 use crate::sampler::{PlanSampling, WaveSampling};
 
+pub use governor::{Alarm, Governor, Intervention};
+pub use path::{Guide, Path};
 pub use player::{Played, Player, Progress};
 pub use prompt::{CONTEXT_S, Prompt};
 pub use seam::{Seam, SeamReport, SeamState};
@@ -64,6 +68,7 @@ pub struct Options {
 pub struct Generator {
     options: Options,
     n_frames: u64,
+    branch: u64,
     plan: PlanFrame,
     tokens: Vec<Token>,
 }
@@ -73,7 +78,12 @@ pub struct Generator {
 struct GeneratorState {
     options: Options,
     n_frames: u64,
+    /// Which of a seed's many ways is taken from here on.
+    branch: u64,
 }
+
+/// What a branch adds to the seed: apart from the seeds that people use.
+const BRANCH_STEP: u64 = 0x9E37_79B9_7F4A_7C15;
 
 impl Generator {
     /// Gives the engine the context to play on.
@@ -82,16 +92,16 @@ impl Generator {
     /// The engine's own.
     pub fn new(engine: &mut dyn Engine, options: &Options, context: &[Token]) -> Result<Self, EngineError> {
         engine.prefill(context)?;
-        Ok(Self::from_state(engine, GeneratorState { options: *options, n_frames: 0 }))
+        Ok(Self::from_state(engine, GeneratorState { options: *options, n_frames: 0, branch: 0 }))
     }
 
     fn state(&self) -> GeneratorState {
-        GeneratorState { options: self.options, n_frames: self.n_frames }
+        GeneratorState { options: self.options, n_frames: self.n_frames, branch: self.branch }
     }
 
     fn from_state(engine: &dyn Engine, state: GeneratorState) -> Self {
-        let GeneratorState { options, n_frames } = state;
-        Self { options, n_frames, plan: PlanFrame::default(), tokens: vec![0; engine.config().plan.hop] }
+        let GeneratorState { options, n_frames, branch } = state;
+        Self { options, n_frames, branch, plan: PlanFrame::default(), tokens: vec![0; engine.config().plan.hop] }
     }
 
     /// The next plan frame and its `hop` tokens. `given`: bands to play instead of the engine's own choice, `[n_bands]`.
@@ -104,6 +114,7 @@ impl Generator {
         given: Option<&[f32]>,
     ) -> Result<(&PlanFrame, &[Token]), EngineError> {
         let (Options { seed, stream, plan, wave }, frame) = (self.options, self.n_frames);
+        let seed = seed.wrapping_add(self.branch.wrapping_mul(BRANCH_STEP));
         let draws = |kind, n: usize| -> Vec<f32> {
             let first = frame * n as u64;
             (first..first + n as u64).map(|t| uniform(seed, stream, kind, t)).collect()

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use crate::engine::Engine;
 use crate::sink::Sink;
 
-use super::{GenerateError, Generator, Options, Prompt, Seam, SeamReport};
+use super::{GenerateError, Intervention, Options, Path, Prompt, Seam, SeamReport};
 
 /// How far a continuation is.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,33 +25,43 @@ pub struct Played {
     pub interrupted: bool,
     /// The join; `None` without a prompt, or when an earlier call made it.
     pub seam: Option<SeamReport>,
+    /// What the governor did about these frames.
+    pub interventions: Vec<Intervention>,
 }
 
 /// One continuation under way: all of it that is not in the engine.
 ///
 /// What is played depends on prompt, model and options, not on where it was cut: 10 s and then 10 s are 20 s.
 pub struct Player {
-    pub(super) generator: Generator,
+    pub(super) path: Path,
     pub(super) seam: Seam,
 }
 
 impl Player {
-    /// Gives the engine the prompt to play on.
+    /// Gives the engine the prompt to play on; `governed`: whether a [`super::Governor`] watches.
     ///
     /// # Errors
     /// The engine's own, or a rate that cannot be resampled.
-    pub fn new(engine: &mut dyn Engine, prompt: &Prompt, options: &Options) -> Result<Self, GenerateError> {
-        Ok(Self { seam: Seam::new(prompt)?, generator: Generator::new(engine, options, prompt.tokens())? })
+    pub fn new(
+        engine: &mut dyn Engine,
+        prompt: &Prompt,
+        options: &Options,
+        governed: bool,
+    ) -> Result<Self, GenerateError> {
+        Ok(Self { seam: Seam::new(prompt)?, path: Path::new(engine, options, prompt.tokens(), governed)? })
     }
 
     /// How it draws.
     pub fn options(&self) -> &Options {
-        &self.generator.options
+        self.path.options()
     }
 
     /// Draws otherwise from here on.
-    pub fn set_options(&mut self, options: &Options) {
-        self.generator.options = *options;
+    ///
+    /// # Errors
+    /// The engine's own.
+    pub fn set_options(&mut self, engine: &mut dyn Engine, options: &Options) -> Result<(), GenerateError> {
+        Ok(self.path.set_options(engine, options)?)
     }
 
     /// Frames per second and channels of what is played.
@@ -80,14 +90,14 @@ impl Player {
         while done < total && !interrupted {
             interrupted = progress(Progress { done_s: done as f64 / rate, total_s: total as f64 / rate }).is_break();
             if !interrupted {
-                let (_, tokens) = self.generator.next_frame(engine, None)?;
-                self.seam.push(&engine.config().codec.decode_all(tokens))?;
+                let frame = self.path.next(engine)?;
+                self.seam.push(&engine.config().codec.decode_all(&frame.tokens))?;
                 out.clear();
                 done += self.seam.take(total - done, &mut out);
                 sink.write(&out)?;
             }
         }
         let seam = if done > 0 { self.seam.report() } else { None };
-        Ok(Played { n_frames: done, interrupted, seam })
+        Ok(Played { n_frames: done, interrupted, seam, interventions: self.path.interventions() })
     }
 }

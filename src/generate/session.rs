@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
-use super::{GenerateError, Generator, GeneratorState, Options, Player, Seam, SeamState};
+use super::path::PathState;
+use super::{GenerateError, Options, Path as Continuation, Player, Seam, SeamState};
 use crate::atomic::write_whole;
 use crate::audio::WavFormat;
 use crate::engine::{Engine, EngineError};
@@ -17,7 +18,7 @@ use crate::engine::{Engine, EngineError};
 /// Value of the metadata key `format`.
 const FORMAT: &str = "wavegen session";
 /// Version of the file's layout; a file of another version is refused.
-const VERSION: &str = "1";
+const VERSION: &str = "2";
 /// The tensor that holds the engine's state.
 const ENGINE: &str = "engine";
 /// Characters of a fingerprint that messages show.
@@ -53,7 +54,7 @@ pub struct Session {
     /// What it belongs to.
     pub recording: Recording,
     model_name: String,
-    generator: GeneratorState,
+    path: PathState,
     seam: SeamState,
     #[serde(skip)]
     engine: Vec<u8>,
@@ -64,19 +65,15 @@ impl Session {
     ///
     /// # Errors
     /// The engine's own.
-    pub fn of(player: &Player, engine: &dyn Engine, recording: Recording) -> Result<Self, EngineError> {
-        Ok(Self {
-            recording,
-            model_name: engine.config().name.clone(),
-            generator: player.generator.state(),
-            seam: player.seam.state(),
-            engine: engine.save()?,
-        })
+    pub fn of(player: &Player, engine: &mut dyn Engine, recording: Recording) -> Result<Self, EngineError> {
+        let (path, state) = player.path.state(engine)?;
+        let model_name = engine.config().name.clone();
+        Ok(Self { recording, model_name, path, seam: player.seam.state(), engine: state })
     }
 
     /// How it draws.
     pub fn options(&self) -> &Options {
-        &self.generator.options
+        self.path.options()
     }
 
     /// Brings an engine to the saved state and gives the player that goes on from it.
@@ -85,13 +82,13 @@ impl Session {
     /// A state that does not fit the engine's model.
     pub fn resume(&self, engine: &mut dyn Engine) -> Result<Player, GenerateError> {
         engine.restore(&self.engine)?;
-        let generator = Generator::from_state(engine, self.generator);
+        let path = Continuation::from_state(engine, &self.path)?;
         let seam = Seam::from_state(self.seam.clone())?;
         let WavFormat { sample_rate, channels, .. } = self.recording.format;
         if (sample_rate, channels) != (seam.sample_rate(), seam.channels()) {
             return Err(GenerateError::State);
         }
-        Ok(Player { generator, seam })
+        Ok(Player { path, seam })
     }
 
     /// Writes the file under a temporary name and renames it when it is whole. `model`: the fingerprint of the engine's

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use ndarray::{Array2, ArrayView2};
 
 use super::state::{Counters, SavedStream, plan_cache, wave_cache};
-use super::{Engine, EngineError, UNIFORMS_PER_SAMPLE, check_tokens, expect, state_error};
+use super::{Engine, EngineError, PlanDraw, Snapshot, UNIFORMS_PER_SAMPLE, check_tokens, expect, state_error};
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
 use crate::forecast::{PLANNED, PastForecast, PlannedForecast};
@@ -97,6 +97,7 @@ pub struct CpuEngine {
     stream: Stream,
     /// Its place among streams that render together.
     member: Option<Member>,
+    plan_draw: PlanDraw,
     work: Work,
 }
 
@@ -151,6 +152,7 @@ impl CpuEngine {
             plan_sampling: PlanSampling::default(),
             wave_sampling: weights.generation,
             member: None,
+            plan_draw: PlanDraw::default(),
             work: Work::default(),
             weights,
         })
@@ -167,6 +169,7 @@ impl CpuEngine {
             wave_sampling: self.weights.generation,
             stream: Stream::new(&self.weights)?,
             member: None,
+            plan_draw: PlanDraw::default(),
             work: Work::default(),
         })
     }
@@ -443,12 +446,14 @@ impl Engine for CpuEngine {
             let silence = vec![self.weights.config.codec.silence(); self.weights.config.plan.hop];
             self.prefill(&silence)?;
         }
-        let Self { weights, stream, work, plan_sampling, .. } = self;
+        let Self { weights, stream, work, plan_sampling, plan_draw, .. } = self;
+        *plan_draw = PlanDraw::default();
         out.tokens.clear();
         for &uniform in uniforms {
             let hidden = &stream.plan.hidden;
             weights.plan.logits(weights.kernels, hidden, &out.tokens, &mut work.plan, &mut work.logits);
             let token = work.sampler.sample(&work.logits, uniform, plan_sampling);
+            plan_draw.add(&work.logits, token);
             out.tokens.push(token as u16);
         }
         weights.quantizer.decode_into(&out.tokens, &mut out.bands)?;
@@ -458,6 +463,10 @@ impl Engine for CpuEngine {
         let bands = ArrayView2::from_shape((1, work.centred.len()), &work.centred).map_err(state_error)?;
         weights.plan.read(weights.kernels, &mut stream.plan, codes, bands, &mut work.plan, |_, _, _| ());
         Ok(())
+    }
+
+    fn plan_draw(&self) -> PlanDraw {
+        self.plan_draw
     }
 
     fn render(&mut self, plan: &PlanFrame, uniforms: &[f32], out: &mut [Token]) -> Result<(), EngineError> {
@@ -533,6 +542,15 @@ impl Engine for CpuEngine {
         stream.planned = planned.with_kernels(weights.kernels);
         stream.drive = drive;
         self.stream = stream;
+        Ok(())
+    }
+
+    fn snapshot(&self) -> Result<Snapshot, EngineError> {
+        Ok(Snapshot(Box::new(self.stream.clone())))
+    }
+
+    fn rewind(&mut self, to: &Snapshot) -> Result<(), EngineError> {
+        self.stream.clone_from(to.state()?);
         Ok(())
     }
 }

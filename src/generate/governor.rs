@@ -1,0 +1,492 @@
+//! Turns what a continuation does, frame by frame, into alarms: it went silent, noisy, stuck, too loud, too soft or astray.
+//!
+//! A [`Governor`] knows the prompt's habits and compares the running surprisal and entropy of the plan, the level, the spectral
+//! flatness and the leading band against them. What is done about an alarm is the path's business: it goes back to a
+//! snapshot and takes other uniforms. A governor is a pure function of what it heard, so the same seed gives the same bytes.
+
+use std::collections::VecDeque;
+
+use serde::{Deserialize, Serialize};
+
+use crate::codec::Token;
+use crate::engine::{Engine, EngineError, PlanDraw};
+use crate::metrics::{SILENCE_DB, level_db};
+use crate::plan::{DB_PER_UNIT, Spectrum};
+
+/// Seconds at the end of a prompt that habits are taken from.
+const HABITS_S: f32 = 20.0;
+/// Prompts shorter than this have no habits; the model's usual ones stand in.
+const SHORTEST_S: f32 = 1.0;
+/// Seconds of frames that a governor remembers, and over which it judges the level.
+const MEMORY_S: f32 = 4.0;
+/// Seconds over which flatness is judged.
+const NOISE_S: f32 = 1.0;
+/// Seconds over which surprisal and entropy are judged.
+const SURPRISE_S: f32 = 2.0;
+/// Frames this far below the prompt's level are quiet, dB.
+const QUIET_DB: f32 = 30.0;
+/// Silence is an alarm after this long, or after half as long again as the prompt was ever quiet, seconds.
+const SILENCE_S: f32 = 1.5;
+/// One band may lead undiminished for this long, or half as long again as it ever did in the prompt, seconds.
+const STUCK_S: f32 = 3.0;
+/// A leading band that has fallen this far dies away and is not stuck, dB.
+const DYING_DB: f32 = 3.0;
+/// Flatness above the prompt's flattest second, dB.
+const NOISE_DB: f32 = 6.0;
+/// Level over [`MEMORY_S`] above the loudest and below the softest such stretch of the prompt, dB.
+const DRIFT_DB: [f32; 2] = [6.0, 12.0];
+/// Two frames this far above the prompt's loudest are a burst, dB.
+const BURST_DB: f32 = 6.0;
+/// Mean entropy or surprisal of the plan above the most that the prompt needed over as long a stretch, as a factor.
+const ASTRAY: f32 = 1.6;
+/// Mean entropy below this share of what the prompt's plan costs: the same is played for ever.
+const LOOP: f32 = 0.1;
+/// Tries at one place before it is let pass.
+const TRIES: u32 = 8;
+/// Seconds without an alarm after which a place counts as passed; and for how long a lost one is left alone.
+const PASSED_S: f32 = 4.0;
+/// Seconds before the trouble began that the first try goes back to; each further try goes as far again.
+const RUN_UP_S: f32 = 0.25;
+
+/// Why a governor intervenes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Alarm {
+    /// Nothing is heard for longer than the prompt ever paused.
+    Silence,
+    /// The spectrum is flatter than anything in the prompt.
+    Noise,
+    /// One band leads and does not die away.
+    StuckTone,
+    /// Louder than anything in the prompt at once.
+    Burst,
+    /// Over seconds louder or softer than the prompt.
+    LevelDrift,
+    /// The plan is less certain, or less likely, than the prompt's ever was.
+    Astray,
+    /// The plan has hardly a choice any more.
+    Loop,
+}
+
+impl std::fmt::Display for Alarm {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Silence => "silence",
+            Self::Noise => "noise",
+            Self::StuckTone => "stuck tone",
+            Self::Burst => "burst",
+            Self::LevelDrift => "level drift",
+            Self::Astray => "astray",
+            Self::Loop => "loop",
+        })
+    }
+}
+
+/// An alarm and what was done about it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Intervention {
+    /// Seconds after the join at which it was noticed.
+    pub at_s: f64,
+    /// Seconds after the join from where other uniforms were taken.
+    pub from_s: f64,
+    /// What was noticed.
+    pub alarm: Alarm,
+    /// The first, second ... try at this place.
+    pub attempt: u32,
+}
+
+/// What a prompt does, as far as it tells what a continuation should not.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Habits {
+    /// Level of the whole, dB.
+    level_db: f32,
+    /// The loudest frame, dB.
+    loudest_db: f32,
+    /// Levels of the softest and the loudest stretch of [`MEMORY_S`], dB.
+    stretch_db: [f32; 2],
+    /// Most frames in a row that were quiet.
+    quiet: u32,
+    /// Most frames that one band led undiminished.
+    lead: u32,
+    /// Flatness of the flattest [`NOISE_S`], dB.
+    flatness_db: f32,
+    /// Mean surprisal of a plan frame, nats.
+    surprisal: f32,
+    /// The most over [`SURPRISE_S`].
+    most_surprisal: f32,
+}
+
+/// One frame as heard.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+struct Heard {
+    level_db: f32,
+    flatness_db: f32,
+    /// The loudest band and its level.
+    leader: u16,
+    leader_db: f32,
+    draw: PlanDraw,
+}
+
+impl Heard {
+    fn new(samples: &[f32], bands: &[f32], draw: PlanDraw) -> Self {
+        let leader = (0..bands.len()).max_by(|&a, &b| bands[a].total_cmp(&bands[b])).unwrap_or(0);
+        // A band holds ln(power) / 4.
+        let power = bands.iter().map(|band| f64::from(4.0 * band).exp()).sum::<f64>() / bands.len().max(1) as f64;
+        let mean = bands.iter().sum::<f32>() / bands.len().max(1) as f32;
+        Self {
+            level_db: level_db(samples),
+            flatness_db: mean * DB_PER_UNIT - 10.0 * power.max(1e-12).log10() as f32,
+            leader: leader as u16,
+            leader_db: bands.get(leader).copied().unwrap_or_default() * DB_PER_UNIT,
+            draw,
+        }
+    }
+}
+
+/// Watches one continuation.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Governor {
+    habits: Habits,
+    frames_per_second: f32,
+    /// The last frames, oldest first.
+    heard: VecDeque<Heard>,
+    /// The last samples, for the spectrum.
+    samples: Vec<f32>,
+    /// Quiet frames in a row.
+    quiet: u32,
+    lead: Lead,
+    /// Frames heard.
+    n_frames: u64,
+    tries: Tries,
+}
+
+/// How long one band has led undiminished.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Lead {
+    band: u16,
+    most_db: f32,
+    frames: u32,
+}
+
+impl Lead {
+    fn push(&mut self, heard: &Heard) {
+        let goes_on = heard.leader.abs_diff(self.band) <= 1 && heard.leader_db > self.most_db - DYING_DB;
+        *self = if goes_on {
+            Self { most_db: self.most_db.max(heard.leader_db), frames: self.frames + 1, ..*self }
+        } else {
+            Self { band: heard.leader, most_db: heard.leader_db, frames: 1 }
+        };
+    }
+}
+
+/// What was tried at the place where it is; survives going back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Tries {
+    n: u32,
+    /// Frame of the last alarm that was acted on.
+    last: u64,
+    /// Alarms before this frame are let pass.
+    deaf_until: u64,
+}
+
+impl Governor {
+    /// A governor that knows the habits of `prompt`, samples as the model hears them. The engine tells how likely it finds the
+    /// prompt's plan; give it its context only afterwards.
+    ///
+    /// # Errors
+    /// The engine's own.
+    pub fn new(engine: &mut dyn Engine, spectrum: &Spectrum, prompt: &[Token]) -> Result<Self, EngineError> {
+        let frames_per_second = spectrum.sample_rate() as f32 / spectrum.hop() as f32;
+        let most = (HABITS_S * frames_per_second) as usize * spectrum.hop();
+        let last = &prompt[prompt.len().saturating_sub(most)..];
+        // The frame grid ends with the prompt.
+        let last = &last[last.len() % spectrum.hop()..];
+        let samples = engine.config().codec.decode_all(last);
+        let surprisals = if (last.len() / spectrum.hop()) < 2 { Vec::new() } else { engine.score_plan(last)? };
+        let habits = Habits::of(&samples, &surprisals, spectrum, frames_per_second);
+        Ok(Self {
+            habits,
+            frames_per_second,
+            heard: VecDeque::new(),
+            samples: samples[samples.len().saturating_sub(spectrum.window_len())..].to_vec(),
+            quiet: 0,
+            lead: Lead::default(),
+            n_frames: 0,
+            tries: Tries::default(),
+        })
+    }
+
+    /// What it compares with.
+    pub fn habits(&self) -> &Habits {
+        &self.habits
+    }
+
+    fn frames(&self, seconds: f32) -> usize {
+        ((seconds * self.frames_per_second).round() as usize).max(2)
+    }
+
+    /// Hears one more frame of samples; tells what is wrong, whether or not anything is to be done about it.
+    pub fn hear(&mut self, samples: &[f32], draw: PlanDraw, spectrum: &Spectrum) -> Option<Alarm> {
+        self.samples.extend_from_slice(samples);
+        let surplus = self.samples.len().saturating_sub(spectrum.window_len());
+        self.samples.drain(..surplus);
+        let heard = Heard::new(samples, &spectrum.analyse_last(&self.samples), draw);
+        self.n_frames += 1;
+        self.quiet = if heard.level_db < self.habits.level_db - QUIET_DB { self.quiet + 1 } else { 0 };
+        self.lead.push(&heard);
+        if self.heard.len() == self.frames(MEMORY_S) {
+            self.heard.pop_front();
+        }
+        self.heard.push_back(heard);
+        self.alarm()
+    }
+
+    fn last(&self, seconds: f32) -> Option<impl Iterator<Item = &Heard> + Clone> {
+        let first = self.heard.len().checked_sub(self.frames(seconds))?;
+        Some(self.heard.range(first..))
+    }
+
+    fn alarm(&self) -> Option<Alarm> {
+        let habits = &self.habits;
+        let longer = |seconds: f32, own: u32| self.frames(seconds).max(own as usize * 3 / 2) as u32;
+        if self.quiet >= longer(SILENCE_S, habits.quiet) {
+            return Some(Alarm::Silence);
+        }
+        if self.heard.range(self.heard.len().saturating_sub(2)..).all(|f| f.level_db > habits.loudest_db + BURST_DB) {
+            return Some(Alarm::Burst);
+        }
+        if self.quiet == 0
+            && let Some(last) = self.last(NOISE_S)
+            && mean(last.map(|f| f.flatness_db)) > habits.flatness_db + NOISE_DB
+        {
+            return Some(Alarm::Noise);
+        }
+        if self.quiet == 0 && self.lead.frames >= longer(STUCK_S, habits.lead) {
+            return Some(Alarm::StuckTone);
+        }
+        if let Some(last) = self.last(SURPRISE_S) {
+            let (surprisal, entropy) =
+                (mean(last.clone().map(|f| f.draw.surprisal)), mean(last.map(|f| f.draw.entropy)));
+            if surprisal.max(entropy) > ASTRAY * habits.most_surprisal {
+                return Some(Alarm::Astray);
+            }
+            if entropy < LOOP * habits.surprisal {
+                return Some(Alarm::Loop);
+            }
+        }
+        if let Some(last) = self.last(MEMORY_S) {
+            let level = mean_level(last.map(|f| f.level_db));
+            let [softest, loudest] = habits.stretch_db;
+            if level > loudest + DRIFT_DB[0] || level < softest - DRIFT_DB[1] {
+                return Some(Alarm::LevelDrift);
+            }
+        }
+        None
+    }
+
+    /// Decides about an alarm at the last frame: from which frame on to play otherwise, and the how-many-th try it is.
+    /// `None`: this place has had its tries.
+    pub(super) fn decide(&mut self, alarm: Alarm) -> Option<(u64, u32)> {
+        let now = self.n_frames;
+        if now < self.tries.deaf_until {
+            return None;
+        }
+        let passed = self.frames(PASSED_S) as u64;
+        if now > self.tries.last + passed {
+            self.tries.n = 0;
+        }
+        if self.tries.n == TRIES {
+            self.tries = Tries { n: 0, last: now, deaf_until: now + passed };
+            return None;
+        }
+        self.tries.n += 1;
+        self.tries.last = now;
+        let lasted = match alarm {
+            Alarm::Silence => self.quiet as usize,
+            Alarm::StuckTone => self.lead.frames as usize,
+            Alarm::Noise => self.frames(NOISE_S),
+            Alarm::Burst => 2,
+            Alarm::LevelDrift => self.frames(MEMORY_S),
+            Alarm::Astray | Alarm::Loop => self.frames(SURPRISE_S),
+        };
+        let run_up = self.frames(RUN_UP_S) * self.tries.n as usize;
+        Some((now.saturating_sub((lasted + run_up) as u64), self.tries.n))
+    }
+
+    /// Where it was at an earlier frame, with what has been tried since.
+    pub(super) fn rewound(earlier: &Self, now: &Self) -> Self {
+        Self { tries: now.tries, ..earlier.clone() }
+    }
+}
+
+impl Habits {
+    /// `surprisals`: of all plan frames but the first.
+    fn of(samples: &[f32], surprisals: &[f32], spectrum: &Spectrum, frames_per_second: f32) -> Self {
+        let frames = |seconds: f32| ((seconds * frames_per_second) as usize).max(2);
+        let hop = spectrum.hop();
+        let levels: Vec<f32> = samples.chunks_exact(hop).map(level_db).collect();
+        if levels.len() < frames(SHORTEST_S) || level_db(samples) < SILENCE_DB + 60.0 {
+            return Self::USUAL;
+        }
+        let bands = spectrum.analyse(samples);
+        let draw = PlanDraw::default();
+        let heard: Vec<Heard> = bands
+            .outer_iter()
+            .zip(samples.chunks_exact(hop))
+            .map(|(bands, samples)| Heard::new(samples, &bands.to_vec(), draw))
+            .collect();
+        let level = mean_level(levels.iter().copied());
+        let (mut lead, mut longest_lead) = (Lead::default(), 0);
+        for frame in heard.iter().filter(|frame| frame.level_db > level - QUIET_DB) {
+            lead.push(frame);
+            longest_lead = longest_lead.max(lead.frames);
+        }
+        let (mut quiet, mut longest_quiet) = (0, 0);
+        for frame in &heard {
+            quiet = if frame.level_db < level - QUIET_DB { quiet + 1 } else { 0 };
+            longest_quiet = longest_quiet.max(quiet);
+        }
+        let highest = |of: &dyn Fn(&[Heard]) -> f32, seconds: f32| {
+            let long = frames(seconds).min(heard.len());
+            heard.windows(long).map(of).fold(f32::NEG_INFINITY, f32::max)
+        };
+        let stretch =
+            |sign: f32| sign * highest(&|window| sign * mean_level(window.iter().map(|f| f.level_db)), MEMORY_S);
+        // The analysis of the first frames looks back into silence.
+        let flatness_db = highest(&|window| mean(window.iter().map(|f| f.flatness_db)), NOISE_S);
+        let surprisal = if surprisals.is_empty() { Self::USUAL.surprisal } else { mean(surprisals.iter().copied()) };
+        let long = frames(SURPRISE_S).min(surprisals.len().max(1));
+        let most_surprisal = surprisals.windows(long).map(|w| mean(w.iter().copied())).fold(surprisal, f32::max);
+        Self {
+            level_db: level,
+            loudest_db: levels.iter().copied().fold(SILENCE_DB, f32::max),
+            stretch_db: [stretch(-1.0), stretch(1.0)],
+            quiet: longest_quiet,
+            lead: longest_lead,
+            flatness_db,
+            surprisal,
+            most_surprisal,
+        }
+    }
+
+    /// Of a model that was trained at the usual level, where there is no prompt to ask: generous.
+    const USUAL: Self = Self {
+        level_db: -20.0,
+        loudest_db: -6.0,
+        stretch_db: [-35.0, -14.0],
+        quiet: 60,
+        lead: 60,
+        flatness_db: -18.0,
+        surprisal: 9.0,
+        most_surprisal: 14.0,
+    };
+}
+
+fn mean(values: impl Iterator<Item = f32>) -> f32 {
+    let (n, sum) = values.fold((0usize, 0.0f64), |(n, sum), x| (n + 1, sum + f64::from(x)));
+    (sum / n.max(1) as f64) as f32
+}
+
+/// Level of frames of equal length in dB: the mean of their powers.
+fn mean_level(levels_db: impl Iterator<Item = f32>) -> f32 {
+    let (n, power) =
+        levels_db.fold((0usize, 0.0f64), |(n, power), db| (n + 1, power + 10f64.powf(f64::from(db) / 10.0)));
+    (10.0 * (power / n.max(1) as f64).max(1e-12).log10()) as f32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+    use crate::engine::cpu::{CpuEngine, CpuOptions};
+    use crate::model::config::ModelConfig;
+    use crate::rng::Rng;
+
+    const HOP: usize = 512;
+
+    /// Notes of half a second that die away.
+    fn notes(seconds: f32, amplitude: f32) -> Vec<f32> {
+        let note = |i: usize| [220.0, 330.0, 262.0, 392.0, 294.0][i / 8000 % 5];
+        (0..(16_000.0 * seconds) as usize)
+            .map(|i| {
+                let age = (i % 8000) as f32 / 16_000.0;
+                amplitude * (-3.0 * age).exp() * (std::f32::consts::TAU * note(i) * i as f32 / 16_000.0).sin()
+            })
+            .collect()
+    }
+
+    fn noise(n: usize, amplitude: f32) -> Vec<f32> {
+        let mut rng = Rng::new(1);
+        (0..n).map(|_| amplitude * rng.normal()).collect()
+    }
+
+    /// A governor that has heard eight seconds of notes, and usual draws.
+    fn governor() -> (Governor, Spectrum, PlanDraw) {
+        let checkpoint = Checkpoint::untrained(ModelConfig::preset("tiny").unwrap(), 1).unwrap();
+        let mut engine = CpuEngine::new(&checkpoint, &CpuOptions::default()).unwrap();
+        let spectrum = checkpoint.spectrum().unwrap();
+        let prompt = checkpoint.config.codec.encode_all(&notes(8.0, 0.3));
+        let governor = Governor::new(&mut engine, &spectrum, &prompt).unwrap();
+        let usual = governor.habits.surprisal;
+        (governor, spectrum, PlanDraw { surprisal: usual, entropy: usual })
+    }
+
+    /// What is thought of these samples after two seconds of more notes, and after how many seconds.
+    fn alarm_at(samples: &[f32], draw: impl Fn(PlanDraw) -> PlanDraw) -> Option<(Alarm, f32)> {
+        let (mut governor, spectrum, usual) = governor();
+        for frame in notes(2.0, 0.3).chunks_exact(HOP) {
+            assert_eq!(governor.hear(frame, usual, &spectrum), None);
+        }
+        samples.chunks_exact(HOP).enumerate().find_map(|(i, frame)| {
+            governor.hear(frame, draw(usual), &spectrum).map(|alarm| (alarm, (i * HOP) as f32 / 16_000.0))
+        })
+    }
+
+    #[test]
+    fn music_like_the_prompt_raises_no_alarm() {
+        assert_eq!(alarm_at(&notes(12.0, 0.25), |usual| usual), None);
+        assert_eq!(alarm_at(&notes(12.0, 0.4), |usual| usual), None);
+    }
+
+    #[test]
+    fn each_failure_raises_its_alarm_in_time() {
+        let n = 16_000 * 8;
+        let tone: Vec<f32> = (0..n).map(|i| 0.15 * (i as f32 * 0.2).sin()).collect();
+        let soft = notes(8.0, 0.3 * 10f32.powf(-20.0 / 20.0));
+        for (samples, expected, within_s) in [
+            (vec![0.0; n], Alarm::Silence, 1.6),
+            (noise(n, 0.05), Alarm::Noise, 1.5),
+            (noise(n, 0.9), Alarm::Burst, 0.1),
+            (tone, Alarm::StuckTone, 4.5),
+            (soft, Alarm::LevelDrift, 4.5),
+        ] {
+            let (alarm, at_s) = alarm_at(&samples, |usual| usual).unwrap();
+            assert_eq!(alarm, expected, "after {at_s} s");
+            assert!(at_s <= within_s, "{alarm} only after {at_s} s");
+        }
+        let times = |factor: f32| {
+            move |usual: PlanDraw| PlanDraw { surprisal: factor * usual.surprisal, entropy: factor * usual.entropy }
+        };
+        assert_eq!(alarm_at(&notes(4.0, 0.3), times(3.0)).unwrap().0, Alarm::Astray);
+        assert_eq!(alarm_at(&notes(4.0, 0.3), times(0.01)).unwrap().0, Alarm::Loop);
+    }
+
+    #[test]
+    fn a_place_is_tried_a_few_times_from_further_and_further_back_and_then_let_pass() {
+        let (mut governor, spectrum, usual) = governor();
+        let silence = vec![0.0; HOP];
+        let mut froms = Vec::new();
+        let alarms = (0..400).filter(|_| governor.hear(&silence, usual, &spectrum).is_some()).count();
+        assert!(alarms > 300);
+        while let Some((from, attempt)) = governor.decide(Alarm::Silence) {
+            froms.push(from);
+            assert_eq!(attempt as usize, froms.len());
+        }
+        assert_eq!(froms.len() as u32, TRIES);
+        assert!(froms.windows(2).all(|pair| pair[1] <= pair[0]), "{froms:?}");
+        assert_eq!(governor.decide(Alarm::Silence), None, "it is left alone for a while");
+        let alarms = (0..400).filter(|_| governor.hear(&silence, usual, &spectrum).is_some()).count();
+        assert_eq!(alarms, 400);
+        assert!(governor.decide(Alarm::Silence).is_some(), "and then tried again");
+    }
+}

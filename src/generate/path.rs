@@ -1,0 +1,418 @@
+//! Turns an engine's frames into the frames that are played: runs ahead, and goes back where they lead nowhere.
+//!
+//! Frames are numbered from the join. Up to `released` they belong to whoever asked for them; those after it are held and
+//! may still be replaced. Marks, snapshots every [`BLOCK`] frames, are what it goes back to.
+//!
+//! ```text
+//!  marks:     |       |       |       |       |
+//!  frames:    ..played..........| held and watched |
+//!                               released           the generator
+//! ```
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use ndarray::Array2;
+
+use super::governor::{Alarm, Governor, Intervention};
+use super::{Generator, GeneratorState, Options};
+use crate::codec::Token;
+use crate::engine::{Engine, EngineError, PlanDraw, Snapshot};
+use crate::plan::{PlanError, PlanFrame, Spectrum};
+
+/// Frames between two marks.
+const BLOCK: u64 = 8;
+/// Frames that are held back for the governor: 2 s at 16 kHz.
+const HOLD: usize = 64;
+/// Played marks that are kept lie at least this many blocks apart: a second.
+const SPARSE: u64 = 4 * BLOCK;
+
+/// Where the plan comes from.
+#[derive(Clone, Debug, Default)]
+pub enum Guide {
+    /// The model's own choice.
+    #[default]
+    Own,
+    /// One frame for ever: the sound stands still. `[n_bands]`
+    Still(Vec<f32>),
+    /// Another recording's frames, from frame `start` on; then the model's own choice again.
+    Other {
+        /// `[n_frames, n_bands]`
+        bands: Arc<Array2<f32>>,
+        /// Frame of the continuation that the first of them is for.
+        start: u64,
+    },
+}
+
+impl Guide {
+    fn at(&self, frame: u64) -> Option<Vec<f32>> {
+        match self {
+            Self::Own => None,
+            Self::Still(bands) => Some(bands.clone()),
+            Self::Other { bands, start } => {
+                let k = usize::try_from(frame.checked_sub(*start)?).ok()?;
+                (k < bands.nrows()).then(|| bands.row(k).to_vec())
+            }
+        }
+    }
+}
+
+/// One frame that is played.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Frame {
+    /// `[hop]`
+    pub tokens: Vec<Token>,
+    /// What they were rendered after.
+    pub plan: PlanFrame,
+    /// How surprising the plan was; zero where it was given.
+    pub draw: PlanDraw,
+}
+
+/// Where the path can go back to: everything as it was before frame `generator.n_frames`.
+struct Mark {
+    engine: Snapshot,
+    generator: GeneratorState,
+    governor: Option<Governor>,
+    branches: u64,
+}
+
+impl Mark {
+    fn frame(&self) -> u64 {
+        self.generator.n_frames
+    }
+}
+
+/// A [`Path`] as plain data, without its engine: as it was at a mark, and how many frames were released after it.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub(super) struct PathState {
+    generator: GeneratorState,
+    governor: Option<Governor>,
+    branches: u64,
+    released_since: u64,
+}
+
+impl PathState {
+    pub(super) fn options(&self) -> &Options {
+        &self.generator.options
+    }
+}
+
+/// A continuation under way, as tokens.
+pub struct Path {
+    generator: Generator,
+    governor: Option<Governor>,
+    spectrum: Spectrum,
+    guide: Guide,
+    /// Oldest first; the first one lies at or before `released`.
+    marks: VecDeque<Mark>,
+    held: VecDeque<Frame>,
+    released: u64,
+    /// Frames before `released` that it can go back by.
+    keep: u64,
+    /// Branches taken so far, so that none is taken twice.
+    branches: u64,
+    /// Interventions after `released`.
+    pending: Vec<(u64, Intervention)>,
+    done: Vec<Intervention>,
+}
+
+impl Path {
+    /// Gives the engine the context to play on; `governed`: whether a [`Governor`] watches.
+    ///
+    /// # Errors
+    /// The engine's own.
+    pub fn new(
+        engine: &mut dyn Engine,
+        options: &Options,
+        context: &[Token],
+        governed: bool,
+    ) -> Result<Self, EngineError> {
+        let spectrum = spectrum_of(engine)?;
+        let governor = if governed { Some(Governor::new(engine, &spectrum, context)?) } else { None };
+        Ok(Self::at(Generator::new(engine, options, context)?, governor, spectrum))
+    }
+
+    fn at(generator: Generator, governor: Option<Governor>, spectrum: Spectrum) -> Self {
+        Self {
+            spectrum,
+            released: generator.n_frames,
+            branches: generator.branch,
+            generator,
+            governor,
+            guide: Guide::Own,
+            marks: VecDeque::new(),
+            held: VecDeque::new(),
+            keep: 0,
+            pending: Vec::new(),
+            done: Vec::new(),
+        }
+    }
+
+    /// From now on it remembers how to go back by this many frames.
+    pub fn keep(&mut self, frames: u64) {
+        self.keep = frames;
+    }
+
+    /// How it draws.
+    pub fn options(&self) -> &Options {
+        &self.generator.options
+    }
+
+    /// Frames played so far.
+    pub fn released(&self) -> u64 {
+        self.released
+    }
+
+    /// Whether it has run ahead as far as it should.
+    pub fn is_ahead(&self) -> bool {
+        self.held.len() >= self.hold()
+    }
+
+    /// Whether there is a frame to play at once.
+    pub fn has_held(&self) -> bool {
+        !self.held.is_empty()
+    }
+
+    /// What the governor did about the frames played since this was last asked.
+    pub fn interventions(&mut self) -> Vec<Intervention> {
+        std::mem::take(&mut self.done)
+    }
+
+    fn hold(&self) -> usize {
+        if self.governor.is_some() { HOLD } else { 1 }
+    }
+
+    /// The next frame, once it has run far enough ahead of it.
+    ///
+    /// # Errors
+    /// The engine's own.
+    pub fn next(&mut self, engine: &mut dyn Engine) -> Result<Frame, EngineError> {
+        while !self.is_ahead() {
+            self.advance(engine)?;
+        }
+        self.release(engine)
+    }
+
+    /// The next frame, however far it has run ahead.
+    ///
+    /// # Errors
+    /// The engine's own.
+    pub fn release(&mut self, engine: &mut dyn Engine) -> Result<Frame, EngineError> {
+        let frame = loop {
+            match self.held.pop_front() {
+                Some(frame) => break frame,
+                None => self.advance(engine)?,
+            }
+        };
+        self.released += 1;
+        self.forget();
+        let (past, pending) = self.pending.iter().partition(|(from, _)| *from < self.released);
+        self.pending = pending;
+        let past: Vec<(u64, Intervention)> = past;
+        self.done.extend(past.into_iter().map(|(_, intervention)| intervention));
+        Ok(frame)
+    }
+
+    /// Generates one frame, or goes back where that fails.
+    ///
+    /// # Errors
+    /// The engine's own.
+    pub fn advance(&mut self, engine: &mut dyn Engine) -> Result<(), EngineError> {
+        let at = self.generator.n_frames;
+        if self.remembers() && (at.is_multiple_of(BLOCK) || self.marks.is_empty()) {
+            self.mark(engine)?;
+        }
+        let (frame, alarm) = self.generate(engine)?;
+        self.held.push_back(frame);
+        if let (Some(governor), Some(alarm)) = (&mut self.governor, alarm)
+            && let Some((from, attempt)) = governor.decide(alarm)
+        {
+            let at_s = self.seconds(engine, at);
+            let to = self.marks.iter().rev().find(|mark| mark.frame() <= from).or(self.marks.front());
+            let to = to.map_or(self.released, Mark::frame).max(self.released);
+            self.go_to(engine, to)?;
+            self.branch(engine)?;
+            let intervention = Intervention { at_s, from_s: self.seconds(engine, to), alarm, attempt };
+            self.pending.retain(|(from, _)| *from < to);
+            self.pending.push((to, intervention));
+        }
+        Ok(())
+    }
+
+    fn seconds(&self, engine: &dyn Engine, frame: u64) -> f64 {
+        let config = engine.config();
+        frame as f64 * config.plan.hop as f64 / f64::from(config.codec.sample_rate)
+    }
+
+    /// Whether there may be a reason to go back; if not, nothing is ever held and no marks are made.
+    fn remembers(&self) -> bool {
+        self.governor.is_some() || self.keep > 0
+    }
+
+    fn mark(&mut self, engine: &dyn Engine) -> Result<(), EngineError> {
+        if self.remembers() {
+            let generator = self.generator.state();
+            self.marks.retain(|mark| mark.frame() < generator.n_frames);
+            let (governor, branches) = (self.governor.clone(), self.branches);
+            self.marks.push_back(Mark { engine: engine.snapshot()?, generator, governor, branches });
+        }
+        Ok(())
+    }
+
+    /// Drops the marks that are of no more use.
+    fn forget(&mut self) {
+        let oldest = self.released.saturating_sub(self.keep);
+        while self.marks.get(1).is_some_and(|second| second.frame() <= oldest) {
+            self.marks.pop_front();
+        }
+        // Of what was played a few are enough; those at and after the last one before `released` all stay.
+        let played = self.marks.iter().take_while(|mark| mark.frame() <= self.released).count();
+        if played >= 3 {
+            let (a, b) = (self.marks[played - 3].frame(), self.marks[played - 1].frame());
+            if b - a <= SPARSE {
+                self.marks.remove(played - 2);
+            }
+        }
+    }
+
+    /// The last mark at or before `frame`.
+    fn mark_before(&self, frame: u64) -> Option<&Mark> {
+        self.marks.iter().rev().find(|mark| mark.frame() <= frame)
+    }
+
+    /// Brings everything back to before `frame`, which lies at or after the oldest mark.
+    fn go_to(&mut self, engine: &mut dyn Engine, frame: u64) -> Result<(), EngineError> {
+        let Some(mark) = self.mark_before(frame) else {
+            return Err(EngineError::State("there is no way back that far".into()));
+        };
+        engine.rewind(&mark.engine)?;
+        let (state, governor) = (mark.generator, mark.governor.clone());
+        self.generator = Generator::from_state(engine, state);
+        if let (Some(earlier), Some(now)) = (governor, &self.governor) {
+            self.governor = Some(Governor::rewound(&earlier, now));
+        }
+        self.marks.retain(|mark| mark.frame() <= frame);
+        self.held.truncate(frame.saturating_sub(self.released) as usize);
+        while self.generator.n_frames < frame {
+            self.generate(engine)?;
+        }
+        Ok(())
+    }
+
+    /// One frame, which the governor hears; and what it thinks of it.
+    fn generate(&mut self, engine: &mut dyn Engine) -> Result<(Frame, Option<Alarm>), EngineError> {
+        let given = self.guide.at(self.generator.n_frames);
+        let (plan, tokens) = self.generator.next_frame(engine, given.as_deref())?;
+        let draw = if given.is_some() { PlanDraw::default() } else { engine.plan_draw() };
+        let frame = Frame { tokens: tokens.to_vec(), plan: plan.clone(), draw };
+        let Some(governor) = &mut self.governor else { return Ok((frame, None)) };
+        let alarm = governor.hear(&engine.config().codec.decode_all(&frame.tokens), draw, &self.spectrum);
+        // A plan that comes from elsewhere may ask for silence, or for one tone.
+        Ok((frame, alarm.filter(|_| given.is_none())))
+    }
+
+    /// Takes another way from here on.
+    fn branch(&mut self, engine: &dyn Engine) -> Result<(), EngineError> {
+        self.branches += 1;
+        self.generator.branch = self.branches;
+        self.mark(engine)
+    }
+
+    /// Drops what is held, so that what changes takes effect with the next frame.
+    fn drop_held(&mut self, engine: &mut dyn Engine) -> Result<(), EngineError> {
+        if self.generator.n_frames > self.released {
+            self.go_to(engine, self.released)?;
+            self.pending.retain(|(from, _)| *from < self.released);
+        }
+        Ok(())
+    }
+
+    /// Draws otherwise from the next frame on.
+    ///
+    /// # Errors
+    /// The engine's own.
+    pub fn set_options(&mut self, engine: &mut dyn Engine, options: &Options) -> Result<(), EngineError> {
+        if options != self.options() {
+            self.drop_held(engine)?;
+            self.generator.options = *options;
+            self.mark(engine)?;
+        }
+        Ok(())
+    }
+
+    /// Plans come from elsewhere from the next frame on.
+    ///
+    /// # Errors
+    /// The engine's own.
+    pub fn set_guide(&mut self, engine: &mut dyn Engine, guide: Guide) -> Result<(), EngineError> {
+        self.drop_held(engine)?;
+        self.guide = guide;
+        self.mark(engine)
+    }
+
+    /// Where the plan comes from.
+    pub fn guide(&self) -> &Guide {
+        &self.guide
+    }
+
+    /// Goes back by `frames` of what was played, as far as it remembers, and takes another way from there; gives how far.
+    ///
+    /// # Errors
+    /// The engine's own.
+    pub fn vary(&mut self, engine: &mut dyn Engine, frames: u64) -> Result<u64, EngineError> {
+        let wanted = self.released.saturating_sub(frames.min(self.keep));
+        let to = self.mark_before(wanted).or(self.marks.front()).map_or(self.released, Mark::frame).min(self.released);
+        let back = self.released - to;
+        self.held.clear();
+        self.released = to;
+        self.go_to(engine, to)?;
+        self.branch(engine)?;
+        self.pending.clear();
+        Ok(back)
+    }
+
+    /// What it goes on from bit for bit, and the engine's state that belongs to it.
+    pub(super) fn state(&self, engine: &mut dyn Engine) -> Result<(PathState, Vec<u8>), EngineError> {
+        let Some(mark) = self.mark_before(self.released).filter(|_| self.generator.n_frames > self.released) else {
+            let state = PathState {
+                generator: self.generator.state(),
+                governor: self.governor.clone(),
+                branches: self.branches,
+                released_since: 0,
+            };
+            return Ok((state, engine.save()?));
+        };
+        let now = engine.snapshot()?;
+        engine.rewind(&mark.engine)?;
+        let saved = engine.save();
+        engine.rewind(&now)?;
+        let state = PathState {
+            generator: mark.generator,
+            governor: mark.governor.clone(),
+            branches: mark.branches,
+            released_since: self.released - mark.frame(),
+        };
+        Ok((state, saved?))
+    }
+
+    /// The path that a state was taken of; the engine has been brought to where it belongs.
+    pub(super) fn from_state(engine: &mut dyn Engine, state: &PathState) -> Result<Self, EngineError> {
+        let generator = Generator::from_state(engine, state.generator);
+        let mut path = Self::at(generator, state.governor.clone(), spectrum_of(engine)?);
+        path.branches = state.branches;
+        path.released += state.released_since;
+        while path.generator.n_frames < path.released {
+            // These frames were played, so whatever was thought of them, nothing was done.
+            if let (_, Some(alarm)) = path.generate(engine)?
+                && let Some(governor) = &mut path.governor
+            {
+                governor.decide(alarm);
+            }
+        }
+        Ok(path)
+    }
+}
+
+fn spectrum_of(engine: &dyn Engine) -> Result<Spectrum, PlanError> {
+    Spectrum::new(engine.config().codec.sample_rate, &engine.config().plan)
+}
