@@ -144,3 +144,159 @@ struct MixtureNllArgs {
   int32_t components;
 };
 static_assert(sizeof(MixtureNllArgs) == 72, "MixtureNllArgs differs from src/cuda/launch");
+
+// ---- generation ----------------------------------------------------------------------------------------------------
+
+/// A linear map: weights [n_in, stride] row-major, where stride is n_out or, if that is odd, one more.
+struct DecodeLinear {
+  int64_t weights;   // where they begin, in elements: in `exact` if the map is exact, else in `weights`
+  int64_t bias;      // in `exact`; -1 for none
+  int32_t n_in;
+  int32_t n_out;
+  int32_t exact;     // 1: its weights are f32, whatever the others are
+  int32_t whole;     // 1: every block of a group computes all outputs; 0: each its share
+  int32_t resident;  // where a block keeps its share in shared memory, in bytes; -1: it stays in device memory
+  int32_t reserved;
+};
+static_assert(sizeof(DecodeLinear) == 40, "DecodeLinear differs from src/cuda/launch");
+
+/// A stack of transformer blocks.
+struct DecodeStack {
+  int64_t cache;        // in a stream's caches: per block keys [n_heads, head_dim, window], values [n_heads, window, head_dim]
+  int32_t dim;
+  int32_t n_layers;
+  int32_t n_heads;
+  int32_t window;
+  int32_t linears;      // number of the first block's first map; each block has qkv, out, up, down. The outputs of up alternate:
+                        // gate, value
+  int32_t angles;       // in `exact`: cosines and sines of the positions 0..64, [64, head_dim]
+  int32_t frequencies;  // in `doubles`: radians per position, [head_dim / 2]
+  int32_t reserved;
+};
+static_assert(sizeof(DecodeStack) == 40, "DecodeStack differs from src/cuda/launch");
+
+struct DecodeTier {
+  DecodeStack stack;
+  int32_t hop;
+  int32_t seen;     // tokens before the step that it reads
+  int32_t input;    // numbers of its maps
+  int32_t plan_in;
+  int32_t down;     // -1: none
+  int32_t planned;  // in a frame: what the plan adds to its input, [dim]
+  int32_t handed;   // in a stream's memory: what it hands to the sub-steps of the next tier, [sub-steps, dim of that]
+  int32_t reserved;
+};
+static_assert(sizeof(DecodeTier) == 72, "DecodeTier differs from src/cuda/launch");
+
+constexpr int MAX_TIERS = 4;
+
+/// Sizes of a model and where its parts lie.
+struct DecodeModel {
+  DecodeStack plan;
+  DecodeTier tiers[MAX_TIERS];
+  int32_t n_tiers;
+  int32_t n_linears;
+  int32_t n_bands;
+  int32_t n_bins;
+  int32_t plan_hop;
+  int32_t n_codebooks;
+  int32_t n_entries;
+  int32_t order;  // of the forecast from the past
+  int32_t past_window;
+  int32_t past_hop;
+  int32_t planned_order;
+  int32_t token_width;   // features of a token
+  int32_t n_components;  // both halves
+  int32_t slices;
+  float own_scale;
+  // Numbers of maps.
+  int32_t bands;
+  int32_t heads;  // two per codebook
+  int32_t plan_mlp;        // two
+  int32_t planned_scales;  // two
+  int32_t feature_in;
+  int32_t head;
+  int32_t shortcut;  // three
+  // In `exact`.
+  int32_t embeddings;        // [n_codebooks, n_entries, dim]
+  int32_t given;             // [n_codebooks - 1, n_entries, dim]
+  int32_t plan_gain;         // [dim]
+  int32_t book_mean;         // [n_bands]
+  int32_t book_ceiling;      // [n_bands]
+  int32_t books;             // [n_codebooks, n_entries, n_bands]
+  int32_t token_table;       // [levels, token_width]
+  int32_t past_code_in;      // [levels, dim of the last tier]
+  int32_t residual_code_in;  // likewise
+  int32_t centres;           // [levels]: samples of the tokens
+  int32_t edges;             // [levels - 1]: between their bins
+  // In `doubles`.
+  int32_t window;       // [past_window]
+  int32_t bin_weights;  // [n_bins]
+  int32_t lag_window;   // [planned_order + 1]
+  // In a stream's memory; rings have a power of two of places, sample n lies in place n modulo that.
+  int32_t samples;        // ring of what tokens decode to
+  int32_t n_samples;
+  int32_t unrounded;      // ring of samples before they were rounded
+  int32_t n_unrounded;
+  int32_t plan_frames;    // the last three, oldest first, [3, n_bands]
+  int32_t hidden;         // of the plan transformer after the last frame
+  int32_t drive;          // mean square of what was drawn
+  int32_t memory_stride;  // floats of a stream's memory
+  int32_t n_tokens;       // places of a stream's ring of tokens
+  int32_t n_recent;       // places of the ring of samples in shared memory, at least `order`
+  // In a frame: planned log scale, root mean square, and
+  int32_t frame_coefficients;  // [planned_order]
+  int32_t frame_scales;        // [slices, n_components]
+  int32_t frame_stride;
+  int32_t angle_width;  // greatest head_dim
+  int64_t cache_stride;  // floats of a stream's caches
+};
+static_assert(sizeof(DecodeModel) == 536, "DecodeModel differs from src/cuda/launch");
+
+/// Regions of a block's shared memory; everything from ARENA on to RESIDENT is scratch.
+enum DecodeRegion {
+  DECODE_MODEL, DECODE_SLICES, DECODE_ROWS, DECODE_SAMPLES, DECODE_UNROUNDED, DECODE_TOKENS, DECODE_PAST, DECODE_PLANNED,
+  DECODE_FEATURES, DECODE_HEAD, DECODE_SHORTCUT, DECODE_HIGH, DECODE_ANGLES,
+  DECODE_X, DECODE_WIDE, DECODE_ATTENDED, DECODE_SCRATCH, DECODE_RESIDENT, DECODE_REGIONS
+};
+
+/// Generation of `n_frames` plan frames of `streams` streams.
+struct DecodeArgs {
+  const DecodeModel* model;
+  const DecodeLinear* linears;
+  const void* weights;
+  const float* exact;
+  const double* doubles;
+  const int32_t* neighbours;  // [n_bins, 2]: the bands below and above each bin
+  int64_t* counters;          // [streams, 4]: samples, plan frames, residual code, nothing
+  int32_t* ring_tokens;       // [streams, n_tokens]
+  float* memory;              // [streams, memory_stride]
+  float* caches;              // [streams, cache_stride]
+  float* frames;              // [streams, 2, frame_stride]
+  float* past;                // [streams, order]: coefficients of the forecast from the past
+  uint32_t* flags;            // [sets of streams, 4], 0 at launch: samples played, coefficients made, frames made, nothing
+  const float* plan_uniforms; // [streams, n_frames, n_codebooks]; null: plan_tokens are given
+  const float* wave_uniforms; // [streams, n_frames, plan_hop, 2]; null: tokens are given
+  int32_t* plan_tokens;       // [streams, n_frames, n_codebooks]
+  float* bands;               // [streams, n_frames, n_bands]: written if there is a plan to be made, else given
+  int32_t* tokens;            // [streams, n_frames, plan_hop]
+  float* nll;                 // of tokens, likewise, or null
+  float* plan_draws;          // [streams, n_frames, 2]: what the plan tokens cost, what they would on average; or null
+  int32_t streams;
+  int32_t n_frames;
+  int32_t groups;      // of blocks; each plays every so manyth set of streams
+  int32_t group_size;  // blocks that share the wave transformer's work, a cluster
+  int32_t overlapped;  // 1: plan and forecast from the past have blocks of their own, in two clusters more
+  int32_t make_plan;   // 1: the plan transformer runs
+  int32_t make_wave;   // 1: the wave transformer runs
+  int32_t top_k;
+  float temperature;
+  float top_p;
+  float min_p;
+  float grain;
+  float past_weight;
+  float offset;
+  int32_t scratch[2];          // floats of the region SCRATCH: of blocks that play, of their helpers
+  int32_t at[DECODE_REGIONS];  // where regions begin, in bytes
+};
+static_assert(sizeof(DecodeArgs) == 296, "DecodeArgs differs from src/cuda/launch");

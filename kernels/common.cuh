@@ -6,6 +6,8 @@
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
+
+#include <cstdint>
 using bf16 = __nv_bfloat16;
 /// Dynamic shared memory as an array; its first address is 16-byte aligned.
 #define SHARED_MEMORY(type, name)              \
@@ -16,6 +18,43 @@ using bf16 = __nv_bfloat16;
   extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args) { \
     __VA_ARGS__(args);                                                                            \
   }
+#define NO_INLINE __noinline__
+/// Waits until all threads of a group of blocks have come and publishes to them what each has written; a group of more than one
+/// is a cluster, which sm_90 and later have.
+#if __CUDA_ARCH__ >= 900
+#define GROUP_BARRIER(size)                                                            \
+  do {                                                                                 \
+    if ((size) > 1)                                                                    \
+      asm volatile("barrier.cluster.arrive.release.aligned;\n"                         \
+                   "barrier.cluster.wait.acquire.aligned;" ::: "memory");              \
+    else                                                                               \
+      __syncthreads();                                                                 \
+  } while (0)
+#else
+#define GROUP_BARRIER(size) __syncthreads()
+#endif
+/// Waits until another block has brought a flag in device memory to `value`; for one thread. What that block wrote before is
+/// then there, for the whole block after its next barrier.
+#define WAIT_FOR(flag, value) \
+  while (load_acquire(flag) < (value)) __nanosleep(20)
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* flag) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+/// Publishes what this thread wrote, and what its block wrote before the last barrier.
+__device__ __forceinline__ void store_release(uint32_t* flag, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+/// The same place in the shared memory of block `rank` of the cluster.
+template <class T>
+__device__ __forceinline__ T* peer(T* mine, int rank) {
+#if __CUDA_ARCH__ >= 900
+  return static_cast<T*>(__cluster_map_shared_rank(mine, rank));
+#else
+  return mine;
+#endif
+}
 #else
 #include "emulator/emulator.h"
 #endif

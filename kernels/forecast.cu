@@ -4,7 +4,7 @@
 // Geometry: autocorrelations one block per (block of samples, excerpt) or per frame; the recursion one warp per problem;
 // predictions one thread per sample. Dynamic shared memory: see src/cuda/launch.
 // Oracle: wavegen::forecast::forecasts itself, in tests/kernels/forecast.rs.
-#include "common.cuh"
+#include "linear_prediction.cuh"
 
 namespace forecast {
 
@@ -12,83 +12,37 @@ constexpr int MAX_THREADS = 1024;
 constexpr int LEVINSON_WARPS = 4;
 constexpr int LEVINSON_THREADS = LEVINSON_WARPS * WARP;
 constexpr int PREDICT_THREADS = 256;
-/// Parts that the sum over a window is cut into, each summed by a thread.
-constexpr int PARTS = 4;
-/// Lags per thread, and samples that it reads at once.
-constexpr int QUAD = 4;
-/// exp(band * this) is the power; 1 / UNITS_PER_NEPER of src/plan/spectrum.rs.
-constexpr double NEPERS_PER_UNIT = 4.0;
-/// As in src/forecast/planned.rs.
-constexpr double MEAN_TO_RMS = 0.7, LEAST_SCALE = 1e-4;
 
 // ---- kernels -------------------------------------------------------------------------------------------------------
 
-/// Windowed samples lie in shared memory as four rows, sample i in row i % 4, column i / 4: then threads with neighbouring
-/// quads of lags read neighbouring addresses. Columns go on with zeros for as long as a lag may reach.
-/// Shared: 4 rows, sums of the parts.
+/// Shared: a prediction::Window.
 __device__ void past_autocorrelation(const PastAutocorrelationArgs& a) {
-  SHARED_MEMORY(double, rows);
-  const int n_quads = (a.window_len + QUAD - 1) / QUAD, lag_quads = a.order / QUAD + 1;
-  const int columns = n_quads + lag_quads + 1;
-  double* const sums = rows + QUAD * columns;  // [PARTS][lag_quads * QUAD]
+  SHARED_MEMORY(double, room);
+  const prediction::Window window(room, a.window_len, a.order);
   const float* const samples = a.samples + size_t(blockIdx.y) * a.len;
   const int first = (a.first_block + int(blockIdx.x)) * a.hop - a.window_len;
-  for (int i = threadIdx.x; i < QUAD * columns; i += blockDim.x) {
+  for (int i = threadIdx.x; i < prediction::QUAD * window.columns; i += blockDim.x) {
     const bool sounds = i < a.window_len && first + i >= 0;
-    rows[i % QUAD * columns + i / QUAD] = sounds ? double(samples[first + i]) * a.window[i] : 0.0;
+    window.at(i) = sounds ? double(samples[first + i]) * a.window[i] : 0.0;
   }
   __syncthreads();  // publishes the samples
-  for (int task = threadIdx.x; task < PARTS * lag_quads; task += blockDim.x) {
-    const int part = task / lag_quads, lags = task % lag_quads;
-    const int end = (part + 1) * n_quads / PARTS;
-    double sum[QUAD] = {};
-    for (int quad = part * n_quads / PARTS; quad < end; ++quad) {
-      double later[2 * QUAD - 1];
-#pragma unroll
-      for (int j = 0; j < 2 * QUAD - 1; ++j) later[j] = rows[j % QUAD * columns + quad + lags + j / QUAD];
-#pragma unroll
-      for (int i = 0; i < QUAD; ++i) {
-        const double x = rows[i * columns + quad];
-#pragma unroll
-        for (int lag = 0; lag < QUAD; ++lag) sum[lag] += x * later[i + lag];
-      }
-    }
-    for (int lag = 0; lag < QUAD; ++lag) sums[(part * lag_quads + lags) * QUAD + lag] = sum[lag];
-  }
+  window.sum_parts();
   __syncthreads();  // publishes the sums
   double* const r = a.r + (size_t(blockIdx.y) * a.n_blocks + blockIdx.x) * (a.order + 1);
-  for (int lag = threadIdx.x; lag <= a.order; lag += blockDim.x) {
-    double sum = 0.0;
-    for (int part = 0; part < PARTS; ++part) sum += sums[part * lag_quads * QUAD + lag];
-    r[lag] = lag == 0 ? sum * (1.0 + a.white_relative) + a.white_absolute : sum;
-  }
+  for (int lag = threadIdx.x; lag <= a.order; lag += blockDim.x)
+    r[lag] = prediction::with_noise(window.total(lag), lag, {a.white_relative, a.white_absolute});
 }
 
-/// The cosine sum over the bins of the power spectrum. Shared: cosines of the circle's 2 * (n_bins - 1) steps, powers.
+/// The cosine sum over the bins of the power spectrum. Shared: a prediction::PlannedSpectrum.
 __device__ void planned_autocorrelation(const PlannedAutocorrelationArgs& a) {
-  SHARED_MEMORY(double, cosines);
-  const int circle = 2 * (a.n_bins - 1);
-  double* const powers = cosines + circle;
-  const float* const bands = a.bands + size_t(blockIdx.x) * a.n_bands;
-  for (int i = threadIdx.x; i < circle; i += blockDim.x) cosines[i] = cospi(2.0 * i / circle);
-  for (int bin = threadIdx.x; bin < a.n_bins; bin += blockDim.x) {
-    const double below = bands[a.neighbours[2 * bin]], above = bands[a.neighbours[2 * bin + 1]], weight = a.weights[bin];
-    // The bins within stand for their mirror images as well.
-    const double images = bin == 0 || bin == a.n_bins - 1 ? 1.0 : 2.0;
-    powers[bin] = images / circle * exp((below * (1.0 - weight) + above * weight) * NEPERS_PER_UNIT);
-  }
+  SHARED_MEMORY(double, room);
+  const prediction::PlannedSpectrum spectrum(room, a.n_bins);
+  spectrum.fill(a.bands + size_t(blockIdx.x) * a.n_bands, a.neighbours, a.weights);
   __syncthreads();  // publishes cosines and powers
   double* const r = a.r + size_t(blockIdx.x) * (a.order + 1);
-  for (int lag = threadIdx.x; lag <= a.order; lag += blockDim.x) {
-    double sum = 0.0;
-    for (int bin = 0, angle = 0; bin < a.n_bins; ++bin) {
-      sum += powers[bin] * cosines[angle];
-      angle += lag;
-      if (angle >= circle) angle -= circle;
-    }
-    sum *= a.lag_window[lag];
-    r[lag] = lag == 0 ? sum * (1.0 + a.white_relative) + a.white_absolute : sum;
-  }
+  for (int lag = threadIdx.x; lag <= a.order; lag += blockDim.x)
+    r[lag] = prediction::with_noise(spectrum.autocorrelation(lag) * a.lag_window[lag], lag,
+                                    {a.white_relative, a.white_absolute});
 }
 
 /// One problem per warp. Shared, per warp: r, coefficients.
@@ -101,27 +55,11 @@ __device__ void levinson(const LevinsonArgs& args) {
   double* const a = r + order + 1;
   for (int i = lane; i <= order; i += WARP) r[i] = args.r[size_t(problem) * (order + 1) + i];
   __syncwarp();  // publishes r
-  double power = r[0];
-  int k = 0;
-  // Stops early where r is not positive definite, or no number. All lanes know the same power.
-  for (; k < order && power > 0.0; ++k) {
-    double sum = 0.0;
-    for (int i = lane; i < k; i += WARP) sum += a[i] * r[k - i];
-    // What every lane read of a is in this sum, so a may change after it.
-    const double reflection = (r[k + 1] - lanes_sum<WARP>(sum)) / power;
-    for (int i = lane; i < (k + 1) / 2; i += WARP) {
-      const int mirror = k - 1 - i;
-      const double low = a[i], high = a[mirror];
-      a[i] = low - reflection * high;
-      a[mirror] = high - reflection * low;
-    }
-    if (lane == 0) a[k] = reflection;
-    power *= 1.0 - reflection * reflection;
-    __syncwarp();  // publishes a
-  }
+  double power;
+  const int found = prediction::levinson(r, a, order, power);
   float* const coefficients = args.coefficients + size_t(problem) * order;
-  for (int i = lane; i < order; i += WARP) coefficients[i] = i < k ? float(a[i]) : 0.f;
-  if (lane == 0) args.log_scale[problem] = float(log(sqrt(power > 0.0 ? power : 0.0) * MEAN_TO_RMS + LEAST_SCALE));
+  for (int i = lane; i < order; i += WARP) coefficients[i] = i < found ? float(a[i]) : 0.f;
+  if (lane == 0) args.log_scale[problem] = prediction::log_scale(power);
 }
 
 /// One sample per thread, held to [-1, 1], 0 when it is not a number. Shared: the block's samples and `order` before them.

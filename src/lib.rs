@@ -25,7 +25,7 @@
 //! | [`generate`] | a recording into its continuation: the loop, the prompt, the seam, sessions |
 //! | [`sink`] | where samples go: WAV file, pipe |
 //! | [`train`] | recordings into a checkpoint |
-//! | `cuda` | tensors into tensors on a GPU, for training; only with the feature `cuda` |
+//! | [`cuda`] | launches of the kernels in kernels/; with the feature `cuda`, tensors into tensors on a GPU |
 //! | [`metrics`], [`baselines`] | samples and plans into figures; what a model must beat |
 //!
 //! What does not happen: the engines know nothing of audio files. Training and engines meet only through a checkpoint
@@ -50,7 +50,6 @@ pub mod audio;
 pub mod baselines;
 pub mod checkpoint;
 pub mod codec;
-#[cfg(feature = "cuda")]
 pub mod cuda;
 pub(crate) mod dot;
 pub mod engine;

@@ -213,7 +213,7 @@ const LEAST_DRIVE: f32 = 0.05;
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Drive {
     /// Mean of (innovation / planned)^2 over the last samples.
-    mean_square: f32,
+    pub(crate) mean_square: f32,
 }
 
 impl Default for Drive {

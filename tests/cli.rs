@@ -370,6 +370,21 @@ fn every_instruction_set_gives_the_same_bytes_and_unknown_ones_are_refused() {
     scene.refuses(command, 2, "mmx");
 }
 
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn without_a_gpu_the_cpu_plays_and_says_so() {
+    let scene = Scene::new();
+    scene
+        .play_on(&["in.wav", "--engine", "cuda", "-o", "a.wav"])
+        .assert()
+        .success()
+        .stderr(contains("playing on the CPU"));
+    scene.play_on(&["in.wav", "--engine", "cpu", "-o", "b.wav"]).assert().success();
+    assert!(std::fs::read(scene.path("a.wav")).unwrap() == std::fs::read(scene.path("b.wav")).unwrap());
+    let mut required = scene.play_on(&["in.wav", "--engine", "cuda", "-o", "c.wav"]);
+    required.env("WAVEGEN_REQUIRE_CUDA", "1").assert().failure().stderr(contains("feature `cuda`"));
+}
+
 #[test]
 fn a_session_may_change_engines() {
     let scene = Scene::new();

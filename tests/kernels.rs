@@ -2,6 +2,8 @@
 
 #[path = "kernels/attention.rs"]
 mod attention;
+#[path = "kernels/decode.rs"]
+mod decode;
 #[path = "kernels/emulator.rs"]
 mod emulator;
 #[path = "kernels/forecast.rs"]
@@ -9,11 +11,7 @@ mod forecast;
 #[cfg(feature = "cuda")]
 #[path = "kernels/gpu.rs"]
 mod gpu;
-// Without the feature the library has no module `cuda`; how kernels are launched is tested all the same.
-#[cfg(not(feature = "cuda"))]
-#[path = "../src/cuda/launch/mod.rs"]
-mod launch;
 #[path = "kernels/training.rs"]
 mod training;
-#[cfg(feature = "cuda")]
+
 use wavegen::cuda::launch;

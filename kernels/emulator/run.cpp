@@ -1,9 +1,10 @@
 // Reads one launch from standard input, runs it in the emulator, writes the buffers back: the other half is
 // tests/kernels/emulator.rs. Compile with -DSOURCE='"file.cu"'.
 //
-// All numbers are little-endian. In: u32 name length, name, u32 grid[3], block[3], shared bytes, line of a barrier to leave out,
-// u64 seed (0: threads in order), u32 bytes of arguments, arguments, u32 pointers among them, u32 buffers, then of each u64 bytes
-// and contents. The pointers stand first in the arguments, as u64: 0 for null, else 1 + number of a buffer.
+// All numbers are little-endian. In: u32 name length, name, u32 grid[3], block[3], shared bytes, place of a barrier to leave
+// out, blocks per cluster (0: not cooperative), u64 seed (0: threads in order), u32 bytes of arguments, arguments, u32 pointers
+// among them, u32 buffers, then of each u64 bytes and contents. The pointers stand first in the arguments, as u64: 0 for null,
+// else 1 + number of a buffer.
 // Out: the buffers' contents.
 #include <sys/mman.h>
 #include <unistd.h>
@@ -50,8 +51,9 @@ int main() {
   read_exactly(name.data(), name.size());
   gridDim = read_one<Dim3>();
   blockDim = read_one<Dim3>();
-  const size_t shared_bytes = read_one<uint32_t>();
-  launch.left_out = int(read_one<uint32_t>());
+  shared_bytes = read_one<uint32_t>();
+  launch.left_out = read_one<uint32_t>();
+  launch.cluster = read_one<uint32_t>();
   random_state = read_one<uint64_t>();
   // As the driver does, arguments lie aligned.
   std::vector<uint64_t> args((read_one<uint32_t>() + 7) / 8);
@@ -66,7 +68,7 @@ int main() {
   for (size_t i = 0; i < n_pointers; ++i)
     if (args[i] != 0) args[i] = reinterpret_cast<uint64_t>(buffers.at(args[i] - 1).data);
 
-  const size_t n_threads = size_t(blockDim.x) * blockDim.y * blockDim.z;
+  const size_t n_threads = block_threads = size_t(blockDim.x) * blockDim.y * blockDim.z;
   for (const Kernel& kernel : kernels()) {
     if (name != kernel.name) continue;
     if (args_size != kernel.args_size || n_threads > kernel.max_threads || n_threads % LANES != 0) {
@@ -76,9 +78,16 @@ int main() {
     }
     launch.body = kernel.body;
     launch.args = args.data();
-    for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z)
-      for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
-        for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_block(n_threads, shared_bytes);
+    std::vector<Dim3> grid;
+    for (unsigned z = 0; z < gridDim.z; ++z)
+      for (unsigned y = 0; y < gridDim.y; ++y)
+        for (unsigned x = 0; x < gridDim.x; ++x) grid.push_back({x, y, z});
+    if (launch.cluster > 0) {
+      if (grid.size() % launch.cluster != 0) fail("the grid is no whole number of clusters");
+      run(grid);
+    } else {
+      for (const Dim3& block : grid) run({block});
+    }
     for (const Buffer& buffer : buffers) {
       for (size_t i = buffer.size; i % 16 != 0; ++i)
         if (buffer.data[i] != CANARY_BYTE) fail("wrote beyond a buffer");

@@ -1,14 +1,21 @@
 //! Turns the choice of an engine into streams of it.
 
+#[cfg(feature = "cuda")]
+use std::sync::Arc;
+
 use anyhow::{Context, Result};
 use clap::Args;
 use wavegen::checkpoint::Checkpoint;
+#[cfg(feature = "cuda")]
+use wavegen::cuda::{Gpu, launch::Element};
 use wavegen::engine::Engine;
 use wavegen::engine::cpu::{CpuEngine, CpuOptions, Precision};
+#[cfg(feature = "cuda")]
+use wavegen::engine::cuda::CudaEngine;
 use wavegen::engine::reference::ReferenceEngine;
 use wavegen::simd::{ISA_VARIABLE, Isa};
 
-use super::common::Usage;
+use super::common::{Talk, Usage};
 
 /// What computes a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -17,6 +24,8 @@ pub enum EngineKind {
     Cpu,
     /// The same in 32-bit floats
     CpuF32,
+    /// An NVIDIA GPU, if this program was built for one and there is one; else as `cpu`
+    Cuda,
     /// candle, one step at a time: slow, and what the others are tested against
     Reference,
 }
@@ -35,15 +44,32 @@ pub struct EngineArgs {
 /// A loaded model of which any number of streams can be had.
 pub enum Loaded<'a> {
     Cpu(Box<CpuEngine>),
+    #[cfg(feature = "cuda")]
+    Cuda(Box<CudaEngine<Gpu>>),
     Reference(&'a Checkpoint),
 }
 
 impl EngineArgs {
     /// Prepares the model for the engine that was asked for.
-    pub fn load<'a>(&self, checkpoint: &'a Checkpoint) -> Result<Loaded<'a>> {
+    pub fn load<'a>(&self, checkpoint: &'a Checkpoint, talk: &Talk) -> Result<Loaded<'a>> {
         let precision = match self.engine {
             EngineKind::Cpu => Precision::Int8,
             EngineKind::CpuF32 => Precision::F32,
+            EngineKind::Cuda => match gpu() {
+                #[cfg(feature = "cuda")]
+                Ok(gpu) => {
+                    let engine =
+                        CudaEngine::new(gpu, checkpoint, Element::Bf16).context("preparing the CUDA engine")?;
+                    return Ok(Loaded::Cuda(Box::new(engine)));
+                }
+                #[cfg(not(feature = "cuda"))]
+                Ok(never) => match never {},
+                Err(e) if std::env::var_os(REQUIRE_CUDA).is_some_and(|value| value == "1") => return Err(e),
+                Err(e) => {
+                    talk.warn(&format!("{e:#}; playing on the CPU"));
+                    Precision::Int8
+                }
+            },
             EngineKind::Reference => return Ok(Loaded::Reference(checkpoint)),
         };
         check_isa_variable()?;
@@ -57,6 +83,8 @@ impl Loaded<'_> {
     pub fn stream(&self) -> Result<Box<dyn Engine>> {
         Ok(match self {
             Self::Cpu(engine) => Box::new(engine.fork()?),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(engine) => Box::new(engine.fork()?),
             Self::Reference(checkpoint) => Box::new(ReferenceEngine::new(checkpoint)?),
         })
     }
@@ -66,6 +94,8 @@ impl Loaded<'_> {
         let threads = rayon::current_num_threads().min(wanted);
         match self {
             Self::Reference(_) => (0..threads).map(|_| self.stream()).collect(),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => (0..threads).map(|_| self.stream()).collect(),
             Self::Cpu(engine) => {
                 let n = wanted.min(threads * STREAMS_PER_THREAD);
                 let mut streams: Vec<Box<dyn Engine>> = Vec::new();
@@ -77,6 +107,19 @@ impl Loaded<'_> {
             }
         }
     }
+}
+
+/// With the value 1, what would do without a GPU fails instead.
+const REQUIRE_CUDA: &str = "WAVEGEN_REQUIRE_CUDA";
+
+#[cfg(feature = "cuda")]
+fn gpu() -> Result<Arc<Gpu>> {
+    Ok(Arc::new(Gpu::new()?))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpu() -> Result<std::convert::Infallible> {
+    anyhow::bail!("this program was built without the feature `cuda`")
 }
 
 /// Streams that a thread renders in lockstep: more than these gain nothing.

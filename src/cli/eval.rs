@@ -89,7 +89,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
         .iter()
         .map(|path| read_piece(path, &checkpoint, args.max_seconds, talk))
         .collect::<Result<Vec<_>>>()?;
-    let engine = args.engine.load(&checkpoint)?;
+    let engine = args.engine.load(&checkpoint, talk)?;
     catch_interrupt()?;
     let mut report = Report { files: Vec::new(), total: None, free_run: None };
     if !args.free_run || args.baselines {

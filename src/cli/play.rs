@@ -104,7 +104,7 @@ impl PlayArgs {
         recording: &Recording,
     ) -> Result<Outcome> {
         let talk = &self.talk;
-        let loaded = self.engine.load(checkpoint)?;
+        let loaded = self.engine.load(checkpoint, talk)?;
         let model = self.save_session.as_ref().map(|_| checkpoint.fingerprint());
         let shared = Shared { seconds: self.seconds, before, recording, model };
         let own = match &start {

@@ -3,8 +3,8 @@
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::CudaDType;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceRepr};
+use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::op::BackpropOp;
 use candle_core::{
     CpuStorage, CudaDevice, CudaStorage, CustomOp3, DType, Error, Layout, Result, Shape, Storage, Tensor, bail,
@@ -88,7 +88,7 @@ impl AttentionWindow {
             let (lse, _lse) = lse.device_ptr_mut(stream);
             (args.q, args.k, args.v, args.o, args.lse) = (q, k, v, o, lse);
             // SAFETY: the sizes follow from `shape`, which the tensors have; freeing waits for the stream.
-            unsafe { kernels.launch(&shape.forward(T::ELEMENT), &args) }?;
+            unsafe { kernels.launch(&shape.forward(T::ELEMENT), &args) }.w()?;
         }
         *self.lse.lock().unwrap_or_else(PoisonError::into_inner) = Some(lse);
         Ok((CudaStorage::wrap_cuda_slice(o, device.clone()), q.1.shape().clone()))
@@ -124,7 +124,7 @@ impl AttentionWindow {
             (args.delta, args.dq, args.dk, args.dv) = (delta, dq, dk, dv);
             for launch in [shape.backward_queries(T::ELEMENT), shape.backward_keys(T::ELEMENT)] {
                 // SAFETY: as in forward.
-                unsafe { kernels.launch(&launch, &args) }?;
+                unsafe { kernels.launch(&launch, &args) }.w()?;
             }
         }
         Ok([tensor(dq, q_shape, device), tensor(dk, k_shape, device), tensor(dv, k_shape, device)])

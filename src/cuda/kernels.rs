@@ -2,16 +2,18 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use candle_core::CudaDevice;
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::{
-    CudaModule, CudaStream, DeviceRepr, LaunchConfig, PushKernelArg, sys::CUfunction_attribute,
+use candle_core::cuda_backend::cudarc::driver::sys::{
+    CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
+    CUlaunchAttributeValue_union__bindgen_ty_1, CUlaunchConfig, cuLaunchKernelEx,
 };
+use candle_core::cuda_backend::cudarc::driver::{CudaModule, CudaStream, DeviceRepr, DriverError};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
-use candle_core::{CudaDevice, Result};
 
 use super::launch::{
-    AttentionArgs, ColumnSumsArgs, CrossEntropyArgs, Launch, LevinsonArgs, MixtureNllArgs, PastAutocorrelationArgs,
-    PlannedAutocorrelationArgs, PredictArgs, RmsNormArgs, SwigluArgs,
+    AttentionArgs, ColumnSumsArgs, CrossEntropyArgs, DecodeArgs, Launch, LevinsonArgs, MixtureNllArgs,
+    PastAutocorrelationArgs, PlannedAutocorrelationArgs, PredictArgs, RmsNormArgs, SwigluArgs,
 };
 
 /// Machine code for sm_90a and PTX, made by kernels/build.rs.
@@ -36,7 +38,8 @@ passed_by_value!(
     ColumnSumsArgs,
     SwigluArgs,
     CrossEntropyArgs,
-    MixtureNllArgs
+    MixtureNllArgs,
+    DecodeArgs
 );
 
 /// All kernels, loaded into one device.
@@ -46,26 +49,43 @@ pub struct Kernels {
 }
 
 impl Kernels {
-    /// The kernels in this device's memory, loaded at the first call.
+    /// The kernels in this stream's device, loaded at the first call.
     ///
     /// # Errors
     /// When the driver does not take them: a GPU older than sm_80, or a driver older than the compiler.
-    pub fn of(device: &CudaDevice) -> Result<Self> {
+    pub fn on(stream: Arc<CudaStream>) -> Result<Self, DriverError> {
         static LOADED: Mutex<Vec<(usize, Arc<CudaModule>)>> = Mutex::new(Vec::new());
-        let stream = device.cuda_stream();
         let ordinal = stream.context().ordinal();
         let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, module)) = loaded.iter().find(|(device, _)| *device == ordinal) {
             return Ok(Self { module: module.clone(), stream });
         }
-        let module = stream.context().load_module(Ptx::from_binary(IMAGE.to_vec())).w()?;
+        let module = stream.context().load_module(Ptx::from_binary(IMAGE.to_vec()))?;
         loaded.push((ordinal, module.clone()));
         Ok(Self { module, stream })
     }
 
+    /// [`on`](Self::on) the stream that this device's tensors are computed on.
+    ///
+    /// # Errors
+    /// Likewise.
+    pub fn of(device: &CudaDevice) -> candle_core::Result<Self> {
+        Self::on(device.cuda_stream()).w()
+    }
+
     /// The stream that everything is launched on, in order.
-    pub fn stream(&self) -> &CudaStream {
+    pub fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
+    }
+
+    /// A launch of `decode_persistent_*`, whose arguments `engine::cuda` makes; returns before it has run.
+    ///
+    /// # Errors
+    /// When the driver refuses the launch.
+    pub(super) fn launch_decode(&self, launch: &Launch, args: &DecodeArgs) -> Result<(), DriverError> {
+        // SAFETY: `engine::cuda::Streams` makes every buffer by the sizes of the packed model that the kernel reads, and frees it
+        // on this stream, after the launch.
+        unsafe { self.launch(launch, args) }
     }
 
     /// Launches one kernel; returns before it has run.
@@ -76,20 +96,44 @@ impl Kernels {
     ///
     /// # Errors
     /// When the driver refuses the launch.
-    pub unsafe fn launch<A: DeviceRepr>(&self, launch: &Launch, args: &A) -> Result<()> {
-        let function = self.module.load_function(&launch.kernel).w()?;
+    pub unsafe fn launch<A: DeviceRepr>(&self, launch: &Launch, args: &A) -> Result<(), DriverError> {
+        let function = self.module.load_function(&launch.kernel)?;
         if launch.shared_bytes > USUAL_SHARED_BYTES {
             let limit = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            function.set_attribute(limit, launch.shared_bytes as i32).w()?;
+            function.set_attribute(limit, launch.shared_bytes as i32)?;
+        }
+        let attribute = |id, value| CUlaunchAttribute { id, pad: [0; 4], value };
+        let mut attributes = Vec::new();
+        if launch.cluster > 0 {
+            attributes.push(attribute(
+                CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE,
+                CUlaunchAttributeValue { cooperative: 1 },
+            ));
+        }
+        if launch.cluster > 1 {
+            let size = CUlaunchAttributeValue_union__bindgen_ty_1 { x: launch.cluster, y: 1, z: 1 };
+            attributes.push(attribute(
+                CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+                CUlaunchAttributeValue { clusterDim: size },
+            ));
         }
         let [x, y, z] = launch.grid;
-        let config = LaunchConfig {
-            grid_dim: (x, y, z),
-            block_dim: (launch.threads, 1, 1),
-            shared_mem_bytes: launch.shared_bytes,
+        let config = CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared_bytes,
+            hStream: self.stream.cu_stream(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
         };
-        // SAFETY: the caller's promise; the kernel takes this struct alone (KERNEL in kernels/common.cuh).
-        unsafe { self.stream.launch_builder(&function).arg(args).launch(config) }.w()?;
-        Ok(())
+        self.stream.context().bind_to_thread()?;
+        let mut pointer = std::ptr::from_ref(args).cast_mut().cast();
+        // SAFETY: the caller's promise; the kernel takes this struct alone (KERNEL in kernels/common.cuh), which the driver copies
+        // before it returns, and `config` points to attributes that live until then.
+        unsafe { cuLaunchKernelEx(&config, function.cu_function(), &mut pointer, std::ptr::null_mut()) }.result()
     }
 }

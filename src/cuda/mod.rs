@@ -1,30 +1,20 @@
-//! Training operations on an NVIDIA GPU: tensors in, tensors out, with gradients, by the kernels in kernels/.
+//! NVIDIA GPUs: the launches of the kernels in kernels/ as plain data and, with the feature `cuda`, what runs them: tensor
+//! operations with gradients for training, and the machine that the CUDA engine plays on.
 //!
-//! Only with the feature `cuda`. A program built with it starts on machines without CUDA: [`device`] then says why there is
-//! none. Never run on a GPU yet; the kernels themselves are tested in an emulator (tests/kernels.rs).
+//! A program built with the feature starts on machines without CUDA: [`device`] then says why there is none. Never run on a GPU
+//! yet; the kernels themselves are tested in an emulator (tests/kernels.rs, tests/decode.rs).
 
+#[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 mod attention;
+#[cfg(feature = "cuda")]
+mod gpu;
+#[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 pub mod kernels;
 pub mod launch;
 
-use candle_core::Device;
-
+#[cfg(feature = "cuda")]
 pub use attention::attention_window;
-
-/// Why there is no GPU to compute on.
-#[derive(Debug, thiserror::Error)]
-#[error("no CUDA device: {reason}")]
-pub struct NoDevice {
-    reason: String,
-}
-
-/// The first GPU.
-///
-/// # Errors
-/// Where there is none, no driver, or one too old.
-pub fn device() -> Result<Device, NoDevice> {
-    // A CUDA error carries a stack trace; its first line says it all.
-    Device::new_cuda(0).map_err(|e| NoDevice { reason: e.to_string().lines().next().unwrap_or_default().to_string() })
-}
+#[cfg(feature = "cuda")]
+pub use gpu::{Gpu, NoDevice, device};

@@ -4,6 +4,7 @@
 //! two engines can be compared token by token. An engine knows nothing about audio files.
 
 pub mod cpu;
+pub mod cuda;
 pub mod reference;
 mod state;
 
@@ -34,6 +35,10 @@ pub enum EngineError {
     Checkpoint(#[from] CheckpointError),
     #[error("computing a step")]
     Tensor(#[from] candle_core::Error),
+    #[error("the GPU")]
+    Machine(#[from] cuda::MachineError),
+    #[error("the GPU")]
+    Launch(#[from] crate::cuda::launch::LaunchError),
 }
 
 /// One stream of generation.

@@ -59,6 +59,20 @@ impl PastForecast {
         })
     }
 
+    /// A forecast that has heard `samples`, the last `past_window + past_hop` of a stream that new coefficients are due in.
+    ///
+    /// # Errors
+    /// When the settings cannot be, or there are more or fewer samples.
+    pub(crate) fn after(config: &ForecastConfig, samples: Vec<f32>) -> Result<Self, ForecastError> {
+        check_length("samples", config.past_window + config.past_hop, samples.len())?;
+        Ok(Self { history: samples.into(), outdated: true, ..Self::new(config)? })
+    }
+
+    /// What [`after`](Self::after) takes; `None` between two renewals of the coefficients.
+    pub(crate) fn heard(&self) -> Option<&[f32]> {
+        (self.age == 0).then(|| self.history.recent(self.history.keep(), 0))
+    }
+
     /// Computes with these kernels instead of the machine's best; the results are the same.
     pub fn with_kernels(self, kernels: &'static Kernels) -> Self {
         Self { kernels, ..self }

@@ -45,6 +45,20 @@ impl PlannedForecast {
         })
     }
 
+    /// A forecast that has heard `samples`, the last `planned_order` of a stream; [`begin_frame`](Self::begin_frame) comes next.
+    ///
+    /// # Errors
+    /// When the settings cannot be, or there are more or fewer samples.
+    pub(crate) fn after(config: &ForecastConfig, samples: Vec<f32>) -> Result<Self, ForecastError> {
+        check_length("samples", config.planned_order, samples.len())?;
+        Ok(Self { history: samples.into(), ..Self::new(config)? })
+    }
+
+    /// What [`after`](Self::after) takes.
+    pub(crate) fn heard(&self) -> &[f32] {
+        self.history.recent(self.history.keep(), 0)
+    }
+
     /// Computes with these kernels instead of the machine's best; the results are the same.
     pub fn with_kernels(self, kernels: &'static Kernels) -> Self {
         Self { kernels, ..self }

@@ -85,6 +85,11 @@ impl ResidualQuantizer {
         self.mean.len()
     }
 
+    /// What a band decodes to at most, `[n_bands]`.
+    pub fn ceiling(&self) -> &Array1<f32> {
+        &self.ceiling
+    }
+
     /// The tokens of a frame, one per codebook.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use wavegen::rng::Rng;
 
-use crate::emulator::{Emulator, Schedule, close, from_bytes, normal, to_bytes, unwritten};
+use crate::emulator::{Emulator, Schedule, close, from_bytes, named, normal, to_bytes, unwritten};
 use crate::launch::{AttentionArgs, AttentionShape, Element, HEAD_DIMS, LaunchError};
 
 /// What attention reads: layouts as in kernels/args.cuh.
@@ -189,7 +189,7 @@ fn a_barrier_that_is_left_out_is_noticed() {
                 .and_then(|got| compare(&got, &expected, Element::F32))
                 .is_ok()
         };
-        assert!(!(1..5).all(passes), "nobody misses the barrier in line {left_out}");
+        assert!(!(1..5).all(passes), "nobody misses {}", named(left_out));
     }
 }
 

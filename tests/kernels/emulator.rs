@@ -30,7 +30,7 @@ pub struct Emulator {
 pub struct Schedule {
     /// 0: in the order of their numbers.
     pub seed: u64,
-    /// Line of a barrier that is left out; 0 for none.
+    /// Barrier that is left out, one of [`Emulator::barriers`]; 0 for none.
     pub left_out: u32,
     /// Bytes of shared memory that the launch forgets to ask for.
     pub short_by: u32,
@@ -83,11 +83,31 @@ impl Emulator {
         Some(Self { source, program: Some(program) })
     }
 
-    /// Lines of the file that hold a barrier.
+    /// Lines of the file, and of the headers of its own, that hold a barrier or wait for a flag: numbers that stand for them. Without
+    /// those marked `unseen`, where the source says why.
     pub fn barriers(&self) -> Vec<u32> {
-        let source = std::fs::read_to_string(&self.source).unwrap();
-        let is_barrier = |line: &&str| line.contains("__syncthreads()") || line.contains("__syncwarp()");
-        (1..).zip(source.lines()).filter(|(_, line)| is_barrier(line)).map(|(n, _)| n).collect()
+        let mut files = vec![self.source.clone()];
+        let mut places = Vec::new();
+        while let Some(file) = files.pop() {
+            let source = std::fs::read_to_string(&file).unwrap();
+            for (n, line) in (1..).zip(source.lines()) {
+                let is_barrier =
+                    ["__syncthreads()", "__syncwarp()", "GROUP_BARRIER(", "WAIT_FOR("].iter().any(|b| line.contains(b));
+                if is_barrier && !line.ends_with("// unseen") {
+                    places.push(place(&file, n));
+                }
+                let header = line.strip_prefix("#include \"").and_then(|rest| rest.strip_suffix('"'));
+                if let Some(header) = header.filter(|header| !["common.cuh", "args.cuh"].contains(header)) {
+                    let header = file.with_file_name(header);
+                    if !files.contains(&header) {
+                        files.push(header);
+                    }
+                }
+            }
+        }
+        places.sort_unstable();
+        places.dedup();
+        places
     }
 
     /// Runs a launch. `args` begins with `n_pointers` addresses: 0 for null, else 1 + the number of one of `buffers`.
@@ -115,6 +135,7 @@ impl Emulator {
             word(&mut input, x);
         }
         word(&mut input, schedule.left_out);
+        word(&mut input, launch.cluster);
         input.extend(schedule.seed.to_le_bytes());
         word(&mut input, args.len() as u32);
         input.extend(args);
@@ -144,6 +165,17 @@ impl Emulator {
         }
         Ok(())
     }
+}
+
+/// A line of a file as the emulator names it (`place` in kernels/emulator/emulator.h).
+fn place(file: &Path, line: u32) -> u32 {
+    let name = file.file_name().unwrap_or_default().as_encoded_bytes();
+    name.iter().fold(0, |sum, &c| (sum * 31 + u32::from(c)) % 1009) * 100_000 + line
+}
+
+/// What [`place`] says, for people.
+pub fn named(place: u32) -> String {
+    format!("line {} (file {})", place % 100_000, place / 100_000)
 }
 
 /// Numbers as the bytes of device memory, and back.

@@ -5,7 +5,7 @@ use wavegen::forecast::{ForecastConfig, Forecasts, PastForecast, autocorrelation
 use wavegen::plan::{PlanConfig, Spectrum};
 use wavegen::rng::Rng;
 
-use crate::emulator::{Emulator, Schedule, close, from_bytes, unwritten};
+use crate::emulator::{Emulator, Schedule, close, from_bytes, named, unwritten};
 use crate::launch::{
     Element, ForecastShape, LaunchError, LevinsonArgs, PastAutocorrelationArgs, PlannedAutocorrelationArgs, PredictArgs,
 };
@@ -234,7 +234,7 @@ fn a_barrier_that_is_left_out_is_noticed() {
     assert_eq!(barriers.len(), 6);
     for left_out in barriers {
         let passes = |seed| check(&emulator, &case, Schedule { left_out, ..Schedule::seeded(seed) }).is_ok();
-        assert!(!(1..5).all(passes), "nobody misses the barrier in line {left_out}");
+        assert!(!(1..5).all(passes), "nobody misses {}", named(left_out));
     }
 }
 

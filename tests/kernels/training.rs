@@ -6,7 +6,7 @@ use wavegen::model::head::{self, Targets};
 use wavegen::rng::Rng;
 use wavegen::sampler::{MAX_LOG_SCALE, MAX_OFFSET};
 
-use crate::emulator::{Emulator, Schedule, close, from_bytes, normal, to_bytes, unwritten};
+use crate::emulator::{Emulator, Schedule, close, from_bytes, named, normal, to_bytes, unwritten};
 use crate::launch::{
     ColumnSumsArgs, CrossEntropyArgs, CrossEntropyShape, Element, LaunchError, MixtureNllArgs, MixtureShape, NormShape,
     RmsNormArgs, SwigluArgs, SwigluShape,
@@ -332,7 +332,7 @@ fn a_barrier_that_is_left_out_is_noticed() {
             mixtures.check(&emulator, schedule).is_ok()
                 && check_rms_norm(&emulator, shape, true, Element::F32, schedule, &mut rng).is_ok()
         };
-        assert!(!(1..5).all(&mut passes), "nobody misses the barrier in line {left_out}");
+        assert!(!(1..5).all(&mut passes), "nobody misses {}", named(left_out));
     }
 }
 

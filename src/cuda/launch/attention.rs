@@ -72,6 +72,7 @@ impl AttentionShape {
             grid: [self.len.div_ceil(TILE) as u32, heads as u32, self.batch as u32],
             threads: 128,
             shared_bytes: (floats * size_of::<f32>()) as u32,
+            cluster: 0,
         }
     }
 

@@ -121,6 +121,7 @@ impl ForecastShape {
             grid: [self.n_blocks() as u32, self.batch as u32, 1],
             threads: threads as u32,
             shared_bytes: shared("autocorrelation", size_of::<f64>() * QUAD * (columns + PARTS * lag_quads))?,
+            cluster: 0,
         };
         let args = PastAutocorrelationArgs {
             white_relative,
@@ -149,6 +150,7 @@ impl ForecastShape {
             grid: [(self.batch * self.n_blocks()) as u32, 1, 1],
             threads: (self.order + 1).next_multiple_of(WARP).min(MAX_THREADS) as u32,
             shared_bytes: shared("planned autocorrelation", size_of::<f64>() * (2 * (n_bins - 1) + n_bins))?,
+            cluster: 0,
         };
         let args = PlannedAutocorrelationArgs {
             white_relative,
@@ -170,6 +172,7 @@ impl ForecastShape {
             grid: [n.div_ceil(LEVINSON_WARPS) as u32, 1, 1],
             threads: (LEVINSON_WARPS * WARP) as u32,
             shared_bytes: shared("recursion", size_of::<f64>() * LEVINSON_WARPS * (2 * self.order + 1))?,
+            cluster: 0,
         };
         Ok((launch, LevinsonArgs { n: n as i32, order: self.order as i32, ..LevinsonArgs::default() }))
     }
@@ -182,6 +185,7 @@ impl ForecastShape {
             grid: [self.n_forecasts().div_ceil(PREDICT_THREADS) as u32, self.batch as u32, 1],
             threads: PREDICT_THREADS as u32,
             shared_bytes: shared("prediction", size_of::<f32>() * (self.order + PREDICT_THREADS))?,
+            cluster: 0,
         };
         let args = PredictArgs {
             len: self.len as i32,

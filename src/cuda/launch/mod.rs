@@ -2,10 +2,15 @@
 //! emulated tests launch exactly what the GPU is given.
 
 mod attention;
+mod decode;
 mod forecast;
 mod training;
 
 pub use attention::{AttentionArgs, AttentionShape, HEAD_DIMS};
+pub use decode::{
+    DecodeArgs, DecodeGeometry, DecodeLayout, DecodeLimits, DecodeLinear, DecodeModel, DecodeStack, DecodeTier,
+    GROUP_SIZES, MAX_TIERS, N_FLAGS, N_POINTERS, SET, Words,
+};
 pub use forecast::{ForecastShape, LevinsonArgs, PastAutocorrelationArgs, PlannedAutocorrelationArgs, PredictArgs};
 pub use training::{
     ColumnSumsArgs, CrossEntropyArgs, CrossEntropyShape, MixtureNllArgs, MixtureShape, NormShape, RmsNormArgs,
@@ -38,6 +43,8 @@ pub struct Launch {
     pub threads: u32,
     /// Dynamic shared memory per block.
     pub shared_bytes: u32,
+    /// Blocks per cluster of a cooperative launch, whose blocks all run at once; 0: an ordinary launch.
+    pub cluster: u32,
 }
 
 /// Why a kernel cannot run on these tensors.

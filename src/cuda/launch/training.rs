@@ -87,14 +87,14 @@ const _: () = assert!(size_of::<MixtureNllArgs>() == 72);
 
 /// Launch with `blocks` blocks of 128 threads.
 fn simple(kernel: String, blocks: usize) -> Launch {
-    Launch { kernel, grid: [blocks as u32, 1, 1], threads: THREADS as u32, shared_bytes: 0 }
+    Launch { kernel, grid: [blocks as u32, 1, 1], threads: THREADS as u32, shared_bytes: 0, cluster: 0 }
 }
 
 /// Launch that sums columns: 32 columns a block.
 fn sums(kernel: String, dim: usize, parts: usize) -> Launch {
     let threads = SUM_ROWS * WARP;
     let grid = [dim.div_ceil(WARP) as u32, parts as u32, 1];
-    Launch { kernel, grid, threads: threads as u32, shared_bytes: (size_of::<f32>() * threads) as u32 }
+    Launch { kernel, grid, threads: threads as u32, shared_bytes: (size_of::<f32>() * threads) as u32, cluster: 0 }
 }
 
 /// RMSNorm of `rows` vectors.

@@ -1,0 +1,130 @@
+// Autocorrelations and the Levinson-Durbin recursion of src/forecast, in f64, by the threads of one block: what the kernels of
+// training (forecast.cu) and of generation (decode_persistent.cu) share.
+#pragma once
+#include "common.cuh"
+
+namespace prediction {
+
+/// Parts that the sum over a window is cut into, each summed by a thread.
+constexpr int PARTS = 4;
+/// Lags per thread, and samples that it reads at once.
+constexpr int QUAD = 4;
+/// exp(band * this) is the power; 1 / UNITS_PER_NEPER of src/plan/spectrum.rs.
+constexpr double NEPERS_PER_UNIT = 4.0;
+/// As in src/forecast/planned.rs.
+constexpr double MEAN_TO_RMS = 0.7, LEAST_SCALE = 1e-4;
+/// White noise added to the power, relative and absolute: PastForecast::WHITE and Spectrum::WHITE.
+struct White {
+  double relative, absolute;
+};
+
+/// Samples of a window lie in shared memory as four rows, sample i in row i % 4, column i / 4: then threads with neighbouring
+/// quads of lags read neighbouring addresses. Columns go on with zeros for as long as a lag may reach.
+struct Window {
+  int n_quads, lag_quads, columns;
+  double* rows;  // [QUAD][columns]
+  double* sums;  // [PARTS][lag_quads * QUAD]
+
+  __device__ Window(double* room, int len, int order)
+      : n_quads((len + QUAD - 1) / QUAD),
+        lag_quads(order / QUAD + 1),
+        columns(n_quads + lag_quads + 1),
+        rows(room),
+        sums(room + QUAD * columns) {}
+
+  __device__ double& at(int i) const { return rows[i % QUAD * columns + i / QUAD]; }
+
+  /// Sums of products, in parts; barriers before and after are the caller's.
+  __device__ void sum_parts() const {
+    for (int task = threadIdx.x; task < PARTS * lag_quads; task += blockDim.x) {
+      const int part = task / lag_quads, lags = task % lag_quads;
+      const int end = (part + 1) * n_quads / PARTS;
+      double sum[QUAD] = {};
+      for (int quad = part * n_quads / PARTS; quad < end; ++quad) {
+        double later[2 * QUAD - 1];
+#pragma unroll
+        for (int j = 0; j < 2 * QUAD - 1; ++j) later[j] = rows[j % QUAD * columns + quad + lags + j / QUAD];
+#pragma unroll
+        for (int i = 0; i < QUAD; ++i) {
+          const double x = rows[i * columns + quad];
+#pragma unroll
+          for (int lag = 0; lag < QUAD; ++lag) sum[lag] += x * later[i + lag];
+        }
+      }
+      for (int lag = 0; lag < QUAD; ++lag) sums[(part * lag_quads + lags) * QUAD + lag] = sum[lag];
+    }
+  }
+
+  /// The sum over all parts.
+  __device__ double total(int lag) const {
+    double sum = 0.0;
+    for (int part = 0; part < PARTS; ++part) sum += sums[part * lag_quads * QUAD + lag];
+    return sum;
+  }
+};
+
+__device__ __forceinline__ double with_noise(double r, int lag, White white) {
+  return lag == 0 ? r * (1.0 + white.relative) + white.absolute : r;
+}
+
+/// The spectrum that a plan frame's bands describe, as the power of its bins and the cosines to sum them with.
+struct PlannedSpectrum {
+  int n_bins, circle;
+  double* cosines;  // [circle]: of the circle's 2 * (n_bins - 1) steps
+  double* powers;   // [n_bins]
+
+  __device__ PlannedSpectrum(double* room, int n_bins)
+      : n_bins(n_bins), circle(2 * (n_bins - 1)), cosines(room), powers(room + circle) {}
+
+  /// A barrier after it is the caller's. neighbours [n_bins, 2]: the bands below and above; weights [n_bins]: of the one above.
+  __device__ void fill(const float* bands, const int32_t* neighbours, const double* weights) const {
+    for (int i = threadIdx.x; i < circle; i += blockDim.x) cosines[i] = cospi(2.0 * i / circle);
+    for (int bin = threadIdx.x; bin < n_bins; bin += blockDim.x) {
+      const double below = bands[neighbours[2 * bin]], above = bands[neighbours[2 * bin + 1]], weight = weights[bin];
+      // The bins within stand for their mirror images as well.
+      const double images = bin == 0 || bin == n_bins - 1 ? 1.0 : 2.0;
+      powers[bin] = images / circle * exp((below * (1.0 - weight) + above * weight) * NEPERS_PER_UNIT);
+    }
+  }
+
+  __device__ double autocorrelation(int lag) const {
+    double sum = 0.0;
+    for (int bin = 0, angle = 0; bin < n_bins; ++bin) {
+      sum += powers[bin] * cosines[angle];
+      angle += lag;
+      if (angle >= circle) angle -= circle;
+    }
+    return sum;
+  }
+};
+
+/// r [order + 1] -> a [order], both in shared memory, by one warp; gives the number of coefficients that could be had (the rest
+/// counts as 0) and the residual power. r has been published to the warp; a is when it returns.
+__device__ __forceinline__ int levinson(const double* r, double* a, int order, double& power) {
+  const int lane = threadIdx.x % WARP;
+  power = r[0];
+  int k = 0;
+  // Stops early where r is not positive definite, or no number. All lanes know the same power.
+  for (; k < order && power > 0.0; ++k) {
+    double sum = 0.0;
+    for (int i = lane; i < k; i += WARP) sum += a[i] * r[k - i];
+    // What every lane read of a is in this sum, so a may change after it.
+    const double reflection = (r[k + 1] - lanes_sum<WARP>(sum)) / power;
+    for (int i = lane; i < (k + 1) / 2; i += WARP) {
+      const int mirror = k - 1 - i;
+      const double low = a[i], high = a[mirror];
+      a[i] = low - reflection * high;
+      a[mirror] = high - reflection * low;
+    }
+    if (lane == 0) a[k] = reflection;
+    power *= 1.0 - reflection * reflection;
+    __syncwarp();  // publishes a
+  }
+  power = power > 0.0 ? power : 0.0;
+  return k;
+}
+
+/// ln of the mean |residual| of a prediction.
+__device__ __forceinline__ float log_scale(double power) { return float(log(sqrt(power) * MEAN_TO_RMS + LEAST_SCALE)); }
+
+}  // namespace prediction

@@ -1,0 +1,468 @@
+//! Launches of kernels/decode_persistent.cu: argument structs, and how a model lies in a block's shared memory.
+
+use super::{Element, Launch, LaunchError, SHARED_BYTES, WARP, shared};
+
+/// Tiers that a model may have.
+pub const MAX_TIERS: usize = 4;
+/// Most threads of a block.
+pub const MAX_THREADS: usize = 512;
+/// Streams that a group of blocks plays side by side, if there are several.
+pub const SET: usize = 8;
+/// Blocks that may share a stream's work, by size of cluster.
+pub const GROUP_SIZES: [usize; 4] = [1, 2, 4, 8];
+/// Flags of a set of streams.
+pub const N_FLAGS: usize = 4;
+/// Features of the forecasts.
+const N_FEATURES: usize = 12;
+/// Bytes of `Slice` and `Row` in kernels/decode_step.cuh.
+const SLICE_BYTES: usize = 40;
+const ROW_BYTES: usize = 72;
+/// Positions per warp in attention.
+const PART: usize = 32;
+/// Of `prediction::Window`.
+const QUAD: usize = 4;
+const PARTS: usize = 4;
+
+/// Plain numbers as the bytes of device memory.
+pub trait Words {
+    fn put(&self, out: &mut Vec<u8>);
+
+    fn to_bytes(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        self.put(&mut out);
+        out
+    }
+}
+
+macro_rules! words {
+    ($($number:ty),*) => {
+        $(impl Words for $number {
+            fn put(&self, out: &mut Vec<u8>) {
+                out.extend(self.to_le_bytes());
+            }
+        })*
+    };
+}
+words!(i32, i64, f32, f64);
+
+impl<T: Words> Words for [T] {
+    fn put(&self, out: &mut Vec<u8>) {
+        self.iter().for_each(|word| word.put(out));
+    }
+}
+
+impl<T: Words, const N: usize> Words for [T; N] {
+    fn put(&self, out: &mut Vec<u8>) {
+        self.as_slice().put(out);
+    }
+}
+
+/// A struct of kernels/args.cuh, of this many bytes.
+macro_rules! mirrored {
+    ($(#[$about:meta])* $name:ident, $bytes:literal, { $($(#[$of:meta])* $field:ident: $type:ty,)* }) => {
+        $(#[$about])*
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug, Default, PartialEq)]
+        pub struct $name { $($(#[$of])* pub $field: $type,)* }
+        const _: () = assert!(size_of::<$name>() == $bytes);
+        impl Words for $name {
+            fn put(&self, out: &mut Vec<u8>) {
+                $(self.$field.put(out);)*
+            }
+        }
+    };
+}
+
+mirrored!(
+    /// A linear map; fields as in kernels/args.cuh.
+    DecodeLinear, 40, {
+        weights: i64,
+        bias: i64,
+        n_in: i32,
+        n_out: i32,
+        exact: i32,
+        whole: i32,
+        resident: i32,
+        reserved: i32,
+    }
+);
+mirrored!(
+    /// A stack of transformer blocks.
+    DecodeStack, 40, {
+        cache: i64,
+        dim: i32,
+        n_layers: i32,
+        n_heads: i32,
+        window: i32,
+        linears: i32,
+        angles: i32,
+        frequencies: i32,
+        reserved: i32,
+    }
+);
+mirrored!(
+    /// A tier of the wave transformer.
+    DecodeTier, 72, {
+        stack: DecodeStack,
+        hop: i32,
+        seen: i32,
+        input: i32,
+        plan_in: i32,
+        down: i32,
+        planned: i32,
+        handed: i32,
+        reserved: i32,
+    }
+);
+mirrored!(
+    /// Sizes of a model and where its parts lie.
+    DecodeModel, 536, {
+        plan: DecodeStack,
+        tiers: [DecodeTier; MAX_TIERS],
+        n_tiers: i32,
+        n_linears: i32,
+        n_bands: i32,
+        n_bins: i32,
+        plan_hop: i32,
+        n_codebooks: i32,
+        n_entries: i32,
+        order: i32,
+        past_window: i32,
+        past_hop: i32,
+        planned_order: i32,
+        token_width: i32,
+        n_components: i32,
+        slices: i32,
+        own_scale: f32,
+        bands: i32,
+        heads: i32,
+        plan_mlp: i32,
+        planned_scales: i32,
+        feature_in: i32,
+        head: i32,
+        shortcut: i32,
+        embeddings: i32,
+        given: i32,
+        plan_gain: i32,
+        book_mean: i32,
+        book_ceiling: i32,
+        books: i32,
+        token_table: i32,
+        past_code_in: i32,
+        residual_code_in: i32,
+        centres: i32,
+        edges: i32,
+        window: i32,
+        bin_weights: i32,
+        lag_window: i32,
+        samples: i32,
+        n_samples: i32,
+        unrounded: i32,
+        n_unrounded: i32,
+        plan_frames: i32,
+        hidden: i32,
+        drive: i32,
+        memory_stride: i32,
+        n_tokens: i32,
+        n_recent: i32,
+        frame_coefficients: i32,
+        frame_scales: i32,
+        frame_stride: i32,
+        angle_width: i32,
+        cache_stride: i64,
+    }
+);
+
+/// Regions of a block's shared memory, in the order of `DecodeRegion` in kernels/args.cuh; the last two of them.
+const SCRATCH: usize = 16;
+const RESIDENT: usize = 17;
+const N_REGIONS: usize = 18;
+
+mirrored!(
+    /// Arguments of `decode_persistent_*`; the pointers come first.
+    DecodeArgs, 296, {
+        model: u64,
+        linears: u64,
+        weights: u64,
+        exact: u64,
+        doubles: u64,
+        neighbours: u64,
+        counters: u64,
+        ring_tokens: u64,
+        memory: u64,
+        caches: u64,
+        frames: u64,
+        past: u64,
+        flags: u64,
+        plan_uniforms: u64,
+        wave_uniforms: u64,
+        plan_tokens: u64,
+        bands: u64,
+        tokens: u64,
+        nll: u64,
+        plan_draws: u64,
+        streams: i32,
+        n_frames: i32,
+        groups: i32,
+        group_size: i32,
+        overlapped: i32,
+        make_plan: i32,
+        make_wave: i32,
+        top_k: i32,
+        temperature: f32,
+        top_p: f32,
+        min_p: f32,
+        grain: f32,
+        past_weight: f32,
+        offset: f32,
+        scratch: [i32; 2],
+        at: [i32; N_REGIONS],
+    }
+);
+words!(u64);
+
+/// Pointers that [`DecodeArgs`] begins with.
+pub const N_POINTERS: usize = 20;
+
+impl DecodeArgs {
+    /// The same with these pointers, in the order of the fields.
+    pub fn with_pointers(&self, pointers: [u64; N_POINTERS]) -> Self {
+        let [model, linears, weights, exact, doubles, neighbours, counters, ring_tokens, memory, caches, ..] = pointers;
+        let [.., frames, past, flags, plan_uniforms, wave_uniforms, plan_tokens, bands, tokens, nll, plan_draws] =
+            pointers;
+        Self {
+            model,
+            linears,
+            weights,
+            exact,
+            doubles,
+            neighbours,
+            counters,
+            ring_tokens,
+            memory,
+            caches,
+            frames,
+            past,
+            flags,
+            plan_uniforms,
+            wave_uniforms,
+            plan_tokens,
+            bands,
+            tokens,
+            nll,
+            plan_draws,
+            ..*self
+        }
+    }
+}
+
+/// How blocks share the work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DecodeGeometry {
+    /// Streams of a set: 1 or [`SET`].
+    pub rows: usize,
+    /// Groups of blocks; each plays every so manyth set.
+    pub groups: usize,
+    /// Blocks of a group, one of [`GROUP_SIZES`].
+    pub group_size: usize,
+    /// Plan and forecast from the past have blocks of their own.
+    pub overlapped: bool,
+    /// Threads of a block, a multiple of 32.
+    pub threads: usize,
+}
+
+/// What a launch needs of the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DecodeLimits {
+    pub multiprocessors: usize,
+    /// Shared memory of a block, bytes.
+    pub shared_bytes: usize,
+    /// Whether blocks can see each other's shared memory (sm_90).
+    pub clusters: bool,
+}
+
+impl Default for DecodeLimits {
+    /// An H100 or H200.
+    fn default() -> Self {
+        Self { multiprocessors: 132, shared_bytes: SHARED_BYTES, clusters: true }
+    }
+}
+
+/// A launch's place in shared memory.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DecodeLayout {
+    pub launch: Launch,
+    at: [i32; N_REGIONS],
+    scratch: [i32; 2],
+    /// The model's maps, each with its place in shared memory.
+    pub linears: Vec<DecodeLinear>,
+    /// Multiply-adds' weights that stay in shared memory, of those of the wave transformer's tiers.
+    pub resident: f64,
+}
+
+impl DecodeModel {
+    fn stacks(&self) -> impl Iterator<Item = &DecodeStack> {
+        std::iter::once(&self.plan).chain(self.tiers[..self.n_tiers as usize].iter().map(|t| &t.stack))
+    }
+
+    /// Maps of the wave transformer's steps, those of the last tier first.
+    fn played(&self) -> Vec<i32> {
+        let mut all = vec![self.feature_in, self.head, self.shortcut, self.shortcut + 1, self.shortcut + 2];
+        for tier in self.tiers[..self.n_tiers as usize].iter().rev() {
+            all.push(tier.input);
+            all.extend(tier.stack.linears..tier.stack.linears + 4 * tier.stack.n_layers);
+            all.extend((tier.down >= 0).then_some(tier.down));
+        }
+        all
+    }
+}
+
+impl DecodeGeometry {
+    /// How many streams are played on a machine by default; not measured yet.
+    pub fn of(
+        streams: usize,
+        model: &DecodeModel,
+        linears: &[DecodeLinear],
+        element: Element,
+        limits: &DecodeLimits,
+    ) -> Self {
+        let rows = if streams == 1 { 1 } else { SET };
+        let sets = streams.div_ceil(rows);
+        let threads = MAX_THREADS;
+        let overlapped = 3 * sets <= limits.multiprocessors;
+        if !overlapped {
+            return Self { rows, groups: sets.min(limits.multiprocessors), group_size: 1, overlapped, threads };
+        }
+        // As few blocks as hold the last tier's weights; more only wait for each other.
+        let sizes = GROUP_SIZES.into_iter().filter(|&size| size == 1 || limits.clusters);
+        let fitting = sizes.filter(|size| 3 * sets * size <= limits.multiprocessors).map(|group_size| Self {
+            rows,
+            groups: sets,
+            group_size,
+            overlapped,
+            threads,
+        });
+        let mut best = Self { rows, groups: sets, group_size: 1, overlapped, threads };
+        for geometry in fitting {
+            best = geometry;
+            let last = model.tiers[model.n_tiers as usize - 1].stack;
+            let layout = geometry.layout(model, linears, element, limits);
+            let holds = |layout: DecodeLayout| {
+                (last.linears..last.linears + 4 * last.n_layers).all(|id| layout.linears[id as usize].resident >= 0)
+            };
+            if layout.is_ok_and(holds) {
+                break;
+            }
+        }
+        best
+    }
+
+    /// # Errors
+    /// When a block's shared memory cannot hold what it needs.
+    pub fn layout(
+        &self,
+        model: &DecodeModel,
+        linears: &[DecodeLinear],
+        element: Element,
+        limits: &DecodeLimits,
+    ) -> Result<DecodeLayout, LaunchError> {
+        const F32: usize = size_of::<f32>();
+        const F64: usize = size_of::<f64>();
+        let (m, rows) = (model, self.rows);
+        let n = |x: i32| x as usize;
+        let even = |x: i32| n(x).next_multiple_of(2);
+        let widest = |of: &dyn Fn(&DecodeStack) -> usize| m.stacks().map(of).max().unwrap_or(0);
+        let outputs = |id: i32| even(linears[n(id)].n_out);
+        let dim = widest(&|s| n(s.dim)).max(outputs(m.plan_mlp)).max(outputs(m.planned_scales));
+        let seen = m.tiers[..n(m.n_tiers)].iter().map(|t| n(t.seen * m.token_width)).max().unwrap_or(0);
+        let wide = widest(&|s| (3 * n(s.dim)).max(n(linears[n(s.linears) + 3].n_in)))
+            .max(seen)
+            .max(3 * n(m.n_bands))
+            .max(even(m.n_entries));
+        let attention = |s: &DecodeStack| n(s.window).div_ceil(PART) * (n(s.dim) + 2 * n(s.n_heads)) * F32;
+        let tiers = || m.tiers[..n(m.n_tiers)].iter().map(|t| &t.stack);
+        let played = (2 * rows * self.threads * F32).max(tiers().map(attention).max().unwrap_or(0));
+        let activations = rows * (3 * dim + wide) * F32;
+        let (quads, lag_quads) = (n(m.past_window).div_ceil(QUAD), n(m.order) / QUAD + 1);
+        let past = QUAD * (quads + lag_quads + 1) + PARTS * lag_quads * QUAD + rows * (2 * n(m.order) + 1);
+        let planned = 3 * n(m.n_bins) - 2 + rows * (2 * n(m.planned_order) + 1);
+        let helped = played
+            .max(attention(&m.plan))
+            .max(n(m.n_entries) * (F64 + F32))
+            .max((F64 * past.max(planned)).saturating_sub(activations));
+
+        let sizes: [usize; N_REGIONS - 1] = [
+            size_of::<DecodeModel>(),
+            linears.len() * SLICE_BYTES,
+            rows * ROW_BYTES,
+            rows * n(m.n_recent) * F32,
+            rows * n(m.n_unrounded) * F32,
+            rows * n(m.n_tokens) * F32,
+            rows * n(m.order) * F32,
+            rows * n(m.planned_order) * F32,
+            rows * N_FEATURES * F32,
+            rows * 3 * n(m.n_components) * F32,
+            rows * (outputs(m.shortcut) + outputs(m.shortcut + 1)) * F32,
+            rows * (n(m.n_tiers) + 1) * n(m.angle_width) * F32,
+            rows * n(m.angle_width) * F32,
+            2 * rows * dim * F32,
+            rows * wide * F32,
+            rows * dim * F32,
+            // The blocks that play hold weights where their helpers have more scratch.
+            if self.overlapped { played } else { helped },
+        ];
+        let mut at = [0; N_REGIONS];
+        let mut end = 0;
+        for (place, size) in at.iter_mut().zip(sizes) {
+            *place = end as i32;
+            end = (end + size).next_multiple_of(16);
+        }
+        at[RESIDENT] = end as i32;
+        let least = end.max(at[SCRATCH] as usize + helped).next_multiple_of(16);
+        if least > limits.shared_bytes {
+            return Err(LaunchError::Shared { what: "generation", bytes: least });
+        }
+        let bytes_of = |l: &DecodeLinear| {
+            let parts = if l.whole == 1 { 1 } else { self.group_size };
+            let share = 2 * even(l.n_out).div_ceil(2).div_ceil(parts);
+            let each = if l.exact == 1 || element == Element::F32 { F32 } else { F32 / 2 };
+            (n(l.n_in) * share * each).next_multiple_of(16)
+        };
+        let mut placed = linears.to_vec();
+        let (mut resident, mut all) = (0, 0);
+        let first = end;
+        for id in m.played() {
+            let linear = &mut placed[n(id)];
+            let bytes = bytes_of(linear);
+            all += n(linear.n_in) * n(linear.n_out);
+            linear.resident = -1;
+            if end + bytes <= limits.shared_bytes {
+                linear.resident = (end - first) as i32;
+                resident += n(linear.n_in) * n(linear.n_out);
+                end += bytes;
+            }
+        }
+        let roles = if self.overlapped { 3 } else { 1 };
+        let launch = Launch {
+            kernel: format!("decode_persistent_{}_{rows}", element.name()),
+            grid: [(self.groups * self.group_size * roles) as u32, 1, 1],
+            threads: self.threads.next_multiple_of(WARP) as u32,
+            shared_bytes: shared("generation", end.max(least))?,
+            cluster: self.group_size as u32,
+        };
+        let scratch = [sizes[SCRATCH], helped].map(|bytes| (bytes / F32) as i32);
+        Ok(DecodeLayout { launch, at, scratch, linears: placed, resident: resident as f64 / all.max(1) as f64 })
+    }
+
+    /// Everything of the arguments but pointers, counts and settings.
+    pub fn args(&self, layout: &DecodeLayout) -> DecodeArgs {
+        DecodeArgs {
+            groups: self.groups as i32,
+            group_size: self.group_size as i32,
+            overlapped: self.overlapped.into(),
+            scratch: layout.scratch,
+            at: layout.at,
+            ..DecodeArgs::default()
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! The CUDA engine: plan, forecasts, tiers and draws in one persistent kernel (kernels/decode_persistent.cu) that plays whole
+//! plan frames without the host.
+//!
+//! [`CudaEngine`] is one stream; [`Streams`] are any number of them in one launch, each the same as alone. Both run on whatever is
+//! a [`Machine`]: a GPU with the feature `cuda`, or the emulator of the kernels in tests. Never run on a GPU yet.
+
+mod machine;
+mod pack;
+mod streams;
+
+use std::sync::Arc;
+
+use ndarray::Array2;
+
+use super::state::SavedStream;
+use super::{Engine, EngineError, PlanDraw, UNIFORMS_PER_SAMPLE, check_tokens, expect};
+use crate::checkpoint::Checkpoint;
+use crate::codec::Token;
+use crate::cuda::launch::{DecodeGeometry, Element};
+use crate::forecast::{PastForecast, PlannedForecast};
+use crate::model::config::{GenerationSettings, ModelConfig};
+use crate::model::wave_transformer::PLAN_FRAMES;
+use crate::plan::PlanFrame;
+use crate::sampler::{PlanSampling, WaveSampling};
+
+pub use machine::{Machine, MachineError};
+pub use streams::{Model, Plan, Played, Sampling, Streams, Wave};
+
+/// Plan frames of the prompt that the wave transformer reads: more than its attention windows hold.
+const WAVE_CONTEXT: usize = 32;
+/// Plan frames that are scored in a launch.
+const SCORED: usize = 64;
+
+/// One stream on a machine.
+pub struct CudaEngine<M: Machine> {
+    streams: Streams<M>,
+    sampling: Sampling,
+    heard: bool,
+    plan_draw: PlanDraw,
+}
+
+impl<M: Machine> CudaEngine<M> {
+    /// Packs the weights of a checkpoint, large matrices in `element`, and sends them to the machine.
+    ///
+    /// # Errors
+    /// When the kernel cannot play this model, or the machine has no room for it.
+    pub fn new(machine: Arc<M>, checkpoint: &Checkpoint, element: Element) -> Result<Self, EngineError> {
+        let model = Arc::new(Model::new(machine, checkpoint, element)?);
+        let geometry = model.geometry(1);
+        Self::over(model, geometry)
+    }
+
+    /// A stream over a model that is there already.
+    ///
+    /// # Errors
+    /// When the machine has no room for it.
+    pub fn over(model: Arc<Model<M>>, geometry: DecodeGeometry) -> Result<Self, EngineError> {
+        let sampling = Sampling { plan: PlanSampling::default(), wave: model.generation };
+        Ok(Self { streams: Streams::new(model, 1, geometry)?, sampling, heard: false, plan_draw: PlanDraw::default() })
+    }
+
+    /// Another stream over the same weights, at its beginning.
+    ///
+    /// # Errors
+    /// When the machine has no room for it.
+    pub fn fork(&self) -> Result<Self, EngineError> {
+        Self::over(self.model().clone(), self.streams.geometry())
+    }
+
+    /// What streams are made of.
+    pub fn model(&self) -> &Arc<Model<M>> {
+        &self.streams.model
+    }
+
+    /// Its state, for one of [`Streams`].
+    ///
+    /// # Errors
+    /// When the machine fails.
+    pub fn stream(&self) -> Result<SavedStream, EngineError> {
+        self.streams.store(0)
+    }
+
+    /// Several plan frames by the stream's own plan, in one launch: plan uniforms `[n_frames, n_codebooks]`, wave uniforms `[n_frames,
+    /// hop, 2]`. The same as as many calls of [`Engine::next_plan`] and [`Engine::render`].
+    ///
+    /// # Errors
+    /// When numbers are missing, or the machine fails.
+    pub fn play(
+        &mut self,
+        n_frames: usize,
+        plan_uniforms: &[f32],
+        wave_uniforms: &[f32],
+    ) -> Result<(Vec<PlanFrame>, Vec<Token>), EngineError> {
+        self.begin_with_silence()?;
+        let played =
+            self.streams.play(n_frames, Plan::Draw(plan_uniforms), Wave::Draw(wave_uniforms), &self.sampling)?;
+        let tokens = played.tokens.iter().map(|&token| token as Token).collect();
+        Ok((self.frames(&played), tokens))
+    }
+
+    fn frames(&self, played: &Played) -> Vec<PlanFrame> {
+        let plan = &self.model().config.plan;
+        let bands = played.bands.chunks_exact(self.model().spectrum.n_bands());
+        let tokens = played.plan_tokens.chunks_exact(plan.n_codebooks);
+        let frame = |(tokens, bands): (&[i32], &[f32])| PlanFrame {
+            tokens: tokens.iter().map(|&token| token as u16).collect(),
+            bands: bands.to_vec(),
+        };
+        tokens.zip(bands).map(frame).collect()
+    }
+
+    /// A stream that has heard nothing begins after one frame of silence.
+    fn begin_with_silence(&mut self) -> Result<(), EngineError> {
+        if self.heard {
+            return Ok(());
+        }
+        let config = &self.model().config;
+        let silence = vec![config.codec.silence(); config.plan.hop];
+        self.prefill(&silence)
+    }
+
+    /// Tokens -> quantised plan: tokens `[frames, n_codebooks]` and decoded bands `[frames, n_bands]`.
+    fn plan_of(&self, tokens: &[Token]) -> Result<(Array2<u16>, Array2<f32>), EngineError> {
+        let Model { config, spectrum, quantizer, .. } = &**self.model();
+        let exact = spectrum.analyse(&config.codec.decode_all(tokens));
+        let codes = quantizer.encode_all(exact.view())?;
+        let bands = quantizer.decode_all(codes.view())?;
+        Ok((codes, bands))
+    }
+
+    /// Reads whole frames of tokens under their bands, `[frames, n_bands]`; nats of each token.
+    fn read(&mut self, tokens: &[Token], bands: &[f32]) -> Result<Vec<f32>, EngineError> {
+        let hop = self.model().config.plan.hop;
+        let n_bands = self.model().spectrum.n_bands();
+        let mut nats = Vec::with_capacity(tokens.len());
+        for (tokens, bands) in tokens.chunks(SCORED * hop).zip(bands.chunks(SCORED * n_bands)) {
+            let tokens: Vec<i32> = tokens.iter().map(|&token| token.into()).collect();
+            let n_frames = tokens.len() / hop;
+            let played = self.streams.play(n_frames, Plan::Given(bands), Wave::Read(&tokens), &self.sampling)?;
+            nats.extend(played.nll);
+        }
+        Ok(nats)
+    }
+}
+
+/// Plan tokens as the machine takes them.
+fn codes_of(codes: &Array2<u16>) -> Vec<i32> {
+    codes.iter().map(|&code| code.into()).collect()
+}
+
+impl<M: Machine> Engine for CudaEngine<M> {
+    fn config(&self) -> &ModelConfig {
+        &self.model().config
+    }
+
+    fn generation(&self) -> GenerationSettings {
+        self.sampling.wave
+    }
+
+    fn reset(&mut self) -> Result<(), EngineError> {
+        self.heard = false;
+        self.streams.reset()
+    }
+
+    fn set_sampling(&mut self, plan: PlanSampling, wave: WaveSampling) {
+        self.sampling = Sampling { plan, wave };
+    }
+
+    fn prefill(&mut self, prompt: &[Token]) -> Result<(), EngineError> {
+        let model = self.model().clone();
+        let config = &model.config;
+        check_tokens(config, prompt)?;
+        self.reset()?;
+        let (hop, history) = (config.plan.hop, config.wave_transformer.history());
+        let n_frames = prompt.len().div_ceil(hop);
+        if n_frames == 0 {
+            return Ok(());
+        }
+        let mut tokens = vec![config.codec.silence(); n_frames * hop - prompt.len()];
+        tokens.extend_from_slice(prompt);
+        let (codes, bands) = self.plan_of(&tokens)?;
+        self.streams.play(n_frames, Plan::Read(&codes_of(&codes)), Wave::Silent, &self.sampling)?;
+        // Of the samples, what lies within reach of the wave transformer's windows, after what the forecasts hear before it.
+        let first = n_frames.saturating_sub(WAVE_CONTEXT);
+        if first > 0 {
+            let mut state = self.streams.store(0)?;
+            let counters = &mut state.counters;
+            let last = |n: usize| &tokens[(first * hop).saturating_sub(n)..first * hop];
+            let sounding = |n: usize| {
+                let heard = config.codec.decode_all(last(n));
+                let mut samples = vec![0.0; n - heard.len()];
+                samples.extend(heard);
+                samples
+            };
+            let forecast = &config.forecast;
+            counters.tokens.splice(..last(history).len(), []);
+            counters.tokens.extend_from_slice(last(history));
+            counters.past = PastForecast::after(forecast, sounding(forecast.past_window + forecast.past_hop))
+                .map_err(super::state_error)?;
+            counters.planned =
+                PlannedForecast::after(forecast, sounding(forecast.planned_order)).map_err(super::state_error)?;
+            for (i, frame) in counters.plan.iter_mut().enumerate() {
+                if let Some(before) = (first + i).checked_sub(PLAN_FRAMES) {
+                    *frame = bands.row(before).to_vec();
+                }
+            }
+            self.streams.load(0, &state)?;
+        }
+        let rest: Vec<f32> = bands.rows().into_iter().skip(first).flatten().copied().collect();
+        self.read(&tokens[first * hop..], &rest)?;
+        self.heard = true;
+        Ok(())
+    }
+
+    fn next_plan(&mut self, uniforms: &[f32], out: &mut PlanFrame) -> Result<(), EngineError> {
+        expect("uniforms", self.model().config.plan.n_codebooks, uniforms.len())?;
+        self.begin_with_silence()?;
+        let played = self.streams.play(1, Plan::Draw(uniforms), Wave::Silent, &self.sampling)?;
+        *out = self.frames(&played).swap_remove(0);
+        self.plan_draw = played.plan_draws.first().copied().unwrap_or_default();
+        Ok(())
+    }
+
+    fn plan_draw(&self) -> PlanDraw {
+        self.plan_draw
+    }
+
+    fn render(&mut self, plan: &PlanFrame, uniforms: &[f32], out: &mut [Token]) -> Result<(), EngineError> {
+        expect("tokens", self.model().config.plan.hop, out.len())?;
+        expect("uniforms", UNIFORMS_PER_SAMPLE * out.len(), uniforms.len())?;
+        expect("plan bands", self.model().spectrum.n_bands(), plan.bands.len())?;
+        let played = self.streams.play(1, Plan::Given(&plan.bands), Wave::Draw(uniforms), &self.sampling)?;
+        out.iter_mut().zip(played.tokens).for_each(|(out, token)| *out = token as Token);
+        Ok(())
+    }
+
+    fn score(&mut self, tokens: &[Token], nll: &mut [f32]) -> Result<(), EngineError> {
+        expect("values", tokens.len(), nll.len())?;
+        check_tokens(&self.model().config, tokens)?;
+        self.reset()?;
+        let (_, bands) = self.plan_of(tokens)?;
+        expect("tokens (whole plan frames)", bands.nrows() * self.model().config.plan.hop, tokens.len())?;
+        let bands: Vec<f32> = bands.iter().copied().collect();
+        nll.copy_from_slice(&self.read(tokens, &bands)?);
+        Ok(())
+    }
+
+    fn score_plan(&mut self, tokens: &[Token]) -> Result<Vec<f32>, EngineError> {
+        check_tokens(&self.model().config, tokens)?;
+        let (codes, _) = self.plan_of(tokens)?;
+        if codes.nrows() == 0 {
+            return Ok(Vec::new());
+        }
+        // Beside the stream, which stays as it is.
+        let mut streams = Streams::new(self.model().clone(), 1, self.streams.geometry())?;
+        let played = streams.play(codes.nrows(), Plan::Read(&codes_of(&codes)), Wave::Silent, &self.sampling)?;
+        Ok(played.plan_draws.iter().skip(1).map(|draw| draw.surprisal).collect())
+    }
+
+    fn save(&self) -> Result<Vec<u8>, EngineError> {
+        self.streams.store(0)?.to_bytes()
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), EngineError> {
+        let Model { config, spectrum, .. } = &**self.model();
+        let saved = SavedStream::from_bytes(state, config, spectrum.n_bands())?;
+        self.streams.load(0, &saved)?;
+        self.heard = saved.counters.plan_pos > 0;
+        Ok(())
+    }
+}

@@ -1,0 +1,311 @@
+//! Turns a checkpoint into the blobs that kernels/decode_persistent.cu reads: weights, tables, and where everything lies.
+
+use half::bf16;
+use ndarray::ArrayD;
+
+use crate::checkpoint::Checkpoint;
+use crate::codec::Token;
+use crate::cuda::launch::{DecodeLinear, DecodeModel, DecodeStack, DecodeTier, Element, MAX_TIERS, Words};
+use crate::engine::EngineError;
+use crate::forecast::PastForecast;
+use crate::model::config::N_FORECASTS;
+use crate::model::wave_transformer::PLAN_FRAMES;
+
+const ROPE_BASE: f64 = 10_000.0;
+/// Positions whose angles are kept; `ANGLES` of kernels/decode_step.cuh.
+const ANGLES: usize = 64;
+/// The kernel gives each component of the mixture a lane.
+const MAX_COMPONENTS: usize = 32;
+
+/// A model as device memory holds it.
+pub struct Packed {
+    pub model: DecodeModel,
+    pub linears: Vec<DecodeLinear>,
+    pub element: Element,
+    /// Large matrices, in `element`.
+    pub weights: Vec<u8>,
+    /// What is always f32.
+    pub exact: Vec<u8>,
+    /// f64: windows, weights, frequencies.
+    pub doubles: Vec<u8>,
+    /// i32, `[n_bins, 2]`.
+    pub neighbours: Vec<u8>,
+}
+
+struct Packer<'a> {
+    checkpoint: &'a Checkpoint,
+    element: Element,
+    linears: Vec<DecodeLinear>,
+    weights: Vec<f32>,
+    exact: Vec<f32>,
+    doubles: Vec<f64>,
+}
+
+/// What becomes of a linear map.
+#[derive(Clone, Copy, Default)]
+struct Kind<'a> {
+    /// f32 whatever the element.
+    exact: bool,
+    /// Every block of a group computes all of it.
+    whole: bool,
+    /// Name of a norm whose gain goes into the rows.
+    gain: Option<&'a str>,
+    /// The first and second half of the outputs take turns.
+    alternate: bool,
+}
+
+const DIVIDED: Kind = Kind { exact: false, whole: false, gain: None, alternate: false };
+const EXACT: Kind = Kind { exact: true, whole: true, gain: None, alternate: false };
+
+impl Packer<'_> {
+    fn tensor(&self, name: &str) -> Result<&ArrayD<f32>, EngineError> {
+        self.checkpoint.weights.get(name).ok_or_else(|| EngineError::State(format!("the model has no '{name}'")))
+    }
+
+    fn values(&self, name: &str) -> Result<Vec<f32>, EngineError> {
+        Ok(self.tensor(name)?.iter().copied().collect())
+    }
+
+    /// Appends f32 values, 16-byte aligned; gives where they begin.
+    fn table(&mut self, values: impl IntoIterator<Item = f32>) -> i32 {
+        self.exact.resize(self.exact.len().next_multiple_of(4), 0.0);
+        let at = self.exact.len();
+        self.exact.extend(values);
+        at as i32
+    }
+
+    fn doubles(&mut self, values: impl IntoIterator<Item = f64>) -> i32 {
+        let at = self.doubles.len();
+        self.doubles.extend(values);
+        at as i32
+    }
+
+    /// Appends a map; gives its number.
+    fn linear(&mut self, name: &str, kind: Kind) -> Result<i32, EngineError> {
+        let full = format!("{name}.weight");
+        let shape = self.tensor(&full)?.shape().to_vec();
+        let &[n_in, n_out] = &shape[..] else { return Err(EngineError::State(format!("'{full}' is no matrix"))) };
+        let mut matrix = self.values(&full)?;
+        if let Some(gain) = kind.gain {
+            for (row, gain) in matrix.chunks_exact_mut(n_out).zip(self.values(gain)?) {
+                row.iter_mut().for_each(|w| *w *= gain);
+            }
+        }
+        let bias = format!("{name}.bias");
+        let bias = if self.checkpoint.weights.contains_key(&bias) { Some(self.values(&bias)?) } else { None };
+        let stride = n_out.next_multiple_of(2);
+        let column = |row: &[f32], j: usize| {
+            let from = if kind.alternate { j / 2 + j % 2 * (n_out / 2) } else { j };
+            row.get(from).copied().unwrap_or(0.0)
+        };
+        let laid: Vec<f32> =
+            matrix.chunks_exact(n_out).flat_map(|row| (0..stride).map(move |j| column(row, j))).collect();
+        let bias = match bias {
+            Some(bias) => i64::from(self.table((0..stride).map(|j| column(&bias, j)))),
+            None => -1,
+        };
+        let weights = if kind.exact {
+            i64::from(self.table(laid))
+        } else {
+            self.weights.resize(self.weights.len().next_multiple_of(8), 0.0);
+            let at = self.weights.len() as i64;
+            self.weights.extend(laid);
+            at
+        };
+        self.linears.push(DecodeLinear {
+            weights,
+            bias,
+            n_in: n_in as i32,
+            n_out: n_out as i32,
+            exact: kind.exact.into(),
+            whole: kind.whole.into(),
+            resident: -1,
+            reserved: 0,
+        });
+        Ok(self.linears.len() as i32 - 1)
+    }
+
+    /// A stack whose blocks are `name.blocks.0`, ...; its caches begin at `cache`.
+    fn stack(
+        &mut self,
+        name: &str,
+        [dim, n_layers, n_heads, window]: [usize; 4],
+        cache: i64,
+    ) -> Result<DecodeStack, EngineError> {
+        let head_dim = dim / n_heads;
+        let frequencies: Vec<f64> =
+            (0..head_dim / 2).map(|i| ROPE_BASE.powf(-2.0 * i as f64 / head_dim as f64)).collect();
+        let angles = self.table((0..ANGLES).flat_map(|pos| {
+            let angles = frequencies.iter().map(move |f| pos as f64 * f);
+            angles.clone().map(f64::cos).chain(angles.map(f64::sin)).map(|x| x as f32)
+        }));
+        let frequencies = self.doubles(frequencies.iter().copied());
+        let linears = self.linears.len() as i32;
+        for block in 0..n_layers {
+            let name = format!("{name}.blocks.{block}");
+            let (attention, feed_forward) = (format!("{name}.attention_norm"), format!("{name}.feed_forward_norm"));
+            self.linear(&format!("{name}.qkv"), Kind { gain: Some(&attention), ..DIVIDED })?;
+            self.linear(&format!("{name}.out"), DIVIDED)?;
+            self.linear(&format!("{name}.up"), Kind { gain: Some(&feed_forward), alternate: true, ..DIVIDED })?;
+            self.linear(&format!("{name}.down"), DIVIDED)?;
+        }
+        Ok(DecodeStack {
+            cache,
+            dim: dim as i32,
+            n_layers: n_layers as i32,
+            n_heads: n_heads as i32,
+            window: window as i32,
+            linears,
+            angles,
+            frequencies,
+            reserved: 0,
+        })
+    }
+}
+
+impl Packed {
+    /// # Errors
+    /// When the kernel cannot play this model.
+    pub fn new(checkpoint: &Checkpoint, element: Element) -> Result<Self, EngineError> {
+        let config = &checkpoint.config;
+        let (wave, plan, forecast) = (&config.wave_transformer, &config.plan_transformer, &config.forecast);
+        let (n_tiers, n_components) = (wave.tiers.len(), wave.n_components());
+        for (what, got, most) in
+            [("tiers", n_tiers, MAX_TIERS), ("components of the mixture", n_components, MAX_COMPONENTS)]
+        {
+            if got > most {
+                return Err(EngineError::State(format!("{got} {what}, the CUDA engine takes at most {most}")));
+            }
+        }
+        let spectrum = checkpoint.spectrum()?;
+        let mut p = Packer {
+            checkpoint,
+            element,
+            linears: Vec::new(),
+            weights: Vec::new(),
+            exact: Vec::new(),
+            doubles: Vec::new(),
+        };
+        let mut m = DecodeModel {
+            n_tiers: n_tiers as i32,
+            n_bands: spectrum.n_bands() as i32,
+            n_bins: spectrum.interpolation().len() as i32,
+            plan_hop: config.plan.hop as i32,
+            n_codebooks: config.plan.n_codebooks as i32,
+            n_entries: config.plan.n_entries as i32,
+            order: forecast.order as i32,
+            past_window: forecast.past_window as i32,
+            past_hop: forecast.past_hop as i32,
+            planned_order: forecast.planned_order as i32,
+            token_width: wave.token_dim as i32 + 2,
+            n_components: n_components as i32,
+            slices: wave.slices as i32,
+            own_scale: wave.own_scale,
+            ..DecodeModel::default()
+        };
+        const _: () = assert!(N_FORECASTS == 2 && PLAN_FRAMES == 3, "kernels/decode_wave.cuh counts on it");
+
+        let mut cache = 0;
+        m.plan = p.stack("plan", [plan.dim, plan.n_layers, plan.n_heads, plan.window], cache)?;
+        cache += 2 * (plan.n_layers * plan.dim * plan.window) as i64;
+        m.bands = p.linear("plan.bands", EXACT)?;
+        m.heads = p.linears.len() as i32;
+        for q in 0..config.plan.n_codebooks {
+            p.linear(&format!("plan.{q}.head_in"), EXACT)?;
+            p.linear(&format!("plan.{q}.head_out"), EXACT)?;
+        }
+        let tables = |p: &Packer, n: usize, name: &str| -> Result<Vec<f32>, EngineError> {
+            (0..n).map(|q| p.values(&format!("plan.{q}.{name}"))).collect::<Result<Vec<_>, _>>().map(|all| all.concat())
+        };
+        let (embeddings, given) =
+            (tables(&p, config.plan.n_codebooks, "embedding")?, tables(&p, config.plan.n_codebooks - 1, "given")?);
+        m.embeddings = p.table(embeddings);
+        m.given = p.table(given);
+        let gain = p.values("plan.norm")?;
+        m.plan_gain = p.table(gain);
+        let quantizer = &checkpoint.quantizer;
+        m.book_mean = p.table(quantizer.mean.iter().copied());
+        m.book_ceiling = p.table(quantizer.ceiling().iter().copied());
+        m.books = p.table(quantizer.books.iter().copied());
+
+        let mut planned = m.planned_order + 2 + (wave.slices * n_components) as i32;
+        (m.frame_coefficients, m.frame_scales) = (2, 2 + m.planned_order);
+        let ring = |n: usize| n.next_power_of_two() as i32;
+        (m.n_samples, m.n_unrounded) = (ring(forecast.past_window + forecast.past_hop), ring(forecast.planned_order));
+        (m.n_tokens, m.n_recent) = (ring(wave.history()), ring(forecast.order));
+        m.unrounded = m.n_samples;
+        m.plan_frames = m.unrounded + m.n_unrounded;
+        m.hidden = m.plan_frames + PLAN_FRAMES as i32 * m.n_bands;
+        m.drive = m.hidden + plan.dim as i32;
+        m.memory_stride = m.drive + 1;
+        m.plan_mlp = p.linear("wave.plan_mlp.0", EXACT)?;
+        p.linear("wave.plan_mlp.1", EXACT)?;
+        m.planned_scales = p.linear("wave.planned_scales.0", EXACT)?;
+        p.linear("wave.planned_scales.1", EXACT)?;
+        for (i, tier) in wave.tiers.iter().enumerate() {
+            let name = format!("wave.tiers.{i}");
+            let input = p.linear(&format!("{name}.input"), DIVIDED)?;
+            let plan_in = p.linear(&format!("{name}.plan_in"), EXACT)?;
+            let stack = p.stack(&name, [tier.dim, tier.n_layers, tier.n_heads, tier.window], cache)?;
+            cache += 2 * (tier.n_layers * tier.dim * tier.window) as i64;
+            let down = if i + 1 < n_tiers { p.linear(&format!("{name}.down"), DIVIDED)? } else { -1 };
+            m.tiers[i] = DecodeTier {
+                stack,
+                hop: tier.hop as i32,
+                seen: if tier.hop > 1 { tier.hop } else { wave.taps } as i32,
+                input,
+                plan_in,
+                down,
+                planned,
+                handed: m.memory_stride,
+                reserved: 0,
+            };
+            planned += tier.dim as i32;
+            if down >= 0 {
+                m.memory_stride += p.linears[down as usize].n_out;
+            }
+        }
+        m.memory_stride = (m.memory_stride as usize).next_multiple_of(4) as i32;
+        m.frame_stride = (planned as usize).next_multiple_of(4) as i32;
+        m.cache_stride = (cache as usize).next_multiple_of(4) as i64;
+        m.feature_in = p.linear("wave.feature_in", EXACT)?;
+        m.head = p.linear("wave.head", Kind { gain: Some("wave.norm"), ..EXACT })?;
+        m.shortcut = p.linear("wave.shortcut.0", EXACT)?;
+        p.linear("wave.shortcut.1", Kind { whole: true, ..DIVIDED })?;
+        p.linear("wave.shortcut.2", EXACT)?;
+
+        let codec = &config.codec;
+        let levels = codec.levels();
+        let embedding = p.values("wave.token_embedding")?;
+        m.token_table = p.table(embedding.chunks_exact(wave.token_dim).enumerate().flat_map(|(token, row)| {
+            let companded = (token as f32 + 0.5) / (levels as f32 / 2.0) - 1.0;
+            row.iter().copied().chain([companded, 2.0 * codec.decode(token as Token)])
+        }));
+        let (past_code, residual_code) = (p.values("wave.past_code_in")?, p.values("wave.residual_code_in")?);
+        m.past_code_in = p.table(past_code);
+        m.residual_code_in = p.table(residual_code);
+        m.centres = p.table((0..levels).map(|token| codec.decode(token as Token)));
+        m.edges = p.table((1..levels).map(|edge| codec.edge(edge)));
+
+        m.window = p.doubles(PastForecast::window(forecast.past_window));
+        m.bin_weights = p.doubles(spectrum.interpolation().iter().map(|bin| bin.2));
+        m.lag_window = p.doubles(spectrum.lag_window(forecast.planned_order, forecast.lag_window_hz));
+        m.n_linears = p.linears.len() as i32;
+        let stacks = std::iter::once(m.plan).chain(m.tiers[..n_tiers].iter().map(|tier| tier.stack));
+        m.angle_width = stacks.map(|s| s.dim / s.n_heads).max().unwrap_or(0);
+        let neighbours: Vec<i32> =
+            spectrum.interpolation().iter().flat_map(|&(below, above, _)| [below as i32, above as i32]).collect();
+        Ok(Self {
+            model: m,
+            element,
+            weights: match p.element {
+                Element::F32 => p.weights.to_bytes(),
+                Element::Bf16 => p.weights.iter().flat_map(|&w| bf16::from_f32(w).to_le_bytes()).collect(),
+            },
+            exact: p.exact.to_bytes(),
+            doubles: p.doubles.to_bytes(),
+            neighbours: neighbours.to_bytes(),
+            linears: p.linears,
+        })
+    }
+}

@@ -1,0 +1,475 @@
+//! One or many streams of a model on a machine: their state in its memory, and whole plan frames of all of them in a launch.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::machine::{Machine, MachineError};
+use super::pack::Packed;
+use crate::checkpoint::Checkpoint;
+use crate::cuda::launch::{
+    DecodeArgs, DecodeGeometry, DecodeLayout, DecodeModel, DecodeStack, Element, N_FLAGS, Words,
+};
+use crate::engine::state::{Counters, SavedCache, SavedStream, plan_cache, wave_cache};
+use crate::engine::{EngineError, UNIFORMS_PER_SAMPLE, expect, state_error};
+use crate::forecast::{PastForecast, PlannedForecast};
+use crate::model::config::{GenerationSettings, ModelConfig};
+use crate::model::wave_transformer::PLAN_FRAMES;
+use crate::plan::{ResidualQuantizer, Spectrum};
+use crate::sampler::{Drive, PlanDraw, PlanSampling};
+
+/// 64-bit counters of a stream.
+const N_COUNTERS: usize = 4;
+const WORD: usize = 4;
+
+/// A model in a machine's memory, for any number of [`Streams`].
+pub struct Model<M: Machine> {
+    pub machine: Arc<M>,
+    pub config: ModelConfig,
+    pub quantizer: ResidualQuantizer,
+    pub spectrum: Spectrum,
+    pub generation: GenerationSettings,
+    packed: Packed,
+    /// Model, weights, exact, doubles, neighbours.
+    parts: [M::Buffer; 5],
+}
+
+/// Where the plan comes from.
+#[derive(Clone, Copy, Debug)]
+pub enum Plan<'a> {
+    /// The plan transformer draws it: uniforms `[streams, n_frames, n_codebooks]`.
+    Draw(&'a [f32]),
+    /// The plan transformer reads these tokens, `[streams, n_frames, n_codebooks]`, and prices them.
+    Read(&'a [i32]),
+    /// Bands from elsewhere, `[streams, n_frames, n_bands]`.
+    Given(&'a [f32]),
+}
+
+/// Where the samples come from.
+#[derive(Clone, Copy, Debug)]
+pub enum Wave<'a> {
+    /// Drawn: uniforms `[streams, n_frames, hop, 2]`.
+    Draw(&'a [f32]),
+    /// Read, and priced: tokens `[streams, n_frames, hop]`.
+    Read(&'a [i32]),
+    /// Only the plan is of interest.
+    Silent,
+}
+
+/// How samples and plan tokens are drawn.
+#[derive(Clone, Copy, Debug)]
+pub struct Sampling {
+    pub plan: PlanSampling,
+    pub wave: GenerationSettings,
+}
+
+/// What a launch leaves behind, stream after stream; empty where nothing was asked for.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Played {
+    /// `[streams, n_frames, n_codebooks]`
+    pub plan_tokens: Vec<i32>,
+    /// `[streams, n_frames, n_bands]`
+    pub bands: Vec<f32>,
+    /// What the tokens of each frame cost, `[streams, n_frames]`; that of a stream's very first means nothing.
+    pub plan_draws: Vec<PlanDraw>,
+    /// `[streams, n_frames, hop]`
+    pub tokens: Vec<i32>,
+    /// Nats of samples that were read, `[streams, n_frames, hop]`.
+    pub nll: Vec<f32>,
+}
+
+/// Streams that are played together.
+pub struct Streams<M: Machine> {
+    pub model: Arc<Model<M>>,
+    n: usize,
+    geometry: DecodeGeometry,
+    layout: DecodeLayout,
+    linears: M::Buffer,
+    state: State<M::Buffer>,
+}
+
+/// What lasts from launch to launch.
+struct State<B> {
+    counters: B,
+    ring_tokens: B,
+    memory: B,
+    caches: B,
+    frames: B,
+    past: B,
+}
+
+impl<M: Machine> Model<M> {
+    /// Packs a checkpoint and sends it to the machine.
+    ///
+    /// # Errors
+    /// When the kernel cannot play this model, or the machine has no room for it.
+    pub fn new(machine: Arc<M>, checkpoint: &Checkpoint, element: Element) -> Result<Self, EngineError> {
+        let packed = Packed::new(checkpoint, element)?;
+        let model = packed.model.to_bytes();
+        let upload = |bytes: &[u8]| filled(&*machine, bytes);
+        let parts = [
+            upload(&model)?,
+            upload(&packed.weights)?,
+            upload(&packed.exact)?,
+            upload(&packed.doubles)?,
+            upload(&packed.neighbours)?,
+        ];
+        Ok(Self {
+            config: checkpoint.config.clone(),
+            quantizer: checkpoint.quantizer.clone(),
+            spectrum: checkpoint.spectrum()?,
+            generation: checkpoint.generation,
+            packed,
+            parts,
+            machine,
+        })
+    }
+
+    fn sizes(&self) -> &DecodeModel {
+        &self.packed.model
+    }
+
+    /// How `streams` of it are played on this machine unless told otherwise.
+    pub fn geometry(&self, streams: usize) -> DecodeGeometry {
+        let Packed { model, linears, element, .. } = &self.packed;
+        DecodeGeometry::of(streams, model, linears, *element, &self.machine.limits())
+    }
+}
+
+/// New memory with these contents.
+fn filled<M: Machine>(machine: &M, bytes: &[u8]) -> Result<M::Buffer, MachineError> {
+    let mut buffer = machine.zeros(bytes.len())?;
+    machine.write(&mut buffer, 0, bytes)?;
+    Ok(buffer)
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
+}
+
+fn words(bytes: &[u8]) -> Vec<i32> {
+    bytes.as_chunks().0.iter().map(|&b| i32::from_le_bytes(b)).collect()
+}
+
+/// The places of a ring (a power of two) that the `n` samples before `end` lie in, oldest first.
+fn places(ring: i32, end: u64, n: usize) -> impl Iterator<Item = usize> {
+    let mask = ring as u64 - 1;
+    (0..n as u64).map(move |i| (end.wrapping_sub(n as u64).wrapping_add(i) & mask) as usize)
+}
+
+impl<M: Machine> Streams<M> {
+    /// `n` streams at their beginning.
+    ///
+    /// # Errors
+    /// When the machine has no room for them.
+    pub fn new(model: Arc<Model<M>>, n: usize, geometry: DecodeGeometry) -> Result<Self, EngineError> {
+        let Packed { model: sizes, linears, element, .. } = &model.packed;
+        let machine = &*model.machine;
+        let layout = geometry.layout(sizes, linears, *element, &machine.limits())?;
+        let of = |stride: i64, word: usize| machine.zeros(n * stride as usize * word);
+        let state = State {
+            counters: of(N_COUNTERS as i64, 8)?,
+            ring_tokens: of(sizes.n_tokens.into(), WORD)?,
+            memory: of(sizes.memory_stride.into(), WORD)?,
+            caches: of(sizes.cache_stride, WORD)?,
+            frames: of(2 * i64::from(sizes.frame_stride), WORD)?,
+            past: of(sizes.order.into(), WORD)?,
+        };
+        let linears = filled(machine, &layout.linears.to_bytes())?;
+        let mut streams = Self { n, geometry, layout, linears, state, model };
+        streams.reset()?;
+        Ok(streams)
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.n
+    }
+
+    pub fn geometry(&self) -> DecodeGeometry {
+        self.geometry
+    }
+
+    /// Share of the wave transformer's weights that stay in shared memory.
+    pub fn resident(&self) -> f64 {
+        self.layout.resident
+    }
+
+    /// All streams at their beginning.
+    ///
+    /// # Errors
+    /// When the machine fails.
+    pub fn reset(&mut self) -> Result<(), EngineError> {
+        let fresh = self.fresh()?;
+        (0..self.n).try_for_each(|stream| self.load(stream, &fresh))
+    }
+
+    fn fresh(&self) -> Result<SavedStream, EngineError> {
+        let Model { config, spectrum, .. } = &*self.model;
+        let counters = Counters {
+            plan_pos: 0,
+            n: 0,
+            tokens: vec![config.codec.silence(); config.wave_transformer.history()],
+            residual_code: 0,
+            plan: vec![spectrum.silent_frame(); PLAN_FRAMES],
+            past: PastForecast::new(&config.forecast).map_err(state_error)?,
+            planned: PlannedForecast::new(&config.forecast).map_err(state_error)?,
+            drive: Drive::default(),
+        };
+        Ok(SavedStream { counters, hidden: None, caches: BTreeMap::new() })
+    }
+
+    /// The stacks' names in a saved state.
+    fn stacks(&self) -> impl Iterator<Item = (DecodeStack, usize, String)> + '_ {
+        let sizes = self.model.sizes();
+        let plan = (0..sizes.plan.n_layers as usize).map(|block| (sizes.plan, block, plan_cache(block)));
+        let tiers = sizes.tiers[..sizes.n_tiers as usize].iter().enumerate();
+        plan.chain(tiers.flat_map(|(i, tier)| {
+            (0..tier.stack.n_layers as usize).map(move |block| (tier.stack, block, wave_cache(i, block)))
+        }))
+    }
+
+    /// One stream goes on from a saved state.
+    ///
+    /// # Errors
+    /// When the state is none between two plan frames, or the machine fails.
+    pub fn load(&mut self, stream: usize, saved: &SavedStream) -> Result<(), EngineError> {
+        let model = self.model.clone();
+        let (sizes, machine) = (model.sizes(), &*model.machine);
+        let Counters { plan_pos, n, tokens, residual_code, plan, past, planned, drive } = &saved.counters;
+        let Some(heard) = past.heard() else {
+            return Err(EngineError::State("it was saved within a plan frame".into()));
+        };
+        let mut memory = vec![0.0f32; sizes.memory_stride as usize];
+        for (place, sample) in places(sizes.n_samples, *n, heard.len()).zip(heard) {
+            memory[sizes.samples as usize + place] = *sample;
+        }
+        let heard = planned.heard();
+        for (place, sample) in places(sizes.n_unrounded, *n, heard.len()).zip(heard) {
+            memory[sizes.unrounded as usize + place] = *sample;
+        }
+        let frames = memory[sizes.plan_frames as usize..].iter_mut();
+        frames.zip(plan.iter().flatten()).for_each(|(to, band)| *to = *band);
+        if let Some(hidden) = &saved.hidden {
+            memory[sizes.hidden as usize..][..hidden.len()].copy_from_slice(hidden);
+        }
+        memory[sizes.drive as usize] = drive.mean_square;
+        let mut ring = vec![i32::from(model.config.codec.silence()); sizes.n_tokens as usize];
+        for (place, token) in places(sizes.n_tokens, *n, tokens.len()).zip(tokens) {
+            ring[place] = i32::from(*token);
+        }
+        let mut caches = vec![0.0f32; sizes.cache_stride as usize];
+        for (stack, block, name) in self.stacks() {
+            let Some(SavedCache { shape: [n_heads, window, head_dim], keys, values }) = saved.caches.get(&name) else {
+                continue;
+            };
+            let size = n_heads * window * head_dim;
+            let (to_keys, to_values) = caches[stack.cache as usize + 2 * block * size..][..2 * size].split_at_mut(size);
+            to_values.copy_from_slice(values);
+            for (i, key) in keys.iter().enumerate() {
+                let (head, slot, f) = (i / head_dim / window, i / head_dim % window, i % head_dim);
+                to_keys[(head * head_dim + f) * window + slot] = *key;
+            }
+        }
+        let counters = [*n as i64, *plan_pos as i64, i64::from(*residual_code), 0];
+        let put = |buffer: &mut M::Buffer, bytes: Vec<u8>| machine.write(buffer, stream * bytes.len(), &bytes);
+        put(&mut self.state.counters, counters.to_bytes())?;
+        put(&mut self.state.ring_tokens, ring.to_bytes())?;
+        put(&mut self.state.memory, memory.to_bytes())?;
+        put(&mut self.state.caches, caches.to_bytes())?;
+        Ok(())
+    }
+
+    /// One stream's state.
+    ///
+    /// # Errors
+    /// When the machine fails.
+    pub fn store(&self, stream: usize) -> Result<SavedStream, EngineError> {
+        let (sizes, machine, config) = (self.model.sizes(), &*self.model.machine, &self.model.config);
+        let get = |buffer: &M::Buffer, len: usize| -> Result<Vec<u8>, MachineError> {
+            let mut bytes = vec![0; len];
+            machine.read(buffer, stream * len, &mut bytes)?;
+            Ok(bytes)
+        };
+        let counters = get(&self.state.counters, 8 * N_COUNTERS)?;
+        let [n, plan_pos, residual_code] =
+            [0, 1, 2].map(|i| counters.as_chunks().0.get(i).map_or(0, |&b| u64::from_le_bytes(b)));
+        let memory = floats(&get(&self.state.memory, WORD * sizes.memory_stride as usize)?);
+        let ring = words(&get(&self.state.ring_tokens, WORD * sizes.n_tokens as usize)?);
+        let caches = floats(&get(&self.state.caches, WORD * sizes.cache_stride as usize)?);
+        let from_ring = |at: i32, ring: i32, len: usize| -> Vec<f32> {
+            places(ring, n, len).map(|place| memory[at as usize + place]).collect()
+        };
+        let forecast = &config.forecast;
+        let heard = from_ring(sizes.samples, sizes.n_samples, forecast.past_window + forecast.past_hop);
+        let unrounded = from_ring(sizes.unrounded, sizes.n_unrounded, forecast.planned_order);
+        let n_bands = sizes.n_bands as usize;
+        let frames = &memory[sizes.plan_frames as usize..][..PLAN_FRAMES * n_bands];
+        let saved_caches = self.stacks().map(|(stack, block, name)| {
+            let (n_heads, window) = (stack.n_heads as usize, stack.window as usize);
+            let head_dim = stack.dim as usize / n_heads;
+            let size = n_heads * window * head_dim;
+            let (keys, values) = caches[stack.cache as usize + 2 * block * size..][..2 * size].split_at(size);
+            let key =
+                |i: usize| keys[(i / head_dim / window * head_dim + i % head_dim) * window + i / head_dim % window];
+            let keys = (0..size).map(key).collect();
+            (name, SavedCache { shape: [n_heads, window, head_dim], keys, values: values.to_vec() })
+        });
+        let tokens = places(sizes.n_tokens, n, config.wave_transformer.history()).map(|place| ring[place] as u16);
+        Ok(SavedStream {
+            counters: Counters {
+                plan_pos,
+                n,
+                tokens: tokens.collect(),
+                residual_code: residual_code as u16,
+                plan: frames.chunks_exact(n_bands).map(<[f32]>::to_vec).collect(),
+                past: PastForecast::after(forecast, heard).map_err(state_error)?,
+                planned: PlannedForecast::after(forecast, unrounded).map_err(state_error)?,
+                drive: Drive { mean_square: memory[sizes.drive as usize] },
+            },
+            hidden: (plan_pos > 0).then(|| memory[sizes.hidden as usize..][..sizes.plan.dim as usize].to_vec()),
+            caches: saved_caches.collect(),
+        })
+    }
+
+    /// `n_frames` plan frames of every stream.
+    ///
+    /// # Errors
+    /// When numbers are missing, or the machine fails.
+    pub fn play(
+        &mut self,
+        n_frames: usize,
+        plan: Plan,
+        wave: Wave,
+        sampling: &Sampling,
+    ) -> Result<Played, EngineError> {
+        let (sizes, machine) = (self.model.sizes(), &*self.model.machine);
+        let frames = self.n * n_frames;
+        let (books, bands, hop) = (sizes.n_codebooks as usize, sizes.n_bands as usize, sizes.plan_hop as usize);
+        let upload = |what, values: &[f32], each: usize| -> Result<M::Buffer, EngineError> {
+            expect(what, frames * each, values.len())?;
+            Ok(filled(machine, &values.to_bytes())?)
+        };
+        let make_plan = !matches!(plan, Plan::Given(_));
+        let mut plan_uniforms = None;
+        let plan_draws = if make_plan { Some(machine.zeros(2 * WORD * frames)?) } else { None };
+        let (mut plan_tokens, mut band_values) = (None, None);
+        match plan {
+            Plan::Draw(uniforms) => plan_uniforms = Some(upload("uniforms", uniforms, books)?),
+            Plan::Read(tokens) => {
+                expect("plan tokens", frames * books, tokens.len())?;
+                plan_tokens = Some(filled(machine, &tokens.to_bytes())?);
+            }
+            Plan::Given(values) => band_values = Some(upload("plan bands", values, bands)?),
+        }
+        let plan_tokens = match plan_tokens {
+            Some(tokens) => tokens,
+            None => machine.zeros(WORD * frames * books)?,
+        };
+        let band_values = match band_values {
+            Some(values) => values,
+            None => machine.zeros(WORD * frames * bands)?,
+        };
+        let (mut wave_uniforms, mut tokens, mut nll) = (None, None, None);
+        match wave {
+            Wave::Draw(uniforms) => {
+                wave_uniforms = Some(upload("uniforms", uniforms, UNIFORMS_PER_SAMPLE * hop)?);
+                tokens = Some(machine.zeros(WORD * frames * hop)?);
+            }
+            Wave::Read(values) => {
+                expect("tokens", frames * hop, values.len())?;
+                tokens = Some(filled(machine, &values.to_bytes())?);
+                nll = Some(machine.zeros(WORD * frames * hop)?);
+            }
+            Wave::Silent => (),
+        }
+        let sets = self.n.div_ceil(self.geometry.rows);
+        let flags = machine.zeros(WORD * N_FLAGS * sets)?;
+        // Only where there are samples can anything run beside them.
+        let geometry = match tokens {
+            Some(_) => self.geometry,
+            None => DecodeGeometry { overlapped: false, group_size: 1, ..self.geometry },
+        };
+        let silent_layout;
+        let layout = match tokens {
+            Some(_) => &self.layout,
+            None => {
+                let Packed { model, linears, element, .. } = &self.model.packed;
+                silent_layout = geometry.layout(model, linears, *element, &machine.limits())?;
+                &silent_layout
+            }
+        };
+        let silent_linears;
+        let linears = match tokens {
+            Some(_) => &self.linears,
+            None => {
+                silent_linears = filled(machine, &layout.linears.to_bytes())?;
+                &silent_linears
+            }
+        };
+        let PlanSampling { temperature, top_k, top_p, min_p } = sampling.plan;
+        let GenerationSettings { grain, past, offset } = sampling.wave;
+        let args = DecodeArgs {
+            streams: self.n as i32,
+            n_frames: n_frames as i32,
+            make_plan: make_plan.into(),
+            make_wave: tokens.is_some().into(),
+            top_k: top_k.min(i32::MAX as usize) as i32,
+            temperature,
+            top_p,
+            min_p,
+            grain,
+            past_weight: past,
+            offset,
+            ..geometry.args(layout)
+        };
+        let [model, weights, exact, doubles, neighbours] = &self.model.parts;
+        let State { counters, ring_tokens, memory, caches, frames: slots, past } = &self.state;
+        let buffers = [
+            Some(model),
+            Some(linears),
+            Some(weights),
+            Some(exact),
+            Some(doubles),
+            Some(neighbours),
+            Some(counters),
+            Some(ring_tokens),
+            Some(memory),
+            Some(caches),
+            Some(slots),
+            Some(past),
+            Some(&flags),
+            plan_uniforms.as_ref(),
+            wave_uniforms.as_ref(),
+            Some(&plan_tokens),
+            Some(&band_values),
+            tokens.as_ref(),
+            nll.as_ref(),
+            plan_draws.as_ref(),
+        ];
+        machine.launch(&layout.launch, &args, buffers)?;
+        let read = |buffer: &M::Buffer, len: usize| -> Result<Vec<u8>, MachineError> {
+            let mut bytes = vec![0; WORD * len];
+            machine.read(buffer, 0, &mut bytes)?;
+            Ok(bytes)
+        };
+        let optional = |buffer: &Option<M::Buffer>, len: usize| -> Result<Vec<u8>, MachineError> {
+            buffer.as_ref().map_or(Ok(Vec::new()), |buffer| read(buffer, len))
+        };
+        let mut played = Played {
+            plan_draws: floats(&optional(&plan_draws, 2 * frames)?)
+                .as_chunks()
+                .0
+                .iter()
+                .map(|&[surprisal, entropy]| PlanDraw { surprisal, entropy })
+                .collect(),
+            tokens: words(&optional(&tokens, frames * hop)?),
+            nll: floats(&optional(&nll, frames * hop)?),
+            ..Played::default()
+        };
+        if make_plan {
+            played.plan_tokens = words(&read(&plan_tokens, frames * books)?);
+            played.bands = floats(&read(&band_values, frames * bands)?);
+        }
+        Ok(played)
+    }
+}

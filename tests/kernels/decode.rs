@@ -1,0 +1,518 @@
+//! decode_persistent.cu under the CUDA engine, against the CPU engine in f32: distributions, tokens, states, many streams.
+
+use std::sync::{Arc, Mutex};
+
+use wavegen::checkpoint::Checkpoint;
+use wavegen::codec::Token;
+#[cfg(feature = "cuda")]
+use wavegen::cuda::Gpu;
+use wavegen::cuda::launch::{DecodeArgs, DecodeGeometry, DecodeLimits, Element, Launch, N_POINTERS, SET};
+use wavegen::engine::cpu::{CpuEngine, CpuOptions, Precision};
+use wavegen::engine::cuda::{CudaEngine, Machine, MachineError, Model, Plan, Sampling, Streams, Wave};
+use wavegen::engine::{Engine, UNIFORMS_PER_SAMPLE};
+use wavegen::model::config::{GenerationSettings, ModelConfig, TierConfig};
+use wavegen::plan::PlanFrame;
+use wavegen::rng::{Kind, Rng, uniform};
+use wavegen::sampler::PlanSampling;
+
+use crate::emulator::{Emulator, Schedule, named};
+
+const FILE: &str = "decode_persistent.cu";
+
+/// The emulator as a machine: memory of this process, each launch a process of its own.
+struct Emulated {
+    emulator: Emulator,
+    schedule: Mutex<Schedule>,
+    limits: DecodeLimits,
+}
+
+impl Machine for Emulated {
+    type Buffer = Mutex<Vec<u8>>;
+
+    fn limits(&self) -> DecodeLimits {
+        self.limits
+    }
+
+    fn zeros(&self, bytes: usize) -> Result<Self::Buffer, MachineError> {
+        Ok(Mutex::new(vec![0; bytes]))
+    }
+
+    fn write(&self, buffer: &mut Self::Buffer, at: usize, bytes: &[u8]) -> Result<(), MachineError> {
+        buffer.get_mut().unwrap()[at..at + bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn read(&self, buffer: &Self::Buffer, at: usize, bytes: &mut [u8]) -> Result<(), MachineError> {
+        bytes.copy_from_slice(&buffer.lock().unwrap()[at..at + bytes.len()]);
+        Ok(())
+    }
+
+    fn launch(
+        &self,
+        launch: &Launch,
+        args: &DecodeArgs,
+        buffers: [Option<&Self::Buffer>; N_POINTERS],
+    ) -> Result<(), MachineError> {
+        let number = |i: usize| buffers[i].map_or(0, |_| 1 + i as u64);
+        let args = args.with_pointers(std::array::from_fn(number));
+        let mut bytes: Vec<Vec<u8>> =
+            buffers.iter().map(|buffer| buffer.map_or(Vec::new(), |buffer| buffer.lock().unwrap().clone())).collect();
+        let mut schedule = self.schedule.lock().unwrap();
+        self.emulator.run(launch, &args, N_POINTERS as u32, &mut bytes, *schedule).map_err(MachineError::Other)?;
+        schedule.seed = schedule.seed.wrapping_mul(5).wrapping_add(u64::from(schedule.seed > 0));
+        for (buffer, bytes) in buffers.into_iter().zip(bytes) {
+            if let Some(buffer) = buffer {
+                *buffer.lock().unwrap() = bytes;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn emulated(schedule: Schedule) -> Option<Arc<Emulated>> {
+    let emulator = Emulator::program(FILE)?;
+    Some(Arc::new(Emulated { emulator, schedule: Mutex::new(schedule), limits: DecodeLimits::default() }))
+}
+
+/// A GPU where there is one, else the emulator.
+enum Place {
+    Emulated(Arc<Emulated>),
+    #[cfg(feature = "cuda")]
+    Gpu(Gpu),
+}
+
+/// Memory of a [`Place`].
+enum Memory {
+    Emulated(<Emulated as Machine>::Buffer),
+    #[cfg(feature = "cuda")]
+    Gpu(<Gpu as Machine>::Buffer),
+}
+
+/// What a call does to the memory of the place that it is made at.
+macro_rules! at_its_place {
+    ($place:expr, $buffer:expr, |$machine:ident, $memory:ident| $call:expr) => {
+        match ($place, $buffer) {
+            (Place::Emulated($machine), Memory::Emulated($memory)) => $call,
+            #[cfg(feature = "cuda")]
+            (Place::Gpu($machine), Memory::Gpu($memory)) => $call,
+            #[cfg(feature = "cuda")]
+            _ => Err(MachineError::Other("memory of another place".into())),
+        }
+    };
+}
+
+impl Machine for Place {
+    type Buffer = Memory;
+
+    fn limits(&self) -> DecodeLimits {
+        match self {
+            Self::Emulated(machine) => machine.limits(),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(machine) => machine.limits(),
+        }
+    }
+
+    fn zeros(&self, bytes: usize) -> Result<Memory, MachineError> {
+        match self {
+            Self::Emulated(machine) => machine.zeros(bytes).map(Memory::Emulated),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(machine) => machine.zeros(bytes).map(Memory::Gpu),
+        }
+    }
+
+    fn write(&self, buffer: &mut Memory, at: usize, bytes: &[u8]) -> Result<(), MachineError> {
+        at_its_place!(self, buffer, |machine, memory| machine.write(memory, at, bytes))
+    }
+
+    fn read(&self, buffer: &Memory, at: usize, bytes: &mut [u8]) -> Result<(), MachineError> {
+        at_its_place!(self, buffer, |machine, memory| machine.read(memory, at, bytes))
+    }
+
+    fn launch(
+        &self,
+        launch: &Launch,
+        args: &DecodeArgs,
+        buffers: [Option<&Memory>; N_POINTERS],
+    ) -> Result<(), MachineError> {
+        match self {
+            Self::Emulated(machine) => {
+                let here = buffers.map(|buffer| match buffer? {
+                    Memory::Emulated(memory) => Some(memory),
+                    #[cfg(feature = "cuda")]
+                    Memory::Gpu(_) => None,
+                });
+                machine.launch(launch, args, here)
+            }
+            #[cfg(feature = "cuda")]
+            Self::Gpu(machine) => {
+                let there = buffers.map(|buffer| match buffer? {
+                    Memory::Gpu(memory) => Some(memory),
+                    Memory::Emulated(_) => None,
+                });
+                machine.launch(launch, args, there)
+            }
+        }
+    }
+}
+
+fn machine(schedule: Schedule) -> Option<Arc<Place>> {
+    #[cfg(feature = "cuda")]
+    if crate::gpu::is_there() {
+        return Some(Arc::new(Place::Gpu(Gpu::new().unwrap())));
+    }
+    emulated(schedule).map(|machine| Arc::new(Place::Emulated(machine)))
+}
+
+/// One block does everything.
+const ALONE: DecodeGeometry = DecodeGeometry { rows: 1, groups: 1, group_size: 1, overlapped: false, threads: 64 };
+/// Plan and forecast from the past have blocks of their own.
+const OVERLAPPED: DecodeGeometry = DecodeGeometry { overlapped: true, ..ALONE };
+/// And two blocks play.
+const DIVIDED: DecodeGeometry = DecodeGeometry { group_size: 2, ..OVERLAPPED };
+
+/// Random weights whose last layers are not zero, so that the history matters.
+fn lively(config: ModelConfig, seed: u64) -> Checkpoint {
+    let mut checkpoint = Checkpoint::untrained(config, seed).unwrap();
+    let mut rng = Rng::new(seed);
+    for weights in checkpoint.weights.values_mut() {
+        weights.iter_mut().for_each(|w| *w += 0.05 * rng.normal());
+    }
+    checkpoint.generation = GenerationSettings { grain: 0.9, past: 0.5, offset: 0.3 };
+    checkpoint
+}
+
+/// Preset `tiny` with plan frames of `hop` samples: emulated samples are dear.
+fn framed(hop: usize) -> ModelConfig {
+    let mut config = ModelConfig::preset("tiny").unwrap();
+    config.plan.hop = hop;
+    config.plan.window = 4 * hop;
+    config
+}
+
+fn tiny(seed: u64) -> Checkpoint {
+    lively(framed(128), seed)
+}
+
+fn music(n: usize) -> Vec<Token> {
+    let sample = |i: usize| 0.2 * (i as f32 * 0.11).sin() + 0.1 * (i as f32 * 0.273).sin();
+    ModelConfig::default().codec.encode_all(&(0..n).map(sample).collect::<Vec<_>>())
+}
+
+fn uniforms(stream: u32, kind: Kind, frame: usize, n: usize) -> Vec<f32> {
+    (frame * n..(frame + 1) * n).map(|t| uniform(7, stream, kind, t as u64)).collect()
+}
+
+fn cpu(checkpoint: &Checkpoint) -> CpuEngine {
+    CpuEngine::new(checkpoint, &CpuOptions { precision: Precision::F32, ..CpuOptions::default() }).unwrap()
+}
+
+fn cuda(
+    machine: &Arc<Place>,
+    checkpoint: &Checkpoint,
+    element: Element,
+    geometry: DecodeGeometry,
+) -> CudaEngine<Place> {
+    let model = Model::new(machine.clone(), checkpoint, element).unwrap();
+    CudaEngine::over(Arc::new(model), geometry).unwrap()
+}
+
+fn play(engine: &mut dyn Engine, frame: usize) -> Result<(PlanFrame, Vec<Token>), String> {
+    let (hop, books) = (engine.config().plan.hop, engine.config().plan.n_codebooks);
+    let (mut plan, mut out) = (PlanFrame::default(), vec![0; hop]);
+    engine.next_plan(&uniforms(0, Kind::Plan, frame, books), &mut plan).map_err(|e| format!("{e:?}"))?;
+    engine
+        .render(&plan, &uniforms(0, Kind::Wave, frame, UNIFORMS_PER_SAMPLE * hop), &mut out)
+        .map_err(|e| format!("{e:?}"))?;
+    Ok((plan, out))
+}
+
+fn worst(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).fold(0.0, |worst, (a, b)| if a.is_finite() { worst.max((a - b).abs()) } else { f32::INFINITY })
+}
+
+/// Frame by frame from the same state: the same plan, and the same tokens until a draw falls on an edge, between two bins or two
+/// components (from there on the streams are different ones).
+fn plays_like(cuda: &mut dyn Engine, cpu: &mut dyn Engine, frames: usize) -> Result<(), String> {
+    let hop = cpu.config().plan.hop;
+    let mut equal = 0;
+    for frame in 0..frames {
+        if frame > 0 {
+            let state = cpu.save().map_err(|e| e.to_string())?;
+            cuda.restore(&state).map_err(|e| e.to_string())?;
+        }
+        let (plan, tokens) = play(cuda, frame)?;
+        let (expected_plan, expected) = play(cpu, frame)?;
+        if plan.tokens != expected_plan.tokens || worst(&plan.bands, &expected_plan.bands) > 1e-5 {
+            return Err(format!("frame {frame}: another plan"));
+        }
+        let (draw, drawn) = (cuda.plan_draw(), cpu.plan_draw());
+        if worst(&[draw.surprisal, draw.entropy], &[drawn.surprisal, drawn.entropy]) > 1e-3 {
+            return Err(format!("frame {frame}: {draw:?}, expected {drawn:?}"));
+        }
+        equal += tokens.iter().zip(&expected).position(|(a, b)| a != b).unwrap_or(hop);
+    }
+    if equal <= frames * hop / 2 {
+        return Err(format!("only {equal} of {} samples are equal", frames * hop));
+    }
+    Ok(())
+}
+
+#[test]
+fn it_plays_the_cpu_engines_tokens_however_the_work_is_shared() {
+    let checkpoint = tiny(1);
+    for (seed, geometry) in [(0, ALONE), (1, OVERLAPPED), (2, DIVIDED)] {
+        let Some(machine) = machine(Schedule::seeded(seed)) else { return };
+        let mut cuda = cuda(&machine, &checkpoint, Element::F32, geometry);
+        let mut cpu = cpu(&checkpoint);
+        let prompt = music(1000);
+        cuda.prefill(&prompt).unwrap();
+        cpu.prefill(&prompt).unwrap();
+        plays_like(&mut cuda, &mut cpu, 5).unwrap_or_else(|e| panic!("{geometry:?}: {e}"));
+    }
+}
+
+#[test]
+fn several_frames_in_a_launch_are_those_of_one_launch_each() {
+    let checkpoint = tiny(2);
+    for (seed, geometry) in [(3, ALONE), (4, OVERLAPPED), (5, DIVIDED)] {
+        let Some(machine) = machine(Schedule::seeded(seed)) else { return };
+        let mut engine = cuda(&machine, &checkpoint, Element::F32, geometry);
+        engine.prefill(&music(700)).unwrap();
+        let mut other = engine.fork().unwrap();
+        other.restore(&engine.save().unwrap()).unwrap();
+        let (hop, books) = (checkpoint.config.plan.hop, checkpoint.config.plan.n_codebooks);
+        let draws = |kind, n| (0..4).flat_map(|frame| uniforms(0, kind, frame, n)).collect::<Vec<_>>();
+        let (plan, tokens) =
+            engine.play(4, &draws(Kind::Plan, books), &draws(Kind::Wave, UNIFORMS_PER_SAMPLE * hop)).unwrap();
+        for (frame, plan) in plan.into_iter().enumerate() {
+            let expected = play(&mut other, frame).unwrap();
+            assert!((plan, tokens[frame * hop..][..hop].to_vec()) == expected, "{geometry:?}, frame {frame}");
+        }
+        assert!(engine.save().unwrap() == other.save().unwrap(), "{geometry:?}");
+    }
+}
+
+/// Models of sizes that nothing divides.
+fn odd() -> Vec<Checkpoint> {
+    let tier = |hop, dim, n_layers, n_heads, window| TierConfig { hop, dim, n_layers, n_heads, window };
+    let all = [
+        vec![tier(32, 20, 2, 2, 5), tier(1, 36, 3, 3, 41)],
+        vec![tier(128, 18, 1, 1, 33), tier(16, 68, 1, 2, 7), tier(4, 10, 1, 1, 3), tier(1, 12, 2, 2, 18)],
+        vec![tier(1, 100, 1, 2, 70)],
+    ];
+    let model = |(seed, tiers)| {
+        let mut config = framed(128);
+        config.wave_transformer.tiers = tiers;
+        config.wave_transformer.token_dim = 5;
+        config.wave_transformer.taps = 3;
+        config.wave_transformer.components = 2;
+        config.wave_transformer.plan_dim = 27;
+        config.wave_transformer.shortcut_dim = 7;
+        config.plan_transformer.dim = 44;
+        config.plan_transformer.n_heads = 1;
+        config.plan_transformer.window = 9;
+        config.plan.n_codebooks = 3;
+        config.plan.n_entries = 11;
+        config.forecast.past_window = 500;
+        config.forecast.past_hop = 32;
+        config.forecast.order = 37;
+        config.validate().unwrap();
+        lively(config, seed)
+    };
+    (5..).zip(all).map(model).collect()
+}
+
+fn assert_scores_like(
+    machine: &Arc<Place>,
+    checkpoint: &Checkpoint,
+    geometry: DecodeGeometry,
+    frames: usize,
+    what: &str,
+) {
+    let tokens = music(frames * checkpoint.config.plan.hop);
+    let (mut cuda, mut cpu) = (cuda(machine, checkpoint, Element::F32, geometry), cpu(checkpoint));
+    let (mut nll, mut expected) = (vec![0.0; tokens.len()], vec![0.0; tokens.len()]);
+    cuda.score(&tokens, &mut nll).unwrap();
+    cpu.score(&tokens, &mut expected).unwrap();
+    let wave = worst(&nll, &expected);
+    let plan = worst(&cuda.score_plan(&tokens).unwrap(), &cpu.score_plan(&tokens).unwrap());
+    assert!(wave < 2e-3 && plan < 1e-3, "{what}: samples differ by {wave} nats, plan frames by {plan}");
+}
+
+#[test]
+fn odd_sizes_have_the_cpu_engines_distributions_over_many_ring_wraps() {
+    let geometries =
+        [ALONE, DIVIDED, DecodeGeometry { group_size: 4, ..OVERLAPPED }, DecodeGeometry { threads: 160, ..OVERLAPPED }];
+    for (i, checkpoint) in odd().iter().enumerate() {
+        let Some(machine) = machine(Schedule::seeded(i as u64)) else { return };
+        assert_scores_like(&machine, checkpoint, geometries[i], 3, &format!("sizes {i}"));
+        let geometry = geometries[i + 1];
+        let (mut cuda, mut cpu) = (cuda(&machine, checkpoint, Element::F32, geometry), cpu(checkpoint));
+        cpu.prefill(&music(1300)).unwrap();
+        cuda.restore(&cpu.save().unwrap()).unwrap();
+        plays_like(&mut cuda, &mut cpu, 2).unwrap_or_else(|e| panic!("sizes {i}, {geometry:?}: {e}"));
+    }
+}
+
+#[test]
+fn the_built_in_model_has_the_cpu_engines_distributions_and_tokens() {
+    let checkpoint = Checkpoint::built_in().unwrap();
+    let geometry = DecodeGeometry { group_size: 2, threads: 256, ..OVERLAPPED };
+    let Some(machine) = machine(Schedule::default()) else { return };
+    assert_scores_like(&machine, &checkpoint, geometry, 2, "built-in");
+    let (mut cuda, mut cpu) = (cuda(&machine, &checkpoint, Element::F32, geometry), cpu(&checkpoint));
+    cpu.prefill(&music(20_000)).unwrap();
+    cuda.restore(&cpu.save().unwrap()).unwrap();
+    plays_like(&mut cuda, &mut cpu, 3).unwrap();
+}
+
+#[test]
+fn a_long_prompt_is_read_as_the_cpu_engine_reads_it() {
+    let checkpoint = tiny(6);
+    let Some(machine) = machine(Schedule::default()) else { return };
+    let (mut cuda, mut cpu) = (cuda(&machine, &checkpoint, Element::F32, ALONE), cpu(&checkpoint));
+    let prompt = music(40 * 128 + 77);
+    cuda.prefill(&prompt).unwrap();
+    cpu.prefill(&prompt).unwrap();
+    plays_like(&mut cuda, &mut cpu, 1).unwrap();
+}
+
+#[test]
+fn states_go_to_other_engines_and_back() {
+    let checkpoint = tiny(4);
+    let Some(machine) = machine(Schedule::default()) else { return };
+    let (mut cuda, mut cpu) = (cuda(&machine, &checkpoint, Element::F32, OVERLAPPED), cpu(&checkpoint));
+    cuda.prefill(&music(1000)).unwrap();
+    play(&mut cuda, 0).unwrap();
+    let state = cuda.save().unwrap();
+    let expected = play(&mut cuda, 1).unwrap();
+    cuda.restore(&state).unwrap();
+    assert!(cuda.save().unwrap() == state, "a state is not what it was");
+    assert!(play(&mut cuda, 1).unwrap() == expected, "back in time");
+    cpu.restore(&state).unwrap();
+    cuda.restore(&state).unwrap();
+    plays_like(&mut cuda, &mut cpu, 2).unwrap();
+    assert!(cuda.restore(&state[..state.len() / 2]).is_err());
+}
+
+#[test]
+fn many_streams_play_what_they_play_alone() {
+    let checkpoint = tiny(3);
+    let (hop, books) = (checkpoint.config.plan.hop, checkpoint.config.plan.n_codebooks);
+    let many = DecodeGeometry { rows: SET, ..ALONE };
+    for (n, geometry) in [
+        (3, many),
+        (11, DecodeGeometry { groups: 2, threads: 96, ..many }),
+        (17, DecodeGeometry { overlapped: true, groups: 2, group_size: 2, ..many }),
+    ] {
+        let Some(machine) = machine(Schedule::seeded(n as u64)) else { return };
+        let model = Arc::new(Model::new(machine, &checkpoint, Element::F32).unwrap());
+        let mut streams = Streams::new(model.clone(), n, geometry).unwrap();
+        let sampling = Sampling { plan: PlanSampling::default(), wave: checkpoint.generation };
+        let mut alone = CudaEngine::over(model, ALONE).unwrap();
+        let states: Vec<Vec<u8>> = (0..n.min(4))
+            .map(|i| {
+                alone.prefill(&music(100 + 200 * i)).unwrap();
+                alone.save().unwrap()
+            })
+            .collect();
+        for stream in 0..n {
+            alone.restore(&states[stream % states.len()]).unwrap();
+            streams.load(stream, &alone.stream().unwrap()).unwrap();
+        }
+        let all = |kind, per_frame: usize| -> Vec<f32> {
+            (0..n as u32).flat_map(|stream| uniforms(stream, kind, 0, 2 * per_frame)).collect()
+        };
+        let (plan, wave) = (all(Kind::Plan, books), all(Kind::Wave, UNIFORMS_PER_SAMPLE * hop));
+        let played = streams.play(2, Plan::Draw(&plan), Wave::Draw(&wave), &sampling).unwrap();
+        for stream in [0, n / 2, n - 1] {
+            alone.restore(&states[stream % states.len()]).unwrap();
+            let (_, tokens) =
+                alone.play(2, &plan[stream * 2 * books..][..2 * books], &wave[stream * 4 * hop..][..4 * hop]).unwrap();
+            let together = played.tokens[stream * 2 * hop..][..2 * hop].iter().map(|&token| token as Token);
+            assert!(together.eq(tokens), "stream {stream} of {n}, {geometry:?}");
+        }
+    }
+}
+
+#[test]
+fn half_precision_weights_cost_little() {
+    let checkpoint = Checkpoint::built_in().unwrap();
+    let Some(machine) = machine(Schedule::default()) else { return };
+    let tokens = music(2 * checkpoint.config.plan.hop);
+    let nats = |element| {
+        let mut engine = cuda(&machine, &checkpoint, element, DecodeGeometry { threads: 256, ..ALONE });
+        let mut nll = vec![0.0; tokens.len()];
+        engine.score(&tokens, &mut nll).unwrap();
+        nll
+    };
+    let (exact, rounded) = (nats(Element::F32), nats(Element::Bf16));
+    let mean = exact.iter().zip(&rounded).map(|(a, b)| b - a).sum::<f32>() / tokens.len() as f32;
+    assert!(exact != rounded && mean.abs() < 0.01 && worst(&exact, &rounded) < 0.5, "{mean}");
+}
+
+/// A model in which every loop runs more than once, with little of everything.
+fn small() -> Checkpoint {
+    let tier = |hop, dim, n_layers, n_heads, window| TierConfig { hop, dim, n_layers, n_heads, window };
+    let mut config = framed(64);
+    config.plan.window = 1024;
+    config.wave_transformer.tiers = vec![tier(16, 40, 1, 2, 70), tier(1, 24, 2, 2, 40)];
+    config.plan_transformer.window = 3;
+    config.forecast.past_window = 96;
+    config.forecast.past_hop = 32;
+    config.forecast.order = 40;
+    config.wave_transformer.shortcut_dim = 40;
+    config.validate().unwrap();
+    lively(config, 8)
+}
+
+/// Frames of two or three streams, and the states that they leave.
+fn outcome(machine: &Arc<Emulated>, checkpoint: &Checkpoint, geometry: DecodeGeometry) -> Result<Vec<Vec<u8>>, String> {
+    let text = |e: &dyn std::fmt::Debug| format!("{e:?}");
+    let (hop, books) = (checkpoint.config.plan.hop, checkpoint.config.plan.n_codebooks);
+    let model = Arc::new(Model::new(machine.clone(), checkpoint, Element::F32).map_err(|e| text(&e))?);
+    let n = if geometry.rows == 1 { 2 } else { SET };
+    let mut streams = Streams::new(model, n, geometry).map_err(|e| text(&e))?;
+    let sampling = Sampling { plan: PlanSampling::default(), wave: checkpoint.generation };
+    let all = |kind, per_frame: usize| -> Vec<f32> {
+        (0..n as u32).flat_map(|stream| uniforms(stream, kind, 0, 4 * per_frame)).collect()
+    };
+    let (plan, wave) = (all(Kind::Plan, books), all(Kind::Wave, UNIFORMS_PER_SAMPLE * hop));
+    let played = streams.play(4, Plan::Draw(&plan), Wave::Draw(&wave), &sampling).map_err(|e| text(&e))?;
+    let tokens = played.tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+    // What was played is priced as it was when it was drawn.
+    let read = Plan::Read(&played.plan_tokens);
+    let prices = streams.play(4, read, Wave::Silent, &sampling).map_err(|e| text(&e))?.plan_draws;
+    let prices = played.plan_draws.iter().chain(&prices);
+    let prices = prices.flat_map(|draw| [draw.surprisal, draw.entropy]).flat_map(f32::to_le_bytes).collect();
+    let state = |stream| streams.store(stream).and_then(|state| state.to_bytes()).map_err(|e| text(&e));
+    [Ok(tokens), Ok(prices)].into_iter().chain((0..n).map(state)).collect()
+}
+
+#[test]
+fn a_barrier_or_a_flag_that_is_left_out_is_noticed() {
+    let checkpoint = small();
+    let Some(machine) = emulated(Schedule::default()) else { return };
+    let geometries = [DIVIDED, ALONE, DecodeGeometry { rows: SET, ..ALONE }];
+    let expected = geometries.map(|geometry| outcome(&machine, &checkpoint, geometry).unwrap());
+    let passes = |left_out, geometry: usize, seed| {
+        *machine.schedule.lock().unwrap() = Schedule { left_out, ..Schedule::seeded(seed) };
+        outcome(&machine, &checkpoint, geometries[geometry]).is_ok_and(|got| got == expected[geometry])
+    };
+    let always = |left_out| (1..3).all(|seed| (0..3).all(|geometry| passes(left_out, geometry, seed)));
+    assert!(always(0), "the schedule changes the result");
+    let missed: Vec<String> =
+        machine.emulator.barriers().into_iter().filter(|&left_out| always(left_out)).map(named).collect();
+    assert!(missed.is_empty(), "nobody misses {missed:?}");
+}
+
+#[test]
+fn too_little_shared_memory_is_noticed() {
+    let checkpoint = tiny(3);
+    let Some(machine) = emulated(Schedule { short_by: 64, ..Schedule::default() }) else { return };
+    for geometry in [ALONE, DIVIDED] {
+        let error = outcome(&machine, &checkpoint, geometry).unwrap_err();
+        assert!(error.contains("shared memory"), "{error}");
+    }
+}
