@@ -22,13 +22,12 @@ using bf16 = __nv_bfloat16;
 /// Waits until all threads of a group of blocks have come and publishes to them what each has written; a group of more than one
 /// is a cluster, which sm_90 and later have.
 #if __CUDA_ARCH__ >= 900
-#define GROUP_BARRIER(size)                                                            \
-  do {                                                                                 \
-    if ((size) > 1)                                                                    \
-      asm volatile("barrier.cluster.arrive.release.aligned;\n"                         \
-                   "barrier.cluster.wait.acquire.aligned;" ::: "memory");              \
-    else                                                                               \
-      __syncthreads();                                                                 \
+#define GROUP_BARRIER(size)                                                                                  \
+  do {                                                                                                       \
+    if ((size) > 1)                                                                                          \
+      asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");         \
+    else                                                                                                     \
+      __syncthreads();                                                                                       \
   } while (0)
 #else
 #define GROUP_BARRIER(size) __syncthreads()

@@ -385,6 +385,17 @@ fn without_a_gpu_the_cpu_plays_and_says_so() {
     required.env("WAVEGEN_REQUIRE_CUDA", "1").assert().failure().stderr(contains("feature `cuda`"));
 }
 
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn a_bench_without_a_gpu_says_so() {
+    let scene = Scene::new();
+    for args in [&["bench", "kernels"][..], &["bench", "decode", "--engine", "cuda"]] {
+        scene.wavegen(args).assert().success().stderr(contains("nothing measured"));
+        scene.wavegen(args).arg("--json").assert().success().stdout(contains("\"measured\": false"));
+        scene.wavegen(args).env("WAVEGEN_REQUIRE_CUDA", "1").assert().failure();
+    }
+}
+
 #[test]
 fn a_session_may_change_engines() {
     let scene = Scene::new();

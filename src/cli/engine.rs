@@ -64,7 +64,7 @@ impl EngineArgs {
                 }
                 #[cfg(not(feature = "cuda"))]
                 Ok(never) => match never {},
-                Err(e) if std::env::var_os(REQUIRE_CUDA).is_some_and(|value| value == "1") => return Err(e),
+                Err(e) if cuda_is_required() => return Err(e),
                 Err(e) => {
                     talk.warn(&format!("{e:#}; playing on the CPU"));
                     Precision::Int8
@@ -112,13 +112,19 @@ impl Loaded<'_> {
 /// With the value 1, what would do without a GPU fails instead.
 const REQUIRE_CUDA: &str = "WAVEGEN_REQUIRE_CUDA";
 
+pub fn cuda_is_required() -> bool {
+    std::env::var_os(REQUIRE_CUDA).is_some_and(|value| value == "1")
+}
+
+/// The GPU, or why there is none.
 #[cfg(feature = "cuda")]
-fn gpu() -> Result<Arc<Gpu>> {
+pub fn gpu() -> Result<Arc<Gpu>> {
     Ok(Arc::new(Gpu::new()?))
 }
 
+/// The GPU, or why there is none.
 #[cfg(not(feature = "cuda"))]
-fn gpu() -> Result<std::convert::Infallible> {
+pub fn gpu() -> Result<std::convert::Infallible> {
     anyhow::bail!("this program was built without the feature `cuda`")
 }
 

@@ -1,7 +1,7 @@
 //! NVIDIA GPUs: the launches of the kernels in kernels/ as plain data and, with the feature `cuda`, what runs them: tensor
 //! operations with gradients for training, and the machine that the CUDA engine plays on.
 //!
-//! A program built with the feature starts on machines without CUDA: [`device`] then says why there is none. Never run on a GPU
+//! A program built with the feature starts on machines without CUDA: `device` then says why there is none. Never run on a GPU
 //! yet; the kernels themselves are tested in an emulator (tests/kernels.rs, tests/decode.rs).
 
 #[cfg(feature = "cuda")]

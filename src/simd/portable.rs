@@ -442,7 +442,7 @@ pub struct RingI8<'a> {
 const DIGIT: u32 = 128;
 
 /// As [`attend`] in whole numbers: a query that [`quantize`] has rounded (padded to whole groups of four) and what one of it is
-/// worth; weights of the softmax are rounded to [`DIGIT`]^2 steps of the largest. `digits` has room for two rows of `stride` lines.
+/// worth; weights of the softmax are rounded to `DIGIT`^2 steps of the largest. `digits` has room for two rows of `stride` lines.
 #[inline(always)]
 pub fn attend_i8<S: WholeSums>(
     q: &[i8],

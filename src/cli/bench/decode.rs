@@ -19,6 +19,7 @@ use wavegen::simd::Isa;
 use super::super::Outcome;
 use super::super::check::{Distance, chords, costs, draws, play, play_together};
 use super::super::common::{ModelArgs, Talk, Usage, catch_interrupt, interrupted, print};
+use super::gpu;
 use super::machine::{Machine, Peak, resident_bytes};
 
 /// Plan frames that every case plays first: to warm up, and to be compared.
@@ -41,11 +42,15 @@ const MOST_INT8_BITS: f64 = 0.1;
 #[command(after_help = "\
 Examples:
   wavegen bench decode
+  wavegen bench decode --engine cuda --rounds 11 --json > gpu.json
   wavegen bench decode --presets none --batches 1,4,16 --rounds 11
   wavegen bench decode --model my.safetensors --isas avx2 --json > decode.json")]
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
+    /// What computes: the CPU's engines and the reference, or a GPU
+    #[arg(long, value_enum, default_value = "cpu")]
+    engine: Engines,
     /// Presets to measure beside the model, with random weights; `none` for none
     #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "small,base")]
     presets: Vec<String>,
@@ -67,6 +72,14 @@ pub struct Args {
     no_reference: bool,
     #[command(flatten)]
     talk: Talk,
+}
+
+/// Whose engines are measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Engines {
+    Cpu,
+    /// With the model and the preset `base`; without a GPU it says so
+    Cuda,
 }
 
 fn isa(name: &str) -> Result<Isa, String> {
@@ -150,6 +163,10 @@ struct Case {
 }
 
 pub fn run(args: &Args) -> Result<Outcome> {
+    if args.engine == Engines::Cuda {
+        let Args { model, rounds, talk, .. } = args;
+        return gpu::generation(&gpu::Generation { model, rounds: *rounds, talk });
+    }
     let mut models = vec![args.model.load()?];
     for name in args.presets.iter().filter(|name| *name != "none") {
         let config = ModelConfig::preset(name).map_err(|e| Usage(e.to_string()))?;

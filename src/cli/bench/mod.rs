@@ -1,6 +1,7 @@
 //! `wavegen bench`: turns this machine's time into figures.
 
 mod decode;
+mod gpu;
 mod machine;
 
 use anyhow::Result;
@@ -12,7 +13,9 @@ use super::Outcome;
 #[command(after_help = "\
 Examples:
   wavegen bench decode                               how fast every engine plays
-  wavegen bench decode --json > decode.json")]
+  wavegen bench decode --json > decode.json
+  wavegen bench decode --engine cuda                 the same of a GPU, one stream to thousands
+  wavegen bench kernels                              the training kernels on a GPU")]
 pub struct Args {
     #[command(subcommand)]
     what: What,
@@ -21,10 +24,12 @@ pub struct Args {
 #[derive(clap::Subcommand)]
 enum What {
     Decode(decode::Args),
+    Kernels(gpu::Args),
 }
 
 pub fn run(args: &Args) -> Result<Outcome> {
     match &args.what {
         What::Decode(args) => decode::run(args),
+        What::Kernels(args) => gpu::kernels(args),
     }
 }

@@ -81,10 +81,17 @@ pub struct Played {
 pub struct Streams<M: Machine> {
     pub model: Arc<Model<M>>,
     n: usize,
+    playing: Shape<M::Buffer>,
+    /// Of launches that make a plan only: there is nothing to run beside it.
+    silent: Shape<M::Buffer>,
+    state: State<M::Buffer>,
+}
+
+/// How a launch shares the work, and the model's maps with their places in shared memory.
+struct Shape<B> {
     geometry: DecodeGeometry,
     layout: DecodeLayout,
-    linears: M::Buffer,
-    state: State<M::Buffer>,
+    linears: B,
 }
 
 /// What lasts from launch to launch.
@@ -128,6 +135,12 @@ impl<M: Machine> Model<M> {
         &self.packed.model
     }
 
+    fn shape(&self, geometry: DecodeGeometry) -> Result<Shape<M::Buffer>, EngineError> {
+        let Packed { model, linears, element, .. } = &self.packed;
+        let layout = geometry.layout(model, linears, *element, &self.machine.limits())?;
+        Ok(Shape { geometry, linears: filled(&*self.machine, &layout.linears.to_bytes())?, layout })
+    }
+
     /// How `streams` of it are played on this machine unless told otherwise.
     pub fn geometry(&self, streams: usize) -> DecodeGeometry {
         let Packed { model, linears, element, .. } = &self.packed;
@@ -162,9 +175,7 @@ impl<M: Machine> Streams<M> {
     /// # Errors
     /// When the machine has no room for them.
     pub fn new(model: Arc<Model<M>>, n: usize, geometry: DecodeGeometry) -> Result<Self, EngineError> {
-        let Packed { model: sizes, linears, element, .. } = &model.packed;
-        let machine = &*model.machine;
-        let layout = geometry.layout(sizes, linears, *element, &machine.limits())?;
+        let (sizes, machine) = (model.sizes(), &*model.machine);
         let of = |stride: i64, word: usize| machine.zeros(n * stride as usize * word);
         let state = State {
             counters: of(N_COUNTERS as i64, 8)?,
@@ -174,8 +185,9 @@ impl<M: Machine> Streams<M> {
             frames: of(2 * i64::from(sizes.frame_stride), WORD)?,
             past: of(sizes.order.into(), WORD)?,
         };
-        let linears = filled(machine, &layout.linears.to_bytes())?;
-        let mut streams = Self { n, geometry, layout, linears, state, model };
+        let playing = model.shape(geometry)?;
+        let silent = model.shape(DecodeGeometry { overlapped: false, group_size: 1, ..geometry })?;
+        let mut streams = Self { n, playing, silent, state, model };
         streams.reset()?;
         Ok(streams)
     }
@@ -186,12 +198,12 @@ impl<M: Machine> Streams<M> {
     }
 
     pub fn geometry(&self) -> DecodeGeometry {
-        self.geometry
+        self.playing.geometry
     }
 
     /// Share of the wave transformer's weights that stay in shared memory.
     pub fn resident(&self) -> f64 {
-        self.layout.resident
+        self.playing.layout.resident
     }
 
     /// All streams at their beginning.
@@ -382,30 +394,8 @@ impl<M: Machine> Streams<M> {
             }
             Wave::Silent => (),
         }
-        let sets = self.n.div_ceil(self.geometry.rows);
-        let flags = machine.zeros(WORD * N_FLAGS * sets)?;
-        // Only where there are samples can anything run beside them.
-        let geometry = match tokens {
-            Some(_) => self.geometry,
-            None => DecodeGeometry { overlapped: false, group_size: 1, ..self.geometry },
-        };
-        let silent_layout;
-        let layout = match tokens {
-            Some(_) => &self.layout,
-            None => {
-                let Packed { model, linears, element, .. } = &self.model.packed;
-                silent_layout = geometry.layout(model, linears, *element, &machine.limits())?;
-                &silent_layout
-            }
-        };
-        let silent_linears;
-        let linears = match tokens {
-            Some(_) => &self.linears,
-            None => {
-                silent_linears = filled(machine, &layout.linears.to_bytes())?;
-                &silent_linears
-            }
-        };
+        let Shape { geometry, layout, linears } = if tokens.is_some() { &self.playing } else { &self.silent };
+        let flags = machine.zeros(WORD * N_FLAGS * self.n.div_ceil(geometry.rows))?;
         let PlanSampling { temperature, top_k, top_p, min_p } = sampling.plan;
         let GenerationSettings { grain, past, offset } = sampling.wave;
         let args = DecodeArgs {

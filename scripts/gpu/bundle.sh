@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# bundle.sh [FOLDER]: builds what a machine with a GPU but without Rust needs, into FOLDER (default: gpu-bundle, which git ignores):
+# the program and the kernels' tests with the feature `cuda`, stripped and packed, the scripts of benches/peers, and run.sh. Then, there:
+#
+#     FOLDER/run.sh [OUTPUT]        everything; correctness first, then times. Without a GPU it says so and ends with 0.
+#
+# Needs nvcc: eval "$(scripts/cuda/get-toolkit.sh)".
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+folder=${1:-gpu-bundle}
+
+cargo build --release --features cuda
+tests=$(cargo test --release --features cuda --test kernels --no-run --message-format=json |
+    python3 -c 'import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    if message.get("executable") and message["target"]["name"] == "kernels": print(message["executable"])')
+program=$(cargo metadata --format-version 1 --no-deps | python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')/release/wavegen
+rm -rf "$folder"
+mkdir -p "$folder"
+strip -o "$folder/wavegen" "$program"
+strip -o "$folder/kernels-test" "$tests"
+cp benches/peers/*.py scripts/gpu/run.sh "$folder"
+gzip "$folder/wavegen" "$folder/kernels-test"
+git rev-parse HEAD >"$folder/commit"
+du -sh "$folder"

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# run.sh [OUTPUT]: the standing list of a GPU session, from the folder that bundle.sh made: tests on the GPU, the same under
+# compute-sanitizer, benches, peers. Every step has a time limit, a log in OUTPUT (default: the folder's `out`) and a line at the end.
+# PART=check or PART=time runs half of it.
+set -uo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+out=${1:-$here/out}
+part=${PART:-all}
+mkdir -p "$out"
+cd "$out" || exit 1
+for program in wavegen kernels-test; do
+    [[ -x $here/$program ]] || { gunzip -k "$here/$program.gz" && chmod +x "$here/$program"; } || exit 1
+done
+
+if ! nvidia-smi >nvidia-smi.log 2>&1; then
+    echo "no CUDA device: nothing was run"
+    exit 0
+fi
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+summary=()
+failed=0
+
+# step NAME SECONDS COMMAND...
+step() {
+    local name=$1 limit=$2 begun=$SECONDS
+    shift 2
+    if timeout "$limit" "$@" >"$name.log" 2>"$name.err"; then
+        summary+=("ok      $name ($((SECONDS - begun)) s)")
+    else
+        summary+=("FAILED  $name (status $?, $((SECONDS - begun)) s)")
+        failed=1
+        tail -n 20 "$name.log" "$name.err"
+    fi
+}
+
+# Ten minutes of audio; the GPU's memory may not grow after the first seconds.
+long_play() {
+    rm -f memory.txt
+    "$1/wavegen" generate --engine cuda --seconds 600 --force -o long.wav &
+    local player=$!
+    while kill -0 "$player" 2>/dev/null; do
+        nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits >>memory.txt
+        sleep 1
+    done
+    rm -f long.wav
+    wait "$player" && awk 'NR == 5 { first = $1 } NR > 5 && $1 > most { most = $1 }
+        END { print "MiB in use: " first ", at most " most; exit most > first + 64 }' memory.txt
+}
+
+export WAVEGEN_REQUIRE_CUDA=1 RUST_BACKTRACE=0
+# Errors are planted in the emulator only, which wants the sources and a compiler.
+native=(--test-threads 1 --skip left_out --skip shared_memory_is_noticed)
+if [[ $part != time ]]; then
+    step info 30 "$here/wavegen" info
+    step tests-training 120 "$here/kernels-test" "${native[@]}" --skip decode
+    step tests-decode 240 "$here/kernels-test" "${native[@]}" decode
+    for tool in memcheck racecheck synccheck; do
+        step "sanitizer-$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 1 "$here/kernels-test" "${native[@]}" \
+            --skip decode --skip presets --skip every_schedule
+        step "sanitizer-$tool-decode" 150 compute-sanitizer --tool "$tool" --error-exitcode 1 "$here/kernels-test" "${native[@]}" \
+            states_go_to_other_engines
+    done
+fi
+if [[ $part != check ]]; then
+    step bench-kernels 120 "$here/wavegen" bench kernels --json
+    step bench-decode 300 "$here/wavegen" bench decode --engine cuda --rounds 5 --json
+    step peer-attention 200 python3 "$here/attention.py"
+    step peer-decode 300 python3 "$here/decode.py"
+    step long-play 240 bash -c "$(declare -f long_play); long_play '$here'"
+fi
+cat ./*.log | grep -E "^test |samples/s|TFLOP|us" | tail -n 80
+printf '%s\n' "commit $(cat "$here/commit")" "${summary[@]}"
+exit "$failed"
