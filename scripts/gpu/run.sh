@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# run.sh [OUTPUT]: the standing list of a GPU session, from the folder that bundle.sh made: tests on the GPU, the same under
+# run.sh [OUTPUT]: all that a GPU is needed for, from the folder that bundle.sh made: tests on the GPU, the same under
 # compute-sanitizer, benches, peers. Every step has a time limit, a log in OUTPUT (default: the folder's `out`) and a line at the end.
 # PART=check or PART=time runs half of it.
 set -uo pipefail
