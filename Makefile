@@ -1,5 +1,5 @@
 # What CI runs, and the shortcuts of daily work. One build profile serves all: release.
-.PHONY: check format lint test examples docs cuda
+.PHONY: check format lint test examples docs live cuda
 
 check: format lint test examples docs
 
@@ -18,6 +18,10 @@ examples:
 
 docs:
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --release
+
+# Sound through ALSA; needs its headers on Linux.
+live:
+	cargo clippy --release --lib --bins --features live -- -D warnings
 
 # With the settings of `eval "$(scripts/cuda/get-toolkit.sh)"`; no GPU needed.
 cuda:

@@ -6,7 +6,7 @@
 //! plan tokens (past) --model::plan_transformer--> the next plan frame, sampled
 //! tokens (past) + plan frame --forecast--> two linear forecasts
 //!     --model::wave_transformer--> distribution of the next token --sampler--> token
-//! tokens --codec--> samples --audio::resample--> sink (WAV file, pipe)
+//! tokens --codec--> samples --audio::resample--> sink (WAV file, pipe) or live (speakers)
 //! train: recordings --> checkpoint            continue: prompt --> engine <-- checkpoint
 //! ```
 //!
@@ -24,6 +24,7 @@
 //! | [`simd`] | the inner loops, for the machine's instruction set |
 //! | [`generate`] | a recording into its continuation: the loop, the prompt, the seam, sessions |
 //! | [`sink`] | where samples go: WAV file, pipe |
+//! | [`live`] | an engine into endless sound on a device, steered while it plays |
 //! | [`train`] | recordings into a checkpoint |
 //! | [`cuda`] | launches of the kernels in kernels/; with the feature `cuda`, tensors into tensors on a GPU |
 //! | [`metrics`], [`baselines`] | samples and plans into figures; what a model must beat |
@@ -55,6 +56,7 @@ pub(crate) mod dot;
 pub mod engine;
 pub mod forecast;
 pub mod generate;
+pub mod live;
 pub mod metrics;
 pub mod model;
 pub mod plan;

@@ -1,35 +1,18 @@
 //! Playing on through the library: exact lengths, same seed same samples, clean ends, at every rate.
 
+mod memory;
+
 use std::ops::ControlFlow;
 
 use wavegen::audio::decode::decode_tail;
-use wavegen::audio::{AudioSource, Result, SampleFormat, WavFormat, WavPrompt};
+use wavegen::audio::{AudioSource, SampleFormat, WavFormat};
 use wavegen::checkpoint::Checkpoint;
 use wavegen::engine::Engine;
 use wavegen::engine::reference::ReferenceEngine;
 use wavegen::generate::{CONTEXT_S, Options, Played, Player, Prompt, Recording, Session, SessionError};
 use wavegen::model::config::ModelConfig;
-use wavegen::sink::Sink;
 
-/// Keeps what is written.
-#[derive(Default)]
-struct Memory(Vec<f32>);
-
-impl Sink for Memory {
-    fn start(&mut self, _: &WavFormat) -> Result<()> {
-        Ok(())
-    }
-    fn copy_prompt(&mut self, _: &WavPrompt) -> Result<()> {
-        Ok(())
-    }
-    fn write(&mut self, interleaved: &[f32]) -> Result<()> {
-        self.0.extend_from_slice(interleaved);
-        Ok(())
-    }
-    fn finish(&mut self) -> Result<()> {
-        Ok(())
-    }
-}
+use memory::Memory;
 
 fn checkpoint() -> Checkpoint {
     Checkpoint::untrained(ModelConfig::preset("tiny").unwrap(), 1).unwrap()

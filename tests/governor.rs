@@ -1,16 +1,19 @@
 //! The governor on a model that fails on purpose: failures are replaced, nothing that was played changes, and the same seed
 //! gives the same samples however playing is cut.
 
+mod memory;
+
 use std::ops::ControlFlow;
 
-use wavegen::audio::{Result, SampleFormat, WavFormat, WavPrompt};
+use wavegen::audio::{SampleFormat, WavFormat};
 use wavegen::codec::{Codec, Token};
 use wavegen::engine::{Engine, EngineError, PlanDraw};
 use wavegen::generate::{Alarm, Guide, Options, Path, Played, Player, Prompt, Recording, Session};
 use wavegen::model::config::{GenerationSettings, ModelConfig};
 use wavegen::plan::PlanFrame;
 use wavegen::sampler::{PlanSampling, WaveSampling};
-use wavegen::sink::Sink;
+
+use memory::Memory;
 
 const HOP: usize = 512;
 
@@ -46,17 +49,17 @@ impl Engine for Failing {
     fn generation(&self) -> GenerationSettings {
         GenerationSettings::default()
     }
-    fn reset(&mut self) -> std::result::Result<(), EngineError> {
+    fn reset(&mut self) -> Result<(), EngineError> {
         (self.n, self.silent) = (0, false);
         Ok(())
     }
     fn set_sampling(&mut self, _: PlanSampling, _: WaveSampling) {}
-    fn prefill(&mut self, prompt: &[Token]) -> std::result::Result<(), EngineError> {
+    fn prefill(&mut self, prompt: &[Token]) -> Result<(), EngineError> {
         self.reset()?;
         self.n = prompt.len() as u64;
         Ok(())
     }
-    fn next_plan(&mut self, uniforms: &[f32], out: &mut PlanFrame) -> std::result::Result<(), EngineError> {
+    fn next_plan(&mut self, uniforms: &[f32], out: &mut PlanFrame) -> Result<(), EngineError> {
         self.silent |= uniforms[0] < 1.0 / 240.0 || (self.doomed && self.n > 16_000 * 9);
         *out = PlanFrame { tokens: vec![0], bands: vec![uniforms[0]] };
         Ok(())
@@ -64,7 +67,7 @@ impl Engine for Failing {
     fn plan_draw(&self) -> PlanDraw {
         PlanDraw { surprisal: 8.0, entropy: 8.0 }
     }
-    fn render(&mut self, plan: &PlanFrame, _: &[f32], out: &mut [Token]) -> std::result::Result<(), EngineError> {
+    fn render(&mut self, plan: &PlanFrame, _: &[f32], out: &mut [Token]) -> Result<(), EngineError> {
         for token in out {
             // The last bit of the plan is heard, so that every frame tells which uniform it had.
             let sample = if self.silent { 0.0 } else { Self::sample(self.n) * (1.0 + 0.1 * plan.bands[0]) };
@@ -73,17 +76,17 @@ impl Engine for Failing {
         }
         Ok(())
     }
-    fn score(&mut self, _: &[Token], nll: &mut [f32]) -> std::result::Result<(), EngineError> {
+    fn score(&mut self, _: &[Token], nll: &mut [f32]) -> Result<(), EngineError> {
         nll.fill(1.0);
         Ok(())
     }
-    fn score_plan(&mut self, tokens: &[Token]) -> std::result::Result<Vec<f32>, EngineError> {
+    fn score_plan(&mut self, tokens: &[Token]) -> Result<Vec<f32>, EngineError> {
         Ok(vec![8.0; (tokens.len() / HOP).saturating_sub(1)])
     }
-    fn save(&self) -> std::result::Result<Vec<u8>, EngineError> {
+    fn save(&self) -> Result<Vec<u8>, EngineError> {
         Ok([&self.n.to_le_bytes()[..], &[u8::from(self.silent)]].concat())
     }
-    fn restore(&mut self, state: &[u8]) -> std::result::Result<(), EngineError> {
+    fn restore(&mut self, state: &[u8]) -> Result<(), EngineError> {
         self.n = u64::from_le_bytes(state[..8].try_into().unwrap());
         self.silent = state[8] == 1;
         Ok(())
@@ -151,7 +154,7 @@ fn going_back_takes_another_way_from_what_was_played() {
     path.keep(31 * 8);
     let first = frames(&mut path, &mut engine, 100);
     let back = path.vary(&mut engine, 50).unwrap();
-    assert!((50..50 + 40).contains(&back), "{back}");
+    assert!((50..50 + 70).contains(&back), "{back}");
     assert_eq!(path.released(), 100 - back);
     let second = frames(&mut path, &mut engine, back as usize);
     assert_ne!(second, first[100 - back as usize..]);
@@ -185,24 +188,6 @@ fn settings_and_guides_act_on_the_very_next_frame() {
     assert_eq!(played, before);
 }
 
-struct Memory(Vec<f32>);
-
-impl Sink for Memory {
-    fn start(&mut self, _: &WavFormat) -> Result<()> {
-        Ok(())
-    }
-    fn copy_prompt(&mut self, _: &WavPrompt) -> Result<()> {
-        Ok(())
-    }
-    fn write(&mut self, interleaved: &[f32]) -> Result<()> {
-        self.0.extend_from_slice(interleaved);
-        Ok(())
-    }
-    fn finish(&mut self) -> Result<()> {
-        Ok(())
-    }
-}
-
 fn play(player: &mut Player, engine: &mut dyn Engine, seconds: f64, out: &mut Memory) -> Played {
     player.play(engine, seconds, out, &mut |_| ControlFlow::Continue(())).unwrap()
 }
@@ -216,11 +201,11 @@ fn a_governed_session_is_the_same_however_it_is_cut() {
         let prompt = Prompt::silence(&Codec::default());
         let mut engine = Failing::new(false);
         let mut player = Player::new(&mut engine, &prompt, &options, true).unwrap();
-        let mut whole = Memory(Vec::new());
+        let mut whole = Memory::default();
         let all = play(&mut player, &mut engine, 40.0, &mut whole).interventions;
         assert!(!all.is_empty());
 
-        let (mut parts, mut told) = (Memory(Vec::new()), Vec::new());
+        let (mut parts, mut told) = (Memory::default(), Vec::new());
         let mut engine = Failing::new(false);
         let mut player = Player::new(&mut engine, &prompt, &options, true).unwrap();
         for i in 0..16 {

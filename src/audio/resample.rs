@@ -22,6 +22,7 @@ pub struct StreamResampler {
     fft: Option<Fft<f64>>,
     from: u64,
     to: u64,
+    filter_len: usize,
     // f64, so that f32 samples come back as they were but for the last bit.
     pending: Vec<f64>,
     // The chunk that `fft` took last: all that its memory holds, for [`Self::state`].
@@ -39,18 +40,32 @@ impl StreamResampler {
     /// # Errors
     /// A rate outside [`LOWEST_RATE`]..=[`HIGHEST_RATE`].
     pub fn new(from: u32, to: u32) -> Result<Self> {
+        Self::with_filter(from, to, FILTER_LEN)
+    }
+
+    /// A resampler whose filter has `filter_len` samples at the lower of the two rates: shorter is sooner, and passes less
+    /// below half of that rate (256: up to 0.88 of it).
+    ///
+    /// # Errors
+    /// A rate outside [`LOWEST_RATE`]..=[`HIGHEST_RATE`].
+    pub fn with_filter(from: u32, to: u32, filter_len: usize) -> Result<Self> {
         for rate in [from, to] {
             if !(LOWEST_RATE..=HIGHEST_RATE).contains(&rate) {
                 return Err(AudioError::SampleRate { rate, lowest: LOWEST_RATE, highest: HIGHEST_RATE });
             }
         }
-        let fft = if from == to { None } else { Some(make_fft(from as usize, to as usize)?) };
+        let fft = if from == to {
+            None
+        } else {
+            Some(make_fft(from as usize, to as usize, filter_len.clamp(2, FILTER_LEN))?)
+        };
         let skip = fft.as_ref().map_or(0, Resampler::output_delay);
         let block = vec![0.0; fft.as_ref().map_or(0, Resampler::output_frames_max)];
         Ok(Self {
             fft,
             from: from.into(),
             to: to.into(),
+            filter_len,
             pending: Vec::new(),
             last: Vec::new(),
             block,
@@ -67,6 +82,7 @@ impl StreamResampler {
         ResamplerState {
             from: self.from as u32,
             to: self.to as u32,
+            filter_len: self.filter_len,
             last: samples(&self.last),
             pending: samples(&self.pending),
             n_in: self.n_in,
@@ -80,7 +96,7 @@ impl StreamResampler {
     /// # Errors
     /// A rate outside [`LOWEST_RATE`]..=[`HIGHEST_RATE`], or numbers that no resampler has.
     pub fn from_state(state: &ResamplerState) -> Result<Self> {
-        let mut new = Self::new(state.from, state.to)?;
+        let mut new = Self::with_filter(state.from, state.to, state.filter_len)?;
         let chunk = new.fft.as_ref().map_or(1, Resampler::input_frames_next);
         let last_fits = state.last.is_empty() || (new.fft.is_some() && state.last.len() == chunk);
         if !last_fits || state.pending.len() >= chunk || state.skip > new.skip {
@@ -147,6 +163,7 @@ impl StreamResampler {
 pub struct ResamplerState {
     from: u32,
     to: u32,
+    filter_len: usize,
     last: Vec<f32>,
     pending: Vec<f32>,
     n_in: u64,
@@ -154,14 +171,14 @@ pub struct ResamplerState {
     skip: usize,
 }
 
-fn make_fft(from: usize, to: usize) -> Result<Fft<f64>> {
+fn make_fft(from: usize, to: usize, filter_len: usize) -> Result<Fft<f64>> {
     let (mut a, mut b) = (from, to);
     while b != 0 {
         (a, b) = (b, a % b);
     }
     let (block_in, block_out) = (from / a, to / a);
     // An even number of blocks makes both filter halves whole, so that the delay is a whole number of samples.
-    let blocks = FILTER_LEN.div_ceil(block_in.min(block_out)).next_multiple_of(2);
+    let blocks = filter_len.div_ceil(block_in.min(block_out)).next_multiple_of(2);
     Fft::new_custom(from, to, blocks * block_in, 1, 1, WindowFunction::BlackmanHarris2, FixedSync::Both)
         .map_err(refused)
 }

@@ -145,7 +145,7 @@ impl<W: Write + Seek> WavWriter<W> {
 }
 
 /// Appends one sample's little-endian bytes.
-fn encode(sample: f32, format: SampleFormat, bytes: &mut Vec<u8>) -> hound::Result<()> {
+pub(crate) fn encode(sample: f32, format: SampleFormat, bytes: &mut Vec<u8>) -> hound::Result<()> {
     match format {
         SampleFormat::F32 => sample.write(bytes, 32),
         SampleFormat::F64 => {

@@ -12,9 +12,11 @@ mod eval;
 mod free_run;
 mod generate;
 mod info;
+mod keys;
 mod play;
 mod score;
 mod selftest;
+mod stream;
 mod token_file;
 mod tokenize;
 mod train;
@@ -37,6 +39,7 @@ const EXAMPLES: &str = "\
 Examples:
   wavegen continue song.flac                  write song.continued.wav with 10 more seconds
   wavegen generate -o music.wav               play from nothing
+  wavegen stream song.flac                    play it, and then on and on
   wavegen info                                what the built-in model is
   wavegen train recordings/ -o my.safetensors --minutes 60
 
@@ -46,6 +49,7 @@ Each command's --help shows more.";
 enum Command {
     Continue(r#continue::Args),
     Generate(generate::Args),
+    Stream(stream::Args),
     Train(train::Args),
     Eval(eval::Args),
     Tokenize(tokenize::Args),
@@ -76,6 +80,7 @@ impl Cli {
         let engine = match &self.command {
             Command::Continue(args) => &args.play.engine,
             Command::Generate(args) => &args.play.engine,
+            Command::Stream(args) => &args.engine,
             Command::Eval(args) => &args.engine,
             _ => return None,
         };
@@ -88,6 +93,7 @@ pub fn run(cli: Cli) -> ExitCode {
     let result = match cli.command {
         Command::Continue(args) => r#continue::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Stream(args) => stream::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),

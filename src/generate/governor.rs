@@ -31,8 +31,9 @@ const SILENCE_S: f32 = 1.5;
 const STUCK_S: f32 = 3.0;
 /// A leading band that has fallen this far dies away and is not stuck, dB.
 const DYING_DB: f32 = 3.0;
-/// Flatness above the prompt's flattest second, dB.
-const NOISE_DB: f32 = 6.0;
+/// Flatness above the prompt's flattest second, dB; only where it is loud enough to be more than the end of a note.
+const NOISE_DB: f32 = 12.0;
+const LOUD_DB: f32 = 12.0;
 /// Level over [`MEMORY_S`] above the loudest and below the softest such stretch of the prompt, dB.
 const DRIFT_DB: [f32; 2] = [6.0, 12.0];
 /// Two frames this far above the prompt's loudest are a burst, dB.
@@ -257,6 +258,7 @@ impl Governor {
         }
         if self.quiet == 0
             && let Some(last) = self.last(NOISE_S)
+            && mean_level(last.clone().map(|f| f.level_db)) > habits.level_db - LOUD_DB
             && mean(last.map(|f| f.flatness_db)) > habits.flatness_db + NOISE_DB
         {
             return Some(Alarm::Noise);
@@ -376,7 +378,7 @@ impl Habits {
         stretch_db: [-35.0, -14.0],
         quiet: 60,
         lead: 60,
-        flatness_db: -18.0,
+        flatness_db: -16.0,
         surprisal: 9.0,
         most_surprisal: 14.0,
     };

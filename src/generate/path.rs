@@ -1,7 +1,7 @@
 //! Turns an engine's frames into the frames that are played: runs ahead, and goes back where they lead nowhere.
 //!
 //! Frames are numbered from the join. Up to `released` they belong to whoever asked for them; those after it are held and
-//! may still be replaced. Marks, snapshots every [`BLOCK`] frames, are what it goes back to.
+//! may still be replaced. Marks, snapshots every few frames, are what it goes back to.
 //!
 //! ```text
 //!  marks:     |       |       |       |       |
@@ -22,10 +22,12 @@ use crate::plan::{PlanError, PlanFrame, Spectrum};
 
 /// Frames between two marks.
 const BLOCK: u64 = 8;
+/// The same where nobody can wait until frames since the last mark are played again.
+const LIVE_BLOCK: u64 = 2;
 /// Frames that are held back for the governor: 2 s at 16 kHz.
 const HOLD: usize = 64;
-/// Played marks that are kept lie at least this many blocks apart: a second.
-const SPARSE: u64 = 4 * BLOCK;
+/// Of played marks that lie nearer together than this the middle ones go: two seconds.
+const SPARSE: u64 = 64;
 
 /// Where the plan comes from.
 #[derive(Clone, Debug, Default)]
@@ -109,6 +111,7 @@ pub struct Path {
     released: u64,
     /// Frames before `released` that it can go back by.
     keep: u64,
+    block: u64,
     /// Branches taken so far, so that none is taken twice.
     branches: u64,
     /// Interventions after `released`.
@@ -143,14 +146,16 @@ impl Path {
             marks: VecDeque::new(),
             held: VecDeque::new(),
             keep: 0,
+            block: BLOCK,
             pending: Vec::new(),
             done: Vec::new(),
         }
     }
 
-    /// From now on it remembers how to go back by this many frames.
+    /// From now on it remembers how to go back by this many frames, and can go back at any time without delay.
     pub fn keep(&mut self, frames: u64) {
         self.keep = frames;
+        self.block = LIVE_BLOCK;
     }
 
     /// How it draws.
@@ -219,7 +224,7 @@ impl Path {
     /// The engine's own.
     pub fn advance(&mut self, engine: &mut dyn Engine) -> Result<(), EngineError> {
         let at = self.generator.n_frames;
-        if self.remembers() && (at.is_multiple_of(BLOCK) || self.marks.is_empty()) {
+        if self.remembers() && (at.is_multiple_of(self.block) || self.marks.is_empty()) {
             self.mark(engine)?;
         }
         let (frame, alarm) = self.generate(engine)?;

@@ -69,11 +69,16 @@ impl Prompt {
 
     /// Nothing was played yet: mono at the model's own rate and level, after silence.
     pub fn silence(codec: &Codec) -> Self {
+        Self::silence_at(codec, codec.sample_rate, vec![1.0])
+    }
+
+    /// Nothing was played yet: at the model's level times `channel_gains`, at `sample_rate` Hz, after silence.
+    pub fn silence_at(codec: &Codec, sample_rate: u32, channel_gains: Vec<f32>) -> Self {
         Self {
-            tail: Clip { samples: Vec::new(), channels: 1, sample_rate: codec.sample_rate },
+            tail: Clip { samples: Vec::new(), channels: channel_gains.len(), sample_rate },
             mono: Vec::new(),
             gain: 1.0,
-            channel_gains: vec![1.0],
+            channel_gains,
             model_rate: codec.sample_rate,
             tokens: vec![codec.silence()],
         }

@@ -73,9 +73,22 @@ impl Seam {
     /// # Errors
     /// A rate that cannot be resampled.
     pub fn new(prompt: &Prompt) -> Result<Self, GenerateError> {
-        let Clip { samples, channels, sample_rate } = &prompt.tail;
+        Self::resampled(prompt, StreamResampler::new(prompt.model_rate, prompt.tail.sample_rate)?)
+    }
+
+    /// A seam that settles frames sooner, within 30 ms of their samples, for a little treble.
+    ///
+    /// # Errors
+    /// A rate that cannot be resampled.
+    pub fn soon(prompt: &Prompt) -> Result<Self, GenerateError> {
+        const FILTER_LEN: usize = 256;
+        Self::resampled(prompt, StreamResampler::with_filter(prompt.model_rate, prompt.tail.sample_rate, FILTER_LEN)?)
+    }
+
+    fn resampled(prompt: &Prompt, resampler: StreamResampler) -> Result<Self, GenerateError> {
+        let Clip { samples, channels, .. } = &prompt.tail;
         let mut seam = Self {
-            resampler: StreamResampler::new(prompt.model_rate, *sample_rate)?,
+            resampler,
             made: Vec::new(),
             made_start: -(prompt.tail.n_frames() as i64),
             rests: None,

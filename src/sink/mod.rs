@@ -1,13 +1,15 @@
-//! Where audio goes: a WAV file or a pipe, behind one trait.
+//! Where audio goes: a WAV file, a pipe or bare samples, behind one trait.
 //!
 //! A new sink is one new file here and one line in [`open`]. Sinks know nothing about models or tokens.
 
 mod pipe;
+mod raw;
 mod wav_file;
 
 use std::path::Path;
 
 pub use pipe::PipeSink;
+pub use raw::RawSink;
 pub use wav_file::WavFileSink;
 
 use crate::audio::{AudioError, Decoder, Result, WavFormat, WavPrompt};

@@ -1,0 +1,98 @@
+//! Turns the times of a few steps into whether a machine is fast enough, and how much it has to buffer.
+
+use std::time::Instant;
+
+use serde::Serialize;
+
+use super::Conductor;
+use crate::generate::GenerateError;
+
+/// Plan frames that are measured: 2 s of sound, which the governor wants made anyway.
+const FRAMES: usize = 62;
+/// Slower than this is too slow to play: what a machine does beside takes the rest.
+const LEAST_X_REAL_TIME: f64 = 1.1;
+/// Least and largest buffer that is chosen, ms. A request is heard a buffer, a step of 32 ms and the resampler's 28 ms later.
+const BUFFER_MS: [f64; 2] = [40.0, 2000.0];
+
+/// How long steps take.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Speed {
+    pub x_real_time: f64,
+    /// Median and 99.9th percentile of the time that a plan frame takes, ms.
+    pub p50_ms: f64,
+    pub p999_ms: f64,
+    /// What a plan frame lasts, ms.
+    pub frame_ms: f64,
+}
+
+/// What follows from it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Admission {
+    /// It can play with this many ms of buffer.
+    Play { buffer_ms: f64 },
+    /// It cannot keep up.
+    TooSlow,
+}
+
+impl Speed {
+    /// Runs the conductor ahead and measures.
+    ///
+    /// # Errors
+    /// The engine's own.
+    pub fn measure(conductor: &mut Conductor) -> Result<Self, GenerateError> {
+        let mut times_ms = Vec::with_capacity(FRAMES);
+        for _ in 0..FRAMES {
+            let begun = Instant::now();
+            conductor.advance()?;
+            times_ms.push(1e3 * begun.elapsed().as_secs_f64());
+        }
+        Ok(Self::of(&mut times_ms, 1e3 * conductor.step_s()))
+    }
+
+    fn of(times_ms: &mut [f64], frame_ms: f64) -> Self {
+        times_ms.sort_by(f64::total_cmp);
+        let at = |share: f64| times_ms.get((share * times_ms.len() as f64) as usize).copied().unwrap_or_default();
+        let mean = times_ms.iter().sum::<f64>() / times_ms.len().max(1) as f64;
+        Self { x_real_time: frame_ms / mean.max(1e-6), p50_ms: at(0.5), p999_ms: at(0.999), frame_ms }
+    }
+
+    /// Whether to play, given the buffer that was asked for (ms) and how long it is to last (seconds; `None`: for ever).
+    pub fn admit(&self, buffer_ms: Option<f64>, seconds: Option<f64>) -> Admission {
+        // The slowest step that was ever seen, three times over, and the buffer still holds.
+        let needed = (3.0 * self.p999_ms).clamp(BUFFER_MS[0], BUFFER_MS[1]);
+        if self.x_real_time >= LEAST_X_REAL_TIME {
+            return Admission::Play { buffer_ms: buffer_ms.unwrap_or(needed).max(self.frame_ms) };
+        }
+        // Too slow for ever, but perhaps not for a while.
+        match (buffer_ms, seconds) {
+            (Some(buffer_ms), Some(seconds)) if 1e3 * seconds * (1.0 - self.x_real_time) + needed <= buffer_ms => {
+                Admission::Play { buffer_ms }
+            }
+            _ => Admission::TooSlow,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn speed(step_ms: f64, slow_ms: f64) -> Speed {
+        let mut times = vec![step_ms; 61];
+        times.push(slow_ms);
+        Speed::of(&mut times, 32.0)
+    }
+
+    #[test]
+    fn buffers_grow_with_the_slowest_step_and_slow_machines_are_refused() {
+        assert_eq!(speed(5.0, 6.0).admit(None, None), Admission::Play { buffer_ms: 40.0 });
+        assert_eq!(speed(5.0, 80.0).admit(None, None), Admission::Play { buffer_ms: 240.0 });
+        assert_eq!(speed(5.0, 80.0).admit(Some(500.0), None), Admission::Play { buffer_ms: 500.0 });
+        assert_eq!(speed(31.0, 32.0).admit(Some(500.0), None), Admission::TooSlow);
+        // 10 s at half speed need 5 s ahead.
+        assert_eq!(speed(64.0, 64.0).admit(Some(4000.0), Some(10.0)), Admission::TooSlow);
+        assert_eq!(speed(64.0, 64.0).admit(Some(6000.0), Some(10.0)), Admission::Play { buffer_ms: 6000.0 });
+        let s = speed(5.0, 80.0);
+        assert_eq!((s.p50_ms, s.p999_ms), (5.0, 80.0));
+    }
+}

@@ -1,0 +1,104 @@
+//! Turns a [`Pull`] into sound through the system's own interface: ALSA, CoreAudio or WASAPI, by cpal.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cpal::traits::{DeviceTrait, HostTrait, StreamTrait};
+use cpal::{BufferSize, FromSample, SampleFormat, SizedSample, StreamConfig, SupportedStreamConfig};
+
+use super::device::Host;
+use super::{Device, Playing, Pull};
+
+/// Frames of a callback that are converted at a time.
+const BLOCK: usize = 1024;
+
+/// The outputs of the default host.
+pub fn devices() -> Result<Vec<Device>, String> {
+    let host = cpal::default_host();
+    let default = host.default_output_device().and_then(|device| device.id().ok());
+    let outputs = host.output_devices().map_err(|error| error.to_string())?;
+    let device = |device: cpal::Device| {
+        let (id, config) = (device.id().ok()?, device.default_output_config().ok()?);
+        Some(Device {
+            host: Host::Card,
+            is_default: default.as_ref() == Some(&id),
+            name: id.to_string(),
+            description: device.to_string(),
+            sample_rate: config.sample_rate(),
+            channels: config.channels().into(),
+        })
+    };
+    Ok(outputs.filter_map(device).collect())
+}
+
+/// Opens a stream on the output of this name.
+pub fn play(device: &Device, pull: Pull) -> Result<Box<dyn Playing>, String> {
+    let mut outputs = cpal::default_host().output_devices().map_err(|error| error.to_string())?;
+    let output = outputs
+        .find(|output| output.id().is_ok_and(|id| id.to_string() == device.name))
+        .ok_or_else(|| "it is gone".to_owned())?;
+    let config = output.default_output_config().map_err(|error| error.to_string())?;
+    if (config.sample_rate(), usize::from(config.channels())) != (device.sample_rate, device.channels) {
+        return Err("its rate or channels have changed".into());
+    }
+    match config.sample_format() {
+        SampleFormat::F32 => open::<f32>(&output, &config, pull),
+        SampleFormat::I16 => open::<i16>(&output, &config, pull),
+        SampleFormat::I32 => open::<i32>(&output, &config, pull),
+        SampleFormat::U8 => open::<u8>(&output, &config, pull),
+        SampleFormat::U16 => open::<u16>(&output, &config, pull),
+        format => Err(format!("it takes {format} samples, which wavegen does not give")),
+    }
+}
+
+fn open<T: SizedSample + FromSample<f32>>(
+    output: &cpal::Device,
+    config: &SupportedStreamConfig,
+    mut pull: Pull,
+) -> Result<Box<dyn Playing>, String> {
+    let error = Arc::new(Mutex::new(None));
+    let told = error.clone();
+    let channels = pull.channels();
+    let mut block = vec![0.0f32; BLOCK * channels];
+    let config = StreamConfig {
+        channels: config.channels(),
+        sample_rate: config.sample_rate(),
+        buffer_size: BufferSize::Default,
+    };
+    let callback = move |out: &mut [T], _: &cpal::OutputCallbackInfo| {
+        for out in out.chunks_mut(BLOCK * channels) {
+            let samples = &mut block[..out.len()];
+            pull.fill(samples);
+            out.iter_mut().zip(samples).for_each(|(y, x)| *y = T::from_sample(*x));
+        }
+    };
+    let stream = output
+        .build_output_stream(
+            config,
+            callback,
+            move |error: cpal::Error| {
+                use cpal::ErrorKind::{DeviceChanged, RealtimeDenied, Xrun};
+                if !matches!(error.kind(), DeviceChanged | RealtimeDenied | Xrun) {
+                    *told.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+                }
+            },
+            None,
+        )
+        .map_err(|error| error.to_string())?;
+    stream.play().map_err(|error| error.to_string())?;
+    Ok(Box::new(Card { _stream: stream, error }))
+}
+
+struct Card {
+    _stream: cpal::Stream,
+    error: Arc<Mutex<Option<String>>>,
+}
+
+impl Playing for Card {
+    fn latency_ms(&self) -> f64 {
+        0.0
+    }
+
+    fn error(&self) -> Option<String> {
+        self.error.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}

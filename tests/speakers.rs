@@ -1,0 +1,350 @@
+//! The program on a real sink: a PulseAudio server of its own with a null sink, whose monitor is recorded.
+#![cfg(target_os = "linux")]
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use wavegen::checkpoint::{Checkpoint, Precision};
+use wavegen::model::config::ModelConfig;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A server, and a directory with a model.
+struct Scene {
+    directory: TempDir,
+    server: Option<Child>,
+    sink: String,
+}
+
+impl Scene {
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn without_server() -> Self {
+        let scene = Self { directory: tempfile::tempdir().unwrap(), server: None, sink: String::new() };
+        let config = ModelConfig::preset("tiny").unwrap();
+        Checkpoint::untrained(config, 1).unwrap().save(&scene.path("tiny.safetensors"), Precision::F32).unwrap();
+        scene
+    }
+
+    /// A server with a sink of this shape; `None` where PulseAudio is not installed.
+    fn with_sink(rate: u32, channels: usize) -> Option<Self> {
+        let installed = |name: &str| Command::new(name).arg("--version").output().is_ok();
+        if !installed("pulseaudio") || !installed("parec") {
+            println!("skipped: PulseAudio is not installed (apt-get install pulseaudio pulseaudio-utils)");
+            return None;
+        }
+        let mut scene = Self::without_server();
+        scene.sink = format!("module-null-sink sink_name=null format=float32le rate={rate} channels={channels}");
+        scene.start_server();
+        Some(scene)
+    }
+
+    fn start_server(&mut self) {
+        let mut server = self.command("pulseaudio");
+        server.args([
+            "-n",
+            "--daemonize=no",
+            "--exit-idle-time=-1",
+            "--use-pid-file=no",
+            "--disallow-exit",
+            "-L",
+            &self.sink,
+        ]);
+        server.args(["-L", "module-native-protocol-unix auth-anonymous=1"]);
+        self.server = Some(server.stderr(Stdio::null()).spawn().unwrap());
+        let begun = Instant::now();
+        while !self.command("pactl").arg("info").output().is_ok_and(|output| output.status.success()) {
+            assert!(begun.elapsed() < PATIENCE, "the server does not answer");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn stop_server(&mut self) {
+        if let Some(mut server) = self.server.take() {
+            let _ = server.kill();
+            let _ = server.wait();
+        }
+    }
+
+    /// A command that finds this server only.
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.current_dir(self.directory.path()).env("XDG_RUNTIME_DIR", self.directory.path());
+        command.env("HOME", self.directory.path()).env_remove("PULSE_SERVER").env_remove("DBUS_SESSION_BUS_ADDRESS");
+        command
+    }
+
+    /// `wavegen stream --model tiny ARGS...`
+    fn stream(&self, args: &[&str]) -> Command {
+        let mut command = self.command(env!("CARGO_BIN_EXE_wavegen"));
+        command.args(["stream", "--model", "tiny.safetensors"]).args(args);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    fn samples(&self, name: &str) -> Vec<f32> {
+        let bytes = std::fs::read(self.path(name)).unwrap();
+        bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        self.stop_server();
+    }
+}
+
+/// A program that plays, and what it says.
+struct Run {
+    child: Child,
+    said: mpsc::Receiver<String>,
+}
+
+impl Run {
+    fn start(mut command: Command) -> Self {
+        let mut child = command.spawn().unwrap();
+        let (say, said) = mpsc::channel();
+        let stderr = child.stderr.take().unwrap();
+        std::thread::spawn(move || {
+            BufReader::new(stderr).lines().map_while(Result::ok).for_each(|line| drop(say.send(line)))
+        });
+        Self { child, said }
+    }
+
+    /// Waits for a line that has this in it.
+    fn hears(&self, what: &str) -> String {
+        let (begun, mut all) = (Instant::now(), Vec::new());
+        while begun.elapsed() < PATIENCE {
+            match self.said.recv_timeout(Duration::from_millis(100)) {
+                Ok(line) if line.contains(what) => return line,
+                Ok(line) => all.push(line),
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        panic!("nobody said {what:?}; said was {all:#?}");
+    }
+
+    fn says(&mut self, line: &str) {
+        writeln!(self.child.stdin.as_mut().unwrap(), "{line}").unwrap();
+    }
+
+    fn interrupt(&self) {
+        assert!(Command::new("kill").args(["-INT", &self.child.id().to_string()]).status().unwrap().success());
+    }
+
+    fn ends(&mut self) -> i32 {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code().unwrap_or(-1);
+            }
+            assert!(begun.elapsed() < PATIENCE, "it does not end");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn underruns(summary: &str) -> u64 {
+    let before = summary.split(" underruns").next().unwrap();
+    before.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn what_is_recorded_at_the_sink_is_what_the_engine_made() {
+    for (rate, channels) in [(8000, 1), (44_100, 2), (48_000, 6), (96_000, 2)] {
+        let Some(scene) = Scene::with_sink(rate, channels) else { return };
+        let mut recorder = scene.command("parec");
+        recorder.args(["--device=null.monitor", "--format=float32le", "--raw", "--latency-msec=20"]);
+        recorder.args([format!("--rate={rate}"), format!("--channels={channels}"), "heard.raw".into()]);
+        let mut recorder = recorder.spawn().unwrap();
+        // It records once silence comes in.
+        let begun = Instant::now();
+        while scene.path("heard.raw").metadata().map_or(0, |metadata| metadata.len()) == 0 {
+            assert!(begun.elapsed() < PATIENCE, "{rate} Hz: the monitor gives nothing");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let mut run = Run::start(scene.stream(&[
+            "--seconds",
+            "2",
+            "--to",
+            "made.raw",
+            "--format",
+            "f32le",
+            "--buffer",
+            "1000",
+            "--governor",
+            "off",
+        ]));
+        let summary = run.hears("s played in");
+        assert_eq!(run.ends(), 0, "{summary}");
+        std::thread::sleep(Duration::from_millis(2500));
+        // Ends it as Ctrl-C would, so that it writes what it has.
+        Command::new("kill").args(["-INT", &recorder.id().to_string()]).status().unwrap();
+        recorder.wait().unwrap();
+        let (made, heard) = (scene.samples("made.raw"), scene.samples("heard.raw"));
+        assert_eq!(made.len(), 2 * rate as usize * channels, "{rate} Hz");
+        if underruns(&summary) > 0 {
+            println!("skipped: {rate} Hz, this machine is too busy to play a second ahead ({summary})");
+            continue;
+        }
+        // The server's order of channels beyond the first two is its own; they are silent.
+        let front = |all: &[f32]| -> Vec<f32> { all.chunks_exact(channels).map(|frame| frame[0]).collect() };
+        let (made, heard) = (front(&made), front(&heard));
+        // A sink that wakes up may lose the first milliseconds.
+        let loud = rate as usize / 50;
+        let key = &made[loud..loud + 200];
+        let near = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(x, y)| (x - y).abs() < 1e-4);
+        let at = heard.windows(200).position(|window| near(window, key));
+        let at = at.unwrap_or_else(|| panic!("{rate} Hz, {channels} channels: nothing was heard"));
+        let n = made.len() - loud;
+        assert!(heard.len() >= at + n, "{rate} Hz: the end is missing");
+        assert!(near(&heard[at..at + n], &made[loud..]), "{rate} Hz, {channels} channels: something else was heard");
+    }
+}
+
+#[test]
+fn a_server_that_goes_and_comes_back_is_told_and_the_music_goes_on() {
+    let Some(mut scene) = Scene::with_sink(48_000, 2) else { return };
+    let mut run = Run::start(scene.stream(&["--to", "made.wav"]));
+    run.hears("x real time");
+    std::thread::sleep(Duration::from_millis(2000));
+    scene.stop_server();
+    run.hears("the sound device is lost");
+    scene.start_server();
+    run.hears("the music goes on");
+    std::thread::sleep(Duration::from_millis(2000));
+    run.interrupt();
+    run.hears("s played in");
+    assert_eq!(run.ends(), 0);
+    let wav = hound::WavReader::open(scene.path("made.wav")).unwrap();
+    assert!(wav.duration() > 48_000 / 2, "{} frames", wav.duration());
+}
+
+#[test]
+fn devices_are_listed_and_an_unknown_one_is_refused_by_name() {
+    let Some(scene) = Scene::with_sink(44_100, 2) else { return };
+    let listed = scene.stream(&["--list-devices"]).output().unwrap();
+    assert!(String::from_utf8(listed.stdout).unwrap().contains("* null: Null Output, 44100 Hz, 2 channels"));
+    let refused = scene.stream(&["--device", "no-such", "--seconds", "1"]).output().unwrap();
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(said.contains("no sound device is called 'no-such'; there are: null"), "{said}");
+    assert_eq!(refused.status.code(), Some(1));
+}
+
+#[test]
+fn without_a_server_it_says_what_to_install() {
+    let scene = Scene::without_server();
+    for args in [&["--seconds", "1"][..], &["--list-devices"]] {
+        let refused = scene.stream(args).output().unwrap();
+        let said = String::from_utf8(refused.stderr).unwrap();
+        if cfg!(feature = "live") {
+            println!("skipped: ALSA may have devices");
+            return;
+        }
+        assert!(said.contains("apt-get install pulseaudio") && said.contains("--features live"), "{said}");
+        assert_eq!(refused.status.code(), Some(1));
+    }
+}
+
+#[test]
+fn ctrl_c_leaves_a_whole_recording() {
+    let scene = Scene::without_server();
+    let mut run = Run::start(scene.stream(&["--no-audio", "--to", "made.wav", "--rate", "44100"]));
+    run.hears("x real time");
+    std::thread::sleep(Duration::from_millis(800));
+    run.interrupt();
+    run.hears("recorded in made.wav");
+    assert_eq!(run.ends(), 0);
+    let mut wav = hound::WavReader::open(scene.path("made.wav")).unwrap();
+    let samples: Vec<i16> = wav.samples().map(Result::unwrap).collect();
+    assert!(samples.len() > 2 * 44_100 / 4, "{} samples", samples.len());
+    assert_eq!(samples[samples.len() - 1], 0, "it fades out");
+}
+
+#[test]
+fn lines_on_standard_input_steer_and_nonsense_is_answered() {
+    let scene = Scene::without_server();
+    let mut command = scene.stream(&["--no-audio", "--control", "-"]);
+    command.stdin(Stdio::piped());
+    let mut run = Run::start(command);
+    run.hears("x real time");
+    std::thread::sleep(Duration::from_millis(500));
+    for (line, answer) in [
+        ("temperature 0.9", "temperature 0.9"),
+        ("top-p 0.8", "top-p 0.8"),
+        ("grain 0.5", "grain 0.5"),
+        ("seed 12", "seed 12"),
+        ("hold", "held"),
+        ("go", "going on"),
+        ("vary 0.3", "another way"),
+        ("mute", "volume 0"),
+        ("unmute", "volume 1"),
+        ("take 0.2 take.wav", "saved in take.wav"),
+        ("prompt take.wav", "playing on after take.wav"),
+        ("follow take.wav", "following take.wav"),
+        ("own", "its own way"),
+        ("status", "underruns"),
+        ("sing", "error: \"sing\": no such request"),
+        ("temperature hot", "is no number"),
+        ("follow nothing.wav", "error: nothing.wav"),
+        ("take 1 take.wav", "error: take.wav: already exists"),
+        ("help", "temperature X | top-p X"),
+    ] {
+        run.says(line);
+        run.hears(answer);
+    }
+    assert!(hound::WavReader::open(scene.path("take.wav")).unwrap().duration() > 0);
+    // Closed, and the music goes on until it is ended.
+    drop(run.child.stdin.take());
+    run.hears("the music goes on");
+    run.interrupt();
+    run.hears("s played in");
+    assert_eq!(run.ends(), 0);
+}
+
+#[test]
+fn a_socket_takes_requests_and_answers_each() {
+    let scene = Scene::without_server();
+    let mut run = Run::start(scene.stream(&["--no-audio", "--control", "s.sock"]));
+    run.hears("x real time");
+    let stream = UnixStream::connect(scene.path("s.sock")).unwrap();
+    let mut answers = BufReader::new(stream.try_clone().unwrap()).lines();
+    for (line, answer) in [("grain 0.8", "grain 0.8"), ("rubbish", "error: \"rubbish\""), ("quit", "ending")] {
+        writeln!(&stream, "{line}").unwrap();
+        let said = answers.next().unwrap().unwrap();
+        assert!(said.contains(answer), "{line}: {said}");
+    }
+    assert_eq!(run.ends(), 0);
+    assert!(!scene.path("s.sock").exists(), "the socket is left behind");
+}
+
+#[test]
+fn pipes_get_an_endless_wav_or_bare_samples() {
+    let scene = Scene::without_server();
+    let play = |format: &str| {
+        let args =
+            ["--no-audio", "--to", "-", "--seconds", "0.5", "--format", format, "--rate", "16000", "--channels", "1"];
+        let output = scene.stream(&args).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        output.stdout
+    };
+    let (wav, bare) = (play("i16"), play("s16le"));
+    assert_eq!((&wav[..4], &wav[4..8], bare.len()), (&b"RIFF"[..], &[0xff; 4][..], 2 * 8000));
+    assert!(wav.ends_with(&bare), "the WAV's samples are not the bare ones");
+    assert_eq!(play("f32le").len(), 4 * 8000);
+}
