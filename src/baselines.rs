@@ -3,7 +3,7 @@
 use ndarray::ArrayView2;
 
 use crate::codec::{Codec, Token};
-use crate::forecast::{ForecastConfig, ForecastError, Forecasts, levinson};
+use crate::forecast::{ForecastConfig, ForecastError, Forecasts, PlannedForecast};
 use crate::metrics::entropy_bits;
 use crate::plan::Spectrum;
 use crate::rng::{Kind, uniform};
@@ -94,7 +94,7 @@ fn fit_weights(likelihoods: &[Vec<f64>]) -> Vec<f64> {
     weights
 }
 
-/// White Gaussian noise through the filter that each plan frame describes, after the samples `context`: what a plan
+/// White Gaussian noise around the forecast from each plan frame, after the samples `context`: what a plan
 /// sounds like without any model. `plan` is `[n_frames, n_bands]`; gives `n_frames * hop` samples.
 ///
 /// # Errors
@@ -107,21 +107,18 @@ pub fn noise_through_plan(
     seed: u64,
     stream: u32,
 ) -> Result<Vec<f32>, ForecastError> {
-    let order = config.planned_order;
-    let mut samples = vec![0.0; order.saturating_sub(context.len())];
-    samples.extend_from_slice(&context[context.len().saturating_sub(order)..]);
-    let mut t = 0;
+    let mut forecast = PlannedForecast::new(config)?;
+    context.iter().for_each(|&sample| forecast.push(sample));
+    let mut samples = Vec::with_capacity(plan.nrows() * spectrum.hop());
     for bands in plan.outer_iter() {
-        let r = spectrum.autocorrelation(&bands.to_vec(), order, config.lag_window_hz)?;
-        let prediction = levinson(&r, order);
-        let deviation = prediction.residual_power.max(0.0).sqrt() as f32;
+        forecast.begin_frame(spectrum, &bands.to_vec())?;
         for _ in 0..spectrum.hop() {
-            let forecast: f32 = prediction.coefficients.iter().zip(samples.iter().rev()).map(|(a, x)| a * x).sum();
-            samples.push((forecast + deviation * normal(seed, stream, t)).clamp(-1.0, 1.0));
-            t += 1;
+            let noise = forecast.residual_rms() * normal(seed, stream, samples.len() as u64);
+            let sample = (forecast.forecast() + noise).clamp(-1.0, 1.0);
+            forecast.push(sample);
+            samples.push(sample);
         }
     }
-    samples.drain(..order);
     Ok(samples)
 }
 

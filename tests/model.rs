@@ -37,7 +37,7 @@ fn random_model(config: &ModelConfig, seed: u64) -> (Model, BTreeMap<String, Var
     (model, vars)
 }
 
-/// Configurations with one to four tiers and odd sizes.
+/// Configurations with one to four tiers and odd sizes, and one whose plan is given the past's fine structure.
 fn presets() -> Vec<ModelConfig> {
     let tiny = ModelConfig::preset("tiny").unwrap();
     let tier = |hop, dim, n_layers, n_heads, window| TierConfig { hop, dim, n_layers, n_heads, window };
@@ -47,8 +47,11 @@ fn presets() -> Vec<ModelConfig> {
         config.validate().unwrap();
         config
     };
+    let mut fine = tiny.clone();
+    fine.forecast.fine_structure = 0.75;
     vec![
         tiny.clone(),
+        fine,
         with(vec![tier(1, 16, 2, 2, 24)]),
         with(vec![tier(128, 24, 1, 3, 5), tier(16, 16, 2, 2, 7), tier(4, 16, 1, 1, 9), tier(1, 8, 1, 2, 33)]),
     ]

@@ -1,8 +1,10 @@
 //! Turns past samples, and a plan frame, into linear forecasts of the next sample.
 //!
 //! `past`: backward-adaptive linear prediction, coefficients from the samples before (as ITU-T G.728 has them).
-//! `planned`: prediction with the coefficients of the spectrum that the plan frame describes. Neither is trained.
+//! `planned`: prediction with the coefficients of the spectrum that the plan frame describes, to which `fine` lends the past's
+//! fine structure. Neither is trained.
 
+mod fine;
 mod history;
 mod lpc;
 mod past;
@@ -34,11 +36,20 @@ pub struct ForecastConfig {
     pub planned_order: usize,
     /// Standard deviation by which the planned spectrum is blurred, Hz.
     pub lag_window_hz: f64,
+    /// How much of its own spectrum's fine structure the past lends to the planned one: an exponent, 0 for nothing.
+    pub fine_structure: f64,
 }
 
 impl Default for ForecastConfig {
     fn default() -> Self {
-        Self { order: 256, past_window: 4096, past_hop: 64, planned_order: 256, lag_window_hz: 4.0 }
+        Self {
+            order: 256,
+            past_window: 4096,
+            past_hop: 64,
+            planned_order: 256,
+            lag_window_hz: 4.0,
+            fine_structure: 0.0,
+        }
     }
 }
 
@@ -59,7 +70,7 @@ impl ForecastConfig {
     }
 
     fn validate_alone(&self) -> Result<(), ForecastError> {
-        let Self { order, past_window, past_hop, planned_order, lag_window_hz } = *self;
+        let Self { order, past_window, past_hop, planned_order, lag_window_hz, fine_structure } = *self;
         if order == 0 || order >= past_window {
             return Err(ForecastError::Order { order, past_window });
         }
@@ -72,7 +83,15 @@ impl ForecastConfig {
         if !(lag_window_hz >= 0.0 && lag_window_hz.is_finite()) {
             return Err(ForecastError::LagWindow { lag_window_hz });
         }
+        if !(0.0..=1.0).contains(&fine_structure) {
+            return Err(ForecastError::FineStructure { fine_structure });
+        }
         Ok(())
+    }
+
+    /// Samples that the forecast from the plan remembers.
+    pub(crate) fn planned_memory(&self) -> usize {
+        if self.fine_structure > 0.0 { self.past_window.max(self.planned_order) } else { self.planned_order }
     }
 }
 
@@ -111,6 +130,12 @@ pub enum ForecastError {
     LagWindow {
         /// The width given.
         lag_window_hz: f64,
+    },
+    /// An exponent that would make a spectrum finer than it is, or turn it round.
+    #[error("fine structure of {fine_structure}: expected a number from 0 to 1")]
+    FineStructure {
+        /// The exponent given.
+        fine_structure: f64,
     },
     /// A plan that ends before the samples do.
     #[error("{got} plan frames for {n_samples} samples, expected {expected}")]
@@ -199,7 +224,14 @@ mod tests {
     }
 
     fn config() -> ForecastConfig {
-        ForecastConfig { order: 24, past_window: 512, past_hop: 32, planned_order: 40, lag_window_hz: 4.0 }
+        ForecastConfig {
+            order: 24,
+            past_window: 512,
+            past_hop: 32,
+            planned_order: 40,
+            lag_window_hz: 4.0,
+            fine_structure: 0.0,
+        }
     }
 
     /// Two notes in noise, and their plan, whose last frame is cut short.

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::fine::FineStructure;
 use super::history::History;
 use super::lpc::{Recursion, predict};
 use super::{ForecastConfig, ForecastError, check_length};
@@ -12,7 +13,8 @@ use crate::simd::Kernels;
 const MEAN_TO_RMS: f64 = 0.7;
 const LEAST_SCALE: f64 = 1e-4;
 
-/// Linear prediction of a stream by the spectrum that the current plan frame describes.
+/// Linear prediction of a stream by the spectrum that the current plan frame describes, with the fine structure of the
+/// stream's own past where the settings say so.
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(try_from = "State", into = "State")]
 pub struct PlannedForecast {
@@ -23,6 +25,8 @@ pub struct PlannedForecast {
     log_scale: f32,
     recursion: Recursion,
     autocorrelation: Autocorrelation,
+    /// Made with the first frame.
+    fine: Option<FineStructure>,
     kernels: &'static Kernels,
 }
 
@@ -36,21 +40,22 @@ impl PlannedForecast {
         config.validate_alone()?;
         Ok(Self {
             config: config.clone(),
-            history: History::new(config.planned_order),
+            history: History::new(config.planned_memory()),
             coefficients: vec![0.0; config.planned_order],
             log_scale: LEAST_SCALE.ln() as f32,
             recursion: Recursion::new(config.planned_order),
             autocorrelation: Autocorrelation::default(),
+            fine: None,
             kernels: Kernels::chosen(),
         })
     }
 
-    /// A forecast that has heard `samples`, the last `planned_order` of a stream; [`begin_frame`](Self::begin_frame) comes next.
+    /// A forecast that has heard `samples`, the last ones of a stream; [`begin_frame`](Self::begin_frame) comes next.
     ///
     /// # Errors
     /// When the settings cannot be, or there are more or fewer samples.
     pub(crate) fn after(config: &ForecastConfig, samples: Vec<f32>) -> Result<Self, ForecastError> {
-        check_length("samples", config.planned_order, samples.len())?;
+        check_length("samples", config.planned_memory(), samples.len())?;
         Ok(Self { history: samples.into(), ..Self::new(config)? })
     }
 
@@ -69,8 +74,13 @@ impl PlannedForecast {
     /// # Errors
     /// When `bands` is no frame of `spectrum`, or its window too short for the order.
     pub fn begin_frame(&mut self, spectrum: &Spectrum, bands: &[f32]) -> Result<(), ForecastError> {
-        let order = self.config.planned_order;
-        let r = spectrum.autocorrelation_into(bands, order, self.config.lag_window_hz, &mut self.autocorrelation)?;
+        let ForecastConfig { planned_order: order, lag_window_hz, fine_structure, past_window, .. } = self.config;
+        let r = if fine_structure > 0.0 {
+            let fine = self.fine.get_or_insert_with(|| FineStructure::new(spectrum, &self.config));
+            fine.autocorrelation(spectrum, bands, self.history.recent(past_window, 0))?
+        } else {
+            spectrum.autocorrelation_into(bands, order, lag_window_hz, &mut self.autocorrelation)?
+        };
         let residual_power = self.recursion.solve(r, self.kernels);
         self.coefficients.iter_mut().zip(self.recursion.rising()).for_each(|(c, a)| *c = a);
         self.log_scale = (residual_power.sqrt() * MEAN_TO_RMS + LEAST_SCALE).ln() as f32;
@@ -119,7 +129,7 @@ impl TryFrom<State> for PlannedForecast {
 
     fn try_from(state: State) -> Result<Self, ForecastError> {
         let State { config, history, coefficients, log_scale } = state;
-        check_length("samples", config.planned_order, history.keep())?;
+        check_length("samples", config.planned_memory(), history.keep())?;
         check_length("coefficients", config.planned_order, coefficients.len())?;
         Ok(Self { history, coefficients, log_scale, ..Self::new(&config)? })
     }

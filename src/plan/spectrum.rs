@@ -1,6 +1,7 @@
 //! Turns samples into band powers, one frame per hop, and band powers into the autocorrelation they imply.
 
 use std::f64::consts::{FRAC_PI_2, TAU};
+use std::sync::{Arc, OnceLock};
 
 use ndarray::Array2;
 use rayon::prelude::*;
@@ -11,9 +12,9 @@ use super::{PlanConfig, PlanError};
 /// dB per unit of a band: bands are `ln(power) / 4`.
 pub const DB_PER_UNIT: f32 = 4.0 * 4.343;
 
-const UNITS_PER_NEPER: f64 = 0.25;
+pub(crate) const UNITS_PER_NEPER: f64 = 0.25;
 /// Added to a band's power before its logarithm.
-const FLOOR: f64 = 1e-4;
+pub(crate) const FLOOR: f64 = 1e-4;
 /// Bands are a quarter tone apart, or a bin of the transform where that is more.
 const BANDS_PER_OCTAVE: f64 = 24.0;
 
@@ -26,11 +27,46 @@ pub struct Spectrum {
     window: Vec<f64>,
     /// Energy of the window.
     energy: f64,
+    /// Hz.
+    centres: Vec<f64>,
+    grid: Grid,
+    /// A finer grid, made when first asked for.
+    finer: Arc<OnceLock<Arc<Grid>>>,
+}
+
+/// The bands over the bins of a transform of one length.
+#[derive(Clone)]
+pub(crate) struct Grid {
     /// Per band: its first bin and the weights from there on, which sum to 1.
     bands: Vec<(usize, Vec<f64>)>,
     /// Per bin: the two bands it lies between and the weight of the upper one.
     bins: Vec<(usize, usize, f64)>,
-    fourier: Fourier,
+    len: usize,
+    pub fourier: Fourier,
+}
+
+impl Grid {
+    /// Of a transform of `len` samples at `sample_rate` Hz; the lowest band reaches `step_hz` below its centre.
+    fn new(centres: &[f64], step_hz: f64, sample_rate: f64, len: usize) -> Self {
+        let (bin_hz, n_bins) = (sample_rate / len as f64, len / 2 + 1);
+        Self {
+            bands: (0..centres.len()).map(|band| triangle(centres, step_hz, band, bin_hz, n_bins)).collect(),
+            bins: (0..n_bins).map(|bin| neighbours(centres, bin as f64 * bin_hz)).collect(),
+            len,
+            fourier: Fourier::new(len),
+        }
+    }
+
+    /// Mean power of each band, from the power of each bin.
+    pub fn powers(&self, bins: &[f64]) -> impl Iterator<Item = f64> {
+        let mean = |(first, weights): &(usize, Vec<f64>)| weights.iter().zip(&bins[*first..]).map(|(w, p)| w * p).sum();
+        self.bands.iter().map(mean)
+    }
+
+    /// For each bin what lies between two values of bands, linear over ln f.
+    pub fn interpolate(&self, bands: &[f64]) -> impl Iterator<Item = f64> {
+        self.bins.iter().map(|&(below, above, weight)| bands[below] * (1.0 - weight) + bands[above] * weight)
+    }
 }
 
 impl Spectrum {
@@ -48,21 +84,33 @@ impl Spectrum {
         let window: Vec<f64> = ramp(rise).map(f64::sin).chain(ramp(hop).map(f64::cos)).collect();
         let bin_hz = f64::from(sample_rate) / config.window as f64;
         let centres = band_centres(config, bin_hz);
-        let n_bins = config.window / 2 + 1;
         Ok(Self {
             sample_rate,
             hop,
             energy: window.iter().map(|w| w * w).sum(),
+            grid: Grid::new(&centres, bin_hz, sample_rate.into(), window.len()),
             window,
-            bands: (0..centres.len()).map(|band| triangle(&centres, band, bin_hz, n_bins)).collect(),
-            bins: (0..n_bins).map(|bin| neighbours(&centres, bin as f64 * bin_hz)).collect(),
-            fourier: Fourier::new(config.window),
+            centres,
+            finer: Arc::default(),
         })
+    }
+
+    /// Energy of the analysis' window, the unit of all powers.
+    pub(crate) fn energy(&self) -> f64 {
+        self.energy
+    }
+
+    /// The same bands over the bins of a transform of `len` samples.
+    pub(crate) fn grid(&self, len: usize) -> Arc<Grid> {
+        let step_hz = f64::from(self.sample_rate) / self.window.len() as f64;
+        let make = || Arc::new(Grid::new(&self.centres, step_hz, self.sample_rate.into(), len));
+        let kept = self.finer.get_or_init(make);
+        if kept.len == len { kept.clone() } else { make() }
     }
 
     /// Bands per frame.
     pub fn n_bands(&self) -> usize {
-        self.bands.len()
+        self.centres.len()
     }
 
     /// Samples per frame.
@@ -82,7 +130,7 @@ impl Spectrum {
         let mut plan = Array2::zeros((samples.len() / self.hop, self.n_bands()));
         if let Some(rows) = plan.as_slice_mut() {
             rows.par_chunks_exact_mut(self.n_bands()).enumerate().for_each_init(
-                || self.fourier.workspace(),
+                || self.grid.fourier.workspace(),
                 |work, (frame, bands)| self.analyse_frame(&samples[..(frame + 1) * self.hop], work, bands),
             );
         }
@@ -97,7 +145,7 @@ impl Spectrum {
     /// The plan frame that ends with the samples `heard`, `[n_bands]`; before them there is silence.
     pub fn analyse_last(&self, heard: &[f32]) -> Vec<f32> {
         let mut bands = vec![0.0; self.n_bands()];
-        self.analyse_frame(heard, &mut self.fourier.workspace(), &mut bands);
+        self.analyse_frame(heard, &mut self.grid.fourier.workspace(), &mut bands);
         bands
     }
 
@@ -115,9 +163,8 @@ impl Spectrum {
         for ((y, &x), w) in sounding.iter_mut().zip(recent).zip(window) {
             *y = f64::from(x) * w;
         }
-        self.fourier.power(work);
-        for (band, (first, weights)) in bands.iter_mut().zip(&self.bands) {
-            let power: f64 = weights.iter().zip(&work.power[*first..]).map(|(w, p)| w * p).sum();
+        self.grid.fourier.power(work);
+        for (band, power) in bands.iter_mut().zip(self.grid.powers(&work.power)) {
             *band = ((power + FLOOR).ln() * UNITS_PER_NEPER) as f32;
         }
     }
@@ -125,7 +172,7 @@ impl Spectrum {
     /// Per bin of the spectrum that a frame's bands describe: the two bands that it lies between and the weight of the
     /// upper one.
     pub fn interpolation(&self) -> &[(usize, usize, f64)] {
-        &self.bins
+        &self.grid.bins
     }
 
     /// What lags `0..=order` of a frame's spectrum are multiplied with: a Gaussian that blurs the spectrum by
@@ -165,17 +212,22 @@ impl Spectrum {
         let Autocorrelation { work, lags } = room;
         let work = match work {
             Some(work) if work.block.len() == self.window.len() => work,
-            _ => work.insert(self.fourier.workspace()),
+            _ => work.insert(self.grid.fourier.workspace()),
         };
-        for (power, &(below, above, weight)) in work.power.iter_mut().zip(&self.bins) {
+        for (power, &(below, above, weight)) in work.power.iter_mut().zip(&self.grid.bins) {
             let band = f64::from(bands[below]) * (1.0 - weight) + f64::from(bands[above]) * weight;
             *power = (band / UNITS_PER_NEPER).exp();
         }
-        self.fourier.autocorrelation(work);
-        lags.clear();
-        lags.extend(self.lag_window(order, lag_window_hz).zip(&work.block).map(|(w, r)| w * r));
-        lags[0] = lags[0] * (1.0 + Self::WHITE.0) + Self::WHITE.1;
+        self.grid.fourier.autocorrelation(work);
+        self.lags_into(&work.block, order, lag_window_hz, lags);
         Ok(lags)
+    }
+
+    /// Lags `0..=order` of a transform's autocorrelation, blurred and per sample, with the trace of white noise.
+    pub(crate) fn lags_into(&self, r: &[f64], order: usize, lag_window_hz: f64, lags: &mut Vec<f64>) {
+        lags.clear();
+        lags.extend(self.lag_window(order, lag_window_hz).zip(r).map(|(w, r)| w * r));
+        lags[0] = lags[0] * (1.0 + Self::WHITE.0) + Self::WHITE.1;
     }
 }
 
@@ -194,10 +246,10 @@ fn band_centres(config: &PlanConfig, bin_hz: f64) -> Vec<f64> {
         .collect()
 }
 
-/// Weights of a band: a triangle over the bins between its neighbours' centres, of sum 1.
-fn triangle(centres: &[f64], band: usize, bin_hz: f64, n_bins: usize) -> (usize, Vec<f64>) {
+/// Weights of a band: a triangle over the bins between its neighbours' centres (the lowest: `step_hz` below), of sum 1.
+fn triangle(centres: &[f64], step_hz: f64, band: usize, bin_hz: f64, n_bins: usize) -> (usize, Vec<f64>) {
     let centre = centres[band];
-    let low = if band == 0 { centre - bin_hz } else { centres[band - 1] };
+    let low = if band == 0 { centre - step_hz } else { centres[band - 1] };
     let high = centres.get(band + 1).copied().unwrap_or(centre * 1.03);
     let weight = |bin: usize| {
         let hz = bin as f64 * bin_hz;

@@ -60,6 +60,11 @@ pub enum LaunchError {
     Components(usize),
     #[error("{what} takes {bytes} bytes of shared memory per block, more than the {SHARED_BYTES} of the GPU")]
     Shared { what: &'static str, bytes: usize },
+    #[error(
+        "the kernels cannot lend the past's fine structure to the plan yet (forecast.fine_structure); play this model with \
+             --engine cpu"
+    )]
+    FineStructure,
 }
 
 /// Shared memory that a block may have (sm_90).

@@ -5,7 +5,7 @@ use ndarray::ArrayD;
 
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
-use crate::cuda::launch::{DecodeLinear, DecodeModel, DecodeStack, DecodeTier, Element, MAX_TIERS, Words};
+use crate::cuda::launch::{DecodeLinear, DecodeModel, DecodeStack, DecodeTier, Element, LaunchError, MAX_TIERS, Words};
 use crate::engine::EngineError;
 use crate::forecast::PastForecast;
 use crate::model::config::N_FORECASTS;
@@ -170,6 +170,9 @@ impl Packed {
         let config = &checkpoint.config;
         let (wave, plan, forecast) = (&config.wave_transformer, &config.plan_transformer, &config.forecast);
         let (n_tiers, n_components) = (wave.tiers.len(), wave.n_components());
+        if forecast.fine_structure > 0.0 {
+            return Err(LaunchError::FineStructure.into());
+        }
         for (what, got, most) in
             [("tiers", n_tiers, MAX_TIERS), ("components of the mixture", n_components, MAX_COMPONENTS)]
         {
