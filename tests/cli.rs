@@ -581,6 +581,31 @@ fn training_writes_a_model_that_plays() {
 }
 
 #[test]
+fn training_grows_a_model_and_says_what_begins_anew() {
+    let scene = Scene::new();
+    scene.write_wav("long.wav", 1, &scene.chord(40_000));
+    let tiny = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny.toml")).unwrap();
+    let larger = tiny.replacen("dim = 32", "dim = 48", 1).replacen("n_heads = 2", "n_heads = 3", 1);
+    std::fs::write(scene.path("plan.toml"), &larger).unwrap();
+    std::fs::write(scene.path("both.toml"), larger.replace("slice_dim = 16", "slice_dim = 24")).unwrap();
+    std::fs::write(scene.path("other.toml"), tiny.replace("n_entries = 32", "n_entries = 16")).unwrap();
+    let train = |output: &str, preset: &str| {
+        let mut command = scene.wavegen(&["train", "long.wav", "--init", "tiny.safetensors", "-o", output]);
+        command.args(["--preset", preset, "--steps", "1", "--part", "plan", "--no-calibration"]);
+        command
+    };
+    let grows = contains("plan transformer: grows");
+    train("a.safetensors", "plan.toml")
+        .assert()
+        .success()
+        .stderr(grows.clone().and(contains("wave transformer: as in")));
+    scene.wavegen(&["continue", "in.wav", "--model", "a.safetensors", "--seconds", "0.05"]).assert().success();
+    let anew = contains("warning: the wave transformer begins anew").and(contains("--part wave"));
+    train("b.safetensors", "both.toml").assert().success().stderr(grows.and(anew));
+    scene.refuses(train("c.safetensors", "other.toml"), 2, "codebooks");
+}
+
+#[test]
 fn a_machine_tests_itself() {
     let scene = Scene::new();
     let run = scene.wavegen(&["selftest", "--model", "tiny.safetensors", "--json"]).assert().success();

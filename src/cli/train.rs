@@ -13,6 +13,7 @@ use serde::Serialize;
 use wavegen::audio::AudioError;
 use wavegen::checkpoint::{Checkpoint, Precision};
 use wavegen::model::config::{GenerationSettings, ModelConfig};
+use wavegen::train::grow::{Fate, grow};
 use wavegen::train::resume::StateFolder;
 use wavegen::train::schedule::Budget;
 use wavegen::train::{Part, Start, TrainEvent, TrainSettings, train};
@@ -32,6 +33,7 @@ Examples:
   wavegen train a.flac b.mp3 -o tiny.safetensors --preset tiny --steps 200
   wavegen train more/ -o tuned.safetensors --init my.safetensors --minutes 20
   wavegen train recordings/ -o longer.safetensors --init my.safetensors --part plan --minutes 10
+  wavegen train recordings/ -o large.safetensors --init small.safetensors --preset base --minutes 600
   wavegen continue song.wav --model my.safetensors")]
 pub struct Args {
     /// Audio files, and directories to search for them
@@ -43,11 +45,12 @@ pub struct Args {
     /// Overwrite an existing model, forget an unfinished run
     #[arg(long)]
     force: bool,
-    /// Size of the model: tiny, small, base, or a .toml file
-    #[arg(long, default_value = "small")]
-    preset: String,
-    /// Go on from this model: its weights, codebooks and sizes; `built-in` for the one inside the program
-    #[arg(long, value_name = "FILE", conflicts_with = "preset")]
+    /// Size of the model: tiny, small, base, or a .toml file [default: small, or as --init]
+    #[arg(long)]
+    preset: Option<String>,
+    /// Go on from this model: its weights, codebooks and sizes; `built-in` for the one inside the program. With
+    /// --preset as well, what can grow to the preset's sizes keeps what it learned, the rest begins anew
+    #[arg(long, value_name = "FILE")]
     init: Option<PathBuf>,
     /// Which transformer to train
     #[arg(long, value_enum, default_value = "both")]
@@ -111,6 +114,16 @@ enum Parts {
     Both,
 }
 
+impl Parts {
+    fn list(self) -> Vec<Part> {
+        match self {
+            Self::Plan => vec![Part::Plan],
+            Self::Wave => vec![Part::Wave],
+            Self::Both => vec![Part::Plan, Part::Wave],
+        }
+    }
+}
+
 fn minutes(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(value) if value > 0.0 && value <= 1e6 => Ok(value),
@@ -159,6 +172,10 @@ struct Report {
 
 pub fn run(args: &Args) -> Result<Outcome> {
     let talk = &args.talk;
+    // Before anything else: whoever needs a pool first, such as a checkpoint being read, makes one.
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = args.threads.map_or(cores, usize::from);
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting threads")?;
     let start = start(args)?;
     check_output(&args.output, args.force)?;
     let mut files = Vec::new();
@@ -171,16 +188,9 @@ pub fn run(args: &Args) -> Result<Outcome> {
         (Some(minutes), _) => Budget::Time(Duration::from_secs_f64(60.0 * minutes)),
         (None, steps) => Budget::Steps(steps.unwrap_or(1) as usize),
     };
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = args.threads.map_or(cores, usize::from);
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting threads")?;
     let settings = TrainSettings {
         start,
-        parts: match args.part {
-            Parts::Plan => vec![Part::Plan],
-            Parts::Wave => vec![Part::Wave],
-            Parts::Both => vec![Part::Plan, Part::Wave],
-        },
+        parts: args.part.list(),
         files,
         output: args.output.clone(),
         afresh: args.force,
@@ -226,15 +236,31 @@ pub fn run(args: &Args) -> Result<Outcome> {
 
 /// What training begins with.
 fn start(args: &Args) -> Result<Start> {
-    Ok(match args.init.as_deref() {
-        Some(path) if path.as_os_str() == "built-in" => Start::From(Checkpoint::built_in()?.into()),
-        Some(path) => Start::From(Checkpoint::load(path)?.into()),
-        None => {
-            let config =
-                ModelConfig::preset(&args.preset).map_err(|e| Usage(format!("--preset {}: {e}", args.preset)))?;
-            Start::New(config.into())
-        }
-    })
+    let preset = |name: &str| ModelConfig::preset(name).map_err(|e| Usage(format!("--preset {name}: {e}")));
+    let Some(path) = args.init.as_deref() else {
+        return Ok(Start::New(preset(args.preset.as_deref().unwrap_or("small"))?.into()));
+    };
+    let init = match path {
+        path if path.as_os_str() == "built-in" => Checkpoint::built_in()?,
+        path => Checkpoint::load(path)?,
+    };
+    let Some(name) = &args.preset else { return Ok(Start::From(init.into())) };
+    let (model, fates) = grow(&init, &preset(name)?, args.seed).map_err(|e| Usage(format!("--preset {name}: {e}")))?;
+    for (part, fate) in fates {
+        args.talk.note(&match fate {
+            Fate::Kept => format!("{} transformer: as in {}", part.name(), path.display()),
+            Fate::Grown => format!("{} transformer: grows, and goes on from {}", part.name(), path.display()),
+            Fate::New(why) if args.part.list().contains(&part) => {
+                format!("{} transformer: begins anew ({why})", part.name())
+            }
+            Fate::New(why) => format!(
+                "warning: the {0} transformer begins anew ({why}) and --part leaves it so; train it next: --init {1} --part {0}",
+                part.name(),
+                args.output.display()
+            ),
+        });
+    }
+    Ok(Start::From(model.into()))
 }
 
 fn open_log(path: &Path) -> Result<File> {

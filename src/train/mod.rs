@@ -5,6 +5,7 @@
 
 pub mod calibrate;
 pub mod dataset;
+pub mod grow;
 pub(crate) mod hash;
 pub mod lesson;
 pub mod optimizer;

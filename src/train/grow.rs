@@ -1,0 +1,253 @@
+//! Turns a model into one of another preset: what can grow keeps computing what it computed, the rest begins anew.
+//!
+//! Function-preserving growth (Chen, Goodfellow and Shlens, 2016) of the plan transformer: its residual stream, heads,
+//! SwiGLU and depth. Every new path begins with a zero at the end that writes and random weights at the end that reads,
+//! so that nothing changes and gradients reach all of it within two steps. A root mean square over more features, the
+//! new ones zero, is smaller by `sqrt(old / new)`, which the gains of the old features make up for (but for the norm's
+//! epsilon). Heads keep their width, because the angles of their position embedding depend on it.
+
+use ndarray::{ArrayD, s};
+
+use super::Part;
+use crate::checkpoint::Checkpoint;
+use crate::model::config::{ConfigError, ModelConfig, PlanTransformerConfig};
+use crate::model::params::ParamsError;
+
+/// Why a model cannot begin from another.
+#[derive(Debug, thiserror::Error)]
+pub enum GrowError {
+    #[error(
+        "the preset's {what} is another than the model's, and the model's codebooks would mean nothing; \
+             give a preset with the same {what}, or train without --init"
+    )]
+    Codebooks { what: &'static str },
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error("building the larger model")]
+    Params(#[from] ParamsError),
+}
+
+/// What becomes of one part.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// The same weights in the same places.
+    Kept,
+    /// Larger, and computes what it did.
+    Grown,
+    /// New weights, for this reason.
+    New(String),
+}
+
+/// The model in the sizes of `config`: codebooks of `old`, each part kept, grown or new. New weights are a pure
+/// function of `seed`.
+///
+/// # Errors
+/// When codec or plan differ, or the configuration does not hold together.
+pub fn grow(old: &Checkpoint, config: &ModelConfig, seed: u64) -> Result<(Checkpoint, [(Part, Fate); 2]), GrowError> {
+    config.validate()?;
+    if config.codec != old.config.codec {
+        return Err(GrowError::Codebooks { what: "codec" });
+    }
+    if config.plan != old.config.plan {
+        return Err(GrowError::Codebooks { what: "plan" });
+    }
+    let mut model = Checkpoint::untrained(config.clone(), seed)?;
+    model.quantizer = old.quantizer.clone();
+    model.notes = old.notes.clone();
+    let (from, to) = (&old.config.plan_transformer, &config.plan_transformer);
+    let plan = match obstacle(from, to) {
+        Some(why) => Fate::New(why),
+        None if PlanTransformerConfig { dropout: from.dropout, ..to.clone() } == *from => Fate::Kept,
+        None => Fate::Grown,
+    };
+    let wave = if config.wave_transformer != old.config.wave_transformer {
+        Fate::New("its sizes differ".into())
+    } else if config.forecast != old.config.forecast {
+        Fate::New("its forecasts differ".into())
+    } else {
+        Fate::Kept
+    };
+    for (name, new) in &mut model.weights {
+        match (name.split('.').next(), &plan, &wave) {
+            (Some("plan"), Fate::Kept | Fate::Grown, _) => *new = larger(name, old.weights.get(name), new),
+            (Some("wave"), _, Fate::Kept) => new.clone_from(&old.weights[name]),
+            _ => {}
+        }
+    }
+    if wave == Fate::Kept {
+        model.generation = old.generation;
+    }
+    Ok((model, [(Part::Plan, plan), (Part::Wave, wave)]))
+}
+
+/// Why a plan transformer cannot grow into another, if it cannot.
+fn obstacle(from: &PlanTransformerConfig, to: &PlanTransformerConfig) -> Option<String> {
+    let head_dim = |c: &PlanTransformerConfig| c.dim / c.n_heads;
+    if head_dim(from) != head_dim(to) {
+        return Some(format!("its heads are {} features wide instead of {}", head_dim(to), head_dim(from)));
+    }
+    let sizes = |c: &PlanTransformerConfig| {
+        [("dim", c.dim), ("n_layers", c.n_layers), ("window", c.window), ("hidden width", c.hidden_multiple * c.dim)]
+    };
+    let shrunk = sizes(from).into_iter().zip(sizes(to)).find(|((_, from), (_, to))| to < from);
+    shrunk.map(|((name, from), (_, to))| format!("its {name} is {to}, less than {from}"))
+}
+
+/// What a tensor of the plan transformer does to the features, heads and hidden units that are new.
+enum Role {
+    /// Writes them, or reads from the new ones what goes to the old: zero where it is new.
+    Writes,
+    /// Reads them into so many equal parts side by side: random where it is new.
+    Reads { parts: usize },
+    /// Norms them.
+    Gain,
+}
+
+impl Role {
+    fn of(name: &str) -> Self {
+        match name.trim_end_matches(".weight").rsplit('.').next() {
+            Some("qkv") => Self::Reads { parts: 3 },
+            Some("up") => Self::Reads { parts: 2 },
+            Some("head_in") => Self::Reads { parts: 1 },
+            Some(norm) if norm.ends_with("norm") => Self::Gain,
+            _ => Self::Writes,
+        }
+    }
+}
+
+/// `old` (none in a new layer) in the shape of `new`, which holds what a new model begins with.
+fn larger(name: &str, old: Option<&ArrayD<f32>>, new: &ArrayD<f32>) -> ArrayD<f32> {
+    let (mut grown, parts, scale) = match Role::of(name) {
+        Role::Writes => (ArrayD::zeros(new.raw_dim()), 1, 1.0),
+        Role::Reads { parts } => (new.clone(), parts, 1.0),
+        Role::Gain => (new.clone(), 1, old.map_or(1.0, |old| (old.len() as f32 / new.len() as f32).sqrt())),
+    };
+    let Some(old) = old else { return grown };
+    for (mut to, from) in grown.rows_mut().into_iter().zip(old.rows()) {
+        let (width, old_width) = (to.len() / parts, from.len() / parts);
+        for part in 0..parts {
+            let values = from.slice(s![part * old_width..(part + 1) * old_width]);
+            to.slice_mut(s![part * width..part * width + old_width]).assign(&(&values * scale));
+        }
+    }
+    grown
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use candle_core::{Device, Tensor};
+
+    use super::*;
+    use crate::model::Model;
+    use crate::model::params::Params;
+    use crate::rng::Rng;
+    use crate::train::optimizer::AdamW;
+
+    /// Plan tokens in which every entry occurs, also after the first frame, and bands; `[1, frames, ..]`.
+    fn sequence(model: &Checkpoint, frames: usize) -> (Tensor, Tensor) {
+        let plan = &model.config.plan;
+        let mut rng = Rng::new(7);
+        let code = |i: usize, rng: &mut Rng| if i <= plan.n_entries { i % plan.n_entries } else { rng.below(plan.n_entries) } as u32;
+        let tokens: Vec<u32> = (0..frames * plan.n_codebooks).map(|i| code(i / plan.n_codebooks, &mut rng)).collect();
+        let n_bands = model.quantizer.mean.len();
+        let bands: Vec<f32> = (0..frames * n_bands).map(|_| rng.normal()).collect();
+        let device = &Device::Cpu;
+        (
+            Tensor::from_vec(tokens, (1, frames, plan.n_codebooks), device).unwrap(),
+            Tensor::from_vec(bands, (1, frames, n_bands), device).unwrap(),
+        )
+    }
+
+    fn nll(model: &Checkpoint, (tokens, bands): &(Tensor, Tensor)) -> Vec<f32> {
+        let nll = model.model().unwrap().plan.nll(tokens, bands, None).unwrap();
+        nll.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    /// As if it had been trained: no gain is 1 and no bias 0.
+    fn tiny() -> Checkpoint {
+        let mut model = Checkpoint::untrained(ModelConfig::preset("tiny").unwrap(), 3).unwrap();
+        let mut rng = Rng::new(11);
+        model.weights.values_mut().flatten().for_each(|w| *w += 0.2 * rng.normal());
+        model
+    }
+
+    fn larger_tiny() -> ModelConfig {
+        let mut config = ModelConfig::preset("tiny").unwrap();
+        let plan = &mut config.plan_transformer;
+        (plan.dim, plan.n_layers, plan.n_heads, plan.hidden_multiple) = (80, 4, 5, 4);
+        config
+    }
+
+    #[test]
+    fn a_grown_plan_transformer_says_what_the_small_one_said() {
+        let mut base = ModelConfig::preset("base").unwrap();
+        (base.plan_transformer.dim, base.plan_transformer.n_layers, base.plan_transformer.n_heads) = (384, 5, 6);
+        for (old, config, wave) in [
+            (tiny(), larger_tiny(), Fate::Kept),
+            (Checkpoint::built_in().unwrap(), base, Fate::New("its sizes differ".into())),
+        ] {
+            let (new, fates) = grow(&old, &config, 1).unwrap();
+            assert_eq!(fates, [(Part::Plan, Fate::Grown), (Part::Wave, wave)]);
+            assert_eq!((&new.config, &new.quantizer), (&config, &old.quantizer));
+            let sequence = sequence(&old, 64);
+            let (before, after) = (nll(&old, &sequence), nll(&new, &sequence));
+            for (frame, (a, b)) in before.iter().zip(&after).enumerate() {
+                assert!((a - b).abs() < 1e-4 * a.abs().max(1.0), "{}, frame {frame}: {a} {b}", config.name);
+            }
+        }
+    }
+
+    #[test]
+    fn every_new_weight_gets_a_gradient_within_two_steps() {
+        let old = tiny();
+        let (new, _) = grow(&old, &larger_tiny(), 1).unwrap();
+        let mut params = Params::new(0);
+        let model = Model::new(&mut params, &new.config, new.quantizer.mean.len()).unwrap();
+        let mut vars = params.into_vars();
+        vars.retain(|name, _| name.starts_with("plan."));
+        let mut optimizer = AdamW::new(vars.clone()).unwrap();
+        optimizer.begin_from(&new.weights).unwrap();
+        let (tokens, bands) = sequence(&new, 64);
+        let mut sizes: BTreeMap<&str, Vec<f32>> = BTreeMap::new();
+        for _ in 0..2 {
+            let loss = model.plan.nll(&tokens, &bands, None).unwrap().mean_all().unwrap();
+            let gradients = loss.backward().unwrap();
+            for (name, var) in &vars {
+                let gradient = gradients.get(var.as_tensor()).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+                let sums = sizes.entry(name).or_insert_with(|| vec![0.0; gradient.len()]);
+                sums.iter_mut().zip(gradient).for_each(|(sum, g): (_, f32)| *sum += g.abs());
+            }
+            optimizer.add(&gradients).unwrap();
+            optimizer.step(1e-3, true).unwrap();
+        }
+        for (name, sizes) in sizes {
+            let without = sizes.iter().filter(|&&size| size == 0.0).count();
+            assert_eq!(without, 0, "{name}: {without} of {} weights have no gradient", sizes.len());
+        }
+    }
+
+    #[test]
+    fn what_cannot_grow_begins_anew_and_says_why() {
+        let old = tiny();
+        let fate = |change: &dyn Fn(&mut PlanTransformerConfig)| {
+            let mut config = old.config.clone();
+            change(&mut config.plan_transformer);
+            grow(&old, &config, 1).unwrap()
+        };
+        assert_eq!(fate(&|c| c.dropout = 0.3).1, [(Part::Plan, Fate::Kept), (Part::Wave, Fate::Kept)]);
+        let (new, [(_, plan), (_, wave)]) = fate(&|c| c.n_heads = 4);
+        assert_eq!((plan, wave), (Fate::New("its heads are 8 features wide instead of 16".into()), Fate::Kept));
+        for (name, weights) in &old.weights {
+            assert_eq!(new.weights[name] == weights, name.starts_with("wave."), "{name}");
+        }
+        let (_, [(_, plan), _]) = fate(&|c| c.n_layers = 1);
+        assert_eq!(plan, Fate::New("its n_layers is 1, less than 2".into()));
+        let mut config = old.config.clone();
+        config.forecast.order += 1;
+        assert!(matches!(grow(&old, &config, 1).unwrap().1[1].1, Fate::New(_)));
+        config.plan.n_entries = 16;
+        assert!(matches!(grow(&old, &config, 1), Err(GrowError::Codebooks { what: "plan" })));
+    }
+}
