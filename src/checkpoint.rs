@@ -14,7 +14,9 @@ use crate::atomic::write_whole;
 use crate::model::Model;
 use crate::model::config::{ConfigError, GenerationSettings, ModelConfig};
 use crate::model::params::{Params, ParamsError};
+use crate::model::rounding::{gain_of, is_rounded, with_gain};
 use crate::plan::{PlanError, ResidualQuantizer, Spectrum};
+use crate::simd::panels::Rounded;
 
 /// Value of the metadata key `format`.
 const FORMAT: &str = "wavegen";
@@ -39,12 +41,27 @@ pub enum CheckpointError {
     Damaged { path: PathBuf, what: String },
 }
 
-/// How the matrices of a file are stored; small tensors and codebooks are always f32.
+/// How the matrices of a file are stored; vectors and codebooks are always f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
     F32,
     /// Half the size: IEEE half precision for tensors of rank 2.
     F16,
+    /// A quarter and a bit: matrices that the CPU engine [rounds](crate::model::rounding) to 8 bits are stored as the whole numbers
+    /// that it computes with, so that it plays the same; the others as in `F16`. Gains that come before rounded matrices
+    /// are multiplied into them, and 1 afterwards.
+    Int8,
+}
+
+impl Precision {
+    /// As users write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Int8 => "int8",
+        }
+    }
 }
 
 /// A model as plain data, for any engine.
@@ -58,10 +75,22 @@ pub struct Checkpoint {
     pub weights: BTreeMap<String, ArrayD<f32>>,
     /// Free text for people: licence, data, training figures.
     pub notes: BTreeMap<String, String>,
+    /// How the file that it was read from stores it.
+    pub precision: Precision,
 }
 
 const MEAN: &str = "codebooks.mean";
 const BOOKS: &str = "codebooks.books";
+/// What the name of a rounded matrix's scales, `[n_out]`, has after the matrix's.
+const SCALES: &str = ".scales";
+
+/// A tensor as a file holds it.
+struct Stored {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
 
 impl Checkpoint {
     /// The model inside the program.
@@ -97,7 +126,11 @@ impl Checkpoint {
             serde_json::from_str(field("generation")).map_err(|e| damaged(format!("its generation settings: {e}")))?;
         let notes = serde_json::from_str(field("notes")).map_err(|e| damaged(format!("its notes: {e}")))?;
         let read = |(name, view): &(&str, TensorView)| {
-            let values = decode(view).ok_or_else(|| damaged(format!("tensor '{name}' is {:?}", view.dtype())))?;
+            let values = match view.dtype() {
+                Dtype::I8 => scaled(&tensors, name, view),
+                _ => decode(view),
+            };
+            let values = values.ok_or_else(|| damaged(format!("tensor '{name}' is {:?}", view.dtype())))?;
             if values.iter().any(|v| !v.is_finite()) {
                 return Err(damaged(format!("tensor '{name}' holds values that are not finite")));
             }
@@ -105,8 +138,8 @@ impl Checkpoint {
                 .map_err(|e| damaged(format!("tensor '{name}': {e}")))?;
             Ok(((*name).to_owned(), array))
         };
-        let mut weights: BTreeMap<_, _> =
-            tensors.iter().collect::<Vec<_>>().par_iter().map(read).collect::<Result<_, CheckpointError>>()?;
+        let all: Vec<_> = tensors.iter().filter(|(name, _)| !is_scales(&tensors, name)).collect();
+        let mut weights: BTreeMap<_, _> = all.par_iter().map(read).collect::<Result<_, CheckpointError>>()?;
         let mut take =
             |name: &str| weights.remove(name).ok_or_else(|| damaged(ParamsError::Missing(name.into()).to_string()));
         let shape = |e: ndarray::ShapeError| damaged(format!("codebooks: {e}"));
@@ -114,7 +147,13 @@ impl Checkpoint {
         let books = take(BOOKS)?.into_dimensionality().map_err(shape)?;
         let expected = [config.plan.n_codebooks, config.plan.n_entries];
         let quantizer = ResidualQuantizer::new(mean, books).map_err(|e| damaged(e.to_string()))?;
-        let checkpoint = Self { config, generation, quantizer, weights, notes };
+        let stored_as = |dtype| all.iter().any(|(_, view)| view.dtype() == dtype);
+        let precision = match () {
+            () if stored_as(Dtype::I8) => Precision::Int8,
+            () if stored_as(Dtype::F16) => Precision::F16,
+            () => Precision::F32,
+        };
+        let checkpoint = Self { config, generation, quantizer, weights, notes, precision };
         let n_bands = checkpoint.spectrum().map_err(|e| damaged(e.to_string()))?.n_bands();
         let got = checkpoint.quantizer.books.shape();
         if got != [expected[0], expected[1], n_bands] || checkpoint.quantizer.mean.len() != n_bands {
@@ -123,8 +162,16 @@ impl Checkpoint {
                 [expected[0], expected[1], n_bands]
             )));
         }
-        checkpoint.model().map_err(|e| damaged(e.to_string()))?;
+        checkpoint.check_shapes().map_err(|e| damaged(e.to_string()))?;
         Ok(checkpoint)
+    }
+
+    /// Whether the weights are those of the model that the configuration describes.
+    fn check_shapes(&self) -> Result<(), ParamsError> {
+        let shapes = self.weights.iter().map(|(name, array)| (name.clone(), array.shape().to_vec())).collect();
+        let mut params = Params::check(shapes);
+        Model::new(&mut params, &self.config, self.quantizer.mean.len())?;
+        params.finish()
     }
 
     /// The analysis that the plan is made with.
@@ -159,7 +206,14 @@ impl Checkpoint {
         let mut params = Params::new(seed);
         Model::new(&mut params, &config, n_bands)?;
         let weights = arrays(params.into_vars().iter().map(|(name, var)| (name, var.as_tensor())))?;
-        Ok(Self { config, generation: GenerationSettings::default(), quantizer, weights, notes: BTreeMap::new() })
+        Ok(Self {
+            config,
+            generation: GenerationSettings::default(),
+            quantizer,
+            weights,
+            notes: BTreeMap::new(),
+            precision: Precision::F32,
+        })
     }
 
     /// Number of weights whose names begin with `prefix`.
@@ -205,24 +259,53 @@ impl Checkpoint {
             ("generation".to_owned(), json(serde_json::to_string(&self.generation))),
             ("notes".to_owned(), json(serde_json::to_string(&self.notes))),
         ]);
-        let mean = self.quantizer.mean.clone().into_dyn();
-        let books = self.quantizer.books.clone().into_dyn();
-        let all = self.weights.iter().map(|(name, array)| (name.as_str(), array));
-        let mut stored: Vec<(&str, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
-        for (name, array) in all.chain([(MEAN, &mean), (BOOKS, &books)]) {
-            let half = precision == Precision::F16 && array.ndim() == 2;
-            let bytes = if half {
-                array.iter().flat_map(|&v| half::f16::from_f32(v).to_le_bytes()).collect()
-            } else {
-                array.iter().flat_map(|v| v.to_le_bytes()).collect()
-            };
-            stored.push((name, if half { Dtype::F16 } else { Dtype::F32 }, array.shape().to_vec(), bytes));
-        }
+        let stored = self.stored(precision);
         let views = stored
             .iter()
-            .map(|(name, dtype, shape, bytes)| Ok((*name, TensorView::new(*dtype, shape.clone(), bytes)?)))
+            .map(|t| Ok((t.name.as_str(), TensorView::new(t.dtype, t.shape.clone(), &t.bytes)?)))
             .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
         safetensors::serialize(views, Some(metadata))
+    }
+
+    fn stored(&self, precision: Precision) -> Vec<Stored> {
+        let floats = |name: &str, shape: &[usize], values: &mut dyn Iterator<Item = f32>, half: bool| {
+            let (dtype, bytes) = match half {
+                true => (Dtype::F16, values.flat_map(|v| f16::from_f32(v).to_le_bytes()).collect()),
+                false => (Dtype::F32, values.flat_map(f32::to_le_bytes).collect()),
+            };
+            Stored { name: name.to_owned(), dtype, shape: shape.to_vec(), bytes }
+        };
+        let rounded = |name: &str| precision == Precision::Int8 && is_rounded(name);
+        let gains: Vec<String> = self.weights.keys().filter(|name| rounded(name)).filter_map(|n| gain_of(n)).collect();
+        let mut stored = Vec::new();
+        for (name, array) in &self.weights {
+            if rounded(name) {
+                let matrix = self.rounded(name, array);
+                let bytes = matrix.whole.iter().map(|&q| q as u8).collect();
+                stored.push(Stored { name: name.clone(), dtype: Dtype::I8, shape: array.shape().to_vec(), bytes });
+                let scales = &mut matrix.scales.iter().copied();
+                stored.push(floats(&format!("{name}{SCALES}"), &[matrix.n_out], scales, false));
+            } else if gains.contains(name) {
+                stored.push(floats(name, array.shape(), &mut std::iter::repeat_n(1.0, array.len()), false));
+            } else {
+                let half = precision != Precision::F32 && array.ndim() == 2;
+                stored.push(floats(name, array.shape(), &mut array.iter().copied(), half));
+            }
+        }
+        let ResidualQuantizer { mean, books, .. } = &self.quantizer;
+        stored.push(floats(MEAN, mean.shape(), &mut mean.iter().copied(), false));
+        stored.push(floats(BOOKS, books.shape(), &mut books.iter().copied(), false));
+        stored
+    }
+
+    /// A matrix as the CPU engine rounds it.
+    fn rounded(&self, name: &str, matrix: &ArrayD<f32>) -> Rounded {
+        let n_out = matrix.shape().last().copied().unwrap_or(1);
+        let values: Vec<f32> = matrix.iter().copied().collect();
+        match gain_of(name).and_then(|gain| self.weights.get(&gain)) {
+            Some(gain) => Rounded::new(&with_gain(&values, n_out, &gain.iter().copied().collect::<Vec<_>>()), n_out),
+            None => Rounded::new(&values, n_out),
+        }
     }
 }
 
@@ -237,6 +320,20 @@ pub fn arrays<'a>(
             Ok((name.clone(), array))
         })
         .collect()
+}
+
+/// Whether `name` holds the scales of a rounded matrix.
+fn is_scales(tensors: &SafeTensors, name: &str) -> bool {
+    let matrix = name.strip_suffix(SCALES).and_then(|matrix| tensors.tensor(matrix).ok());
+    matrix.is_some_and(|matrix| matrix.dtype() == Dtype::I8)
+}
+
+/// Values of a rounded matrix, if it has its scales.
+fn scaled(tensors: &SafeTensors, name: &str, view: &TensorView) -> Option<Vec<f32>> {
+    let scales = decode(&tensors.tensor(&format!("{name}{SCALES}")).ok()?)?;
+    let &[_, n_out] = view.shape() else { return None };
+    let whole = view.data().iter().map(|&q| q as i8).collect();
+    (scales.len() == n_out && n_out > 0).then(|| Rounded { n_out, whole, scales }.values())
 }
 
 fn decode(view: &TensorView) -> Option<Vec<f32>> {
@@ -286,6 +383,41 @@ mod tests {
             for (a, b) in array.iter().zip(&back.weights[name]) {
                 assert!((a - b).abs() <= a.abs() * 1e-3 + 1e-7, "{name}: {a} {b}");
             }
+        }
+    }
+
+    #[test]
+    fn rounded_matrices_come_back_as_the_cpu_engine_rounds_them() {
+        let mut model = tiny();
+        model.weights.get_mut("plan.blocks.1.attention_norm").unwrap().iter_mut().step_by(2).for_each(|g| *g = 1.7);
+        let load = |model: &Checkpoint, precision| {
+            Checkpoint::from_bytes(&model.to_bytes(precision).unwrap(), Path::new("int8")).unwrap()
+        };
+        let back = load(&model, Precision::Int8);
+        assert_eq!((back.precision, load(&model, Precision::F16).precision), (Precision::Int8, Precision::F16));
+        assert!(back.weights["plan.blocks.1.attention_norm"].iter().all(|&gain| gain == 1.0));
+        for (name, matrix) in model.weights.iter().filter(|(name, _)| is_rounded(name)) {
+            assert_eq!(back.rounded(name, &back.weights[name]), model.rounded(name, matrix), "{name}");
+        }
+        assert_eq!(load(&back, Precision::Int8).weights, back.weights);
+        let sizes = [Precision::Int8, Precision::F32].map(|precision| model.to_bytes(precision).unwrap().len());
+        assert!(3 * sizes[0] < 2 * sizes[1], "{sizes:?}: the codebooks of so small a model are most of it");
+    }
+
+    #[test]
+    fn rounded_matrices_without_their_scales_are_refused() {
+        let bytes = [0; 8];
+        for (shape, n_scales) in
+            [(vec![2, 4], None), (vec![2, 4], Some(2)), (vec![8], Some(1)), (vec![2, 2, 2], Some(2))]
+        {
+            let mut tensors = vec![("a.weight", TensorView::new(Dtype::I8, shape.clone(), &bytes).unwrap())];
+            if let Some(n) = n_scales {
+                tensors.push(("a.weight.scales", TensorView::new(Dtype::F32, vec![n], &bytes[..4 * n]).unwrap()));
+            }
+            let file = safetensors::serialize(tensors, None).unwrap();
+            let file = SafeTensors::deserialize(&file).unwrap();
+            let read = scaled(&file, "a.weight", &file.tensor("a.weight").unwrap());
+            assert!(read.is_none(), "{shape:?} with {n_scales:?} scales");
         }
     }
 

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::codec::{Codec, Token};
 use crate::model::config::N_FORECASTS;
+use crate::simd::portable::{exp, tanh};
 
 /// How plan tokens are drawn. `1.0` temperature, `0` top-k, `1.0` top-p and `0.0` min-p change nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -104,7 +105,9 @@ const TAIL: f64 = 1e-4;
 /// A mixture of logistics over sample values, cut into tokens by the codec's bins.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Mixture {
-    /// Normalised log weights, `[n_components]`: first those around the forecast from the past, then the plan's.
+    /// Normalised weights, `[n_components]`: first those around the forecast from the past, then the plan's.
+    weights: Vec<f32>,
+    /// Their logarithms.
     pub log_weights: Vec<f32>,
     /// Means as sample values, `[n_components]`.
     pub means: Vec<f32>,
@@ -116,7 +119,7 @@ pub struct Mixture {
 
 /// Half the planned residual scale plus a quarter of the quantiser's step: the unit of a component's offset and scale.
 pub fn unit_scale(forecast: f32, log_scale: f32, codec: &Codec) -> f32 {
-    0.5 * log_scale.exp() + 0.25 * codec.bin_width(forecast)
+    0.5 * exp(log_scale) + 0.25 * codec.bin_width(forecast)
 }
 
 /// Means move by at most this many units.
@@ -136,24 +139,31 @@ impl Mixture {
     pub fn set(&mut self, head: &[f32], forecasts: [f32; N_FORECASTS], log_scale: f32, codec: &Codec) {
         let n = head.len() / 3;
         let per_forecast = n / N_FORECASTS;
-        let (weights, rest) = head.split_at(n);
+        let (logits, rest) = head.split_at(n);
         let (offsets, log_scales) = rest.split_at(n);
-        let top = weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let log_total = top + weights.iter().map(|w| (w - top).exp()).sum::<f32>().ln();
         let units = forecasts.map(|forecast| unit_scale(forecast, log_scale, codec));
-        let Self { log_weights, means, scales, .. } = self;
+        let Self { weights, log_weights, means, scales, .. } = self;
         self.forecasts = forecasts;
+        let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        weights.clear();
+        weights.extend(logits.iter().map(|w| exp(w - top)));
+        let total: f32 = weights.iter().sum();
+        weights.iter_mut().for_each(|w| *w /= total);
+        let log_total = top + total.ln();
         log_weights.clear();
-        log_weights.extend(weights.iter().map(|w| w - log_total));
+        log_weights.extend(logits.iter().map(|w| w - log_total));
         means.clear();
         means.extend(offsets.iter().enumerate().map(|(k, offset)| {
             let of = k / per_forecast;
-            forecasts[of] + units[of] * MAX_OFFSET * (offset / MAX_OFFSET).tanh()
+            forecasts[of] + units[of] * MAX_OFFSET * tanh(offset / MAX_OFFSET)
         }));
         scales.clear();
-        scales.extend(log_scales.iter().enumerate().map(|(k, log_scale)| {
-            units[k / per_forecast] * (MAX_LOG_SCALE * (log_scale / MAX_LOG_SCALE).tanh()).exp()
-        }));
+        scales.extend(
+            log_scales
+                .iter()
+                .enumerate()
+                .map(|(k, log_scale)| units[k / per_forecast] * exp(MAX_LOG_SCALE * tanh(log_scale / MAX_LOG_SCALE))),
+        );
     }
 
     /// ln P(token): the mixture's mass in the token's bin.
@@ -176,8 +186,8 @@ impl Mixture {
         let n = self.means.len();
         let per_forecast = n / N_FORECASTS;
         let weight = |k: usize| {
-            let factor = if k < per_forecast { f64::from(settings.past) } else { 1.0 };
-            f64::from(self.log_weights[k]).exp() * factor
+            let factor = if k < per_forecast { settings.past } else { 1.0 };
+            f64::from(self.weights[k]) * f64::from(factor)
         };
         let target = f64::from(uniforms[0]) * (0..n).map(weight).sum::<f64>();
         let mut chosen = n - 1;

@@ -57,6 +57,13 @@ fn play(
     (plan, tokens)
 }
 
+/// Renders one frame.
+fn render(engine: &mut CpuEngine, plan: &PlanFrame, stream: u32, frame: usize) -> Vec<Token> {
+    let mut out = vec![0; engine.config().plan.hop];
+    engine.render(plan, &uniforms(stream, Kind::Wave, frame, UNIFORMS_PER_SAMPLE * out.len()), &mut out).unwrap();
+    out
+}
+
 /// Frame by frame from the same state: the same plan, and the same tokens until a draw falls on an edge, between two bins or two
 /// components (from there on the streams are different ones).
 fn assert_plays_like(cpu: &mut CpuEngine, reference: &mut ReferenceEngine, n_frames: usize, what: &str) {
@@ -185,6 +192,29 @@ fn scores_are_the_reference_engines_and_whole_numbers_cost_little() {
 }
 
 #[test]
+fn a_model_stored_in_whole_numbers_plays_the_same_tokens() {
+    let directory = tempfile::tempdir().unwrap();
+    let stored = |checkpoint: &Checkpoint, precision| {
+        let path = directory.path().join("model.safetensors");
+        checkpoint.save(&path, precision).unwrap();
+        Checkpoint::load(&path).unwrap()
+    };
+    let mut lively = tiny(7);
+    for (_, gains) in lively.weights.iter_mut().filter(|(name, _)| name.ends_with("_norm")) {
+        gains.iter_mut().enumerate().for_each(|(i, gain)| *gain += 0.1 * (i as f32).sin());
+    }
+    // What is not rounded to whole numbers is rounded to half precision.
+    let half = stored(&lively, wavegen::checkpoint::Precision::F16);
+    let whole = stored(&half, wavegen::checkpoint::Precision::Int8);
+    let played = [half, whole].map(|checkpoint| {
+        let mut engine = CpuEngine::new(&checkpoint, &CpuOptions::default()).unwrap();
+        engine.prefill(&music(9000)).unwrap();
+        play(&mut engine, 0..3, 0, None)
+    });
+    assert!(played[0] == played[1]);
+}
+
+#[test]
 fn streams_rendered_together_play_what_they_play_alone() {
     let checkpoint = tiny(3);
     let hop = checkpoint.config.plan.hop;
@@ -198,13 +228,11 @@ fn streams_rendered_together_play_what_they_play_alone() {
         let mut together = vec![Vec::new(); n_streams];
         for k in 0..3 {
             let mut plans = vec![PlanFrame::default(); n_streams];
-            for (i, (engine, plan)) in engines.iter_mut().zip(&mut plans).enumerate() {
-                engine.next_plan(&uniforms(i as u32, Kind::Plan, k, plan_books(&checkpoint)), plan).unwrap();
-            }
-            let draws: Vec<_> =
-                (0..n_streams).map(|i| uniforms(i as u32, Kind::Wave, k, UNIFORMS_PER_SAMPLE * hop)).collect();
+            let draws = |kind, n| (0..n_streams).map(|i| uniforms(i as u32, kind, k, n)).collect::<Vec<_>>();
             let mut out = vec![vec![0; hop]; n_streams];
             let mut all: Vec<&mut CpuEngine> = engines.iter_mut().collect();
+            CpuEngine::plan_together(&mut all, &draws(Kind::Plan, plan_books(&checkpoint)), &mut plans).unwrap();
+            let draws = draws(Kind::Wave, UNIFORMS_PER_SAMPLE * hop);
             CpuEngine::render_together(&mut all, &plans, &draws, &mut out).unwrap();
             together.iter_mut().zip(out).for_each(|(tokens, out)| tokens.extend(out));
         }
@@ -220,13 +248,19 @@ fn streams_in_lockstep_play_what_they_play_alone_and_leave_when_they_like() {
     let checkpoint = tiny(5);
     let mut first = CpuEngine::new(&checkpoint, &CpuOptions::default()).unwrap();
     let n_frames = |i: usize| 3 + i % 3;
+    let given = |i: usize| (i == 2).then(|| PlanFrame { tokens: vec![], bands: vec![-1.0; 148] });
     let together: Vec<Vec<Token>> = std::thread::scope(|scope| {
         let engines = first.fork_in_lockstep(5).unwrap().into_iter().enumerate();
         let threads: Vec<_> = engines
             .map(|(i, mut engine)| {
                 scope.spawn(move || {
                     engine.prefill(&music(2000 + 700 * i)).unwrap();
-                    play(&mut engine, 0..n_frames(i), i as u32, None).1
+                    // One stream follows a plan of its own at first, and renders while the others draw theirs.
+                    given(i)
+                        .map_or_else(Vec::new, |plan| render(&mut engine, &plan, i as u32, 9))
+                        .into_iter()
+                        .chain(play(&mut engine, 0..n_frames(i), i as u32, None).1)
+                        .collect()
                 })
             })
             .collect();
@@ -234,7 +268,9 @@ fn streams_in_lockstep_play_what_they_play_alone_and_leave_when_they_like() {
     });
     for (i, tokens) in together.into_iter().enumerate() {
         first.prefill(&music(2000 + 700 * i)).unwrap();
-        assert!(play(&mut first, 0..n_frames(i), i as u32, None).1 == tokens, "stream {i}");
+        let mut alone = given(i).map_or_else(Vec::new, |plan| render(&mut first, &plan, i as u32, 9));
+        alone.extend(play(&mut first, 0..n_frames(i), i as u32, None).1);
+        assert!(alone == tokens, "stream {i}");
     }
 }
 
@@ -298,6 +334,9 @@ fn an_instruction_set_that_is_not_there_and_damaged_input_are_refused() {
     let mut other = CpuEngine::new(&checkpoint, &F32).unwrap();
     let plan = PlanFrame { tokens: vec![], bands: vec![-1.0; 148] };
     let draws = vec![vec![0.5; 1024]; 2];
+    let mut plans = vec![PlanFrame::default(); 2];
+    let refused = CpuEngine::plan_together(&mut [&mut engine, &mut other], &vec![vec![0.5; 2]; 2], &mut plans);
+    assert!(refused.is_err());
     let refused = CpuEngine::render_together(
         &mut [&mut engine, &mut other],
         &[plan.clone(), plan],

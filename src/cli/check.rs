@@ -46,14 +46,12 @@ pub fn play_together(engines: &mut [CpuEngine], frames: std::ops::Range<usize>) 
     let mut played = vec![Vec::new(); engines.len()];
     for frame in frames {
         let mut plans = vec![PlanFrame::default(); engines.len()];
-        let mut uniforms = Vec::new();
-        for ((stream, engine), plan) in (0..).zip(&mut *engines).zip(&mut plans) {
-            let (plan_draws, wave_draws) = draws(engine, stream, frame);
-            engine.next_plan(&plan_draws, plan)?;
-            uniforms.push(wave_draws);
-        }
+        let (plan_draws, wave_draws): (Vec<_>, Vec<_>) =
+            (0..).zip(&*engines).map(|(stream, engine)| draws(engine, stream, frame)).unzip();
         let mut out: Vec<Vec<Token>> = engines.iter().map(|engine| vec![0; engine.config().plan.hop]).collect();
-        CpuEngine::render_together(&mut engines.iter_mut().collect::<Vec<_>>(), &plans, &uniforms, &mut out)?;
+        let mut together: Vec<_> = engines.iter_mut().collect();
+        CpuEngine::plan_together(&mut together, &plan_draws, &mut plans)?;
+        CpuEngine::render_together(&mut together, &plans, &wave_draws, &mut out)?;
         played.iter_mut().zip(out).for_each(|(all, new)| all.extend(new));
     }
     Ok(played)

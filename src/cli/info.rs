@@ -37,6 +37,7 @@ struct ModelInfo {
     plan_parameters: usize,
     wave_parameters: usize,
     codebook_parameters: usize,
+    stored_as: &'static str,
     multiply_adds_per_sample: f64,
     generation: GenerationSettings,
     notes: BTreeMap<String, String>,
@@ -101,6 +102,7 @@ fn model(checkpoint: &Checkpoint, talk: &Talk) -> Result<()> {
         plan_parameters: checkpoint.n_weights("plan."),
         wave_parameters: checkpoint.n_weights("wave."),
         codebook_parameters: codebooks,
+        stored_as: checkpoint.precision.name(),
         multiply_adds_per_sample: config.wave_transformer.multiply_adds_per_sample(),
         generation: checkpoint.generation,
         notes: checkpoint.notes.clone(),
@@ -120,7 +122,7 @@ fn model(checkpoint: &Checkpoint, talk: &Talk) -> Result<()> {
         plan.n_entries,
         checkpoint.quantizer.n_bands()
     ))?;
-    print(&format!("parameters     {}", millions(info.parameters)))?;
+    print(&format!("parameters     {}, stored as {}", millions(info.parameters), info.stored_as))?;
     let p = &config.plan_transformer;
     print(&format!(
         "  plan         {}: dim {}, {} layers, {} heads, window {}",

@@ -94,9 +94,9 @@ pub struct Args {
     /// Share of the files that is held out
     #[arg(long, default_value = "0.03", value_parser = share)]
     validation_share: f64,
-    /// Store matrices in half precision: half the size
-    #[arg(long)]
-    half: bool,
+    /// How the model's matrices are stored
+    #[arg(long, value_enum, default_value = "f32")]
+    store: Store,
     /// Skip the last part, which fits the generation settings by playing held-out excerpts
     #[arg(long)]
     no_calibration: bool,
@@ -105,6 +105,15 @@ pub struct Args {
     note: Vec<(String, String)>,
     #[command(flatten)]
     talk: Talk,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Store {
+    F32,
+    /// Half the size
+    F16,
+    /// A quarter of the size: as the CPU engine rounds them, so that it plays the same; best for a model that is done
+    Int8,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -194,7 +203,11 @@ pub fn run(args: &Args) -> Result<Outcome> {
         files,
         output: args.output.clone(),
         afresh: args.force,
-        precision: if args.half { Precision::F16 } else { Precision::F32 },
+        precision: match args.store {
+            Store::F32 => Precision::F32,
+            Store::F16 => Precision::F16,
+            Store::Int8 => Precision::Int8,
+        },
         budget,
         seed: args.seed,
         threads,

@@ -8,6 +8,7 @@ use super::lpc::{Recursion, predict};
 use super::{ForecastConfig, ForecastError, check_length};
 use crate::plan::{Autocorrelation, Spectrum};
 use crate::simd::Kernels;
+use crate::simd::portable::exp;
 
 /// Mean of |x| of a residual, as a part of its root mean square; between a Laplacian's (0.71) and a Gaussian's (0.8).
 const MEAN_TO_RMS: f64 = 0.7;
@@ -99,7 +100,7 @@ impl PlannedForecast {
 
     /// Root mean square of the residual that the frame implies.
     pub fn residual_rms(&self) -> f32 {
-        self.log_scale.exp() / MEAN_TO_RMS as f32
+        exp(self.log_scale) / MEAN_TO_RMS as f32
     }
 
     /// What the next sample was.

@@ -14,8 +14,8 @@ pub fn features(forecasts: [f32; N_FORECASTS], log_scale: f32, codec: &Codec) ->
     let half = codec.levels() as f32 / 2.0;
     let mut out = [0.0; N_FEATURES];
     let mut past_code = 0;
-    for (i, &forecast) in forecasts.iter().enumerate() {
-        let companded = codec.compand(forecast);
+    let companded = forecasts.map(|forecast| codec.compand(forecast));
+    for (i, (forecast, companded)) in forecasts.into_iter().zip(companded).enumerate() {
         let place = ((companded + 1.0) * half).clamp(0.0, codec.levels() as f32 - 0.001);
         let code = place.floor();
         if i == 0 {
@@ -31,7 +31,7 @@ pub fn features(forecasts: [f32; N_FORECASTS], log_scale: f32, codec: &Codec) ->
         }
     }
     out[5 * N_FORECASTS] = log_scale / 4.0 + 1.0;
-    out[5 * N_FORECASTS + 1] = (codec.compand(forecasts[0]) - codec.compand(forecasts[1])) * 32.0;
+    out[5 * N_FORECASTS + 1] = (companded[0] - companded[1]) * 32.0;
     (out, past_code)
 }
 

@@ -7,6 +7,7 @@ pub mod features;
 pub mod head;
 pub mod params;
 pub mod plan_transformer;
+pub mod rounding;
 pub mod wave_transformer;
 
 use config::ModelConfig;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use crate::rng::Rng;
 
@@ -39,6 +39,7 @@ pub enum ParamsError {
 enum Source {
     New { rng: Rng, vars: BTreeMap<String, Var> },
     Stored { tensors: BTreeMap<String, Tensor> },
+    Shapes { shapes: BTreeMap<String, Vec<usize>> },
 }
 
 /// Hands out the tensors of a model while it is built; a prefix grows with [`Params::under`].
@@ -56,6 +57,11 @@ impl Params {
     /// The tensors of a checkpoint.
     pub fn stored(tensors: BTreeMap<String, Tensor>) -> Self {
         Self { source: Source::Stored { tensors }, prefix: Vec::new() }
+    }
+
+    /// No tensors, only a check that those of a checkpoint have the model's names and `shapes`.
+    pub fn check(shapes: BTreeMap<String, Vec<usize>>) -> Self {
+        Self { source: Source::Shapes { shapes }, prefix: Vec::new() }
     }
 
     /// Runs `build` with `name` added to the prefix.
@@ -82,14 +88,13 @@ impl Params {
             }
             Source::Stored { tensors } => {
                 let tensor = tensors.remove(&path).ok_or_else(|| ParamsError::Missing(path.clone()))?;
-                if tensor.dims() != shape {
-                    return Err(ParamsError::Shape {
-                        name: path,
-                        expected: shape.to_vec(),
-                        got: tensor.dims().to_vec(),
-                    });
-                }
+                expect(path, shape, tensor.dims())?;
                 Ok(tensor)
+            }
+            Source::Shapes { shapes } => {
+                let got = shapes.remove(&path).ok_or_else(|| ParamsError::Missing(path.clone()))?;
+                expect(path, shape, &got)?;
+                Ok(Tensor::zeros(1, DType::F32, &Device::Cpu)?.broadcast_as(shape)?)
             }
         }
     }
@@ -98,18 +103,26 @@ impl Params {
     pub fn into_vars(self) -> BTreeMap<String, Var> {
         match self.source {
             Source::New { vars, .. } => vars,
-            Source::Stored { .. } => BTreeMap::new(),
+            Source::Stored { .. } | Source::Shapes { .. } => BTreeMap::new(),
         }
     }
 
     /// Checks that no stored tensor was left over.
     pub fn finish(self) -> Result<(), ParamsError> {
-        match self.source {
-            Source::Stored { tensors } if !tensors.is_empty() => {
-                Err(ParamsError::Unknown(tensors.into_keys().next().unwrap_or_default()))
-            }
-            _ => Ok(()),
-        }
+        let left = match self.source {
+            Source::New { .. } => None,
+            Source::Stored { tensors } => tensors.into_keys().next(),
+            Source::Shapes { shapes } => shapes.into_keys().next(),
+        };
+        left.map_or(Ok(()), |name| Err(ParamsError::Unknown(name)))
+    }
+}
+
+fn expect(name: String, expected: &[usize], got: &[usize]) -> Result<(), ParamsError> {
+    if got == expected {
+        Ok(())
+    } else {
+        Err(ParamsError::Shape { name, expected: expected.to_vec(), got: got.to_vec() })
     }
 }
 

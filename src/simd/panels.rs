@@ -6,8 +6,36 @@ pub const LANES: usize = 16;
 pub const MAX_VECTORS: usize = 6;
 /// Adding and subtracting this rounds to a whole number (ties to even) when |x| < 2^22.
 pub(super) const ROUNDING: f32 = 12_582_912.0;
+/// Vectors whose numbers are all smaller are rounded to nothing.
+pub(super) const SMALLEST: f32 = 1e-30;
 /// Inputs that one integer instruction takes at a time.
 pub const GROUP: usize = 4;
+
+/// What numbers of which `most` is the largest are multiplied with before they are rounded.
+#[inline(always)]
+pub(super) fn factor(most: f32) -> f32 {
+    if most > SMALLEST { 127.0 / most } else { 0.0 }
+}
+
+/// What one is worth among numbers that were multiplied with [`factor`] and rounded: `most / 127`, rounded to 17 binary digits, so
+/// that every rounded value is an f32 and rounds to itself.
+#[inline(always)]
+pub(super) fn unit(most: f32) -> f32 {
+    if most > SMALLEST { f32::from_bits(((most / 127.0).to_bits() + 0x40) & !0x7f) } else { 0.0 }
+}
+
+/// The nearest whole number (ties to even) of -128..=127.
+#[inline(always)]
+pub(super) fn whole(x: f32) -> i8 {
+    // The low byte of the shifted sum is the whole number in two's complement.
+    (x + ROUNDING).to_bits() as i8
+}
+
+/// The larger one, or b if they cannot be compared: what one instruction computes.
+#[inline(always)]
+pub(super) fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
 
 /// [`LANES`] numbers that are used side by side: a cache line.
 #[derive(Clone, Copy)]
@@ -94,39 +122,85 @@ pub struct PanelsI8 {
 }
 
 impl PanelsI8 {
-    /// From weights `[n_in, n_out]`, each output rounded to 127 steps either side of 0.
+    /// From weights `[n_in, n_out]`, which are [rounded](Rounded::new).
     pub fn pack(weights: &[f32], n_out: usize) -> Self {
-        let n_in = weights.len() / n_out;
-        let groups = n_in.div_ceil(GROUP);
+        Rounded::new(weights, n_out).pack()
+    }
+}
+
+/// A matrix `[n_in, n_out]` rounded to whole numbers of -127..=127 with a scale per output.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rounded {
+    pub n_out: usize,
+    /// `[n_in, n_out]`
+    pub whole: Vec<i8>,
+    /// `[n_out]`
+    pub scales: Vec<f32>,
+}
+
+impl Rounded {
+    /// From weights `[n_in, n_out]`. [Values](Self::values) of a rounded matrix are rounded to the same.
+    pub fn new(weights: &[f32], n_out: usize) -> Self {
         let mut most = vec![0.0f32; n_out];
         for row in weights.chunks_exact(n_out) {
-            most.iter_mut().zip(row).for_each(|(most, w)| *most = most.max(w.abs()));
+            most.iter_mut().zip(row).for_each(|(most, w)| *most = larger(w.abs(), *most));
         }
-        let factors: Vec<f32> = most.iter().map(|&m| if m > 0.0 { 127.0 / m } else { 0.0 }).collect();
+        let factors: Vec<f32> = most.iter().map(|&most| factor(most)).collect();
+        let rows = weights.chunks_exact(n_out);
+        let whole = rows.flat_map(|row| row.iter().zip(&factors).map(|(w, factor)| whole(w * factor))).collect();
+        Self { n_out, whole, scales: most.into_iter().map(unit).collect() }
+    }
+
+    /// What the whole numbers stand for, `[n_in, n_out]`.
+    pub fn values(&self) -> Vec<f32> {
+        let rows = self.whole.chunks_exact(self.n_out);
+        rows.flat_map(|row| row.iter().zip(&self.scales).map(|(&q, scale)| f32::from(q) * scale)).collect()
+    }
+
+    /// Laid out for the kernels.
+    pub fn pack(mut self) -> PanelsI8 {
+        let n_out = self.n_out;
+        let n_in = self.whole.len() / n_out;
+        let groups = n_in.div_ceil(GROUP);
         let panels = panels(n_out, groups);
         let mut lines = vec![LineI8::ZERO; groups * n_out.div_ceil(LANES)];
         let mut offsets = vec![0; n_out.next_multiple_of(LANES)];
+        for row in self.whole.chunks_exact(n_out) {
+            offsets.iter_mut().zip(row).for_each(|(offset, &q)| *offset -= 128 * i32::from(q));
+        }
         for panel in &panels {
-            let end = n_out.min(panel.first + panel.vectors * LANES);
-            for (k, row) in weights.chunks_exact(n_out).enumerate() {
+            for (k, row) in self.whole.chunks_exact(n_out).enumerate() {
                 let group = &mut lines[panel.at + k / GROUP * panel.vectors..][..panel.vectors];
-                for j in panel.first..end {
-                    let rounded = (row[j] * factors[j] + ROUNDING - ROUNDING) as i8;
-                    let lane = j - panel.first;
-                    group[lane / LANES].0[lane % LANES * GROUP + k % GROUP] = rounded;
-                    offsets[j] -= 128 * i32::from(rounded);
+                for (line, row) in group.iter_mut().zip(row[panel.first..].chunks(LANES)) {
+                    let lanes = line.0.as_chunks_mut::<GROUP>().0;
+                    lanes.iter_mut().zip(row).for_each(|(lane, &q)| lane[k % GROUP] = q);
                 }
             }
         }
-        let mut scales: Vec<f32> = most.iter().map(|m| m / 127.0).collect();
-        scales.resize(offsets.len(), 0.0);
-        Self { n_in, n_out, groups, panels, lines, scales, offsets }
+        self.scales.resize(offsets.len(), 0.0);
+        PanelsI8 { n_in, n_out, groups, panels, lines, scales: self.scales, offsets }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rng::Rng;
+
+    #[test]
+    fn a_rounded_matrix_is_near_and_rounds_to_itself() {
+        let mut rng = Rng::new(3);
+        for n_out in [1, 16, 37] {
+            let mut weights: Vec<f32> = (0..50 * n_out).map(|i| rng.normal() * (0.5 + (i % n_out) as f32)).collect();
+            weights.iter_mut().step_by(n_out).for_each(|w| *w *= 1e-35);
+            let rounded = Rounded::new(&weights, n_out);
+            let values = rounded.values();
+            for (i, (w, value)) in weights.iter().zip(&values).enumerate() {
+                assert!((w - value).abs() <= 0.501 * rounded.scales[i % n_out].max(1e-30), "{w} is {value}");
+            }
+            assert_eq!(Rounded::new(&values, n_out), rounded);
+        }
+    }
 
     #[test]
     fn panels_cover_every_output_once_and_are_as_wide_as_they_can() {

@@ -3,7 +3,9 @@
 //! Sums run in [`LANES`] interleaved lanes, multiplications and additions are separate (never fused), integers are exact:
 //! so compiling these functions for wider registers changes speed and not one bit of the result.
 
-use super::panels::{LANES, LineF32, LineI8, MAX_VECTORS, Panel, PanelsF32, PanelsI8, ROUNDING};
+use super::panels::{
+    LANES, LineF32, LineI8, MAX_VECTORS, Panel, PanelsF32, PanelsI8, ROUNDING, SMALLEST, factor, larger, unit, whole,
+};
 use crate::dot::dot;
 
 const LN_2_HIGH: f32 = 0.693_359_4;
@@ -11,8 +13,6 @@ const LN_2_LOW: f32 = -2.121_944_4e-4;
 /// Score of a slot that holds no position.
 const MASKED: f32 = -1e30;
 const NORM_EPSILON: f32 = 1e-6;
-/// Vectors whose numbers are all smaller are rounded to nothing.
-const SMALLEST: f32 = 1e-30;
 
 /// e^x to 2 units in the last place; x is held to [-87, 88].
 #[inline(always)]
@@ -34,10 +34,10 @@ pub fn exp(x: f32) -> f32 {
     f32::from_bits(p.to_bits().wrapping_add(exponent))
 }
 
-/// The larger one, or b if they cannot be compared: what one instruction computes.
+/// tanh(x) to 2e-7.
 #[inline(always)]
-fn larger(a: f32, b: f32) -> f32 {
-    if a > b { a } else { b }
+pub fn tanh(x: f32) -> f32 {
+    1.0 - 2.0 / (exp(2.0 * x) + 1.0)
 }
 
 #[inline(always)]
@@ -59,7 +59,7 @@ pub fn sum_squares(x: &[f32]) -> f32 {
 }
 
 /// Rounds x to whole numbers of -127..=127 in `out` (as long as `x`; what lies beyond is set to 0) and returns what one is
-/// worth: `max|x| / 127`, rounded to 17 binary digits, so that every rounded value is an f32 and rounds to itself.
+/// worth, so that every rounded value is an f32 and rounds to itself.
 #[inline(always)]
 pub fn quantize(x: &[f32], out: &mut [i8]) -> f32 {
     let (blocks, rest) = x.as_chunks::<LANES>();
@@ -70,17 +70,15 @@ pub fn quantize(x: &[f32], out: &mut [i8]) -> f32 {
         }
     }
     let most = rest.iter().fold(fold(most, larger), |most, x| larger(x.abs(), most));
-    let scale = f32::from_bits(((most / 127.0).to_bits() + 0x40) & !0x7f);
-    let factor = if most > SMALLEST { 127.0 / most } else { 0.0 };
+    let factor = factor(most);
     let (out, padding) = out.split_at_mut(x.len());
     for (q, &x) in out.iter_mut().zip(x) {
-        // The low byte of the rounded sum is the whole number in two's complement.
-        *q = (x * factor + ROUNDING).to_bits() as i8;
+        *q = whole(x * factor);
     }
     if !padding.is_empty() {
         padding.fill(0);
     }
-    scale
+    unit(most)
 }
 
 #[inline(always)]
@@ -470,8 +468,8 @@ pub fn attend_i8<S: WholeSums>(
     let factor = if most > SMALLEST { STEPS / most } else { 0.0 };
     let (high, low) = digits[..2 * used * LANES].split_at_mut(used * LANES);
     for ((score, high), low) in scores.iter().zip(&mut *high).zip(&mut *low) {
-        let whole = (score * factor + ROUNDING).to_bits();
-        (*high, *low) = ((whole / DIGIT % DIGIT) as i8, (whole % DIGIT) as i8);
+        let steps = (score * factor + ROUNDING).to_bits();
+        (*high, *low) = ((steps / DIGIT % DIGIT) as i8, (steps % DIGIT) as i8);
     }
     let n_groups = ring.filled.div_ceil(4);
     let rows = [&high.as_chunks().0[..n_groups], &low.as_chunks().0[..n_groups]];
@@ -529,6 +527,11 @@ mod tests {
             assert!((f64::from(exp(x)) / expected - 1.0).abs() < 4e-7, "exp({x})");
         }
         assert!(exp(-1e30) < 1.7e-38 && exp(1e30).is_finite());
+        for i in -3000..3000 {
+            let x = i as f32 / 100.0;
+            assert!((f64::from(tanh(x)) - f64::from(x).tanh()).abs() < 2e-7, "tanh({x})");
+        }
+        assert_eq!((tanh(-1e30), tanh(0.0), tanh(1e30)), (-1.0, 0.0, 1.0));
     }
 
     #[test]

@@ -413,7 +413,7 @@ fn play_timed(engine: &mut CpuEngine, frames: std::ops::Range<usize>, steps_us: 
         engine.next_plan(&plan_draws, &mut plan)?;
         engine.begin_frame(&plan.bands)?;
         for &uniforms in wave_draws.as_chunks().0 {
-            engine.next_token(uniforms);
+            engine.next_token(uniforms)?;
             let now = Instant::now();
             steps_us.push(1e6 * (now - begun).as_secs_f64());
             begun = now;

@@ -1,11 +1,13 @@
 //! Linear maps of a checkpoint, packed for the kernels: whole numbers of 8 bits, or f32.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use ndarray::ArrayD;
 
 use super::Precision;
 use crate::engine::EngineError;
+use crate::model::rounding::{gain_of, is_rounded, with_gain};
 use crate::simd::Kernels;
 use crate::simd::panels::{PanelsF32, PanelsI8};
 
@@ -28,41 +30,35 @@ impl<'a> Source<'a> {
 
     /// Its values, row-major.
     pub fn values(&self, name: &str) -> Result<&'a [f32], EngineError> {
-        let name = format!("{}.{name}", self.prefix);
-        let array = self.weights.get(&name).ok_or_else(|| EngineError::State(format!("the model has no '{name}'")))?;
+        self.all(&format!("{}.{name}", self.prefix))
+    }
+
+    /// As [`values`](Self::values), by the whole name.
+    fn all(&self, name: &str) -> Result<&'a [f32], EngineError> {
+        let array = self.weights.get(name).ok_or_else(|| EngineError::State(format!("the model has no '{name}'")))?;
         array.as_slice().ok_or_else(|| EngineError::State(format!("'{name}' is not row-major")))
     }
 
-    /// `name.weight` (and `name.bias` if there is one) in the engine's precision; rows are multiplied by `gain`, the name
-    /// of the norm before it.
-    pub fn linear(&self, name: &str, gain: Option<&str>) -> Result<Linear, EngineError> {
-        self.pack(name, gain, self.precision)
-    }
-
-    /// As [`linear`](Self::linear), in f32 always: small maps whose rounding would be heard.
-    pub fn exact(&self, name: &str, gain: Option<&str>) -> Result<Linear, EngineError> {
-        self.pack(name, gain, Precision::F32)
-    }
-
-    fn pack(&self, name: &str, gain: Option<&str>, precision: Precision) -> Result<Linear, EngineError> {
+    /// The map of `name.weight` (and `name.bias` if there is one): in whole numbers if the engine is and
+    /// [the matrix may be](is_rounded). Its rows are multiplied by [the gain](gain_of) of the norm before it.
+    pub fn linear(&self, name: &str) -> Result<Linear, EngineError> {
         let full = format!("{}.{name}.weight", self.prefix);
         let shape = self.weights.get(&full).map(|w| w.shape().to_vec()).unwrap_or_default();
         let &[_, n_out] = &shape[..] else {
             return Err(EngineError::State(format!("'{full}' is no matrix")));
         };
-        let mut weights = self.values(&format!("{name}.weight"))?.to_vec();
-        if let Some(gain) = gain {
-            for (row, gain) in weights.chunks_exact_mut(n_out).zip(self.values(gain)?) {
-                row.iter_mut().for_each(|w| *w *= gain);
-            }
-        }
+        let weights = self.values(&format!("{name}.weight"))?;
+        let weights = match gain_of(&full) {
+            Some(gain) => Cow::Owned(with_gain(weights, n_out, self.all(&gain)?)),
+            None => Cow::Borrowed(weights),
+        };
         let bias = match self.weights.contains_key(&format!("{}.{name}.bias", self.prefix)) {
             true => self.values(&format!("{name}.bias"))?.to_vec(),
             false => Vec::new(),
         };
-        let map = match precision {
-            Precision::Int8 => Map::I8(PanelsI8::pack(&weights, n_out)),
-            Precision::F32 => Map::F32(PanelsF32::pack(&weights, n_out)),
+        let map = match self.precision {
+            Precision::Int8 if is_rounded(&full) => Map::I8(PanelsI8::pack(&weights, n_out)),
+            _ => Map::F32(PanelsF32::pack(&weights, n_out)),
         };
         Ok(Linear { map, bias })
     }

@@ -24,11 +24,11 @@ use crate::forecast::{PLANNED, PastForecast, PlannedForecast};
 use crate::model::config::{GenerationSettings, ModelConfig};
 use crate::model::features::{features, residual_code};
 use crate::plan::{PlanFrame, ResidualQuantizer, Spectrum};
-use crate::sampler::{Drive, LogitSampler, Mixture, PlanSampling, WaveSampling};
+use crate::sampler::{Drive, Mixture, PlanSampling, WaveSampling};
 use crate::simd::{Isa, Kernels};
 use linear::Source;
 use lockstep::Member;
-use plan::{PlanState, PlanTransformer, PlanWork};
+use plan::{PlanState, PlanTransformer, PlanTurn, PlanWork};
 use wave::{Step, WaveState, WaveTransformer, WaveWork};
 
 /// Plan frames of the prompt that the wave transformer reads: more than its attention windows hold.
@@ -82,9 +82,6 @@ struct Stream {
 struct Work {
     plan: PlanWork,
     wave: WaveWork,
-    logits: Vec<f32>,
-    sampler: LogitSampler,
-    centred: Vec<f32>,
     head: Vec<f32>,
     mixture: Mixture,
 }
@@ -203,13 +200,13 @@ impl CpuEngine {
     }
 
     /// One step: the next token, at most `hop` of them after [`begin_frame`](Self::begin_frame).
-    pub fn next_token(&mut self, uniforms: [f32; UNIFORMS_PER_SAMPLE]) -> Token {
+    pub fn next_token(&mut self, uniforms: [f32; UNIFORMS_PER_SAMPLE]) -> Result<Token, EngineError> {
         let mut token = [0];
-        self.render_samples(&uniforms, &mut token);
-        token[0]
+        self.render_samples(&uniforms, &mut token)?;
+        Ok(token[0])
     }
 
-    fn render_samples(&mut self, uniforms: &[f32], out: &mut [Token]) {
+    fn render_samples(&mut self, uniforms: &[f32], out: &mut [Token]) -> Result<(), EngineError> {
         let Self { weights, wave_sampling: sampling, stream, member, work, .. } = self;
         let turn = Turn { stream, sampling, uniforms, out };
         match member {
@@ -217,8 +214,50 @@ impl CpuEngine {
             None => {
                 let (lane, step) = turn.split();
                 weights.render(&mut [lane], &mut [step], work);
+                Ok(())
             }
         }
+    }
+
+    /// [`Engine::next_plan`] for several streams over the same weights, each weight read once for all of them; every stream has
+    /// read a prompt.
+    ///
+    /// # Errors
+    /// When numbers are missing, a stream is at its very beginning, or the engines do not share their weights.
+    pub fn plan_together(
+        engines: &mut [&mut CpuEngine],
+        uniforms: &[Vec<f32>],
+        out: &mut [PlanFrame],
+    ) -> Result<(), EngineError> {
+        for (what, got) in [("rows of uniforms", uniforms.len()), ("plans", out.len())] {
+            expect(what, engines.len(), got)?;
+        }
+        let Some(weights) = Self::shared_weights(engines)? else { return Ok(()) };
+        for (engine, uniforms) in engines.iter().zip(uniforms) {
+            expect("uniforms", weights.config.plan.n_codebooks, uniforms.len())?;
+            if engine.stream.plan.pos == 0 {
+                return Err(EngineError::State("a stream that has heard nothing cannot be planned together".into()));
+            }
+        }
+        let mut work = engines.first_mut().map(|first| std::mem::take(&mut first.work)).unwrap_or_default();
+        let turns = engines.iter_mut().zip(uniforms).zip(out).map(|((engine, uniforms), frame)| {
+            let CpuEngine { plan_sampling: sampling, stream, plan_draw: draw, .. } = &mut **engine;
+            PlanTurn { state: &mut stream.plan, sampling, uniforms, frame, draw }
+        });
+        let drawn = weights.draw_all(turns, &mut work);
+        if let Some(first) = engines.first_mut() {
+            first.work = work;
+        }
+        drawn
+    }
+
+    /// The weights of all of `engines`; `None` if there are none.
+    fn shared_weights(engines: &[&mut CpuEngine]) -> Result<Option<Arc<Weights>>, EngineError> {
+        let Some(first) = engines.first() else { return Ok(None) };
+        if engines.iter().any(|engine| !Arc::ptr_eq(&engine.weights, &first.weights)) {
+            return Err(EngineError::State("streams of different models cannot be played together".into()));
+        }
+        Ok(Some(first.weights.clone()))
     }
 
     /// [`Engine::render`] for several streams over the same weights in lockstep, each weight read once for all of them.
@@ -235,17 +274,13 @@ impl CpuEngine {
         {
             expect(what, engines.len(), got)?;
         }
-        let Some(first) = engines.first_mut() else { return Ok(()) };
-        let weights = first.weights.clone();
-        let mut work = std::mem::take(&mut first.work);
+        let Some(weights) = Self::shared_weights(engines)? else { return Ok(()) };
         for (i, (engine, plan)) in engines.iter_mut().zip(plans).enumerate() {
             expect("tokens", weights.config.plan.hop, out[i].len())?;
             expect("uniforms", UNIFORMS_PER_SAMPLE * out[i].len(), uniforms[i].len())?;
-            if !Arc::ptr_eq(&engine.weights, &weights) {
-                return Err(EngineError::State("streams of different models cannot be rendered together".into()));
-            }
             engine.begin_frame(&plan.bands)?;
         }
+        let mut work = engines.first_mut().map(|first| std::mem::take(&mut first.work)).unwrap_or_default();
         let turns = engines.iter_mut().zip(uniforms).zip(out).map(|((engine, uniforms), out)| {
             let CpuEngine { wave_sampling: sampling, stream, .. } = &mut **engine;
             Turn { stream, sampling, uniforms, out }
@@ -278,12 +313,27 @@ impl Stream {
 }
 
 impl Weights {
-    /// Tokens -> quantised plan: tokens `[frames, n_codebooks]` and decoded bands `[frames, n_bands]`.
-    fn plan_of(&self, tokens: &[Token]) -> Result<(Array2<u16>, Array2<f32>), EngineError> {
+    /// Tokens -> quantised plan: tokens `[frames, n_codebooks]`, flat, and decoded bands `[frames, n_bands]`.
+    fn plan_of(&self, tokens: &[Token]) -> Result<(Vec<u16>, Array2<f32>), EngineError> {
         let exact = self.spectrum.analyse(&self.config.codec.decode_all(tokens));
         let codes = self.quantizer.encode_all(exact.view())?;
         let bands = self.quantizer.decode_all(codes.view())?;
-        Ok((codes, bands))
+        Ok((codes.into_iter().collect(), bands))
+    }
+
+    /// Frames `[frames, n_bands]` as the plan transformer reads them.
+    fn centred(&self, bands: &Array2<f32>) -> Vec<f32> {
+        (bands - &self.quantizer.mean).into_iter().collect()
+    }
+
+    /// Draws the next plan frame of every stream.
+    fn draw(&self, turns: &mut [PlanTurn], work: &mut Work) -> Result<(), EngineError> {
+        Ok(self.plan.draw(self.kernels, &self.quantizer, turns, &mut work.plan)?)
+    }
+
+    /// As [`draw`](Self::draw).
+    fn draw_all<'a>(&self, turns: impl IntoIterator<Item = PlanTurn<'a>>, work: &mut Work) -> Result<(), EngineError> {
+        self.draw(&mut turns.into_iter().collect::<Vec<_>>(), work)
     }
 
     /// Renders several streams in lockstep.
@@ -418,20 +468,11 @@ impl Engine for CpuEngine {
         let mut tokens = vec![weights.config.codec.silence(); n_frames * hop - prompt.len()];
         tokens.extend_from_slice(prompt);
         let (codes, bands) = weights.plan_of(&tokens)?;
-        let centred = &bands - &weights.quantizer.mean;
+        let centred = weights.centred(&bands);
         let mut plan = stream.plan.clone();
         let mut plan_work = std::mem::take(&mut work.plan);
         let (_, read) = rayon::join(
-            || {
-                weights.plan.read(
-                    weights.kernels,
-                    &mut plan,
-                    codes.view(),
-                    centred.view(),
-                    &mut plan_work,
-                    |_, _, _| (),
-                )
-            },
+            || weights.plan.read(weights.kernels, &mut plan, &codes, &centred, &mut plan_work, |_, _, _| ()),
             || weights.read_end(stream, bands.view(), &tokens, work),
         );
         stream.plan = plan;
@@ -446,23 +487,12 @@ impl Engine for CpuEngine {
             let silence = vec![self.weights.config.codec.silence(); self.weights.config.plan.hop];
             self.prefill(&silence)?;
         }
-        let Self { weights, stream, work, plan_sampling, plan_draw, .. } = self;
-        *plan_draw = PlanDraw::default();
-        out.tokens.clear();
-        for &uniform in uniforms {
-            let hidden = &stream.plan.hidden;
-            weights.plan.logits(weights.kernels, hidden, &out.tokens, &mut work.plan, &mut work.logits);
-            let token = work.sampler.sample(&work.logits, uniform, plan_sampling);
-            plan_draw.add(&work.logits, token);
-            out.tokens.push(token as u16);
+        let Self { weights, stream, work, plan_sampling: sampling, plan_draw: draw, member, .. } = self;
+        let turn = PlanTurn { state: &mut stream.plan, sampling, uniforms, frame: out, draw };
+        match member {
+            Some(member) => member.plan(weights, turn, work),
+            None => weights.draw(&mut [turn], work),
         }
-        weights.quantizer.decode_into(&out.tokens, &mut out.bands)?;
-        work.centred.clear();
-        work.centred.extend(out.bands.iter().zip(&weights.quantizer.mean).map(|(x, mean)| x - mean));
-        let codes = ArrayView2::from_shape((1, out.tokens.len()), &out.tokens).map_err(state_error)?;
-        let bands = ArrayView2::from_shape((1, work.centred.len()), &work.centred).map_err(state_error)?;
-        weights.plan.read(weights.kernels, &mut stream.plan, codes, bands, &mut work.plan, |_, _, _| ());
-        Ok(())
     }
 
     fn plan_draw(&self) -> PlanDraw {
@@ -473,8 +503,7 @@ impl Engine for CpuEngine {
         expect("tokens", self.weights.config.plan.hop, out.len())?;
         expect("uniforms", UNIFORMS_PER_SAMPLE * out.len(), uniforms.len())?;
         self.begin_frame(&plan.bands)?;
-        self.render_samples(uniforms, out);
-        Ok(())
+        self.render_samples(uniforms, out)
     }
 
     fn score(&mut self, tokens: &[Token], nll: &mut [f32]) -> Result<(), EngineError> {
@@ -498,8 +527,7 @@ impl Engine for CpuEngine {
         let weights = &self.weights;
         check_tokens(&weights.config, tokens)?;
         let (codes, bands) = weights.plan_of(tokens)?;
-        let centred = &bands - &weights.quantizer.mean;
-        Ok(weights.plan.nll(weights.kernels, &codes, centred.view(), &mut self.work.plan))
+        Ok(weights.plan.nll(weights.kernels, &codes, &weights.centred(&bands), &mut self.work.plan))
     }
 
     fn save(&self) -> Result<Vec<u8>, EngineError> {

@@ -99,10 +99,10 @@ impl Stack {
         let block = |i: usize| {
             let source = source.under("blocks").under(i);
             Ok(Block {
-                qkv: source.linear("qkv", Some("attention_norm"))?,
-                out: source.linear("out", None)?,
-                up: source.linear("up", Some("feed_forward_norm"))?,
-                down: source.linear("down", None)?,
+                qkv: source.linear("qkv")?,
+                out: source.linear("out")?,
+                up: source.linear("up")?,
+                down: source.linear("down")?,
             })
         };
         let blocks = (0..shape.n_layers).map(block).collect::<Result<_, EngineError>>()?;

@@ -8,6 +8,7 @@ use crate::model::config::{ModelConfig, N_FORECASTS, WaveTransformerConfig};
 use crate::model::features::N_FEATURES;
 use crate::model::wave_transformer::PLAN_FRAMES;
 use crate::simd::Kernels;
+use crate::simd::portable::tanh;
 
 struct Tier {
     hop: usize,
@@ -109,10 +110,10 @@ impl WaveTransformer {
             tiers.push(Tier {
                 hop: tier.hop,
                 seen: if tier.hop > 1 { tier.hop } else { wave.taps },
-                input: source.linear("input", None)?,
-                plan_in: source.exact("plan_in", None)?,
+                input: source.linear("input")?,
+                plan_in: source.linear("plan_in")?,
                 stack: Stack::new(&source, shape)?,
-                down: if i + 1 < wave.tiers.len() { Some(source.linear("down", None)?) } else { None },
+                down: if i + 1 < wave.tiers.len() { Some(source.linear("down")?) } else { None },
             });
         }
         let embedding = source.values("token_embedding")?;
@@ -125,18 +126,14 @@ impl WaveTransformer {
             plan_hop: config.plan.hop,
             silence: config.codec.silence(),
             tokens,
-            plan_mlp: [source.exact("plan_mlp.0", None)?, source.exact("plan_mlp.1", None)?],
-            planned_scales: [source.exact("planned_scales.0", None)?, source.exact("planned_scales.1", None)?],
+            plan_mlp: [source.linear("plan_mlp.0")?, source.linear("plan_mlp.1")?],
+            planned_scales: [source.linear("planned_scales.0")?, source.linear("planned_scales.1")?],
             tiers,
-            feature_in: source.exact("feature_in", None)?,
+            feature_in: source.linear("feature_in")?,
             past_code_in: source.values("past_code_in")?.to_vec(),
             residual_code_in: source.values("residual_code_in")?.to_vec(),
-            head: source.exact("head", Some("norm"))?,
-            shortcut: [
-                source.exact("shortcut.0", None)?,
-                source.linear("shortcut.1", None)?,
-                source.exact("shortcut.2", None)?,
-            ],
+            head: source.linear("head")?,
+            shortcut: [source.linear("shortcut.0")?, source.linear("shortcut.1")?, source.linear("shortcut.2")?],
             config: wave,
         })
     }
@@ -295,7 +292,7 @@ impl WaveTransformer {
         for (step, out) in steps.iter().zip(out.chunks_exact_mut(3 * n_components)) {
             let planned = &step.state.scales[slice * n_components..][..n_components];
             for (scale, planned) in out[2 * n_components..].iter_mut().zip(planned) {
-                *scale = (*scale / limit).tanh() * limit + planned;
+                *scale = tanh(*scale / limit) * limit + planned;
             }
         }
     }
