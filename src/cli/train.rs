@@ -262,6 +262,11 @@ fn start(args: &Args) -> Result<Start> {
     for (part, fate) in fates {
         args.talk.note(&match fate {
             Fate::Kept => format!("{} transformer: as in {}", part.name(), path.display()),
+            Fate::Moved => format!(
+                "{} transformer: goes on from {}, whose forecasts were others",
+                part.name(),
+                path.display()
+            ),
             Fate::Grown => format!("{} transformer: grows, and goes on from {}", part.name(), path.display()),
             Fate::New(why) if args.part.list().contains(&part) => {
                 format!("{} transformer: begins anew ({why})", part.name())

@@ -32,6 +32,8 @@ pub enum GrowError {
 pub enum Fate {
     /// The same weights in the same places.
     Kept,
+    /// The same weights, but what reaches them is computed otherwise: they want training.
+    Moved,
     /// Larger, and computes what it did.
     Grown,
     /// New weights, for this reason.
@@ -63,18 +65,18 @@ pub fn grow(old: &Checkpoint, config: &ModelConfig, seed: u64) -> Result<(Checkp
     let wave = if config.wave_transformer != old.config.wave_transformer {
         Fate::New("its sizes differ".into())
     } else if config.forecast != old.config.forecast {
-        Fate::New("its forecasts differ".into())
+        Fate::Moved
     } else {
         Fate::Kept
     };
     for (name, new) in &mut model.weights {
         match (name.split('.').next(), &plan, &wave) {
             (Some("plan"), Fate::Kept | Fate::Grown, _) => *new = larger(name, old.weights.get(name), new),
-            (Some("wave"), _, Fate::Kept) => new.clone_from(&old.weights[name]),
+            (Some("wave"), _, Fate::Kept | Fate::Moved) => new.clone_from(&old.weights[name]),
             _ => {}
         }
     }
-    if wave == Fate::Kept {
+    if matches!(wave, Fate::Kept | Fate::Moved) {
         model.generation = old.generation;
     }
     Ok((model, [(Part::Plan, plan), (Part::Wave, wave)]))
@@ -246,7 +248,7 @@ mod tests {
         assert_eq!(plan, Fate::New("its n_layers is 1, less than 2".into()));
         let mut config = old.config.clone();
         config.forecast.order += 1;
-        assert!(matches!(grow(&old, &config, 1).unwrap().1[1].1, Fate::New(_)));
+        assert_eq!(grow(&old, &config, 1).unwrap().1[1].1, Fate::Moved);
         config.plan.n_entries = 16;
         assert!(matches!(grow(&old, &config, 1), Err(GrowError::Codebooks { what: "plan" })));
     }
