@@ -23,7 +23,10 @@ fn spectrum_of(config: &ModelConfig) -> Spectrum {
 
 /// A model whose every tensor is random: the zeros of a new head would hide mistakes.
 fn random_model(config: &ModelConfig, seed: u64) -> (Model, BTreeMap<String, Var>) {
-    let mut params = Params::new(seed);
+    with_random_zeros(config, Params::new(seed), seed)
+}
+
+fn with_random_zeros(config: &ModelConfig, mut params: Params, seed: u64) -> (Model, BTreeMap<String, Var>) {
     let model = Model::new(&mut params, config, spectrum_of(config).n_bands()).unwrap();
     let vars = params.into_vars();
     let mut rng = Rng::new(seed + 1);
@@ -279,6 +282,39 @@ fn the_candle_likelihood_is_that_of_the_scalar_mixture() {
         let exact = -mixture.log_prob(token, &config.codec);
         let error = (exact - f64::from(nll[t])).abs();
         assert!(error < 2e-3 * (1.0 + exact), "sample {t}: {exact} against {}", nll[t]);
+    }
+}
+
+/// Losses of both transformers, and the gradient of every parameter.
+fn losses_and_gradients(config: &ModelConfig, params: Params) -> (Vec<f32>, BTreeMap<String, Vec<f32>>) {
+    let nll = params.ops().nll;
+    let (model, vars) = with_random_zeros(config, params, 13);
+    let tokens = music(config, 2, 2);
+    let excerpt = excerpt(config, &model, &tokens, &plan_of(config, &tokens));
+    let (plan_tokens, bands) = random_plan(config, 40, 5);
+    let head = model.wave.forward(&excerpt.inputs().unwrap()).unwrap();
+    let wave = nll(&head, &excerpt.targets).unwrap().mean_all().unwrap();
+    let plan = model.plan.nll(&plan_tokens, &bands, None).unwrap().mean_all().unwrap();
+    let gradients = (&wave + &plan).unwrap().backward().unwrap();
+    let of = |var: &Var| flat(gradients.get(var.as_tensor()).unwrap());
+    (flat(&Tensor::stack(&[wave, plan], 0).unwrap()), vars.iter().map(|(name, var)| (name.clone(), of(var))).collect())
+}
+
+#[test]
+fn fused_models_have_the_losses_and_gradients_of_plain_ones() {
+    for (i, config) in presets().iter().enumerate() {
+        let (losses, gradients) = losses_and_gradients(config, Params::new(7));
+        let (expected_losses, expected) = losses_and_gradients(config, Params::new(7).plain());
+        for (a, b) in losses.iter().zip(&expected_losses) {
+            assert!((a / b - 1.0).abs() < 1e-5, "preset {i}: {losses:?} {expected_losses:?}");
+        }
+        for (name, expected) in &expected {
+            let largest = expected.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+            assert!(largest > 0.0, "preset {i}, {name}: the gradient is zero");
+            for (a, b) in gradients[name].iter().zip(expected) {
+                assert!((a - b).abs() <= 1e-3 * largest, "preset {i}, {name}: {a} for {b}, the largest is {largest}");
+            }
+        }
     }
 }
 

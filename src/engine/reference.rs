@@ -177,7 +177,7 @@ impl Engine for ReferenceEngine {
             let token = sampler.sample(&logits, uniform, &self.plan_sampling);
             self.plan_draw.add(&logits, token);
             out.tokens.push(token as u16);
-            given.push(Tensor::from_vec(vec![token as u32], (1, 1), &Device::Cpu)?);
+            given.push(token as u32);
         }
         out.bands = self.quantizer.decode(&out.tokens).map_err(state_error)?;
         let bands = ArrayView2::from_shape((1, out.bands.len()), &out.bands).map_err(state_error)?;

@@ -5,6 +5,7 @@ pub mod config;
 pub mod excerpt;
 pub mod features;
 pub mod head;
+pub mod ops;
 pub mod params;
 pub mod plan_transformer;
 pub mod rounding;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor, Var};
 
+use super::ops::{FUSED, Ops, PLAIN};
 use crate::rng::Rng;
 
 /// How a new tensor begins.
@@ -46,22 +47,33 @@ enum Source {
 pub struct Params {
     source: Source,
     prefix: Vec<String>,
+    ops: &'static Ops,
 }
 
 impl Params {
     /// New trainable tensors, a pure function of `seed`.
     pub fn new(seed: u64) -> Self {
-        Self { source: Source::New { rng: Rng::new(seed), vars: BTreeMap::new() }, prefix: Vec::new() }
+        Self { source: Source::New { rng: Rng::new(seed), vars: BTreeMap::new() }, prefix: Vec::new(), ops: &FUSED }
     }
 
     /// The tensors of a checkpoint.
     pub fn stored(tensors: BTreeMap<String, Tensor>) -> Self {
-        Self { source: Source::Stored { tensors }, prefix: Vec::new() }
+        Self { source: Source::Stored { tensors }, prefix: Vec::new(), ops: &FUSED }
+    }
+
+    /// The model that is built computes by [`PLAIN`], for comparisons.
+    pub fn plain(self) -> Self {
+        Self { ops: &PLAIN, ..self }
+    }
+
+    /// What the model that is built computes with.
+    pub fn ops(&self) -> &'static Ops {
+        self.ops
     }
 
     /// No tensors, only a check that those of a checkpoint have the model's names and `shapes`.
     pub fn check(shapes: BTreeMap<String, Vec<usize>>) -> Self {
-        Self { source: Source::Shapes { shapes }, prefix: Vec::new() }
+        Self { source: Source::Shapes { shapes }, prefix: Vec::new(), ops: &FUSED }
     }
 
     /// Runs `build` with `name` added to the prefix.

@@ -1,9 +1,10 @@
 //! The plan transformer: a causal language model over plan frames; the tokens of a frame come one after the other.
 
-use candle_core::{D, DType, Device, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 use super::block::{Block, KvCache, Linear, RmsNorm};
 use super::config::{ModelConfig, PlanTransformerConfig};
+use super::ops::Ops;
 use super::params::{Init, Params, ParamsError};
 
 /// Input: the sum of a frame's token embeddings and a map of its decoded bands. Output: logits per codebook.
@@ -14,6 +15,8 @@ pub struct PlanTransformer {
     norm: RmsNorm,
     given: Vec<Tensor>, // per codebook but the last (n_entries, dim)
     heads: Vec<(Linear, Linear)>,
+    n_entries: usize,
+    ops: &'static Ops,
 }
 
 impl PlanTransformer {
@@ -22,7 +25,7 @@ impl PlanTransformer {
         let (n_codebooks, n_entries) = (config.plan.n_codebooks, config.plan.n_entries);
         let table = |params: &mut Params, name: &str| params.get(name, &[n_entries, dim], Init::Normal(1.0));
         let biased = |params: &mut Params, name: &str, inputs, outputs| {
-            Linear::with_bias(params, name, inputs, outputs, Init::Linear, Init::Zeros)
+            Linear::new(params, name, inputs, outputs, Init::Linear, Init::Zeros)
         };
         Ok(Self {
             embeddings: (0..n_codebooks)
@@ -43,19 +46,22 @@ impl PlanTransformer {
                     params.under(q, |p| Ok((biased(p, "head_in", dim, dim)?, biased(p, "head_out", dim, n_entries)?)))
                 })
                 .collect::<std::result::Result<_, ParamsError>>()?,
+            n_entries,
+            ops: params.ops(),
         })
     }
 
     /// Tokens `[batch, frames, n_codebooks]` (u32) and centred decoded bands `[batch, frames, n_bands]` -> `[batch,
     /// frames, dim]`.
     fn embed(&self, tokens: &Tensor, bands: &Tensor) -> Result<Tensor> {
-        let (batch, frames, _) = tokens.dims3()?;
-        let mut sum = self.bands.forward(bands)?;
-        for (q, table) in self.embeddings.iter().enumerate() {
-            let codes = tokens.narrow(2, q, 1)?.flatten_all()?;
-            sum = (sum + (table.index_select(&codes, 0)?.reshape((batch, frames, ()))? * 0.5)?)?;
-        }
-        Ok(sum)
+        let table = (Tensor::cat(&self.embeddings, 0)? * 0.5)?;
+        let codes = self.rows(&tokens.flatten_all()?.to_vec1::<u32>()?, self.embeddings.len());
+        (self.ops.gather_add)(&self.bands.forward(bands)?, &table, &codes)
+    }
+
+    /// Tokens of `n` codebooks side by side -> rows of these codebooks' tables, one after the other.
+    fn rows(&self, tokens: &[u32], n: usize) -> Vec<u32> {
+        tokens.iter().enumerate().map(|(i, token)| (i % n * self.n_entries) as u32 + token).collect()
     }
 
     /// Hidden states after each frame, ready for [`PlanTransformer::logits`]. `dropout` multiplies the input.
@@ -71,14 +77,15 @@ impl PlanTransformer {
     }
 
     /// Logits of codebook `q` of the next frame, `[..., n_entries]`, from hidden states `[..., dim]` and that frame's
-    /// tokens of the codebooks before `q`, each `[...]` (u32).
-    pub fn logits(&self, hidden: &Tensor, given: &[Tensor], q: usize) -> Result<Tensor> {
-        let mut h = hidden.clone();
-        for (table, codes) in self.given.iter().zip(given).take(q) {
-            h = (h + table.index_select(&codes.flatten_all()?, 0)?.reshape(hidden.shape())?)?;
-        }
+    /// tokens of the codebooks before `q`, `[rows, q]`.
+    pub fn logits(&self, hidden: &Tensor, given: &[u32], q: usize) -> Result<Tensor> {
         let (first, second) = &self.heads[q];
-        second.forward(&first.forward(&h)?.silu()?)
+        if q == 0 {
+            return second.forward(&first.forward_silu(hidden)?);
+        }
+        let table = Tensor::cat(&self.given[..q], 0)?;
+        let h = (self.ops.gather_add)(hidden, &table, &self.rows(given, q))?;
+        second.forward(&first.forward_silu(&h)?)
     }
 
     /// -ln P of frames 1.. given those before, `[batch, frames - 1]`, in nats per frame.
@@ -89,17 +96,15 @@ impl PlanTransformer {
             &bands.narrow(1, 0, frames - 1)?.contiguous()?,
             dropout,
         )?;
-        let targets: Vec<Tensor> = (0..n_codebooks)
-            .map(|q| tokens.narrow(1, 1, frames - 1)?.narrow(2, q, 1)?.squeeze(2)?.contiguous())
-            .collect::<Result<_>>()?;
-        let mut total = Tensor::zeros((batch, frames - 1), DType::F32, &Device::Cpu)?;
-        for q in 0..n_codebooks {
-            let logits = self.logits(&hidden, &targets, q)?;
-            let log_prob = (logits.gather(&targets[q].unsqueeze(D::Minus1)?, D::Minus1)?.squeeze(D::Minus1)?
-                - logits.log_sum_exp(D::Minus1)?)?;
-            total = (total - log_prob)?;
-        }
-        Ok(total)
+        let next = tokens.narrow(1, 1, frames - 1)?.flatten_all()?.to_vec1::<u32>()?;
+        let losses = (0..n_codebooks)
+            .map(|q| {
+                let given: Vec<u32> = next.chunks_exact(n_codebooks).flat_map(|frame| &frame[..q]).copied().collect();
+                let targets: Vec<u32> = next.iter().skip(q).step_by(n_codebooks).copied().collect();
+                (self.ops.cross_entropy)(&self.logits(&hidden, &given, q)?, &targets)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Tensor::stack(&losses, 0)?.sum(0)?.reshape((batch, frames - 1))
     }
 
     /// One frame: tokens `[1, 1, n_codebooks]`, bands `[1, 1, n_bands]` -> hidden state `[1, 1, dim]`.

@@ -6,9 +6,10 @@
 
 use candle_core::{D, Device, Result, Tensor};
 
-use super::block::{Block, KvCache, Linear, RmsNorm};
+use super::block::{Block, KvCache, Linear, RmsNorm, matrix};
 use super::config::{ModelConfig, WaveTransformerConfig};
 use super::features::N_FEATURES;
+use super::ops::Ops;
 use super::params::{Init, Params, ParamsError};
 use crate::codec::{Codec, Token};
 
@@ -17,7 +18,7 @@ pub const PLAN_FRAMES: usize = 3;
 
 struct Tier {
     hop: usize,
-    input: Linear,   // hop (or taps) * token width -> dim
+    input: Tensor,   // (hop (or taps) * token width, dim)
     plan_in: Linear, // plan_dim -> dim
     blocks: Vec<Block>,
     down: Option<Linear>, // dim -> sub-steps * dim of the next tier
@@ -39,6 +40,7 @@ pub struct WaveTransformer {
     head: Linear,                // dim -> 3 * n_components
     shortcut: [Linear; 3],       // N_FEATURES -> shortcut_dim -> shortcut_dim -> 3 * n_components
     planned_scales: [Linear; 2], // plan_dim -> slice_dim -> slices * n_components
+    ops: &'static Ops,
 }
 
 /// Inputs of a batch of excerpts; all tokens are u32.
@@ -93,14 +95,14 @@ impl WaveTransformer {
         let width = wave.token_dim + 2;
         let sample_dim = wave.tiers.last().map_or(0, |t| t.dim);
         let biased = |params: &mut Params, name: &str, inputs, outputs| {
-            Linear::with_bias(params, name, inputs, outputs, Init::Linear, Init::Zeros)
+            Linear::new(params, name, inputs, outputs, Init::Linear, Init::Zeros)
         };
         let mut tiers = Vec::with_capacity(wave.tiers.len());
         for (i, tier) in wave.tiers.iter().enumerate() {
             let built = params.under("tiers", |params| {
                 params.under(i, |params| {
                     let seen = if tier.hop > 1 { tier.hop } else { wave.taps };
-                    let input = Linear::new(params, "input", seen * width, tier.dim)?;
+                    let input = matrix(params, "input", seen * width, tier.dim)?;
                     let plan_in = biased(params, "plan_in", wave.plan_dim, tier.dim)?;
                     let blocks = (0..tier.n_layers)
                         .map(|j| {
@@ -119,7 +121,7 @@ impl WaveTransformer {
             tiers.push(built);
         }
         let zero = |params: &mut Params, name: &str, inputs, outputs| {
-            Linear::with_bias(params, name, inputs, outputs, Init::Zeros, Init::Zeros)
+            Linear::new(params, name, inputs, outputs, Init::Zeros, Init::Zeros)
         };
         let code_table = |params: &mut Params, name: &str| params.get(name, &[levels, sample_dim], Init::Normal(0.02));
         let scales_ramp = Init::Ramp { from: -1.2, to: 1.5, period: wave.components };
@@ -145,7 +147,7 @@ impl WaveTransformer {
             ],
             planned_scales: [
                 biased(params, "planned_scales.0", wave.plan_dim, wave.slice_dim)?,
-                Linear::with_bias(
+                Linear::new(
                     params,
                     "planned_scales.1",
                     wave.slice_dim,
@@ -155,6 +157,7 @@ impl WaveTransformer {
                 )?,
             ],
             config: wave,
+            ops: params.ops(),
         })
     }
 
@@ -175,23 +178,49 @@ impl WaveTransformer {
         let (older, old, current) = (at(0)?, at(1)?, at(2)?);
         let changes = [((&current - &old)? * 2.0)?, ((&old - &older)? * 2.0)?];
         let seen = Tensor::cat(&[&current, &changes[0], &changes[1]], D::Minus1)?;
-        let vector = self.plan_mlp[1].forward(&self.plan_mlp[0].forward(&seen)?.silu()?)?.silu()?;
-        let scales = self.planned_scales[1].forward(&self.planned_scales[0].forward(&vector)?.silu()?)?;
+        let vector = self.plan_mlp[1].forward_silu(&self.plan_mlp[0].forward_silu(&seen)?)?;
+        let scales = self.planned_scales[1].forward(&self.planned_scales[0].forward_silu(&vector)?)?;
         Ok(Planned {
             tiers: self.tiers.iter().map(|t| t.plan_in.forward(&vector)).collect::<Result<_>>()?,
             scales: scales.reshape((batch, frames, self.config.slices, self.config.n_components()))?,
         })
     }
 
-    /// The last third of the head (log scales) bounded around the planned scales; all `[..., n_components]`.
-    fn bound_scales(&self, free: &Tensor, planned: &Tensor) -> Result<Tensor> {
-        let limit = f64::from(self.config.own_scale);
-        ((free / limit)?.tanh()? * limit)?.broadcast_add(planned)
+    /// The head outputs of the sample tier's result x, `[batch, time, dim]`; planned scales `[batch, frames, slices,
+    /// n_components]`, each for as many samples.
+    fn finish(&self, x: &Tensor, features: &Tensor, planned: &Tensor) -> Result<Tensor> {
+        let Ops { norm_linear, add_linear, bound_scales, .. } = self.ops;
+        let [first, second, last] = &self.shortcut;
+        let shortcut = second.forward_silu(&first.forward_silu(features)?)?;
+        let out = add_linear(&norm_linear(x, &self.norm.gain, &self.head.weight)?, &shortcut, &last.weight)?;
+        bound_scales(&out, &(&self.head.bias + &last.bias)?, planned, self.config.own_scale)
     }
 
-    fn shortcut(&self, features: &Tensor) -> Result<Tensor> {
-        let hidden = self.shortcut[0].forward(features)?.silu()?;
-        self.shortcut[2].forward(&self.shortcut[1].forward(&hidden)?.silu()?)
+    /// All that the sample tier adds up by codes: for every tap a token's part of the tier's input map, `[taps * levels,
+    /// dim]`, then the codes of the forecast from the past and of the residual.
+    fn code_table(&self, input: &Tensor) -> Result<Tensor> {
+        let token_table = self.token_table()?;
+        let (levels, width) = token_table.dims2()?;
+        let (taps, dim) = (self.config.taps, input.dim(1)?);
+        let by_tap = token_table.unsqueeze(0)?.broadcast_as((taps, levels, width))?;
+        let by_tap = by_tap.matmul(&input.reshape((taps, width, dim))?)?.reshape((taps * levels, dim))?;
+        Tensor::cat(&[&by_tap, &self.past_code_in, &self.residual_code_in], 0)
+    }
+
+    /// Rows of [`WaveTransformer::code_table`] for each sample, in order of batch and time.
+    fn codes(&self, inputs: &WaveInputs) -> Result<Vec<u32>> {
+        let (history, taps) = (self.history(), self.config.taps);
+        let levels = self.token_embedding.dim(0)? as u32;
+        let tokens = inputs.tokens.to_vec2::<u32>()?;
+        let (past, residual) = (inputs.past_codes.to_vec2::<u32>()?, inputs.residual_codes.to_vec2::<u32>()?);
+        let mut codes = Vec::with_capacity(inputs.past_codes.elem_count() * (taps + 2));
+        for ((tokens, past), residual) in tokens.iter().zip(&past).zip(&residual) {
+            for (seen, (past, residual)) in tokens[history - taps..].windows(taps).zip(past.iter().zip(residual)) {
+                let all = seen.iter().chain([past, residual]);
+                codes.extend(all.zip(0..).map(|(code, table)| table * levels + code));
+            }
+        }
+        Ok(codes)
     }
 
     /// Whole excerpts: head outputs `[batch, time, 3 * n_components]`; time is a multiple of the plan's hop.
@@ -207,55 +236,42 @@ impl WaveTransformer {
     }
 
     fn run(&self, inputs: &WaveInputs, mut caches: Option<&mut Vec<Vec<KvCache>>>) -> Result<Tensor> {
+        let Ops { add_linear, spread, gather_add, .. } = self.ops;
         let (batch, time, _) = inputs.features.dims3()?;
-        let history = self.history();
-        let table = self.token_table()?;
         let planned = self.planned(&inputs.plan)?;
-        let frames = time / self.plan_hop;
-        let mut handed: Option<Tensor> = None;
-        let mut x = inputs.features.clone();
+        let mut x: Option<Tensor> = None;
+        let mut above: Option<(&Tier, &Linear)> = None;
         for (i, (tier, plan)) in self.tiers.iter().zip(&planned.tiers).enumerate() {
             let steps = time / tier.hop;
-            let codes = if tier.hop > 1 {
-                inputs.tokens.narrow(1, history - tier.hop, time)?.flatten_all()?
-            } else {
-                let taps = self.config.taps;
-                let shifted: Vec<Tensor> =
-                    (0..taps).map(|k| inputs.tokens.narrow(1, history - taps + k, time)).collect::<Result<_>>()?;
-                Tensor::stack(&shifted, 2)?.flatten_all()?
-            };
-            let mut z = tier.input.forward(&table.index_select(&codes, 0)?.reshape((batch, steps, ()))?)?;
-            let dim = z.dim(2)?;
-            if tier.hop == 1 {
-                z = (z + self.feature_in.forward(&inputs.features)?)?;
-                for (table, codes) in
-                    [(&self.past_code_in, &inputs.past_codes), (&self.residual_code_in, &inputs.residual_codes)]
-                {
-                    z = (z + table.index_select(&codes.flatten_all()?, 0)?.reshape((batch, steps, dim))?)?;
-                }
+            let dim = plan.dim(2)?;
+            // What all steps of a plan frame, or all sub-steps of a step above, have in common.
+            let mut common = plan.unsqueeze(2)?;
+            if let Some((above, down)) = above {
+                common = common.broadcast_add(&down.bias.reshape((1, 1, above.hop / tier.hop, dim))?)?;
             }
-            z = z
-                .reshape((batch, frames, self.plan_hop / tier.hop, dim))?
-                .broadcast_add(&plan.unsqueeze(2)?)?
-                .reshape((batch, steps, dim))?;
-            if let Some(from_above) = handed.take() {
-                z = (z + from_above)?;
+            if tier.hop == 1 {
+                common = common.broadcast_add(&self.feature_in.bias)?;
+            }
+            let mut z = spread(&common, steps)?;
+            if tier.hop > 1 {
+                let codes = inputs.tokens.narrow(1, self.history() - tier.hop, time)?.flatten_all()?;
+                let seen = self.token_table()?.index_select(&codes, 0)?.reshape((batch, steps, ()))?;
+                z = add_linear(&z, &seen, &tier.input)?;
+            } else {
+                z = gather_add(&z, &self.code_table(&tier.input)?, &self.codes(inputs)?)?;
+                z = add_linear(&z, &inputs.features, &self.feature_in.weight)?;
+            }
+            if let (Some(x), Some((_, down))) = (&x, above) {
+                z = add_linear(&z, x, &down.weight)?;
             }
             for (j, block) in tier.blocks.iter().enumerate() {
                 z = block.forward(&z, caches.as_mut().map(|c| &mut c[i][j]))?;
             }
-            if let Some(down) = &tier.down {
-                handed = Some(down.forward(&z)?.reshape((batch, (), self.next_dim(tier.hop)))?);
-            }
-            x = z;
+            above = tier.down.as_ref().map(|down| (tier, down));
+            x = Some(z);
         }
-        let out = (self.head.forward(&self.norm.forward(&x)?)? + self.shortcut(&inputs.features)?)?;
-        let n_components = self.config.n_components();
-        let slices = self.config.slices;
-        let free = out.narrow(2, 2 * n_components, n_components)?.contiguous()?;
-        let free = free.reshape((batch, frames, slices, self.plan_hop / slices, n_components))?;
-        let scales = self.bound_scales(&free, &planned.scales.unsqueeze(3)?)?.reshape((batch, time, n_components))?;
-        Tensor::cat(&[&out.narrow(2, 0, 2 * n_components)?.contiguous()?, &scales], 2)
+        let Some(x) = x else { candle_core::bail!("a wave transformer without tiers") };
+        self.finish(&x, &inputs.features, &planned.scales)
     }
 
     /// Width of the tier below the one with this hop.
@@ -311,14 +327,14 @@ impl WaveTransformer {
             let seen = if tier.hop > 1 { tier.hop } else { self.config.taps };
             let codes: Vec<u32> = state.tokens[state.tokens.len() - seen..].iter().map(|&t| t.into()).collect();
             let codes = Tensor::from_vec(codes, seen, device)?;
-            let mut z = tier.input.forward(&frame.token_table.index_select(&codes, 0)?.reshape((1, 1, ()))?)?;
+            let seen = frame.token_table.index_select(&codes, 0)?.reshape((1, 1, ()))?;
+            let mut z = (self.ops.add_linear)(&frame.plan[i], &seen, &tier.input)?;
             if tier.hop == 1 {
                 z = (z + self.feature_in.forward(&features)?)?;
                 for (table, code) in [(&self.past_code_in, past_code), (&self.residual_code_in, state.residual_code)] {
                     z = (z + table.narrow(0, code.into(), 1)?.unsqueeze(0)?)?;
                 }
             }
-            z = (z + &frame.plan[i])?;
             if let Some(handed) = i.checked_sub(1).and_then(|above| state.handed[above].as_ref()) {
                 let sub_step = state.n / tier.hop as u64 % handed.dim(1)? as u64;
                 z = (z + handed.narrow(1, sub_step as usize, 1)?)?;
@@ -332,12 +348,9 @@ impl WaveTransformer {
             }
             x = z;
         }
-        let out = (self.head.forward(&self.norm.forward(&x)?)? + self.shortcut(&features)?)?.flatten_all()?;
-        let n_components = self.config.n_components();
         let slice = state.n as usize % self.plan_hop / (self.plan_hop / self.config.slices);
-        let free = out.narrow(0, 2 * n_components, n_components)?;
-        let scales = self.bound_scales(&free, &frame.scales.narrow(0, slice, 1)?.squeeze(0)?)?;
-        Tensor::cat(&[&out.narrow(0, 0, 2 * n_components)?, &scales], 0)?.to_vec1()
+        let scales = frame.scales.narrow(0, slice, 1)?.reshape((1, 1, 1, ()))?;
+        self.finish(&x, &features, &scales)?.flatten_all()?.to_vec1()
     }
 
     /// Tells the state which token came, and its residual code.

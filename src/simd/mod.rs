@@ -130,6 +130,45 @@ impl Kernels {
     }
 }
 
+/// A loop over plain slices that [`widest`] compiles for the machine's registers; [`wide_loop`] writes it.
+pub trait Loop {
+    type Out;
+
+    /// To be marked `#[inline(always)]`, as all that it calls.
+    fn run(self) -> Self::Out;
+}
+
+/// Runs a loop compiled for [`Isa::chosen`]. Sums without fixed lanes stay in order and nothing is fused, so every instruction set
+/// gives the same bits.
+pub fn widest<L: Loop>(task: L) -> L::Out {
+    match Isa::chosen() {
+        #[cfg(target_arch = "x86_64")]
+        isa @ (Isa::Avx2 | Isa::AvxVnni | Isa::Avx512Vnni) => x86::run(isa, task),
+        _ => task.run(),
+    }
+}
+
+/// Defines a function whose body is compiled for the machine's registers ([`widest`]). References in its arguments have the
+/// lifetime `'a`.
+macro_rules! wide_loop {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $body:block) => {
+        $(#[$doc])*
+        $vis fn $name<'a>($($arg: $type),*) {
+            struct Task<'a>($($type,)* std::marker::PhantomData<&'a ()>);
+            impl<'a> $crate::simd::Loop for Task<'a> {
+                type Out = ();
+                #[inline(always)]
+                fn run(self) {
+                    let Self($($arg,)* _) = self;
+                    $body
+                }
+            }
+            $crate::simd::widest(Task($($arg,)* std::marker::PhantomData));
+        }
+    };
+}
+pub(crate) use wide_loop;
+
 #[cfg(test)]
 mod tests {
     use super::panels::{GROUP, LANES, LineF32, LineI8};

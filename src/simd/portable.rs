@@ -34,6 +34,48 @@ pub fn exp(x: f32) -> f32 {
     f32::from_bits(p.to_bits().wrapping_add(exponent))
 }
 
+/// ln x to 2 units in the last place for a positive, normal x; NaN for anything else. The polynomial is that of Moshier's
+/// Cephes (logf).
+#[inline(always)]
+pub fn ln(x: f32) -> f32 {
+    // x = m 2^n with m in [sqrt(1/2), sqrt(2)).
+    let n = (x.to_bits().wrapping_sub(std::f32::consts::FRAC_1_SQRT_2.to_bits()) as i32) >> 23;
+    let r = f32::from_bits(x.to_bits().wrapping_sub((n << 23) as u32)) - 1.0;
+    let n = n as f32;
+    let mut p = 7.037_683_6e-2;
+    p = p * r - 1.151_461e-1;
+    p = p * r + 1.167_699_9e-1;
+    p = p * r - 1.242_014_1e-1;
+    p = p * r + 1.424_932_3e-1;
+    p = p * r - 1.666_805_8e-1;
+    p = p * r + 2.000_071_5e-1;
+    p = p * r - 2.499_999_4e-1;
+    p = p * r + 3.333_333e-1;
+    let square = r * r;
+    let tail = p * r * square + n * LN_2_LOW - 0.5 * square;
+    let ln = r + tail + n * LN_2_HIGH;
+    if x >= f32::MIN_POSITIVE { ln } else { f32::NAN }
+}
+
+/// `1 / (1 + e^-x)`
+#[inline(always)]
+pub fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+/// Sum in [`LANES`] lanes.
+#[inline(always)]
+pub fn sum(x: &[f32]) -> f32 {
+    let (blocks, rest) = x.as_chunks::<LANES>();
+    let mut lanes = [0.0; LANES];
+    for block in blocks {
+        for i in 0..LANES {
+            lanes[i] += block[i];
+        }
+    }
+    rest.iter().fold(fold(lanes, |a, b| a + b), |sum, x| sum + x)
+}
+
 /// tanh(x) to 2e-7.
 #[inline(always)]
 pub fn tanh(x: f32) -> f32 {
@@ -518,6 +560,18 @@ pub fn dot_f32(a: &[f32], b: &[f32]) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ln_is_exact_to_a_few_units_in_the_last_place() {
+        let mut worst = 0.0f64;
+        for i in 0..200_000u32 {
+            let x = f32::from_bits(0x0080_0000 + i * 10_000);
+            let exact = f64::from(x).ln();
+            worst = worst.max((f64::from(ln(x)) - exact).abs() / exact.abs().max(0.1));
+        }
+        assert!(worst < 2.5e-7, "{worst}");
+        assert!([0.0, -1.0, f32::NAN].into_iter().all(|x| ln(x).is_nan()));
+    }
 
     #[test]
     fn exp_is_exact_to_a_few_units_in_the_last_place() {

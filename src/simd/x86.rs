@@ -9,7 +9,7 @@ use std::arch::x86_64::*;
 
 use super::panels::{LANES, LineF32, LineI8, PanelsI8};
 use super::portable::{self, Ring, RingI8, Sums, WholeSums, chains};
-use super::{Isa, Kernels, PanelsF32};
+use super::{Isa, Kernels, Loop, PanelsF32};
 
 /// The kernels of `isa` if the CPU has all that they use.
 pub fn kernels(isa: Isa) -> Option<&'static Kernels> {
@@ -28,6 +28,24 @@ pub fn kernels(isa: Isa) -> Option<&'static Kernels> {
             Some(&avx512vnni::KERNELS)
         }
         _ => None,
+    }
+}
+
+/// Runs a loop compiled for the registers of `isa`, which is [`Isa::chosen`].
+pub(super) fn run<L: Loop>(isa: Isa, task: L) -> L::Out {
+    #[target_feature(enable = "avx2")]
+    fn avx2<L: Loop>(task: L) -> L::Out {
+        task.run()
+    }
+    #[target_feature(enable = "avx2,avx512f,avx512bw,avx512dq,avx512vl")]
+    fn avx512<L: Loop>(task: L) -> L::Out {
+        task.run()
+    }
+    // SAFETY: only sets that `kernels` has found on this CPU are ever chosen.
+    match isa {
+        Isa::Avx512Vnni => unsafe { avx512(task) },
+        Isa::Avx2 | Isa::AvxVnni => unsafe { avx2(task) },
+        _ => task.run(),
     }
 }
 

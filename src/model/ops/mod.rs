@@ -1,0 +1,156 @@
+//! The operations that both transformers are made of, each with its gradient: fused on plain slices, and as they read.
+//!
+//! [`FUSED`] is what everything computes with: one candle operation each, that works on rows while they lie in the cache and
+//! leaves no more behind than its result. [`plain`] composes the same of candle's own operations, is their specification,
+//! and the oracle of every test; [`PLAIN`] builds a whole model of it. Tensors that are not on the CPU take it too.
+//!
+//! Training runs one excerpt per thread, so backward passes use one; forward passes share rows among a pool's threads. The
+//! results are the same bits for any number of them.
+
+mod attention;
+mod bounds;
+mod cross_entropy;
+mod gather;
+mod linear;
+pub(crate) mod matmul;
+mod mixture;
+mod norm;
+pub mod plain;
+mod spread;
+mod swiglu;
+
+use std::ops::{Deref, Range};
+
+use candle_core::{CpuStorage, Layout, Result, Storage, StorageRef, Tensor, bail};
+use rayon::prelude::*;
+
+use super::head::Targets;
+
+/// A table of operations; `[..]` stands for any leading dimensions.
+pub struct Ops {
+    /// x `[.., dim]`, gain `[dim]` -> `x / rms(x) * gain` (Zhang and Sennrich, 2019).
+    pub rms_norm: fn(&Tensor, &Tensor) -> Result<Tensor>,
+    /// x `[.., dim]`, gain `[dim]`, weight `[dim, outputs]` -> `rms_norm(x) weight`.
+    pub norm_linear: fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+    /// x `[.., inputs]`, weight `[inputs, outputs]`, bias `[outputs]` -> `x weight + bias`.
+    pub linear: fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+    /// `silu(x weight + bias)`, shapes as for `linear`.
+    pub silu_linear: fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+    /// residual (as many values as the product), x `[.., inputs]`, weight `[inputs, outputs]` -> `residual + x weight`, shaped
+    /// as the residual.
+    pub add_linear: fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+    /// residual `[.., dim]`, up `[.., 2 * hidden]` = gate and value, weight `[hidden, dim]` -> `residual + (silu(gate) value)
+    /// weight` (SwiGLU: Shazeer, 2020).
+    pub add_swiglu_linear: fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+    /// Queries, keys and values `[batch, len, 3 * dim]`, heads side by side in each, `n_heads`, `window` -> `[batch, len, dim]`:
+    /// QK-norm, RoPE from position 0, causal attention of each position to the last `window` with its own.
+    pub attention: fn(&Tensor, usize, usize) -> Result<Tensor>,
+    /// table `[batch, frames, period, dim]`, `len` -> `[batch, len, dim]`: position i takes row `i % period` of its frame.
+    pub spread: fn(&Tensor, usize) -> Result<Tensor>,
+    /// x `[.., dim]`, table `[rows, dim]`, for every row of x equally many indices -> x plus the table's rows of these.
+    pub gather_add: fn(&Tensor, &Tensor, &[u32]) -> Result<Tensor>,
+    /// head `[batch, time, 3k]`, bias `[3k]`, planned log scales `[batch, frames, slices, k]`, limit -> `head + bias`, but the
+    /// last third is `planned + limit tanh(.. / limit)`.
+    pub bound_scales: fn(&Tensor, &Tensor, &Tensor, f32) -> Result<Tensor>,
+    /// head `[.., 3k]` -> -ln P of the target of each row, `[n]`, in nats.
+    pub nll: fn(&Tensor, &Targets) -> Result<Tensor>,
+    /// logits `[.., n]`, a target for each row -> -ln softmax(logits)[target], `[rows]`.
+    pub cross_entropy: fn(&Tensor, &[u32]) -> Result<Tensor>,
+}
+
+/// One candle operation each.
+pub static FUSED: Ops = Ops {
+    rms_norm: norm::rms_norm,
+    norm_linear: norm::norm_linear,
+    linear: linear::linear,
+    silu_linear: linear::silu_linear,
+    add_linear: linear::add_linear,
+    add_swiglu_linear: swiglu::add_swiglu_linear,
+    attention: attention::attention,
+    spread: spread::spread,
+    gather_add: gather::gather_add,
+    bound_scales: bounds::bound_scales,
+    nll: mixture::nll,
+    cross_entropy: cross_entropy::cross_entropy,
+};
+
+/// Composed of candle's operations.
+pub static PLAIN: Ops = Ops {
+    rms_norm: plain::rms_norm,
+    norm_linear: plain::norm_linear,
+    linear: plain::linear,
+    silu_linear: plain::silu_linear,
+    add_linear: plain::add_linear,
+    add_swiglu_linear: plain::add_swiglu_linear,
+    attention: plain::attention,
+    spread: plain::spread,
+    gather_add: plain::gather_add,
+    bound_scales: plain::bound_scales,
+    nll: plain::nll,
+    cross_entropy: plain::cross_entropy,
+};
+
+/// Rows that are worked on at a time: their activations lie in the level-2 cache, and products of so many are efficient.
+const ROWS: usize = 128;
+
+/// The values of a contiguous f32 tensor on the CPU, which stay borrowed.
+struct Values<'a> {
+    storage: StorageRef<'a>,
+    range: Range<usize>,
+}
+
+impl<'a> Values<'a> {
+    fn of(tensor: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let Storage::Cpu(CpuStorage::F32(_)) = &*storage else { bail!("f32 on the CPU expected, got {tensor:?}") };
+        let Some((from, to)) = layout.contiguous_offsets() else { bail!("a contiguous tensor expected") };
+        Ok(Self { storage, range: from..to })
+    }
+}
+
+impl Deref for Values<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(values)) => &values[self.range.clone()],
+            _ => &[],
+        }
+    }
+}
+
+/// What an operation is given of a contiguous f32 tensor.
+fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    let Some((from, to)) = layout.contiguous_offsets() else { bail!("a contiguous tensor expected") };
+    Ok(&storage.as_slice::<f32>()?[from..to])
+}
+
+/// A gradient, shaped as the tensor that it belongs to.
+fn gradient(values: Vec<f32>, of: &Tensor) -> Result<Option<Tensor>> {
+    Tensor::from_vec(values, of.shape(), of.device()).map(Some)
+}
+
+/// The size of the last dimension.
+fn width(shape: &Layout) -> Result<usize> {
+    match shape.dims().last() {
+        Some(&width) if width > 0 => Ok(width),
+        _ => bail!("rows without values: {:?}", shape.shape()),
+    }
+}
+
+/// Calls `work(room, i, chunk)` for every `n` values of `out`; `room` is scratch of `n_room` values. The threads of the pool
+/// share the work, if there are several.
+fn in_chunks(out: &mut [f32], n: usize, n_room: usize, work: impl Fn(&mut [f32], usize, &mut [f32]) + Sync) {
+    if out.len() <= n || rayon::current_num_threads() == 1 {
+        let mut room = vec![0.0; n_room];
+        out.chunks_mut(n).enumerate().for_each(|(i, chunk)| work(&mut room, i, chunk));
+    } else {
+        let chunks = out.par_chunks_mut(n).enumerate();
+        chunks.for_each_init(|| vec![0.0; n_room], |room, (i, chunk)| work(room, i, chunk));
+    }
+}
+
+/// Calls `work(room, first row, rows)` for [`ROWS`] rows of `out`, each of `width` values, at a time; as [`in_chunks`].
+fn by_rows(out: &mut [f32], width: usize, n_room: usize, work: impl Fn(&mut [f32], usize, &mut [f32]) + Sync) {
+    in_chunks(out, ROWS * width, n_room, |room, i, rows| work(room, i * ROWS, rows));
+}
