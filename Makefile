@@ -1,5 +1,5 @@
 # What CI runs, and the shortcuts of daily work. One build profile serves all: release.
-.PHONY: check format lint test examples docs live cuda
+.PHONY: check format lint test examples docs live mpi cuda
 
 check: format lint test examples docs
 
@@ -22,6 +22,11 @@ docs:
 # Sound through ALSA; needs its headers on Linux.
 live:
 	cargo clippy --release --lib --bins --features live -- -D warnings
+
+# Training by several processes; needs an MPI library with headers, mpirun and libclang.
+mpi:
+	cargo clippy --release --lib --bins --test mpi --features mpi -- -D warnings
+	cargo test --release --features mpi --test mpi
 
 # With the settings of `eval "$(scripts/cuda/get-toolkit.sh)"`; no GPU needed.
 cuda:

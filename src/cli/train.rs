@@ -14,18 +14,21 @@ use wavegen::audio::AudioError;
 use wavegen::checkpoint::{Checkpoint, Precision};
 use wavegen::model::config::{GenerationSettings, ModelConfig};
 use wavegen::train::grow::{Fate, grow};
+use wavegen::train::group::{self, Group};
 use wavegen::train::resume::StateFolder;
 use wavegen::train::schedule::Budget;
-use wavegen::train::{Part, Start, TrainEvent, TrainSettings, train};
+use wavegen::train::{Part, Start, TrainEvent, TrainSettings, train_in};
 
 use super::Outcome;
-use super::common::{Talk, Usage, catch_interrupt, interrupted};
+use super::common::{Talk, Usage, catch_interrupt, interrupted, one_line, say};
 
 /// Train a model on recordings, from nothing or from another model
 ///
 /// Files that are no audio are passed over with a warning. A share of the files is held out to judge by; the model that
 /// did best on it is kept. Ctrl-C ends training early with a whole model. Ended early, killed or switched off, the same
 /// command goes on from the state in OUTPUT.training as if nothing had happened.
+///
+/// Built with the feature `mpi`, it can be started as several processes, on one machine or many: docs/mpi.md.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -34,6 +37,8 @@ Examples:
   wavegen train more/ -o tuned.safetensors --init my.safetensors --minutes 20
   wavegen train recordings/ -o longer.safetensors --init my.safetensors --part plan --minutes 10
   wavegen train recordings/ -o large.safetensors --init small.safetensors --preset base --minutes 600
+  mpirun -np 2 wavegen train recordings/ -o my.safetensors --minutes 60 --wave-batch 8 --threads 4
+  srun --mpi=pmix -n 16 -c 4 wavegen train recordings/ -o my.safetensors --minutes 60 --wave-batch 64 --threads 4
   wavegen continue song.wav --model my.safetensors")]
 pub struct Args {
     /// Audio files, and directories to search for them
@@ -64,7 +69,7 @@ pub struct Args {
     /// The same seed draws the same excerpts in the same order
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Worker threads [default: one per core]
+    /// Worker threads of each process [default: one per core that it may use]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Peak learning rate of the plan transformer
@@ -73,10 +78,11 @@ pub struct Args {
     /// Peak learning rate of the wave transformer
     #[arg(long, default_value = "2e-3", value_parser = learning_rate)]
     wave_learning_rate: f64,
-    /// Contexts of 16 s per step of the plan transformer; memory depends on --threads only
+    /// Contexts of 16 s per step of the plan transformer, dealt to the threads of all processes; memory depends on --threads
+    /// only
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     plan_batch: u32,
-    /// Excerpts of 1 s per step of the wave transformer
+    /// Excerpts of 1 s per step of the wave transformer, dealt likewise
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     wave_batch: u32,
     /// Steps between validations [default: 100 of the plan, 250 of the wave transformer]
@@ -180,13 +186,29 @@ struct Report {
 }
 
 pub fn run(args: &Args) -> Result<Outcome> {
+    let group = group::join().map_err(|error| Usage(error.to_string()))?;
+    let result = run_in(&*group, args);
+    if group.size() > 1
+        && let Err(error) = &result
+    {
+        say(&format!("error: process {} of {}: {}", group.rank() + 1, group.size(), one_line(error)));
+        group.abort(if error.is::<Usage>() { 2 } else { 1 });
+    }
+    result
+}
+
+/// Trains as one of a group of processes, of which the first talks to people and machines.
+fn run_in(group: &dyn Group, args: &Args) -> Result<Outcome> {
     let talk = &args.talk;
     // Before anything else: whoever needs a pool first, such as a checkpoint being read, makes one.
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = args.threads.map_or(cores, usize::from);
     rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting threads")?;
-    let start = start(args)?;
-    check_output(&args.output, args.force)?;
+    let silent = Talk { json: false, quiet: true, verbose: false };
+    let start = start(args, if group.is_first() { talk } else { &silent })?;
+    if group.is_first() {
+        check_output(&args.output, args.force)?;
+    }
     let mut files = Vec::new();
     for input in &args.inputs {
         collect(input, &mut files)?;
@@ -222,12 +244,19 @@ pub fn run(args: &Args) -> Result<Outcome> {
         calibrate: !args.no_calibration,
         notes: args.note.iter().cloned().collect::<BTreeMap<_, _>>(),
     };
-    let mut log = args.log.as_deref().map(open_log).transpose()?;
     catch_interrupt()?;
+    if !group.is_first() {
+        train_in(group, &settings, &mut |_| going())?;
+        return Ok(if interrupted() { Outcome::Interrupted } else { Outcome::Done });
+    }
+    if group.size() > 1 {
+        talk.note(&format!("{} processes of {threads} threads each", group.size()));
+    }
+    let mut log = args.log.as_deref().map(open_log).transpose()?;
     let bar = talk.bar(1000, "{bar:40} {msg}");
     let mut report = Report { output: args.output.display().to_string(), ..Report::default() };
     let mut recent = Recent::default();
-    let checkpoint = train(&settings, &mut |event| {
+    let checkpoint = train_in(group, &settings, &mut |event| {
         tell(&event, talk, &bar, &mut recent);
         note_figures(&event, &mut report);
         if let Some(file) = &mut log
@@ -236,7 +265,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
             talk.warn(&format!("the log cannot be written any more: {error}"));
             log = None;
         }
-        if interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        going()
     })?;
     bar.finish_and_clear();
     report.interrupted = interrupted();
@@ -247,8 +276,12 @@ pub fn run(args: &Args) -> Result<Outcome> {
     Ok(if report.interrupted { Outcome::Interrupted } else { Outcome::Done })
 }
 
+fn going() -> ControlFlow<()> {
+    if interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+}
+
 /// What training begins with.
-fn start(args: &Args) -> Result<Start> {
+fn start(args: &Args, talk: &Talk) -> Result<Start> {
     let preset = |name: &str| ModelConfig::preset(name).map_err(|e| Usage(format!("--preset {name}: {e}")));
     let Some(path) = args.init.as_deref() else {
         return Ok(Start::New(preset(args.preset.as_deref().unwrap_or("small"))?.into()));
@@ -260,7 +293,7 @@ fn start(args: &Args) -> Result<Start> {
     let Some(name) = &args.preset else { return Ok(Start::From(init.into())) };
     let (model, fates) = grow(&init, &preset(name)?, args.seed).map_err(|e| Usage(format!("--preset {name}: {e}")))?;
     for (part, fate) in fates {
-        args.talk.note(&match fate {
+        talk.note(&match fate {
             Fate::Kept => format!("{} transformer: as in {}", part.name(), path.display()),
             Fate::Moved => format!(
                 "{} transformer: goes on from {}, whose forecasts were others",

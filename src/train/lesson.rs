@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use candle_core::Tensor;
 
+use super::group::Group;
 use super::hash::Hash;
 use super::optimizer::AdamW;
 use super::resume::Progress;
@@ -21,7 +22,7 @@ const MOST_SKIPPED: usize = 5;
 pub struct Lesson<'a, T> {
     pub part: Part,
     pub learning_rate: f64,
-    /// Items per step.
+    /// Items per step, over all processes.
     pub batch: usize,
     /// Steps between validations, unless the settings say otherwise.
     pub validate_every: usize,
@@ -31,16 +32,17 @@ pub struct Lesson<'a, T> {
     pub loss: &'a (dyn Fn(&T) -> candle_core::Result<Tensor> + Sync),
     /// Units (frames, samples) of an item.
     pub units: fn(&T) -> usize,
-    /// Nats per unit on held-out pieces under the averaged weights; `None` without any.
-    pub validate: &'a (dyn Fn(&Workers) -> Result<Option<f64>, TrainError> + Sync),
+    /// Nats on this rank's share of held-out pieces under the averaged weights, and what to divide the sum over all
+    /// ranks by.
+    pub validate: &'a (dyn Fn(&Workers, &dyn Group) -> Result<(f64, usize), TrainError> + Sync),
 }
 
 impl<T: Send> Lesson<'_, T> {
     /// Trains until the budget is spent, validation has stopped to gain, or the observer breaks; the optimizer's averages
     /// then hold the result, the best one that was validated. Goes on from the folder's state.
     pub fn teach(self, run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, TrainError> {
-        let (part, settings, folder) = (self.part, run.settings, run.folder);
-        let mut progress = folder.load(part, optimizer).unwrap_or_default();
+        let (part, settings, folder, group) = (self.part, run.settings, run.folder, run.group);
+        let mut progress = folder.load(part, optimizer)?;
         if progress.step > 0 {
             let _ = (run.observe)(TrainEvent::Resumed { part, step: progress.step, finished: progress.finished });
         }
@@ -53,8 +55,8 @@ impl<T: Send> Lesson<'_, T> {
         let mut going = ControlFlow::Continue(());
         while clock.done() < 1.0 && going.is_continue() {
             let learning_rate = self.learning_rate * clock.rate();
-            let (bits, norm) = self.step(settings, &workers, optimizer, &mut progress, learning_rate)?;
-            clock.advance();
+            let (bits, norm) = self.step(settings, group, &workers, optimizer, &mut progress, learning_rate)?;
+            clock.advance(group);
             (progress.step, progress.elapsed_s) = (clock.step(), clock.elapsed().as_secs_f64());
             if progress.skipped > MOST_SKIPPED {
                 return Err(TrainError::Diverged { step: progress.step });
@@ -83,6 +85,9 @@ impl<T: Send> Lesson<'_, T> {
                 }
                 begun_at.1 += clock.elapsed() - before;
             }
+            if group.any(going.is_break()) {
+                going = ControlFlow::Break(());
+            }
             progress.finished |= over;
             if progress.finished {
                 break;
@@ -102,33 +107,38 @@ impl<T: Send> Lesson<'_, T> {
         Ok(going)
     }
 
-    /// One step by the mean gradient of a batch; gives its bits per unit and the gradient's norm.
+    /// One step by the mean gradient of a batch over all ranks; gives its bits per unit and the gradient's norm.
     ///
     /// Only as many items as there are threads are in memory at a time.
     fn step(
         &self,
         settings: &TrainSettings,
+        group: &dyn Group,
         workers: &Workers,
         optimizer: &mut AdamW,
         progress: &mut Progress,
         learning_rate: f64,
     ) -> Result<(f64, f64), TrainError> {
         let first = progress.step * self.batch;
-        let items: Vec<usize> = (first..first + self.batch).collect();
-        let mut nats = 0.0;
-        for group in items.chunks(settings.threads.max(1)) {
-            let results = workers.map(group, |&item| {
+        let items = group.mine(first..first + self.batch);
+        let (mut nats, mut units) = (0.0, 0);
+        for together in items.chunks(settings.threads.max(1)) {
+            let results = workers.map(together, |&item| {
                 let item = (self.draw)(&mut generator(settings.seed, self.part, item))?;
                 let loss = (self.loss)(&item)?;
                 Ok(((self.units)(&item), loss.to_scalar::<f32>()?, loss.backward()?))
             })?;
-            for (units, loss, gradients) in results {
-                progress.units += units as u64;
+            for (n, loss, gradients) in results {
+                units += n;
                 nats += f64::from(loss);
                 optimizer.add(&gradients)?;
             }
         }
-        let bits = nats / self.batch as f64 / LN_2;
+        let mut sums = [nats, units as f64];
+        group.sum_f64(&mut sums);
+        optimizer.all_sum(group);
+        progress.units += sums[1] as u64;
+        let bits = sums[0] / self.batch as f64 / LN_2;
         let norm = optimizer.step(learning_rate, bits.is_finite())?;
         progress.skipped = if bits.is_finite() && norm.is_finite() { 0 } else { progress.skipped + 1 };
         progress.updates = optimizer.steps();
@@ -144,10 +154,14 @@ impl<T: Send> Lesson<'_, T> {
         progress: &mut Progress,
     ) -> Result<ControlFlow<()>, TrainError> {
         optimizer.swap()?;
-        let nats = (self.validate)(workers);
+        let scored = (self.validate)(workers, run.group);
         optimizer.swap()?;
+        let (nats, units) = scored?;
+        let mut sums = [nats, units as f64];
+        run.group.sum_f64(&mut sums);
         let mut going = ControlFlow::Continue(());
-        if let Some(nats) = nats? {
+        if sums[1] > 0.0 {
+            let nats = sums[0] / sums[1];
             let best = progress.best.is_none_or(|best| nats < best);
             let event = TrainEvent::Validation { part: self.part, step: progress.step, bits: nats / LN_2, best };
             going = (run.observe)(event);

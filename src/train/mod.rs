@@ -6,6 +6,7 @@
 pub mod calibrate;
 pub mod dataset;
 pub mod grow;
+pub mod group;
 pub(crate) mod hash;
 pub mod lesson;
 pub mod optimizer;
@@ -31,6 +32,7 @@ use crate::model::config::{ConfigError, GenerationSettings, ModelConfig};
 use crate::model::params::{Params, ParamsError};
 use crate::plan::{PlanError, ResidualQuantizer, Spectrum};
 use dataset::Dataset;
+use group::{Alone, Group};
 use hash::Hash;
 use optimizer::AdamW;
 use resume::{Identity, StateFolder};
@@ -66,6 +68,12 @@ pub enum TrainError {
     State { folder: PathBuf, source: std::io::Error },
     #[error("the best weights so far do not fit the model (tensor '{0}')")]
     Best(String),
+    #[error(
+        "the processes were not given the same to train (what differs: {what}); all of them need the same files and options"
+    )]
+    Ranks { what: String },
+    #[error("what another process sent cannot be read")]
+    Message(#[from] serde_json::Error),
     #[error("starting worker threads")]
     Threads(#[from] rayon::ThreadPoolBuildError),
 }
@@ -88,7 +96,7 @@ pub struct TrainSettings {
     pub seed: u64,
     /// Worker threads; each computes its share of every batch.
     pub threads: usize,
-    /// Contexts or excerpts per step.
+    /// Contexts or excerpts per step, over all processes.
     pub plan_batch: usize,
     pub wave_batch: usize,
     /// Peak learning rates.
@@ -217,7 +225,7 @@ pub enum TrainEvent {
         /// Frames or samples seen.
         units: u64,
         units_per_s: f64,
-        /// Of this part, over all processes.
+        /// Of this part, with the time of killed runs.
         elapsed_s: f64,
     },
     /// On held-out pieces, by the averaged weights; whether they are the best so far.
@@ -250,19 +258,25 @@ pub type Observer<'a> = dyn FnMut(TrainEvent) -> ControlFlow<()> + 'a;
 ///
 /// Killed at any moment and called again with the same settings and data, it goes on with the same losses.
 pub fn train(settings: &TrainSettings, observe: &mut Observer) -> Result<Checkpoint, TrainError> {
+    train_in(&Alone, settings, observe)
+}
+
+/// [`train`] as one of a group of processes, all with the same settings and files.
+///
+/// Each computes its share of every batch and validation; the losses are those of one process, to rounding. Only rank 0
+/// writes. Every rank is told the same, and ends when the observer of any of them breaks.
+pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Observer) -> Result<Checkpoint, TrainError> {
     let config = settings.config();
     config.validate()?;
     let spectrum = Spectrum::new(config.codec.sample_rate, &config.plan)?;
     let mut data = Dataset::read(settings, &spectrum, observe)?;
-    let folder = StateFolder::open(&settings.output, &settings.identity(&data), settings.afresh)?;
+    let identity = settings.identity(&data);
+    compare(group, &identity)?;
+    let folder = StateFolder::open(group, &settings.output, &identity, settings.afresh)?;
     let mut checkpoint = match &settings.start {
         Start::From(checkpoint) => Checkpoint::clone(checkpoint),
         Start::New(_) => {
-            let quantizer = match folder.codebooks() {
-                Some(quantizer) => quantizer,
-                None => data.fit_codebooks(&config.plan, settings.seed)?,
-            };
-            folder.save_codebooks(&quantizer)?;
+            let quantizer = folder.codebooks(|| data.fit_codebooks(&config.plan, settings.seed))?;
             Checkpoint { quantizer, ..Checkpoint::untrained(config.clone(), settings.seed)? }
         }
     };
@@ -280,10 +294,13 @@ pub fn train(settings: &TrainSettings, observe: &mut Observer) -> Result<Checkpo
         optimizer.begin_from(&checkpoint.weights).map_err(TrainError::Best)?;
         let keep = &mut |optimizer: &AdamW| {
             checkpoint.take(optimizer);
-            Ok(checkpoint.save(&settings.output, settings.precision)?)
+            match group.is_first() {
+                true => Ok(checkpoint.save(&settings.output, settings.precision)?),
+                false => Ok(()),
+            }
         };
         let mut run =
-            Run { settings, data: &data, quantizer: &quantizer, model: &model, folder: &folder, observe, keep };
+            Run { settings, group, data: &data, quantizer: &quantizer, model: &model, folder: &folder, observe, keep };
         going = match part {
             Part::Plan => plan::train(&mut run, &mut optimizer)?,
             Part::Wave => wave::train(&mut run, &mut optimizer)?,
@@ -294,14 +311,33 @@ pub fn train(settings: &TrainSettings, observe: &mut Observer) -> Result<Checkpo
         }
     }
     if going.is_continue() && settings.calibrate && settings.parts.contains(&Part::Wave) {
-        checkpoint.generation = calibrate::calibrate(&checkpoint, &data, observe)?;
+        checkpoint.generation = group.of_first(match group.is_first() {
+            true => calibrate::calibrate(&checkpoint, &data, observe)?,
+            false => checkpoint.generation,
+        })?;
     }
-    checkpoint.save(&settings.output, settings.precision)?;
-    if going.is_continue() {
-        folder.remove()?;
+    if group.is_first() {
+        checkpoint.save(&settings.output, settings.precision)?;
+        if going.is_continue() {
+            folder.remove()?;
+        }
+        let _ = observe(TrainEvent::Saved { path: settings.output.clone() });
     }
-    let _ = observe(TrainEvent::Saved { path: settings.output.clone() });
     Ok(checkpoint)
+}
+
+/// Makes sure, on every rank, that all ranks train the same.
+fn compare(group: &dyn Group, identity: &Identity) -> Result<(), TrainError> {
+    let first = group.of_first(identity.clone())?;
+    let mut differing: Vec<f64> =
+        identity.iter().map(|(name, value)| f64::from(u8::from(first.get(name) != Some(value)))).collect();
+    group.sum_f64(&mut differing);
+    let names: Vec<&str> =
+        identity.keys().zip(differing).filter(|(_, ranks)| *ranks > 0.0).map(|(name, _)| name.as_str()).collect();
+    match names.is_empty() {
+        true => Ok(()),
+        false => Err(TrainError::Ranks { what: names.join(", ") }),
+    }
 }
 
 impl Checkpoint {
@@ -313,10 +349,11 @@ impl Checkpoint {
 /// What every part of training works with.
 pub struct Run<'a, 'o> {
     pub settings: &'a TrainSettings,
+    pub group: &'a dyn Group,
     pub data: &'a Dataset,
     pub quantizer: &'a ResidualQuantizer,
     pub model: &'a Model,
-    pub folder: &'a StateFolder,
+    pub folder: &'a StateFolder<'a>,
     pub observe: &'a mut Observer<'o>,
     /// Is told when the averaged weights are the best so far.
     pub keep: &'a mut dyn FnMut(&AdamW) -> Result<(), TrainError>,

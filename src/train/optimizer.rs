@@ -8,6 +8,8 @@ use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Tensor, Var};
 use ndarray::{ArrayD, IxDyn};
 use rayon::prelude::*;
 
+use super::group::Group;
+
 const BETA_1: f32 = 0.9;
 const BETA_2: f32 = 0.95;
 const EPSILON: f32 = 1e-8;
@@ -86,6 +88,24 @@ impl AdamW {
             slot.gradient.iter_mut().zip(values).for_each(|(sum, g)| *sum += g);
             Ok(())
         })
+    }
+
+    /// Adds up what all ranks have added since the last step, all gradients in one exchange.
+    pub fn all_sum(&mut self, group: &dyn Group) {
+        if group.size() == 1 {
+            return;
+        }
+        let gradients = self.slots.values().flat_map(|slot| &slot.gradient).copied();
+        // Numbers of items are whole and far below 2^24.
+        let mut flat: Vec<f32> = gradients.chain([self.items as f32]).collect();
+        group.sum_f32(&mut flat);
+        let mut rest = &flat[..];
+        for slot in self.slots.values_mut() {
+            let (sums, others) = rest.split_at(slot.gradient.len());
+            slot.gradient.copy_from_slice(sums);
+            rest = others;
+        }
+        self.items = rest[0] as usize;
     }
 
     /// One step by the mean of the gradients added since the last one. Returns their norm before clipping; if that is

@@ -6,6 +6,7 @@ use candle_core::{Device, Tensor};
 use ndarray::{ArrayView2, s};
 
 use super::dataset::Dataset;
+use super::group::Group;
 use super::lesson::Lesson;
 use super::optimizer::AdamW;
 use super::workers::Workers;
@@ -43,7 +44,7 @@ pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, Tr
         draw: &draw,
         loss: &|(tokens, bands, mask)| model.nll(tokens, bands, mask.as_ref())?.mean_all(),
         units: |(tokens, ..): &Context| tokens.dims()[1],
-        validate: &|workers| validate(workers, data, quantizer, model),
+        validate: &|workers, group| validate(workers, group, data, quantizer, model),
     };
     lesson.teach(run, optimizer)
 }
@@ -69,18 +70,19 @@ fn dropout(share: f32, dims: (usize, usize, usize), rng: &mut Rng) -> Result<Opt
     Ok(Some(Tensor::from_vec(keep, dims, &Device::Cpu)?))
 }
 
-/// Nats per frame over the beginnings of held-out pieces; `None` without any.
+/// Nats over the beginnings of this rank's held-out pieces, and their frames.
 fn validate(
     workers: &Workers,
+    group: &dyn Group,
     data: &Dataset,
     quantizer: &ResidualQuantizer,
     model: &PlanTransformer,
-) -> Result<Option<f64>, TrainError> {
-    let scored = workers.map(&data.validation, |recording| {
+) -> Result<(f64, usize), TrainError> {
+    let scored = workers.map(&group.mine(0..data.validation.len()), |&piece| {
+        let recording = &data.validation[piece];
         let n = recording.plan_tokens.nrows().min(CONTEXT);
         let (tokens, bands) = tensors(quantizer, recording.plan_tokens.slice(s![..n, ..]))?;
         Ok((f64::from(model.nll(&tokens, &bands, None)?.sum_all()?.to_scalar::<f32>()?), n - 1))
     })?;
-    let (nats, frames) = scored.iter().fold((0.0, 0), |(nats, frames), (x, n)| (nats + x, frames + n));
-    Ok((frames > 0).then(|| nats / frames as f64))
+    Ok(scored.iter().fold((0.0, 0), |(nats, frames), (x, n)| (nats + x, frames + n)))
 }

@@ -3,6 +3,7 @@
 //! A folder beside the output: `run.json` says which run it belongs to, `codebooks.safetensors` holds the plan's,
 //! `PART-STEP.safetensors` a transformer's weights and optimizer after a step, `PART-best.safetensors` the averaged
 //! weights that did best on held-out pieces. Every file is written under another name and renamed when it is whole.
+//! Only rank 0 reads and writes them; what it reads goes to all ranks.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use ndarray::{Array1, Array3, ArrayD, IxDyn};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
+use super::group::Group;
 use super::optimizer::{AdamW, Entry};
 use super::{Part, TrainError};
 use crate::atomic::write_whole;
@@ -43,12 +45,13 @@ pub struct Progress {
     pub finished: bool,
 }
 
-/// The folder of a run.
-pub struct StateFolder {
+/// The folder of a run, as one rank of a group sees it.
+pub struct StateFolder<'a> {
     path: PathBuf,
+    group: &'a dyn Group,
 }
 
-impl StateFolder {
+impl<'a> StateFolder<'a> {
     /// Where the state of the run that makes `output` lies.
     pub fn beside(output: &Path) -> PathBuf {
         output.with_extension("training")
@@ -58,8 +61,11 @@ impl StateFolder {
     ///
     /// # Errors
     /// When the folder belongs to another run.
-    pub fn open(output: &Path, identity: &Identity, afresh: bool) -> Result<Self, TrainError> {
-        let folder = Self { path: Self::beside(output) };
+    pub fn open(group: &'a dyn Group, output: &Path, identity: &Identity, afresh: bool) -> Result<Self, TrainError> {
+        let folder = Self { path: Self::beside(output), group };
+        if !group.is_first() {
+            return Ok(folder);
+        }
         if afresh {
             folder.remove()?;
         }
@@ -90,45 +96,62 @@ impl StateFolder {
 
     /// Removes the folder, with a run that is over.
     pub fn remove(&self) -> Result<(), TrainError> {
+        if !self.group.is_first() {
+            return Ok(());
+        }
         match std::fs::remove_dir_all(&self.path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(self.io(error)),
             _ => Ok(()),
         }
     }
 
-    /// The plan's codebooks of this run, once they have been fitted.
-    pub fn codebooks(&self) -> Option<ResidualQuantizer> {
-        let (_, tensors) = read(&self.path.join(CODEBOOKS))?;
-        let take = |name: &str| tensors.get(name).cloned();
-        let mean: Array1<f32> = take("mean")?.into_dimensionality().ok()?;
-        let books: Array3<f32> = take("books")?.into_dimensionality().ok()?;
-        ResidualQuantizer::new(mean, books).ok()
+    /// The plan's codebooks of this run, which rank 0 fits when that has not been done.
+    pub fn codebooks(
+        &self,
+        fit: impl FnOnce() -> Result<ResidualQuantizer, TrainError>,
+    ) -> Result<ResidualQuantizer, TrainError> {
+        let path = self.path.join(CODEBOOKS);
+        let stored = || std::fs::read(&path).ok().filter(|bytes| quantizer(bytes).is_some());
+        let mut bytes = match self.group.is_first().then(stored) {
+            None => Vec::new(),
+            Some(Some(bytes)) => bytes,
+            Some(None) => {
+                let fitted = fit()?;
+                let entry = |name: &str, shape: &[usize], values: Vec<f32>| (name.to_owned(), shape.to_vec(), values);
+                let entries = [
+                    entry("mean", fitted.mean.shape(), fitted.mean.iter().copied().collect()),
+                    entry("books", fitted.books.shape(), fitted.books.iter().copied().collect()),
+                ];
+                let bytes = self.encode(&entries, "")?;
+                write_whole(&path, &bytes).map_err(|source| self.io(source))?;
+                bytes
+            }
+        };
+        self.group.broadcast(&mut bytes);
+        quantizer(&bytes).ok_or_else(|| self.io(std::io::ErrorKind::InvalidData.into()))
     }
 
-    pub fn save_codebooks(&self, quantizer: &ResidualQuantizer) -> Result<(), TrainError> {
-        let entry = |name: &str, shape: &[usize], values: Vec<f32>| (name.to_owned(), shape.to_vec(), values);
-        let entries = [
-            entry("mean", quantizer.mean.shape(), quantizer.mean.iter().copied().collect()),
-            entry("books", quantizer.books.shape(), quantizer.books.iter().copied().collect()),
-        ];
-        self.write(CODEBOOKS, &entries, "")
-    }
-
-    /// The newest whole state of a part goes into the optimizer; `None` when there is none.
-    pub fn load(&self, part: Part, optimizer: &mut AdamW) -> Option<Progress> {
-        self.states(part).into_iter().find_map(|path| {
-            let (progress, mut tensors) = read(&path)?;
-            let progress: Progress = serde_json::from_str(&progress).ok()?;
-            let take = |name: &str| tensors.remove(name).map(|array| array.into_raw_vec_and_offset().0);
-            optimizer.restore(progress.updates, take).ok()?;
-            Some(progress)
-        })
+    /// The newest whole state of a part goes into the optimizers of all ranks; without one, what rank 0 begins with.
+    pub fn load(&self, part: Part, optimizer: &mut AdamW) -> Result<Progress, TrainError> {
+        let stored = |path: PathBuf| restore(&std::fs::read(path).ok()?, optimizer);
+        let states = if self.group.is_first() { self.states(part) } else { Vec::new() };
+        let progress = states.into_iter().find_map(stored).unwrap_or_default();
+        if self.group.size() == 1 {
+            return Ok(progress);
+        }
+        let mut bytes = if self.group.is_first() { self.encode_state(optimizer, &progress)? } else { Vec::new() };
+        self.group.broadcast(&mut bytes);
+        restore(&bytes, optimizer).ok_or_else(|| self.io(std::io::ErrorKind::InvalidData.into()))
     }
 
     /// Writes a part's state, then removes the oldest ones.
     pub fn save(&self, part: Part, optimizer: &AdamW, progress: &Progress) -> Result<(), TrainError> {
-        let stated = serde_json::to_string(progress).map_err(|e| self.io(e.into()))?;
-        self.write(&format!("{}-{:08}.safetensors", part.name(), progress.step), &optimizer.state()?, &stated)?;
+        if !self.group.is_first() {
+            return Ok(());
+        }
+        let name = format!("{}-{:08}.safetensors", part.name(), progress.step);
+        let bytes = self.encode_state(optimizer, progress)?;
+        write_whole(&self.path.join(name), &bytes).map_err(|source| self.io(source))?;
         for old in self.states(part).into_iter().skip(KEPT) {
             std::fs::remove_file(old).map_err(|source| self.io(source))?;
         }
@@ -137,16 +160,22 @@ impl StateFolder {
 
     /// Keeps the averaged weights as the best so far.
     pub fn save_best(&self, part: Part, optimizer: &AdamW) -> Result<(), TrainError> {
+        if !self.group.is_first() {
+            return Ok(());
+        }
         let entries: Vec<Entry> = optimizer
             .averages()
             .map(|(name, array)| (name.clone(), array.shape().to_vec(), array.into_raw_vec_and_offset().0))
             .collect();
-        self.write(&best_name(part), &entries, "")
+        write_whole(&self.path.join(best_name(part)), &self.encode(&entries, "")?).map_err(|source| self.io(source))
     }
 
-    /// The averaged weights that were best.
+    /// The averaged weights that were best, on all ranks.
     pub fn best(&self, part: Part) -> Option<BTreeMap<String, ArrayD<f32>>> {
-        read(&self.path.join(best_name(part))).map(|(_, tensors)| tensors)
+        let stored = self.group.is_first().then(|| std::fs::read(self.path.join(best_name(part))).ok());
+        let mut bytes = stored.flatten().unwrap_or_default();
+        self.group.broadcast(&mut bytes);
+        decode(&bytes).map(|(_, tensors)| tensors)
     }
 
     /// A part's states, newest first.
@@ -163,10 +192,16 @@ impl StateFolder {
         states
     }
 
-    fn write(&self, name: &str, entries: &[Entry], progress: &str) -> Result<(), TrainError> {
+    fn encode_state(&self, optimizer: &AdamW, progress: &Progress) -> Result<Vec<u8>, TrainError> {
+        let stated = serde_json::to_string(progress).map_err(|e| self.io(e.into()))?;
+        self.encode(&optimizer.state()?, &stated)
+    }
+
+    /// The content of a file.
+    fn encode(&self, entries: &[Entry], progress: &str) -> Result<Vec<u8>, TrainError> {
         let bytes: Vec<Vec<u8>> =
             entries.iter().map(|(_, _, values)| values.iter().flat_map(|v| v.to_le_bytes()).collect()).collect();
-        let serialized = entries
+        entries
             .iter()
             .zip(&bytes)
             .map(|((name, shape, _), bytes)| Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
@@ -174,8 +209,7 @@ impl StateFolder {
             .and_then(|views| {
                 safetensors::serialize(views, Some(HashMap::from([("progress".to_owned(), progress.to_owned())])))
             })
-            .map_err(|e| self.io(std::io::Error::other(e)))?;
-        write_whole(&self.path.join(name), &serialized).map_err(|source| self.io(source))
+            .map_err(|e| self.io(std::io::Error::other(e)))
     }
 }
 
@@ -183,12 +217,29 @@ fn best_name(part: Part) -> String {
     format!("{}-best.safetensors", part.name())
 }
 
-/// Progress and tensors of a file; `None` when it is not there or damaged.
-fn read(path: &Path) -> Option<(String, BTreeMap<String, ArrayD<f32>>)> {
-    let bytes = std::fs::read(path).ok()?;
-    let (_, header) = SafeTensors::read_metadata(&bytes).ok()?;
+/// The codebooks in a file's content.
+fn quantizer(bytes: &[u8]) -> Option<ResidualQuantizer> {
+    let (_, tensors) = decode(bytes)?;
+    let take = |name: &str| tensors.get(name).cloned();
+    let mean: Array1<f32> = take("mean")?.into_dimensionality().ok()?;
+    let books: Array3<f32> = take("books")?.into_dimensionality().ok()?;
+    ResidualQuantizer::new(mean, books).ok()
+}
+
+/// The state in a file's content goes into the optimizer.
+fn restore(bytes: &[u8], optimizer: &mut AdamW) -> Option<Progress> {
+    let (progress, mut tensors) = decode(bytes)?;
+    let progress: Progress = serde_json::from_str(&progress).ok()?;
+    let take = |name: &str| tensors.remove(name).map(|array| array.into_raw_vec_and_offset().0);
+    optimizer.restore(progress.updates, take).ok()?;
+    Some(progress)
+}
+
+/// Progress and tensors in a file's content; `None` when it is damaged.
+fn decode(bytes: &[u8]) -> Option<(String, BTreeMap<String, ArrayD<f32>>)> {
+    let (_, header) = SafeTensors::read_metadata(bytes).ok()?;
     let progress = header.metadata().as_ref()?.get("progress")?.clone();
-    let tensors = SafeTensors::deserialize(&bytes).ok()?;
+    let tensors = SafeTensors::deserialize(bytes).ok()?;
     let arrays = tensors.iter().map(|(name, view)| {
         let values = view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
         Some((name.to_owned(), ArrayD::from_shape_vec(IxDyn(view.shape()), values).ok()?))
@@ -199,6 +250,7 @@ fn read(path: &Path) -> Option<(String, BTreeMap<String, ArrayD<f32>>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::group::Alone;
     use candle_core::{Device, Tensor, Var};
 
     fn identity(seed: &str) -> Identity {
@@ -214,7 +266,7 @@ mod tests {
     fn the_newest_whole_state_is_taken_up_and_old_ones_go() {
         let directory = tempfile::tempdir().unwrap();
         let output = directory.path().join("m.safetensors");
-        let folder = StateFolder::open(&output, &identity("1"), false).unwrap();
+        let folder = StateFolder::open(&Alone, &output, &identity("1"), false).unwrap();
         for step in [3, 7, 12] {
             let progress = Progress { step, ..Progress::default() };
             folder.save(Part::Wave, &optimizer(step as f32), &progress).unwrap();
@@ -222,11 +274,11 @@ mod tests {
         folder.save_best(Part::Wave, &optimizer(99.0)).unwrap();
         assert_eq!(folder.states(Part::Wave).len(), KEPT);
         let mut taken = optimizer(0.0);
-        let folder = StateFolder::open(&output, &identity("1"), false).unwrap();
+        let folder = StateFolder::open(&Alone, &output, &identity("1"), false).unwrap();
         assert_eq!(folder.load(Part::Wave, &mut taken).unwrap().step, 12);
         assert_eq!(taken.averages().next().unwrap().1[[0]], 12.0);
         assert_eq!(folder.best(Part::Wave).unwrap()["x"][[0]], 99.0);
-        assert_eq!(folder.load(Part::Plan, &mut taken), None);
+        assert_eq!(folder.load(Part::Plan, &mut taken).unwrap(), Progress::default());
         // A damaged file costs the steps since the one before it.
         let newest = &folder.states(Part::Wave)[0];
         let bytes = std::fs::read(newest).unwrap();
@@ -240,11 +292,11 @@ mod tests {
     fn another_run_s_state_is_refused_by_the_name_of_what_differs() {
         let directory = tempfile::tempdir().unwrap();
         let output = directory.path().join("m.safetensors");
-        let folder = StateFolder::open(&output, &identity("1"), false).unwrap();
-        folder.save(Part::Plan, &optimizer(1.0), &Progress::default()).unwrap();
-        let Err(error) = StateFolder::open(&output, &identity("2"), false) else { panic!("taken up") };
+        let folder = StateFolder::open(&Alone, &output, &identity("1"), false).unwrap();
+        folder.save(Part::Plan, &optimizer(1.0), &Progress { step: 1, ..Progress::default() }).unwrap();
+        let Err(error) = StateFolder::open(&Alone, &output, &identity("2"), false) else { panic!("taken up") };
         assert!(error.to_string().contains("seed"), "{error}");
-        let folder = StateFolder::open(&output, &identity("2"), true).unwrap();
-        assert_eq!(folder.load(Part::Plan, &mut optimizer(1.0)), None);
+        let folder = StateFolder::open(&Alone, &output, &identity("2"), true).unwrap();
+        assert_eq!(folder.load(Part::Plan, &mut optimizer(1.0)).unwrap(), Progress::default());
     }
 }

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::group::Group;
 use super::resume::Progress;
 
 /// End of training, by work or by the clock.
@@ -26,6 +27,8 @@ pub struct Clock {
     start: Instant,
     /// Time that earlier processes spent.
     before: Duration,
+    /// What rank 0's clock said after the last step, s.
+    read_s: f64,
     step: usize,
 }
 
@@ -37,7 +40,7 @@ impl Clock {
             steps => steps,
         };
         let before = Duration::try_from_secs_f64(progress.elapsed_s).unwrap_or_default();
-        Self { budget, start: Instant::now(), before, step: progress.step }
+        Self { budget, start: Instant::now(), before, read_s: before.as_secs_f64(), step: progress.step }
     }
 
     /// Steps made.
@@ -49,16 +52,17 @@ impl Clock {
         self.before + self.start.elapsed()
     }
 
-    /// Counts a step.
-    pub fn advance(&mut self) {
+    /// Counts a step, and reads rank 0's clock: the ranks must agree on what it says.
+    pub fn advance(&mut self, group: &dyn Group) {
         self.step += 1;
+        self.read_s = group.number_of_first(self.elapsed().as_secs_f64());
     }
 
-    /// Share of the budget that is used, 0 to 1.
+    /// Share of the budget that was used after the last step, 0 to 1.
     pub fn done(&self) -> f64 {
         match self.budget {
             Budget::Steps(steps) => self.step as f64 / steps.max(1) as f64,
-            Budget::Time(time) => self.elapsed().as_secs_f64() / time.as_secs_f64().max(1e-9),
+            Budget::Time(time) => self.read_s / time.as_secs_f64().max(1e-9),
         }
         .min(1.0)
     }

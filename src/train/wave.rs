@@ -45,12 +45,13 @@ pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, Tr
         draw: &|rng| maker.draw(rng),
         loss: &|excerpt| nll(excerpt)?.mean_all(),
         units: Excerpt::n_samples,
-        validate: &|workers| {
-            let means = workers.map(&held_out, |excerpt| {
+        validate: &|workers, group| {
+            let means = workers.map(&group.mine(0..held_out.len()), |&place| {
+                let excerpt = &held_out[place];
                 let scored = nll(excerpt)?.narrow(0, warm, excerpt.n_samples() - warm)?;
                 Ok(f64::from(scored.mean_all()?.to_scalar::<f32>()?))
             })?;
-            Ok((!means.is_empty()).then(|| means.iter().sum::<f64>() / means.len() as f64))
+            Ok((means.iter().sum(), means.len()))
         },
     };
     lesson.teach(run, optimizer)
