@@ -606,6 +606,19 @@ fn training_grows_a_model_and_says_what_begins_anew() {
 }
 
 #[test]
+#[cfg(not(feature = "mpi"))]
+fn processes_started_together_do_not_all_write_one_model() {
+    let scene = Scene::new();
+    for variable in ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"] {
+        let train = ["train", "in.wav", "-o", "own.safetensors", "--preset", "tiny", "--steps", "1"];
+        let mut together = scene.wavegen(&train);
+        together.env(variable, "2");
+        scene.refuses(together, 2, "--features mpi");
+        assert!(!scene.path("own.training").exists());
+    }
+}
+
+#[test]
 fn a_machine_tests_itself() {
     let scene = Scene::new();
     let run = scene.wavegen(&["selftest", "--model", "tiny.safetensors", "--json"]).assert().success();
