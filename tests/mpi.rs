@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use wavegen::checkpoint::Checkpoint;
 use wavegen::rng::Rng;
+use wavegen::train::group;
 use wavegen::train::resume::StateFolder;
 
 /// Longest time that anything here may take.
@@ -37,23 +38,24 @@ fn write_melodies(folder: &Path) {
     }
 }
 
-/// `wavegen train` as so many processes; none: without mpirun.
-fn wavegen(processes: usize, folder: &Path, arguments: &str) -> Command {
-    let program = assert_cmd::cargo::cargo_bin!("wavegen");
-    let mut command = match processes {
-        0 => Command::new(program),
-        n => {
-            let mut command = Command::new("mpirun");
-            command.args(["-np", &n.to_string()]).arg(program);
-            command
-        }
-    };
+/// A program as two processes.
+fn mpirun(program: &Path) -> Command {
+    let mut command = Command::new("mpirun");
+    command.args(["-np", "2"]).arg(program);
     // On a machine of few cores, and in a container.
     command.env("OMPI_MCA_rmaps_base_oversubscribe", "1");
     command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
-    command.current_dir(folder).arg("train").args(arguments.split_whitespace());
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
+}
+
+fn train(mut command: Command, folder: &Path, arguments: &str) -> Command {
+    command.current_dir(folder).arg("train").args(arguments.split_whitespace());
+    command
+}
+
+/// `wavegen train` as two processes.
+fn train_as_two(folder: &Path, arguments: &str) -> Command {
+    train(mpirun(assert_cmd::cargo::cargo_bin!("wavegen")), folder, arguments)
 }
 
 /// Settings of a short run that goes by `name`, with its log.
@@ -62,6 +64,10 @@ fn short(name: &str) -> String {
         "a.wav b.wav c.wav --preset tiny --steps 6 --validate-every 3 --plan-batch 4 --wave-batch 4 --threads 1 \
          --save-every 0 --no-calibration -o {name}.safetensors --log {name}.jsonl"
     )
+}
+
+fn start(mut command: Command) -> Child {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
 fn wait(child: Child) -> Output {
@@ -77,8 +83,8 @@ fn wait(child: Child) -> Output {
     waiting.join().unwrap()
 }
 
-fn run(mut command: Command) -> Output {
-    wait(command.spawn().unwrap())
+fn run(command: Command) -> Output {
+    wait(start(command))
 }
 
 fn succeed(command: Command) {
@@ -116,8 +122,8 @@ fn two_processes_have_the_losses_of_one_and_only_one_of_them_writes() {
     let folder = directory.path();
     write_melodies(folder);
     // Without mpirun the program is a group of one.
-    succeed(wavegen(0, folder, &short("one")));
-    succeed(wavegen(2, folder, &short("two")));
+    succeed(train(Command::new(assert_cmd::cargo::cargo_bin!("wavegen")), folder, &short("one")));
+    succeed(train_as_two(folder, &short("two")));
     let (one, two) = (lines(folder, "one"), lines(folder, "two"));
     assert_eq!(one.len(), 2 * (6 + 2));
     assert_eq!(two.len(), one.len(), "every event is logged once: {two:?}");
@@ -149,26 +155,48 @@ fn process_of_rank(mpirun: u32, rank: usize) -> Option<u32> {
     })
 }
 
+/// Waits until this step of the wave transformer is in the log.
+#[cfg(target_os = "linux")]
+fn wait_for_step(folder: &Path, name: &str, step: u64) {
+    let (begun, reached) = (Instant::now(), ("step".to_owned(), "wave".to_owned(), step));
+    while !lines(folder, name).iter().any(|(key, _)| *key == reached) {
+        assert!(begun.elapsed() < LIMIT, "step {step} does not come");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn an_interrupt_of_any_rank_ends_all_of_them_with_a_whole_model() {
+    let directory = tempfile::tempdir().unwrap();
+    let folder = directory.path();
+    write_melodies(folder);
+    let long = "a.wav b.wav -o long.safetensors --log long.jsonl --preset tiny --part wave --steps 100000 --threads 1";
+    let child = start(train_as_two(folder, long));
+    wait_for_step(folder, "long", 2);
+    signal("INT", process_of_rank(child.id(), 1).expect("rank 1 runs"));
+    let output = wait(child);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(130) && told.contains("interrupted early"), "{:?} {told}", output.status);
+    Checkpoint::load(&folder.join("long.safetensors")).unwrap();
+    assert!(StateFolder::beside(&folder.join("long.safetensors")).exists());
+}
+
 #[test]
 #[cfg(target_os = "linux")]
 fn a_killed_rank_ends_the_job_and_the_same_command_goes_on() {
     let directory = tempfile::tempdir().unwrap();
     let folder = directory.path();
     write_melodies(folder);
-    succeed(wavegen(2, folder, &short("whole")));
-    let child = wavegen(2, folder, &short("killed")).spawn().unwrap();
-    let begun = Instant::now();
+    succeed(train_as_two(folder, &short("whole")));
+    let child = start(train_as_two(folder, &short("killed")));
     // The model of the first validation is there, and a state beyond it.
-    let reached = ("step".to_owned(), "wave".to_owned(), 4);
-    while !lines(folder, "killed").iter().any(|(key, _)| *key == reached) {
-        assert!(begun.elapsed() < LIMIT, "step 4 does not come");
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    wait_for_step(folder, "killed", 4);
     signal("KILL", process_of_rank(child.id(), 1).expect("rank 1 runs"));
     assert!(!wait(child).status.success(), "mpirun ends as if nothing had happened");
     Checkpoint::load(&folder.join("killed.safetensors")).unwrap();
     assert!(StateFolder::beside(&folder.join("killed.safetensors")).exists());
-    succeed(wavegen(2, folder, &short("killed")));
+    succeed(train_as_two(folder, &short("killed")));
     assert_alike(&lines(folder, "whole").into_iter().collect(), &lines(folder, "killed").into_iter().collect());
     assert!(!StateFolder::beside(&folder.join("killed.safetensors")).exists());
 }
@@ -177,13 +205,28 @@ fn a_killed_rank_ends_the_job_and_the_same_command_goes_on() {
 fn an_error_ends_all_processes_with_its_message() {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("noise.txt"), "this is no audio").unwrap();
-    let output = run(wavegen(2, directory.path(), "noise.txt -o model.safetensors --preset tiny --steps 2"));
+    let output = run(train_as_two(directory.path(), "noise.txt -o model.safetensors --preset tiny --steps 2"));
     let told = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && told.contains("no usable audio"), "{told}");
     // An error of the first rank alone, for which the other waits.
     std::fs::write(directory.path().join("model.safetensors"), "a model").unwrap();
     write_melodies(directory.path());
-    let output = run(wavegen(2, directory.path(), "a.wav b.wav -o model.safetensors --preset tiny --steps 2"));
+    let output = run(train_as_two(directory.path(), "a.wav b.wav -o model.safetensors --preset tiny --steps 2"));
     let told = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && told.contains("process 1 of 2") && told.contains("--force"), "{told}");
+}
+
+#[test]
+fn a_panic_of_a_rank_ends_the_others_that_wait_for_it() {
+    let mut command = mpirun(&std::env::current_exe().unwrap());
+    command.args(["--ignored", "--exact", "one_rank_panics_and_the_others_wait"]);
+    assert!(!run(command).status.success());
+}
+
+#[test]
+#[ignore = "what the ranks of the test above do"]
+fn one_rank_panics_and_the_others_wait() {
+    let group = group::join().unwrap();
+    assert!(group.size() == 1 || group.rank() == 0, "on purpose");
+    group.any(true);
 }

@@ -247,7 +247,7 @@ fn run_in(group: &dyn Group, args: &Args) -> Result<Outcome> {
     catch_interrupt()?;
     if !group.is_first() {
         train_in(group, &settings, &mut |_| going())?;
-        return Ok(if interrupted() { Outcome::Interrupted } else { Outcome::Done });
+        return Ok(outcome(group.any(interrupted())));
     }
     if group.size() > 1 {
         talk.note(&format!("{} processes of {threads} threads each", group.size()));
@@ -268,12 +268,16 @@ fn run_in(group: &dyn Group, args: &Args) -> Result<Outcome> {
         going()
     })?;
     bar.finish_and_clear();
-    report.interrupted = interrupted();
+    report.interrupted = group.any(interrupted());
     report.generation = checkpoint.generation;
     let how = if report.interrupted { " (interrupted early, whole; the same command goes on)" } else { "" };
     talk.note(&format!("{}: model written{how}; try it: wavegen continue SONG --model {0}", report.output));
     talk.json(&report, false)?;
-    Ok(if report.interrupted { Outcome::Interrupted } else { Outcome::Done })
+    Ok(outcome(report.interrupted))
+}
+
+fn outcome(interrupted: bool) -> Outcome {
+    if interrupted { Outcome::Interrupted } else { Outcome::Done }
 }
 
 fn going() -> ControlFlow<()> {
