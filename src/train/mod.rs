@@ -5,8 +5,8 @@
 
 pub mod calibrate;
 pub mod dataset;
-pub mod grow;
 pub mod group;
+pub mod grow;
 pub(crate) mod hash;
 pub mod lesson;
 pub mod optimizer;
@@ -264,7 +264,7 @@ pub fn train(settings: &TrainSettings, observe: &mut Observer) -> Result<Checkpo
 /// [`train`] as one of a group of processes, all with the same settings and files.
 ///
 /// Each computes its share of every batch and validation; the losses are those of one process, to rounding. Only rank 0
-/// writes. Every rank is told the same, and ends when the observer of any of them breaks.
+/// writes. Every rank is told the same losses, and ends when the observer of any of them breaks.
 pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Observer) -> Result<Checkpoint, TrainError> {
     let config = settings.config();
     config.validate()?;
