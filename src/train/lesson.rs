@@ -18,6 +18,9 @@ use crate::rng::Rng;
 /// Steps in a row that may fail before training is given up.
 const MOST_SKIPPED: usize = 5;
 
+/// Scores one rank's share of held-out pieces: nats, and what their sum over all ranks is to be divided by.
+pub type Validate<'a> = dyn Fn(&Workers, &dyn Group) -> Result<(f64, usize), TrainError> + Sync + 'a;
+
 /// What one part of the model is taught, and how.
 pub struct Lesson<'a, T> {
     pub part: Part,
@@ -32,9 +35,8 @@ pub struct Lesson<'a, T> {
     pub loss: &'a (dyn Fn(&T) -> candle_core::Result<Tensor> + Sync),
     /// Units (frames, samples) of an item.
     pub units: fn(&T) -> usize,
-    /// Nats on this rank's share of held-out pieces under the averaged weights, and what to divide the sum over all
-    /// ranks by.
-    pub validate: &'a (dyn Fn(&Workers, &dyn Group) -> Result<(f64, usize), TrainError> + Sync),
+    /// On held-out pieces, under the averaged weights.
+    pub validate: &'a Validate<'a>,
 }
 
 impl<T: Send> Lesson<'_, T> {
