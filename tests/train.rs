@@ -50,6 +50,7 @@ fn settings(directory: &Path, steps: usize) -> TrainSettings {
         plan_learning_rate: 3e-3,
         wave_learning_rate: 5e-3,
         validation_share: 0.1,
+        speed_variation: 0.0,
         validate_every: None,
         save_every: Duration::from_secs(40),
         patience: None,
@@ -62,9 +63,10 @@ fn settings(directory: &Path, steps: usize) -> TrainSettings {
 fn a_sine_is_overfitted_and_continued() {
     let directory = tempfile::tempdir().unwrap();
     let mut settings = settings(directory.path(), 20);
-    for name in ["one.wav", "two.wav"] {
+    // Of different lengths: what sounds the same is used once.
+    for (name, seconds) in [("one.wav", 5), ("two.wav", 6)] {
         let path = directory.path().join(name);
-        write_wav(&path, &sine(5 * SAMPLE_RATE as usize, 440.0));
+        write_wav(&path, &sine(seconds * SAMPLE_RATE as usize, 440.0));
         settings.files.push(path);
     }
     settings.files.push(directory.path().join("missing.wav"));

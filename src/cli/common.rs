@@ -194,6 +194,27 @@ impl Talk {
     }
 }
 
+/// Files that are left out: the first ones by name, the others by number.
+#[derive(Default)]
+pub struct Refused(usize);
+
+impl Refused {
+    const SHOWN: usize = 20;
+
+    pub fn tell(&mut self, why: &str, talk: &Talk) {
+        self.0 += 1;
+        if self.0 <= Self::SHOWN || talk.verbose {
+            talk.warn(&format!("left out: {why}"));
+        }
+    }
+
+    pub fn summarise(&self, talk: &Talk) {
+        if self.0 > Self::SHOWN && !talk.verbose {
+            talk.warn(&format!("left out: {} more; --verbose names them all", self.0 - Self::SHOWN));
+        }
+    }
+}
+
 /// The progress of playing.
 pub struct PlayBar {
     bar: ProgressBar,

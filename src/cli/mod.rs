@@ -14,6 +14,7 @@ mod generate;
 mod info;
 mod keys;
 mod play;
+mod prepare;
 mod score;
 mod selftest;
 mod stream;
@@ -41,6 +42,7 @@ Examples:
   wavegen generate -o music.wav               play from nothing
   wavegen stream song.flac                    play it, and then on and on
   wavegen info                                what the built-in model is
+  wavegen prepare recordings/ -o corpus/      decode once, train often
   wavegen train recordings/ -o my.safetensors --minutes 60
 
 Each command's --help shows more.";
@@ -50,6 +52,7 @@ enum Command {
     Continue(r#continue::Args),
     Generate(generate::Args),
     Stream(stream::Args),
+    Prepare(prepare::Args),
     Train(train::Args),
     Eval(eval::Args),
     Tokenize(tokenize::Args),
@@ -94,6 +97,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Continue(args) => r#continue::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Stream(args) => stream::run(&args),
+        Command::Prepare(args) => prepare::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),

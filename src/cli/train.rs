@@ -16,10 +16,11 @@ use wavegen::model::config::{GenerationSettings, ModelConfig};
 use wavegen::train::grow::{Fate, grow};
 use wavegen::train::resume::StateFolder;
 use wavegen::train::schedule::Budget;
-use wavegen::train::{Part, Start, TrainEvent, TrainSettings, train};
+use wavegen::train::{Part, Start, TrainError, TrainEvent, TrainSettings, train};
 
 use super::Outcome;
-use super::common::{Talk, Usage, catch_interrupt, interrupted};
+use super::common::{Refused, Talk, Usage, catch_interrupt, interrupted};
+use super::prepare::check_inputs;
 
 /// Train a model on recordings, from nothing or from another model
 ///
@@ -36,7 +37,7 @@ Examples:
   wavegen train recordings/ -o large.safetensors --init small.safetensors --preset base --minutes 600
   wavegen continue song.wav --model my.safetensors")]
 pub struct Args {
-    /// Audio files, and directories to search for them
+    /// Corpora made by `wavegen prepare`, audio files, and folders to search for them
     #[arg(required = true, value_name = "DIR_OR_FILE")]
     inputs: Vec<PathBuf>,
     /// Where the model goes; rewritten as training goes on
@@ -94,6 +95,9 @@ pub struct Args {
     /// Share of the files that is held out
     #[arg(long, default_value = "0.03", value_parser = share)]
     validation_share: f64,
+    /// Play excerpts faster or slower by up to this much, pitch and all: more material from little
+    #[arg(long, value_name = "PERCENT", default_value = "0", value_parser = percent)]
+    speed_variation: f64,
     /// How the model's matrices are stored
     #[arg(long, value_enum, default_value = "f32")]
     store: Store,
@@ -161,6 +165,13 @@ fn share(text: &str) -> Result<f64, String> {
     }
 }
 
+fn percent(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if (0.0..=50.0).contains(&value) => Ok(value),
+        _ => Err("must lie in 0 to 50 per cent".into()),
+    }
+}
+
 fn note(text: &str) -> Result<(String, String), String> {
     let (name, value) = text.split_once('=').ok_or("must be NAME=TEXT")?;
     Ok((name.trim().to_owned(), value.trim().to_owned()))
@@ -187,12 +198,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting threads")?;
     let start = start(args)?;
     check_output(&args.output, args.force)?;
-    let mut files = Vec::new();
-    for input in &args.inputs {
-        collect(input, &mut files)?;
-    }
-    files.sort();
-    files.dedup();
+    check_inputs(&args.inputs)?;
     let budget = match (args.minutes, args.steps) {
         (Some(minutes), _) => Budget::Time(Duration::from_secs_f64(60.0 * minutes)),
         (None, steps) => Budget::Steps(steps.unwrap_or(1) as usize),
@@ -200,7 +206,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
     let settings = TrainSettings {
         start,
         parts: args.part.list(),
-        files,
+        files: args.inputs.clone(),
         output: args.output.clone(),
         afresh: args.force,
         precision: match args.store {
@@ -216,6 +222,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
         plan_learning_rate: args.plan_learning_rate,
         wave_learning_rate: args.wave_learning_rate,
         validation_share: args.validation_share,
+        speed_variation: args.speed_variation / 100.0,
         validate_every: args.validate_every.map(|n| n as usize),
         save_every: args.save_every,
         patience: args.patience.map(|n| n as usize),
@@ -226,9 +233,9 @@ pub fn run(args: &Args) -> Result<Outcome> {
     catch_interrupt()?;
     let bar = talk.bar(1000, "{bar:40} {msg}");
     let mut report = Report { output: args.output.display().to_string(), ..Report::default() };
-    let mut recent = Recent::default();
-    let checkpoint = train(&settings, &mut |event| {
-        tell(&event, talk, &bar, &mut recent);
+    let mut shown = Shown::default();
+    let trained = train(&settings, &mut |event| {
+        tell(&event, talk, &bar, &mut shown);
         note_figures(&event, &mut report);
         if let Some(file) = &mut log
             && let Err(error) = write_line(file, &event)
@@ -237,8 +244,15 @@ pub fn run(args: &Args) -> Result<Outcome> {
             log = None;
         }
         if interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    })?;
+    });
     bar.finish_and_clear();
+    let checkpoint = match trained {
+        Err(TrainError::Interrupted) => {
+            talk.note(&TrainError::Interrupted.to_string());
+            return Ok(Outcome::Interrupted);
+        }
+        trained => trained?,
+    };
     report.interrupted = interrupted();
     report.generation = checkpoint.generation;
     let how = if report.interrupted { " (interrupted early, whole; the same command goes on)" } else { "" };
@@ -306,20 +320,11 @@ fn check_output(path: &Path, force: bool) -> Result<()> {
     Ok(())
 }
 
-/// The files under a path, whatever they are.
-fn collect(path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
-    let context = || format!("{}: cannot be read", path.display());
-    if !path.metadata().with_context(context)?.is_dir() {
-        files.push(path.to_owned());
-        return Ok(());
-    }
-    for entry in std::fs::read_dir(path).with_context(context)? {
-        let entry = entry.with_context(context)?;
-        if !entry.file_name().to_string_lossy().starts_with('.') {
-            collect(&entry.path(), files)?;
-        }
-    }
-    Ok(())
+/// What lines on a terminal depend on besides the event.
+#[derive(Default)]
+struct Shown {
+    recent: Recent,
+    refused: Refused,
 }
 
 /// Bits per unit over the last steps, for people: single batches jump.
@@ -338,20 +343,29 @@ impl Recent {
     }
 }
 
-fn tell(event: &TrainEvent, talk: &Talk, bar: &ProgressBar, recent: &mut Recent) {
+fn tell(event: &TrainEvent, talk: &Talk, bar: &ProgressBar, shown: &mut Shown) {
     let line = |text: String| bar.suspend(|| talk.note(&text));
     match event {
-        TrainEvent::Skipped { why, .. } => bar.suspend(|| talk.warn(&format!("left out: {why}"))),
-        TrainEvent::Data { train_files, train_hours, validation_files, validation_hours } => line(format!(
-            "{train_files} files, {train_hours:.2} h to train on; {validation_files} files, {validation_hours:.2} h held out"
-        )),
+        TrainEvent::Skipped { why, .. } => bar.suspend(|| shown.refused.tell(why, talk)),
+        TrainEvent::Reading { done, total } => {
+            bar.set_position((1000 * done / (*total).max(1)) as u64);
+            bar.set_message(format!("reading file {done} of {total}"));
+        }
+        TrainEvent::Data { train_files, train_hours, validation_files, validation_hours, sound } => {
+            bar.suspend(|| shown.refused.summarise(talk));
+            line(format!(
+                "{train_files} files, {train_hours:.2} h to train on; {validation_files} files, {validation_hours:.2} h held out"
+            ));
+            line(sound.to_string());
+            sound.warnings.iter().for_each(|warning| bar.suspend(|| talk.warn(warning)));
+        }
         TrainEvent::Codebooks { error_db } => line(format!("plan codebooks: {error_db:.2} dB rms")),
         TrainEvent::Resumed { part, step, finished } => {
             let state = if *finished { "is finished" } else { "goes on" };
             line(format!("{} {state} at step {step}", names(*part).0));
         }
         TrainEvent::Step { part, step, done, bits, skipped, units, units_per_s, elapsed_s, .. } => {
-            let mean = recent.add(*part, *bits);
+            let mean = shown.recent.add(*part, *bits);
             bar.set_position((1000.0 * done) as u64);
             let (name, unit) = names(*part);
             if *skipped {

@@ -91,7 +91,7 @@ fn scenes(checkpoint: &Checkpoint, data: &Dataset) -> Result<Vec<Scene>, TrainEr
                     Ok(PlanFrame { bands: checkpoint.quantizer.decode(&tokens)?, tokens })
                 })
                 .collect::<Result<_, TrainError>>()?;
-            let prompt = piece.tokens(first * hop..(first + PROMPT) * hop, 1.0, &data.codec);
+            let prompt = piece.tokens(first * hop..(first + PROMPT) * hop, 1.0, &data.codec)?;
             Ok(Scene { prompt, plan })
         })
         .collect()

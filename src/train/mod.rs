@@ -22,15 +22,15 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::audio::AudioError;
 use crate::checkpoint::{Checkpoint, CheckpointError, Precision};
+use crate::corpus::{CorpusError, Findings};
 use crate::engine::EngineError;
 use crate::forecast::ForecastError;
 use crate::model::Model;
 use crate::model::config::{ConfigError, GenerationSettings, ModelConfig};
 use crate::model::params::{Params, ParamsError};
 use crate::plan::{PlanError, ResidualQuantizer, Spectrum};
-use dataset::Dataset;
+use dataset::{Dataset, Sources};
 use hash::Hash;
 use optimizer::AdamW;
 use resume::{Identity, StateFolder};
@@ -41,8 +41,10 @@ use schedule::{Budget, PLAN_SHARE};
 pub enum TrainError {
     #[error("no usable audio among {n_files} files: every piece needs at least {least_s:.1} s of sound")]
     NoData { n_files: usize, least_s: f64 },
+    #[error("interrupted while reading the recordings; the same command goes on")]
+    Interrupted,
     #[error(transparent)]
-    Audio(#[from] AudioError),
+    Corpus(#[from] CorpusError),
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error("the plan")]
@@ -76,7 +78,7 @@ pub struct TrainSettings {
     pub start: Start,
     /// What is trained, in this order.
     pub parts: Vec<Part>,
-    /// Audio files of any kind.
+    /// Audio files of any kind, folders of them, corpora made by [`crate::corpus::prepare`].
     pub files: Vec<PathBuf>,
     /// Where the checkpoint goes; it is rewritten whenever validation has improved. The state that a killed run goes on
     /// from lies beside it ([`resume`]) until training is over.
@@ -96,6 +98,8 @@ pub struct TrainSettings {
     pub wave_learning_rate: f64,
     /// Share of the files that is held out, at least one when there are two or more.
     pub validation_share: f64,
+    /// Excerpts are played faster or slower by up to this share, pitch and all.
+    pub speed_variation: f64,
     /// Steps between validations; `None`: what suits the part.
     pub validate_every: Option<usize>,
     /// Time between states on disk, which is what a kill costs at most.
@@ -154,6 +158,7 @@ impl TrainSettings {
             ("wave batch", self.wave_batch.to_string()),
             ("plan learning rate", self.plan_learning_rate.to_string()),
             ("wave learning rate", self.wave_learning_rate.to_string()),
+            ("speed variation", self.speed_variation.to_string()),
         ]
         .map(|(name, value)| (name.to_owned(), value))
         .into()
@@ -187,12 +192,18 @@ pub enum TrainEvent {
         path: PathBuf,
         why: String,
     },
-    /// Files read: hours for training and validation.
+    /// Files that are not in a corpus are decoded.
+    Reading {
+        done: usize,
+        total: usize,
+    },
+    /// All that there is: hours for training and validation, and how it sounds.
     Data {
         train_files: usize,
         train_hours: f64,
         validation_files: usize,
         validation_hours: f64,
+        sound: Findings,
     },
     /// Codebooks fitted; what quantising leaves, dB rms.
     Codebooks {
@@ -253,7 +264,18 @@ pub fn train(settings: &TrainSettings, observe: &mut Observer) -> Result<Checkpo
     let config = settings.config();
     config.validate()?;
     let spectrum = Spectrum::new(config.codec.sample_rate, &config.plan)?;
-    let mut data = Dataset::read(settings, &spectrum, observe)?;
+    let sources = Sources {
+        inputs: &settings.files,
+        spool: &StateFolder::audio(&settings.output),
+        seed: settings.seed,
+        validation_share: settings.validation_share,
+        threads: settings.threads,
+    };
+    let opened = Dataset::open(&sources, &config.codec, &spectrum, observe);
+    if let Err(TrainError::NoData { .. }) = opened {
+        StateFolder::remove_audio(&settings.output);
+    }
+    let mut data = opened?;
     let folder = StateFolder::open(&settings.output, &settings.identity(&data), settings.afresh)?;
     let mut checkpoint = match &settings.start {
         Start::From(checkpoint) => Checkpoint::clone(checkpoint),

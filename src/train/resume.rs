@@ -2,7 +2,8 @@
 //!
 //! A folder beside the output: `run.json` says which run it belongs to, `codebooks.safetensors` holds the plan's,
 //! `PART-STEP.safetensors` a transformer's weights and optimizer after a step, `PART-best.safetensors` the averaged
-//! weights that did best on held-out pieces. Every file is written under another name and renamed when it is whole.
+//! weights that did best on held-out pieces. Every file is written under another name and renamed when it is whole. `audio/`
+//! is a corpus of the recordings that came as plain files, so that they are decoded once.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -20,6 +21,7 @@ use crate::plan::ResidualQuantizer;
 const KEPT: usize = 2;
 const RUN: &str = "run.json";
 const CODEBOOKS: &str = "codebooks.safetensors";
+const AUDIO: &str = "audio";
 
 /// What makes a run this run, by name; a state is only taken up by the same.
 pub type Identity = BTreeMap<String, String>;
@@ -61,7 +63,7 @@ impl StateFolder {
     pub fn open(output: &Path, identity: &Identity, afresh: bool) -> Result<Self, TrainError> {
         let folder = Self { path: Self::beside(output) };
         if afresh {
-            folder.remove()?;
+            folder.forget()?;
         }
         let run = folder.path.join(RUN);
         match std::fs::read(&run) {
@@ -86,6 +88,27 @@ impl StateFolder {
 
     fn io(&self, source: std::io::Error) -> TrainError {
         TrainError::State { folder: self.path.clone(), source }
+    }
+
+    /// Where the audio of plain files lies, prepared, while the run that makes `output` is under way.
+    pub fn audio(output: &Path) -> PathBuf {
+        Self::beside(output).join(AUDIO)
+    }
+
+    /// Removes the audio, where nothing usable was in it, and the folder if there is nothing else.
+    pub fn remove_audio(output: &Path) {
+        let _ = std::fs::remove_dir_all(Self::audio(output));
+        let _ = std::fs::remove_dir(Self::beside(output));
+    }
+
+    /// Removes the state, and keeps the audio: it is known by its content.
+    fn forget(&self) -> Result<(), TrainError> {
+        for entry in std::fs::read_dir(&self.path).into_iter().flatten().flatten() {
+            if entry.file_name() != AUDIO {
+                std::fs::remove_file(entry.path()).map_err(|source| self.io(source))?;
+            }
+        }
+        Ok(())
     }
 
     /// Removes the folder, with a run that is over.
