@@ -28,6 +28,7 @@
 //! | [`corpus`] | folders of recordings into samples at one rate and level, and a manifest |
 //! | [`train`] | recordings, or a corpus, into a checkpoint |
 //! | [`cuda`] | launches of the kernels in kernels/; with the feature `cuda`, tensors into tensors on a GPU |
+//! | [`plot`] | figures and plans into pictures |
 //! | [`metrics`], [`baselines`] | samples and plans into figures; what a model must beat |
 //!
 //! What does not happen: the engines know nothing of audio files. Training and engines meet only through a checkpoint
@@ -63,6 +64,7 @@ pub mod live;
 pub mod metrics;
 pub mod model;
 pub mod plan;
+pub mod plot;
 pub mod rng;
 pub mod sampler;
 pub mod simd;

@@ -246,6 +246,14 @@ impl PlayBar {
     }
 }
 
+/// Starts as many threads as asked for, else one per core; gives their number. To be called before anything runs in parallel.
+pub fn start_threads(asked: Option<u16>) -> Result<usize> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = asked.map_or(cores, usize::from);
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting threads")?;
+    Ok(threads)
+}
+
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// From now on Ctrl-C asks to finish what exists; a second one ends the program at once.

@@ -3,16 +3,19 @@
 //! Audio and data go to stdout, all else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
 mod bench;
+mod calibrate;
 mod check;
 mod common;
 mod r#continue;
 mod detokenize;
+mod dry_run;
 mod engine;
 mod eval;
 mod free_run;
 mod generate;
 mod info;
 mod keys;
+mod memory;
 mod play;
 mod prepare;
 mod score;
@@ -54,6 +57,7 @@ enum Command {
     Stream(stream::Args),
     Prepare(prepare::Args),
     Train(train::Args),
+    Calibrate(calibrate::Args),
     Eval(eval::Args),
     Tokenize(tokenize::Args),
     Detokenize(detokenize::Args),
@@ -99,6 +103,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Stream(args) => stream::run(&args),
         Command::Prepare(args) => prepare::run(&args),
         Command::Train(args) => train::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Detokenize(args) => detokenize::run(&args),

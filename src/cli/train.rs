@@ -18,19 +18,20 @@ use wavegen::train::resume::StateFolder;
 use wavegen::train::schedule::Budget;
 use wavegen::train::{Part, Start, TrainError, TrainEvent, TrainSettings, train};
 
-use super::Outcome;
-use super::common::{Refused, Talk, Usage, catch_interrupt, interrupted};
+use super::common::{Refused, Talk, Usage, catch_interrupt, interrupted, start_threads};
 use super::prepare::check_inputs;
+use super::{Outcome, dry_run, memory};
 
 /// Train a model on recordings, from nothing or from another model
 ///
 /// Files that are no audio are passed over with a warning. A share of the files is held out to judge by; the model that
-/// did best on it is kept. Ctrl-C ends training early with a whole model. Ended early, killed or switched off, the same
+/// did best on it is kept. OUTPUT.loss.png and OUTPUT.sample.png show how it learns. Ctrl-C ends training early with a whole model. Ended early, killed or switched off, the same
 /// command goes on from the state in OUTPUT.training as if nothing had happened.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   wavegen train recordings/ -o my.safetensors --minutes 60
+  wavegen train corpus/ --minutes 600 --preset base --dry-run
   wavegen train a.flac b.mp3 -o tiny.safetensors --preset tiny --steps 200
   wavegen train more/ -o tuned.safetensors --init my.safetensors --minutes 20
   wavegen train recordings/ -o longer.safetensors --init my.safetensors --part plan --minutes 10
@@ -41,8 +42,11 @@ pub struct Args {
     #[arg(required = true, value_name = "DIR_OR_FILE")]
     inputs: Vec<PathBuf>,
     /// Where the model goes; rewritten as training goes on
-    #[arg(long, short, value_name = "FILE")]
-    output: PathBuf,
+    #[arg(long, short, value_name = "FILE", required_unless_present = "dry_run")]
+    output: Option<PathBuf>,
+    /// Say what it will take (parameters, work, memory, time) after a few steps in a temporary folder, and do nothing else
+    #[arg(long)]
+    dry_run: bool,
     /// Overwrite an existing model, forget an unfinished run
     #[arg(long)]
     force: bool,
@@ -104,6 +108,9 @@ pub struct Args {
     /// Skip the last part, which fits the generation settings by playing held-out excerpts
     #[arg(long)]
     no_calibration: bool,
+    /// Draw no pictures (OUTPUT.loss.png, OUTPUT.sample.png) at evaluations
+    #[arg(long)]
+    no_pictures: bool,
     /// A note kept in the model, such as licence=CC-BY-4.0; can be given again
     #[arg(long, value_name = "NAME=TEXT", value_parser = note)]
     note: Vec<(String, String)>,
@@ -187,17 +194,20 @@ struct Report {
     /// Last figures on held-out pieces.
     plan_bits_per_frame: Option<f64>,
     wave_bits_per_sample: Option<f64>,
+    /// Of the last free run.
+    adherence_db: Option<f32>,
+    peak_memory_bytes: Option<u64>,
     generation: GenerationSettings,
 }
 
 pub fn run(args: &Args) -> Result<Outcome> {
     let talk = &args.talk;
-    // Before anything else: whoever needs a pool first, such as a checkpoint being read, makes one.
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = args.threads.map_or(cores, usize::from);
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting threads")?;
+    let threads = start_threads(args.threads)?;
     let start = start(args)?;
-    check_output(&args.output, args.force)?;
+    let output = args.output.clone().unwrap_or_default();
+    if !args.dry_run {
+        check_output(&output, args.force)?;
+    }
     check_inputs(&args.inputs)?;
     let budget = match (args.minutes, args.steps) {
         (Some(minutes), _) => Budget::Time(Duration::from_secs_f64(60.0 * minutes)),
@@ -207,7 +217,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
         start,
         parts: args.part.list(),
         files: args.inputs.clone(),
-        output: args.output.clone(),
+        output: output.clone(),
         afresh: args.force,
         precision: match args.store {
             Store::F32 => Precision::F32,
@@ -227,12 +237,17 @@ pub fn run(args: &Args) -> Result<Outcome> {
         save_every: args.save_every,
         patience: args.patience.map(|n| n as usize),
         calibrate: !args.no_calibration,
+        pictures: !args.no_pictures,
+        most_pieces: None,
         notes: args.note.iter().cloned().collect::<BTreeMap<_, _>>(),
     };
-    let mut log = args.log.as_deref().map(open_log).transpose()?;
     catch_interrupt()?;
+    if args.dry_run {
+        return dry_run::run(&settings, talk);
+    }
+    let mut log = args.log.as_deref().map(open_log).transpose()?;
     let bar = talk.bar(1000, "{bar:40} {msg}");
-    let mut report = Report { output: args.output.display().to_string(), ..Report::default() };
+    let mut report = Report { output: output.display().to_string(), ..Report::default() };
     let mut shown = Shown::default();
     let trained = train(&settings, &mut |event| {
         tell(&event, talk, &bar, &mut shown);
@@ -255,10 +270,19 @@ pub fn run(args: &Args) -> Result<Outcome> {
     };
     report.interrupted = interrupted();
     report.generation = checkpoint.generation;
+    report.peak_memory_bytes = memory::peak();
+    if let Some(peak) = report.peak_memory_bytes {
+        talk.note(&format!("most memory in use: {}", memory::text(peak)));
+    }
     let how = if report.interrupted { " (interrupted early, whole; the same command goes on)" } else { "" };
     talk.note(&format!("{}: model written{how}; try it: wavegen continue SONG --model {0}", report.output));
     talk.json(&report, false)?;
     Ok(if report.interrupted { Outcome::Interrupted } else { Outcome::Done })
+}
+
+/// A model file, or `built-in` for the one inside the program.
+pub fn load_model(path: &Path) -> Result<Checkpoint> {
+    Ok(if path.as_os_str() == "built-in" { Checkpoint::built_in()? } else { Checkpoint::load(path)? })
 }
 
 /// What training begins with.
@@ -267,10 +291,7 @@ fn start(args: &Args) -> Result<Start> {
     let Some(path) = args.init.as_deref() else {
         return Ok(Start::New(preset(args.preset.as_deref().unwrap_or("small"))?.into()));
     };
-    let init = match path {
-        path if path.as_os_str() == "built-in" => Checkpoint::built_in()?,
-        path => Checkpoint::load(path)?,
-    };
+    let init = load_model(path)?;
     let Some(name) = &args.preset else { return Ok(Start::From(init.into())) };
     let (model, fates) = grow(&init, &preset(name)?, args.seed).map_err(|e| Usage(format!("--preset {name}: {e}")))?;
     for (part, fate) in fates {
@@ -288,7 +309,7 @@ fn start(args: &Args) -> Result<Start> {
             Fate::New(why) => format!(
                 "warning: the {0} transformer begins anew ({why}) and --part leaves it so; train it next: --init {1} --part {0}",
                 part.name(),
-                args.output.display()
+                args.output.as_deref().unwrap_or(Path::new("OUTPUT")).display()
             ),
         });
     }
@@ -307,7 +328,7 @@ fn write_line(file: &mut File, event: &TrainEvent) -> Result<()> {
 }
 
 /// Finds out before training whether its result can be kept.
-fn check_output(path: &Path, force: bool) -> Result<()> {
+pub fn check_output(path: &Path, force: bool) -> Result<()> {
     let unfinished = StateFolder::beside(path).exists();
     if path.exists() && !force && !unfinished {
         return Err(AudioError::Exists { path: path.display().to_string() }.into());
@@ -364,7 +385,7 @@ fn tell(event: &TrainEvent, talk: &Talk, bar: &ProgressBar, shown: &mut Shown) {
             let state = if *finished { "is finished" } else { "goes on" };
             line(format!("{} {state} at step {step}", names(*part).0));
         }
-        TrainEvent::Step { part, step, done, bits, skipped, units, units_per_s, elapsed_s, .. } => {
+        TrainEvent::Step { part, step, done, bits, skipped, hours, units_per_s, elapsed_s, .. } => {
             let mean = shown.recent.add(*part, *bits);
             bar.set_position((1000.0 * done) as u64);
             let (name, unit) = names(*part);
@@ -373,9 +394,8 @@ fn tell(event: &TrainEvent, talk: &Talk, bar: &ProgressBar, shown: &mut Shown) {
             }
             let left = Duration::from_secs_f64((elapsed_s / done.max(1e-6) * (1.0 - done)).clamp(0.0, 1e9));
             let text = format!(
-                "{name} step {step}: {mean:.3} bits/{unit}, {units_per_s:.0} {unit}s/s, {:.2} M {unit}s, {elapsed_s:.0} s, \
+                "{name} step {step}: {mean:.3} bits/{unit}, {units_per_s:.0} {unit}s/s, {hours:.2} h heard, {elapsed_s:.0} s, \
                  {} left",
-                *units as f64 / 1e6,
                 indicatif::HumanDuration(left)
             );
             if bar.is_hidden() {
@@ -384,11 +404,15 @@ fn tell(event: &TrainEvent, talk: &Talk, bar: &ProgressBar, shown: &mut Shown) {
                 bar.set_message(text);
             }
         }
-        TrainEvent::Validation { part, step, bits, best } => {
+        TrainEvent::Validation { part, step, bits, raw_bits, best } => {
             let (name, unit) = names(*part);
             let best = if *best { ", best so far" } else { "" };
-            line(format!("{name} step {step}: {bits:.3} bits/{unit} held out{best}"));
+            line(format!("{name} step {step}: {bits:.3} bits/{unit} held out ({raw_bits:.3} without averaging){best}"));
         }
+        TrainEvent::FreeRun { part, step, adherence_db, bias_db } => line(format!(
+            "{} step {step}: plays {adherence_db:.2} dB from the recording's plan, bias {bias_db:+.2} dB",
+            names(*part).0
+        )),
         TrainEvent::NotSaved { why } => bar.suspend(|| talk.warn(&format!("{why}; training goes on"))),
         TrainEvent::Calibration { settings, adherence_db, bias_db, chosen } => line(format!(
             "grain {:.2} past {:.2} offset {:.2}: adherence {adherence_db:.2} dB, bias {bias_db:+.2} dB{}",
@@ -415,6 +439,7 @@ fn note_figures(event: &TrainEvent, report: &mut Report) {
         }
         TrainEvent::Validation { part: Part::Plan, bits, .. } => report.plan_bits_per_frame = Some(*bits),
         TrainEvent::Validation { part: Part::Wave, bits, .. } => report.wave_bits_per_sample = Some(*bits),
+        TrainEvent::FreeRun { adherence_db, .. } => report.adherence_db = Some(*adherence_db),
         _ => {}
     }
 }

@@ -160,6 +160,6 @@ mod tests {
         let mut wide = vec![-10.0; 10];
         wide.extend([-58.0; 10]);
         let wide = quarters(&wide);
-        assert!(wide.findings().warnings[0].contains("spread over 4"), "{:?}", wide.findings().warnings);
+        assert!(wide.findings().warnings[0].contains("spread over 50 dB"), "{:?}", wide.findings().warnings);
     }
 }

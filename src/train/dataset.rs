@@ -8,7 +8,7 @@ use ndarray::{Array2, Axis, Slice, concatenate};
 use rayon::prelude::*;
 
 use super::hash::Hash;
-use super::{Observer, TrainError, TrainEvent};
+use super::{Observer, Part, TrainError, TrainEvent};
 use crate::audio::speed;
 use crate::codec::{Codec, Token};
 use crate::corpus::prepare::find;
@@ -117,8 +117,10 @@ pub struct Sources<'a> {
     /// Where files that are not in a corpus are prepared; what is there already is not prepared again.
     pub spool: &'a Path,
     pub seed: u64,
-    /// Share of the files that is held out, at least one when there are two or more.
-    pub validation_share: f64,
+    /// Share of the files that is held out, at least one when there are two or more; `None` for none.
+    pub validation_share: Option<f64>,
+    /// Use only so many pieces and look into only so many files, spread over all of them.
+    pub most: Option<usize>,
     pub threads: usize,
 }
 
@@ -148,7 +150,8 @@ impl Dataset {
         spectrum: &Spectrum,
         observe: &mut Observer,
     ) -> Result<Self, TrainError> {
-        let found = find(sources.inputs);
+        let mut found = find(sources.inputs);
+        found.files = spread(found.files, sources.most);
         let sample_rate = codec.sample_rate;
         let least_s = (LEAST_FRAMES * spectrum.hop()) as f64 / f64::from(sample_rate);
         let mut pieces = Vec::new();
@@ -182,14 +185,14 @@ impl Dataset {
         for (path, why) in found.unreadable {
             let _ = observe(TrainEvent::Skipped { path, why });
         }
-        let mut recordings = usable(pieces, spectrum.hop(), least_s, observe);
+        let mut recordings = usable(spread(pieces, sources.most), spectrum.hop(), least_s, observe);
         if recordings.is_empty() {
             return Err(TrainError::NoData { n_files: found.files.len(), least_s });
         }
         recordings.sort_by(|a, b| a.facts.hash.cmp(&b.facts.hash));
-        let held_out = match recordings.len() {
-            1 => 0,
-            n => ((n as f64 * sources.validation_share).round() as usize).clamp(1, n - 1),
+        let held_out = match (sources.validation_share, recordings.len()) {
+            (None, _) | (_, 1) => 0,
+            (Some(share), n) => ((n as f64 * share).round() as usize).clamp(1, n - 1),
         };
         let mut rng = Rng::new(sources.seed ^ 0x5eed);
         for i in (1..recordings.len()).rev() {
@@ -216,6 +219,15 @@ impl Dataset {
         });
     }
 
+    /// Hours of sound in `units` frames (plan) or samples (wave).
+    pub fn hours(&self, units: u64, part: Part) -> f64 {
+        let samples = match part {
+            Part::Plan => units * self.spectrum.hop() as u64,
+            Part::Wave => units,
+        };
+        samples as f64 / f64::from(self.codec.sample_rate) / 3600.0
+    }
+
     /// Recordings to judge by: those held out, or the only one there is.
     pub fn judges(&self) -> &[Recording] {
         if self.validation.is_empty() { &self.train } else { &self.validation }
@@ -237,6 +249,7 @@ impl Dataset {
         };
         let rows = self.train.par_iter().map(frames_of).collect::<Result<Vec<Vec<f32>>, CorpusError>>()?;
         let flat = rows.concat();
+        drop(rows);
         let n_bands = self.spectrum.n_bands();
         let frames = Array2::from_shape_vec((flat.len() / n_bands, n_bands), flat).map_err(candle_core::Error::wrap)?;
         Ok(ResidualQuantizer::fit(frames.view(), config.n_codebooks, config.n_entries, KMEANS_ROUNDS, seed)?)
@@ -318,6 +331,12 @@ fn spool(settings: &PrepareSettings, observe: &mut Observer) -> Result<Vec<Piece
     // The folder may hold more, of an earlier start with other files.
     pieces.retain(|piece| prepared.contents.contains(&piece.content));
     Ok(pieces)
+}
+
+/// At most `most` of all, at even distances.
+fn spread<T>(all: Vec<T>, most: Option<usize>) -> Vec<T> {
+    let stride = most.map_or(1, |most| all.len().div_ceil(most.max(1)).max(1));
+    all.into_iter().step_by(stride).collect()
 }
 
 /// Pieces that are long enough, each once: a copy on both sides of the split would judge a model by what it has seen.

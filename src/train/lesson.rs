@@ -10,12 +10,20 @@ use super::hash::Hash;
 use super::optimizer::AdamW;
 use super::resume::Progress;
 use super::schedule::Clock;
+use super::watch::Judged;
 use super::workers::Workers;
 use super::{Observer, Part, Run, TrainError, TrainEvent, TrainSettings};
+use crate::ahead::{ahead, lone_threads};
+use crate::metrics::Adherence;
 use crate::rng::Rng;
 
 /// Steps in a row that may fail before training is given up.
 const MOST_SKIPPED: usize = 5;
+/// Threads that compute on items for each one that draws them.
+const FED_BY_ONE: usize = 4;
+
+/// Hands out the items of the coming steps in order.
+type Next<'a, T> = dyn FnMut() -> Option<Result<T, TrainError>> + 'a;
 
 /// What one part of the model is taught, and how.
 pub struct Lesson<'a, T> {
@@ -35,25 +43,43 @@ pub struct Lesson<'a, T> {
     pub validate: &'a (dyn Fn(&Workers) -> Result<Option<f64>, TrainError> + Sync),
 }
 
-impl<T: Send> Lesson<'_, T> {
+impl<T: Send + Sync> Lesson<'_, T> {
     /// Trains until the budget is spent, validation has stopped to gain, or the observer breaks; the optimizer's averages
     /// then hold the result, the best one that was validated. Goes on from the folder's state.
     pub fn teach(self, run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, TrainError> {
-        let (part, settings, folder) = (self.part, run.settings, run.folder);
-        let mut progress = folder.load(part, optimizer).unwrap_or_default();
+        let (part, settings) = (self.part, run.settings);
+        let progress = run.folder.load(part, optimizer).unwrap_or_default();
         if progress.step > 0 {
             let _ = (run.observe)(TrainEvent::Resumed { part, step: progress.step, finished: progress.finished });
         }
+        run.keeper.recall(part, &progress.history);
         if progress.finished {
             return Ok(ControlFlow::Continue(()));
         }
+        // Drawn ahead on threads of their own; which item is which depends on the seed and its number alone.
+        let feeders = lone_threads(settings.threads.div_ceil(FED_BY_ONE))?;
+        let most = 2 * self.batch.min(settings.threads.max(1));
+        let (draw, seed, first) = (self.draw, settings.seed, progress.step * self.batch);
+        let make = |item| draw(&mut generator(seed, part, item));
+        ahead(&feeders, most, first..usize::MAX, make, |next| self.learn(run, optimizer, progress, next))
+    }
+
+    /// The steps that are left.
+    fn learn(
+        &self,
+        run: &mut Run,
+        optimizer: &mut AdamW,
+        mut progress: Progress,
+        next: &mut Next<T>,
+    ) -> Result<ControlFlow<()>, TrainError> {
+        let (part, settings, folder) = (self.part, run.settings, run.folder);
         let workers = Workers::new(settings.threads)?;
         let mut clock = Clock::resume(settings.budget, settings.share(part), &progress);
         let (mut saved, mut begun_at) = (Instant::now(), (progress.units, clock.elapsed()));
         let mut going = ControlFlow::Continue(());
         while clock.done() < 1.0 && going.is_continue() {
             let learning_rate = self.learning_rate * clock.rate();
-            let (bits, norm) = self.step(settings, &workers, optimizer, &mut progress, learning_rate)?;
+            let (bits, norm) = self.step(settings, &workers, optimizer, &mut progress, next, learning_rate)?;
             clock.advance();
             (progress.step, progress.elapsed_s) = (clock.step(), clock.elapsed().as_secs_f64());
             if progress.skipped > MOST_SKIPPED {
@@ -68,6 +94,7 @@ impl<T: Send> Lesson<'_, T> {
                 learning_rate,
                 skipped: progress.skipped > 0,
                 units: progress.units,
+                hours: run.data.hours(progress.units, part),
                 units_per_s: (progress.units - begun_at.0) as f64
                     / (clock.elapsed() - begun_at.1).as_secs_f64().max(1e-9),
                 elapsed_s: progress.elapsed_s,
@@ -111,16 +138,18 @@ impl<T: Send> Lesson<'_, T> {
         workers: &Workers,
         optimizer: &mut AdamW,
         progress: &mut Progress,
+        next: &mut Next<T>,
         learning_rate: f64,
     ) -> Result<(f64, f64), TrainError> {
-        let first = progress.step * self.batch;
-        let items: Vec<usize> = (first..first + self.batch).collect();
         let mut nats = 0.0;
-        for group in items.chunks(settings.threads.max(1)) {
-            let results = workers.map(group, |&item| {
-                let item = (self.draw)(&mut generator(settings.seed, self.part, item))?;
-                let loss = (self.loss)(&item)?;
-                Ok(((self.units)(&item), loss.to_scalar::<f32>()?, loss.backward()?))
+        let mut left = self.batch;
+        while left > 0 {
+            let group: Vec<T> =
+                std::iter::from_fn(&mut *next).take(left.min(settings.threads.max(1))).collect::<Result<_, _>>()?;
+            left -= group.len();
+            let results = workers.map(&group, |item| {
+                let loss = (self.loss)(item)?;
+                Ok(((self.units)(item), loss.to_scalar::<f32>()?, loss.backward()?))
             })?;
             for (units, loss, gradients) in results {
                 progress.units += units as u64;
@@ -132,10 +161,14 @@ impl<T: Send> Lesson<'_, T> {
         let norm = optimizer.step(learning_rate, bits.is_finite())?;
         progress.skipped = if bits.is_finite() && norm.is_finite() { 0 } else { progress.skipped + 1 };
         progress.updates = optimizer.steps();
+        if progress.skipped == 0 {
+            progress.recent = (progress.recent.0 + bits, progress.recent.1 + 1);
+        }
         Ok((bits, norm))
     }
 
-    /// Validates the averaged weights and keeps them if they are the best so far, or cannot be judged.
+    /// Validates the averaged weights, and those of the last step for comparison; keeps the averages if they are the best so
+    /// far, or cannot be judged. Then shows what the model has become.
     fn judge(
         &self,
         workers: &Workers,
@@ -143,22 +176,39 @@ impl<T: Send> Lesson<'_, T> {
         optimizer: &mut AdamW,
         progress: &mut Progress,
     ) -> Result<ControlFlow<()>, TrainError> {
+        let (part, step) = (self.part, progress.step);
+        let raw = (self.validate)(workers)?;
         optimizer.swap()?;
         let nats = (self.validate)(workers);
         optimizer.swap()?;
+        let nats = nats?;
+        let best = nats.is_none_or(|nats| progress.best.is_none_or(|best| nats < best));
         let mut going = ControlFlow::Continue(());
-        if let Some(nats) = nats? {
-            let best = progress.best.is_none_or(|best| nats < best);
-            let event = TrainEvent::Validation { part: self.part, step: progress.step, bits: nats / LN_2, best };
-            going = (run.observe)(event);
-            if !best {
+        if let (Some(nats), Some(raw)) = (nats, raw) {
+            going = (run.observe)(TrainEvent::Validation { part, step, bits: nats / LN_2, raw_bits: raw / LN_2, best });
+            if best {
+                (progress.best, progress.stale) = (Some(nats), 0);
+                warn(run.folder.save_best(part, optimizer), run.observe);
+            } else {
                 progress.stale += 1;
-                return Ok(going);
             }
-            (progress.best, progress.stale) = (Some(nats), 0);
-            warn(run.folder.save_best(self.part, optimizer), run.observe);
         }
-        warn((run.keep)(optimizer), run.observe);
+        if best {
+            warn(run.keeper.keep(optimizer), run.observe);
+        }
+        let (sum, n) = std::mem::take(&mut progress.recent);
+        let bits = |nats: Option<f64>| nats.map(|nats| nats / LN_2);
+        let (held_out, held_out_raw) = (bits(nats), bits(raw));
+        progress.history.push(Judged { step, train: sum / f64::from(n.max(1)), held_out, held_out_raw });
+        run.keeper.recall(part, &progress.history);
+        match run.keeper.show(part, step, optimizer) {
+            Ok(Some(Adherence { rms_db, bias_db })) => {
+                let event = TrainEvent::FreeRun { part, step, adherence_db: rms_db, bias_db };
+                going = if (run.observe)(event).is_break() { ControlFlow::Break(()) } else { going };
+            }
+            Ok(None) => {}
+            shown => warn(shown.map(drop), run.observe),
+        }
         Ok(going)
     }
 }

@@ -11,7 +11,9 @@ pub mod lesson;
 pub mod optimizer;
 pub mod plan;
 pub mod resume;
+pub mod scene;
 pub mod schedule;
+pub mod watch;
 pub mod wave;
 pub mod workers;
 
@@ -26,6 +28,7 @@ use crate::checkpoint::{Checkpoint, CheckpointError, Precision};
 use crate::corpus::{CorpusError, Findings};
 use crate::engine::EngineError;
 use crate::forecast::ForecastError;
+use crate::metrics::Adherence;
 use crate::model::Model;
 use crate::model::config::{ConfigError, GenerationSettings, ModelConfig};
 use crate::model::params::{Params, ParamsError};
@@ -35,6 +38,7 @@ use hash::Hash;
 use optimizer::AdamW;
 use resume::{Identity, StateFolder};
 use schedule::{Budget, PLAN_SHARE};
+use watch::{History, Watch};
 
 /// Why training stopped without a model.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +72,8 @@ pub enum TrainError {
     State { folder: PathBuf, source: std::io::Error },
     #[error("the best weights so far do not fit the model (tensor '{0}')")]
     Best(String),
+    #[error("{path}: the picture cannot be written ({source})", path = path.display())]
+    Picture { path: PathBuf, source: std::io::Error },
     #[error("starting worker threads")]
     Threads(#[from] rayon::ThreadPoolBuildError),
 }
@@ -108,6 +114,10 @@ pub struct TrainSettings {
     pub patience: Option<usize>,
     /// Fit the generation settings in free run at the end (minutes with the reference engine), or leave them.
     pub calibrate: bool,
+    /// Draw losses and a free run at each evaluation, beside the output.
+    pub pictures: bool,
+    /// Use only so many pieces: for a dry run.
+    pub most_pieces: Option<usize>,
     /// For people, kept in the checkpoint.
     pub notes: BTreeMap<String, String>,
 }
@@ -130,7 +140,7 @@ impl TrainSettings {
     }
 
     /// A part's share of a time budget.
-    fn share(&self, part: Part) -> f64 {
+    pub fn share(&self, part: Part) -> f64 {
         match (self.parts.len(), part) {
             (..2, _) => 1.0,
             (_, Part::Plan) => PLAN_SHARE,
@@ -225,18 +235,27 @@ pub enum TrainEvent {
         norm: f64,
         learning_rate: f64,
         skipped: bool,
-        /// Frames or samples seen.
+        /// Frames or samples seen, and how many hours of sound they are.
         units: u64,
+        hours: f64,
         units_per_s: f64,
         /// Of this part, over all processes.
         elapsed_s: f64,
     },
-    /// On held-out pieces, by the averaged weights; whether they are the best so far.
+    /// On held-out pieces, by the averaged weights (`bits`; whether they are the best so far) and by those of the last step.
     Validation {
         part: Part,
         step: usize,
         bits: f64,
+        raw_bits: f64,
         best: bool,
+    },
+    /// The averaged weights played a scene, always the same, by the recording's plan: how far from it that is.
+    FreeRun {
+        part: Part,
+        step: usize,
+        adherence_db: f32,
+        bias_db: f32,
     },
     /// A state or model that could not be written; training goes on.
     NotSaved {
@@ -268,7 +287,8 @@ pub fn train(settings: &TrainSettings, observe: &mut Observer) -> Result<Checkpo
         inputs: &settings.files,
         spool: &StateFolder::audio(&settings.output),
         seed: settings.seed,
-        validation_share: settings.validation_share,
+        validation_share: Some(settings.validation_share),
+        most: settings.most_pieces,
         threads: settings.threads,
     };
     let opened = Dataset::open(&sources, &config.codec, &spectrum, observe);
@@ -295,17 +315,22 @@ pub fn train(settings: &TrainSettings, observe: &mut Observer) -> Result<Checkpo
     let model = Model::new(&mut params, config, spectrum.n_bands())?;
     let vars = params.into_vars();
     let quantizer = checkpoint.quantizer.clone();
+    let watch = settings.pictures.then(|| Watch::new(&data, &quantizer, &settings.output)).transpose()?;
+    let (mut plan_history, mut wave_history) = (History::new(), History::new());
     let mut going = ControlFlow::Continue(());
     for &part in &settings.parts {
         let of_part = vars.iter().filter(|(name, _)| name.split('.').next() == Some(part.name()));
         let mut optimizer = AdamW::new(of_part.map(|(name, var)| (name.clone(), var.clone())).collect())?;
         optimizer.begin_from(&checkpoint.weights).map_err(TrainError::Best)?;
-        let keep = &mut |optimizer: &AdamW| {
-            checkpoint.take(optimizer);
-            Ok(checkpoint.save(&settings.output, settings.precision)?)
+        let keeper = Keeper {
+            settings,
+            checkpoint: &mut checkpoint,
+            watch: &watch,
+            plan: &mut plan_history,
+            wave: &mut wave_history,
         };
         let mut run =
-            Run { settings, data: &data, quantizer: &quantizer, model: &model, folder: &folder, observe, keep };
+            Run { settings, data: &data, quantizer: &quantizer, model: &model, folder: &folder, observe, keeper };
         going = match part {
             Part::Plan => plan::train(&mut run, &mut optimizer)?,
             Part::Wave => wave::train(&mut run, &mut optimizer)?,
@@ -316,7 +341,7 @@ pub fn train(settings: &TrainSettings, observe: &mut Observer) -> Result<Checkpo
         }
     }
     if going.is_continue() && settings.calibrate && settings.parts.contains(&Part::Wave) {
-        checkpoint.generation = calibrate::calibrate(&checkpoint, &data, observe)?;
+        checkpoint.generation = calibrate::calibrate(&checkpoint, &data, calibrate::EXCERPTS, observe)?;
     }
     checkpoint.save(&settings.output, settings.precision)?;
     if going.is_continue() {
@@ -332,6 +357,40 @@ impl Checkpoint {
     }
 }
 
+/// Keeps the model that comes of it, and shows it.
+pub struct Keeper<'a> {
+    settings: &'a TrainSettings,
+    checkpoint: &'a mut Checkpoint,
+    watch: &'a Option<Watch>,
+    plan: &'a mut History,
+    wave: &'a mut History,
+}
+
+impl Keeper<'_> {
+    /// Takes the averaged weights, which are the best so far, and writes the model.
+    pub fn keep(&mut self, optimizer: &AdamW) -> Result<(), TrainError> {
+        self.checkpoint.take(optimizer);
+        Ok(self.checkpoint.save(&self.settings.output, self.settings.precision)?)
+    }
+
+    /// Remembers what evaluations of a part found.
+    pub fn recall(&mut self, part: Part, history: &History) {
+        match part {
+            Part::Plan => self.plan.clone_from(history),
+            Part::Wave => self.wave.clone_from(history),
+        }
+    }
+
+    /// Draws the losses and lets the averaged weights play; how near they come to a plan, where something can be played.
+    pub fn show(&self, part: Part, step: usize, optimizer: &AdamW) -> Result<Option<Adherence>, TrainError> {
+        let Some(watch) = self.watch else { return Ok(None) };
+        watch.draw_losses(self.plan, self.wave)?;
+        let mut now = self.checkpoint.clone();
+        now.take(optimizer);
+        watch.listen(&now, part, step)
+    }
+}
+
 /// What every part of training works with.
 pub struct Run<'a, 'o> {
     pub settings: &'a TrainSettings,
@@ -340,6 +399,5 @@ pub struct Run<'a, 'o> {
     pub model: &'a Model,
     pub folder: &'a StateFolder,
     pub observe: &'a mut Observer<'o>,
-    /// Is told when the averaged weights are the best so far.
-    pub keep: &'a mut dyn FnMut(&AdamW) -> Result<(), TrainError>,
+    pub keeper: Keeper<'a>,
 }

@@ -13,6 +13,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
 use super::optimizer::{AdamW, Entry};
+use super::watch::History;
 use super::{Part, TrainError};
 use crate::atomic::write_whole;
 use crate::plan::ResidualQuantizer;
@@ -42,6 +43,10 @@ pub struct Progress {
     pub stale: usize,
     /// Skipped steps without a good one between them.
     pub skipped: usize,
+    /// Bits of the steps since the last evaluation: sum and number.
+    pub recent: (f64, u32),
+    /// What evaluations found.
+    pub history: History,
     pub finished: bool,
 }
 
