@@ -338,7 +338,7 @@ fn a_disk_that_fills_up_loses_nothing_and_the_same_command_goes_on() {
     let output = limited.output().unwrap();
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{stderr}");
-    assert!(stderr.contains("error: full/part-1of1-000.pcm: cannot be"), "{stderr}");
+    assert!(stderr.contains("error: full/part-1of1-000.pcm: no space"), "{stderr}");
     scene.wavegen(&["prepare", "in", "-o", "full"]).assert().success();
     assert!(scene.bytes("full") == scene.bytes("whole"));
 }

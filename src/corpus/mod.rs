@@ -25,6 +25,7 @@ pub mod piece;
 pub mod prepare;
 pub mod sound;
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use crate::audio::AudioError;
@@ -39,6 +40,9 @@ pub use sound::{Findings, Sound};
 pub enum CorpusError {
     #[error("{path}: cannot be read or written ({source})", path = path.display())]
     Io { path: PathBuf, source: std::io::Error },
+    #[error("{path}: no space for it ({source}); make some, or use another disk, and start the same command again",
+            path = path.display())]
+    Full { path: PathBuf, source: std::io::Error },
     #[error("{folder}: is no corpus; make one with `wavegen prepare RECORDINGS -o {folder}`", folder = folder.display())]
     Foreign { folder: PathBuf },
     #[error("{folder}: made at {got} Hz, {wanted} Hz are needed; prepare another folder with --sample-rate {wanted}",
@@ -58,6 +62,9 @@ pub enum CorpusError {
 impl CorpusError {
     fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
-        |source| Self::Io { path, source }
+        |source| match source.kind() {
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => Self::Full { path, source },
+            _ => Self::Io { path, source },
+        }
     }
 }

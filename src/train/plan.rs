@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use candle_core::{Device, Tensor};
 use ndarray::{Array2, ArrayView2, s};
 
-use super::dataset::{Dataset, Pick};
+use super::dataset::{Dataset, Pick, Recording};
 use super::lesson::Lesson;
 use super::optimizer::AdamW;
 use super::workers::Workers;
@@ -16,8 +16,9 @@ use crate::rng::Rng;
 
 /// Plan frames of a training context, where pieces are long enough.
 const CONTEXT: usize = 512;
-/// Steps between validations.
+/// Steps between validations, and most pieces that one listens to, at even distances.
 const VALIDATE: usize = 100;
+const JUDGES: usize = 48;
 
 /// A context's tokens, centred bands and dropout.
 type Context = (Tensor, Tensor, Option<Tensor>);
@@ -90,7 +91,9 @@ fn validate(
     quantizer: &ResidualQuantizer,
     model: &PlanTransformer,
 ) -> Result<Option<f64>, TrainError> {
-    let scored = workers.map(&data.validation, |recording| {
+    let stride = data.validation.len().div_ceil(JUDGES).max(1);
+    let judges: Vec<&Recording> = data.validation.iter().step_by(stride).collect();
+    let scored = workers.map(&judges, |recording| {
         let n = recording.plan_tokens.nrows().min(CONTEXT);
         let (tokens, bands) = tensors(quantizer, recording.plan_tokens.slice(s![..n, ..]))?;
         Ok((f64::from(model.nll(&tokens, &bands, None)?.sum_all()?.to_scalar::<f32>()?), n - 1))

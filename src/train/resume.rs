@@ -29,6 +29,7 @@ pub type Identity = BTreeMap<String, String>;
 
 /// Where one part's training stands.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Progress {
     /// Steps made, with those that were skipped.
     pub step: usize,
