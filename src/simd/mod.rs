@@ -141,11 +141,36 @@ pub trait Loop {
 /// Runs a loop compiled for [`Isa::chosen`]. Sums without fixed lanes stay in order and nothing is fused, so every instruction set
 /// gives the same bits.
 pub fn widest<L: Loop>(task: L) -> L::Out {
-    match Isa::chosen() {
+    match set_of_loops() {
         #[cfg(target_arch = "x86_64")]
         isa @ (Isa::Avx2 | Isa::AvxVnni | Isa::Avx512Vnni) => x86::run(isa, task),
         _ => task.run(),
     }
+}
+
+#[cfg(not(test))]
+fn set_of_loops() -> Isa {
+    Isa::chosen()
+}
+
+/// [`Isa::chosen`], or what [`with_loops_of`] says.
+#[cfg(test)]
+fn set_of_loops() -> Isa {
+    LOOPS_OF.get().unwrap_or_else(Isa::chosen)
+}
+
+#[cfg(test)]
+thread_local! {
+    static LOOPS_OF: std::cell::Cell<Option<Isa>> = const { std::cell::Cell::new(None) };
+}
+
+/// Calls `compute` with this thread's loops compiled for `isa`, one of [`Isa::available`].
+#[cfg(test)]
+pub(crate) fn with_loops_of<T>(isa: Isa, compute: impl FnOnce() -> T) -> T {
+    LOOPS_OF.set(Some(isa).filter(|isa| Isa::available().contains(isa)));
+    let result = compute();
+    LOOPS_OF.set(None);
+    result
 }
 
 /// Defines a function whose body is compiled for the machine's registers ([`widest`]). References in its arguments have the
