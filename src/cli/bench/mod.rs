@@ -2,6 +2,7 @@
 
 mod decode;
 mod gpu;
+mod items;
 mod machine;
 mod train;
 

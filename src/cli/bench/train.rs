@@ -10,17 +10,13 @@ use std::time::Instant;
 use anyhow::Result;
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor, Var};
-use ndarray::Array2;
 use serde::Serialize;
 use wavegen::checkpoint::Checkpoint;
-use wavegen::codec::Token;
-use wavegen::forecast::{PastForecast, PlannedForecast};
 use wavegen::model::Model;
 use wavegen::model::config::ModelConfig;
-use wavegen::model::excerpt::{Excerpt, Piece};
 use wavegen::model::ops::Ops;
 use wavegen::model::params::Params;
-use wavegen::plan::{ResidualQuantizer, Spectrum};
+use wavegen::plan::Spectrum;
 use wavegen::rng::Rng;
 use wavegen::train::optimizer::AdamW;
 use wavegen::train::workers::Workers;
@@ -29,6 +25,7 @@ use wavegen::train::{Part, TrainError};
 use super::super::Outcome;
 use super::super::check::chords;
 use super::super::common::{Talk, Usage, catch_interrupt, interrupted, print};
+use super::items::{Frames, Item, Source};
 use super::machine::{Machine, cpu_seconds, gemm_gmac_s};
 
 /// Seconds of sound that excerpts are drawn from.
@@ -124,67 +121,6 @@ impl Spread {
         values.sort_by(f64::total_cmp);
         let at = |i: usize| values.get(i).copied().unwrap_or(f64::NAN);
         Self { median: at(values.len() / 2), least: at(0), most: at(values.len().saturating_sub(1)) }
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Frames {
-    wave: usize,
-    plan: usize,
-}
-
-/// What a thread learns from at a time.
-enum Item {
-    Wave(Excerpt),
-    Plan { tokens: Tensor, bands: Tensor, dropout: Tensor },
-}
-
-/// Draws items.
-struct Source<'a> {
-    config: &'a ModelConfig,
-    quantizer: &'a ResidualQuantizer,
-    spectrum: Spectrum,
-    sound: Vec<Token>,
-    history: usize,
-}
-
-impl Source<'_> {
-    fn draw(&self, part: Part, frames: Frames, rng: &mut Rng) -> Result<Item, TrainError> {
-        match part {
-            Part::Wave => self.excerpt(frames.wave, rng).map(Item::Wave),
-            Part::Plan => self.context(frames.plan, rng),
-        }
-    }
-
-    fn excerpt(&self, frames: usize, rng: &mut Rng) -> Result<Excerpt, TrainError> {
-        let (hop, forecast) = (self.config.plan.hop, &self.config.forecast);
-        let run_up = forecast.past_window.max(self.config.plan.window).div_ceil(hop);
-        let n = run_up + frames;
-        let first = rng.below(self.sound.len() / hop - n);
-        let tokens = &self.sound[first * hop..(first + n) * hop];
-        let plan = self.spectrum.analyse(&self.config.codec.decode_all(tokens));
-        let piece = Piece { tokens, heard: tokens, plan: plan.view(), spectrum: &self.spectrum };
-        let (mut past, mut planned) = (PastForecast::new(forecast)?, PlannedForecast::new(forecast)?);
-        Ok(Excerpt::read(self.config, self.history, &piece, run_up..n, &mut past, &mut planned)?)
-    }
-
-    fn context(&self, frames: usize, rng: &mut Rng) -> Result<Item, TrainError> {
-        let (plan, transformer) = (&self.config.plan, &self.config.plan_transformer);
-        let codes = Array2::from_shape_simple_fn((frames, plan.n_codebooks), || rng.below(plan.n_entries) as u16);
-        let bands = self.quantizer.decode_all(codes.view())? - &self.quantizer.mean;
-        let shape = (1, frames, bands.ncols());
-        let mask = (1, frames - 1, transformer.dim);
-        let share = transformer.dropout;
-        let keep = (0..mask.1 * mask.2).map(|_| if rng.uniform() < share { 0.0 } else { 1.0 / (1.0 - share) });
-        Ok(Item::Plan {
-            tokens: Tensor::from_iter(codes.iter().map(|&c| u32::from(c)), &Device::Cpu)?.reshape((
-                1,
-                frames,
-                plan.n_codebooks,
-            ))?,
-            bands: Tensor::from_iter(bands, &Device::Cpu)?.reshape(shape)?,
-            dropout: Tensor::from_iter(keep, &Device::Cpu)?.reshape(mask)?,
-        })
     }
 }
 
@@ -332,7 +268,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
             }
             gemm.push(workers.map(&[()], |()| Ok(gemm_gmac_s()?))?[0]);
         }
-        parts.push(PartReport::new(part, batch, &config, &cases, agreement));
+        parts.push(PartReport::new(part, batch, (&config, n_bands), &cases, agreement));
     }
     let report = Report {
         machine: Machine::measure(&[]),
@@ -351,16 +287,20 @@ pub fn run(args: &Args) -> Result<Outcome> {
 }
 
 impl PartReport {
-    fn new(part: Part, batch: usize, config: &ModelConfig, cases: &[Case; 2], agreement: Agreement) -> Self {
+    fn new(
+        part: Part,
+        batch: usize,
+        (config, n_bands): (&ModelConfig, usize),
+        cases: &[Case; 2],
+        agreement: Agreement,
+    ) -> Self {
         let (unit, units, multiply_adds) = match part {
             Part::Wave => {
                 ("sample", MEASURED.wave * config.plan.hop, config.wave_transformer.multiply_adds_per_sample())
             }
             Part::Plan => {
-                let transformer = &config.plan_transformer;
-                let block = (4 + 3 * transformer.hidden_multiple) * transformer.dim * transformer.dim;
-                let heads = config.plan.n_codebooks * transformer.dim * (transformer.dim + config.plan.n_entries);
-                ("frame", MEASURED.plan, (transformer.n_layers * block + heads) as f64)
+                let multiply_adds = config.plan_transformer.multiply_adds_per_frame(&config.plan, n_bands);
+                ("frame", MEASURED.plan, multiply_adds)
             }
         };
         let [fused, plain] = cases;
