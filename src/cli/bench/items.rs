@@ -1,4 +1,5 @@
 //! Turns synthetic sound into what training draws: excerpts of the wave transformer, contexts of the plan transformer.
+#![allow(clippy::result_large_err, reason = "training's error is the library's, and nothing here is called often")]
 
 use candle_core::{Device, Tensor};
 use ndarray::Array2;

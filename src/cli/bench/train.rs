@@ -3,6 +3,7 @@
 //!
 //! Both first compute the loss and the gradients of the same items, which are compared. Then they take turns, round after
 //! round, so that whatever else the machine does falls on both; processor time says what a step costs where cores are shared.
+#![allow(clippy::result_large_err, reason = "training's error is the library's, and nothing here is called often")]
 
 use std::collections::BTreeMap;
 use std::time::Instant;
