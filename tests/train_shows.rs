@@ -122,7 +122,8 @@ fn calibration_prints_what_it_tries_and_writes_what_was_best() {
     assert!(tried.len() >= 12 && (tried[0]["grain"].as_f64().unwrap() - 0.33).abs() < 1e-6, "{tried:?}");
     let best = tried.iter().min_by(|a, b| error(a).total_cmp(&error(b))).unwrap();
     let written = Checkpoint::load(&scene.path("best.safetensors")).unwrap();
-    assert_eq!(serde_json::to_value(written.generation).unwrap()["grain"], best["grain"]);
+    let chosen: GenerationSettings = serde_json::from_value(report["best"].clone()).unwrap();
+    assert_eq!((written.generation, &report["best"]["grain"]), (chosen, &best["grain"]));
     assert_eq!(written.weights, model.weights);
     // As a table, from a corpus, the same.
     scene.wavegen(&["prepare", "a.wav", "-o", "corpus"]).assert().success();

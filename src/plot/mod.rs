@@ -57,7 +57,8 @@ fn draw_chart(picture: &mut Picture, top: usize, chart: &Chart) {
     let finite = |&(x, y): &(f64, f64)| x.is_finite() && y.is_finite();
     let points: Vec<(f64, f64)> =
         chart.series.iter().flat_map(|series| series.points.iter().copied().filter(finite)).collect();
-    let x = Axis::over(points.iter().map(|p| p.0).collect(), CHART.0);
+    // From the beginning on.
+    let x = Axis::over(points.iter().map(|p| p.0).chain([0.0]).collect(), CHART.0);
     let y = Axis::over(points.iter().map(|p| p.1).collect(), CHART.1);
     let (left, bottom) = (LEFT, top + ABOVE + CHART.1);
     let place = |(at_x, at_y): (f64, f64)| (left as f64 + x.at(at_x), bottom as f64 - y.at(at_y));
@@ -138,7 +139,7 @@ const FRAME: usize = 8;
 const WIDEST: usize = 1600;
 /// What is this far below the loudest is black.
 const RANGE_DB: f32 = 80.0;
-const OCTAVES_HZ: [f64; 8] = [55.0, 110.0, 220.0, 440.0, 880.0, 1760.0, 3520.0, 7040.0];
+const OCTAVES_HZ: [f64; 7] = [110.0, 220.0, 440.0, 880.0, 1760.0, 3520.0, 7040.0];
 
 /// A plan to be drawn.
 pub struct Row<'a> {

@@ -27,7 +27,7 @@ const PASTS: [f32; 3] = [0.0, 0.05, 0.15];
 
 /// Plays `excerpts` excerpts with the checkpoint's own settings and with others, and chooses; every try is reported.
 ///
-/// The data's plan tokens must be there. Without a piece of [`PROMPT`] + [`PLAYED`] frames the settings stay.
+/// The data's plan tokens must be there. Without a piece of 2.3 s the settings stay.
 pub fn calibrate(
     checkpoint: &Checkpoint,
     data: &Dataset,

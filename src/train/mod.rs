@@ -84,7 +84,7 @@ pub struct TrainSettings {
     pub start: Start,
     /// What is trained, in this order.
     pub parts: Vec<Part>,
-    /// Audio files of any kind, folders of them, corpora made by [`crate::corpus::prepare`].
+    /// Audio files of any kind, folders of them, corpora made by [`prepare`](crate::corpus::prepare()).
     pub files: Vec<PathBuf>,
     /// Where the checkpoint goes; it is rewritten whenever validation has improved. The state that a killed run goes on
     /// from lies beside it ([`resume`]) until training is over.
