@@ -130,7 +130,7 @@ impl Kernels {
     }
 }
 
-/// A loop over plain slices that [`widest`] compiles for the machine's registers; [`wide_loop`] writes it.
+/// A loop over plain slices that [`widest`] compiles for the machine's registers; `wide_loop` writes it.
 pub trait Loop {
     type Out;
 

@@ -54,7 +54,7 @@ pub struct Ops {
     pub bound_scales: fn(&Tensor, &Tensor, &Tensor, f32) -> Result<Tensor>,
     /// head `[.., 3k]` -> -ln P of the target of each row, `[n]`, in nats.
     pub nll: fn(&Tensor, &Targets) -> Result<Tensor>,
-    /// logits `[.., n]`, a target for each row -> -ln softmax(logits)[target], `[rows]`.
+    /// logits `[.., n]`, a target for each row -> `-ln softmax(logits)[target]`, `[rows]`.
     pub cross_entropy: fn(&Tensor, &[u32]) -> Result<Tensor>,
 }
 
