@@ -168,12 +168,18 @@ impl Rounded {
         for row in self.whole.chunks_exact(n_out) {
             offsets.iter_mut().zip(row).for_each(|(offset, &q)| *offset -= 128 * i32::from(q));
         }
-        for panel in &panels {
-            for (k, row) in self.whole.chunks_exact(n_out).enumerate() {
-                let group = &mut lines[panel.at + k / GROUP * panel.vectors..][..panel.vectors];
-                for (line, row) in group.iter_mut().zip(row[panel.first..].chunks(LANES)) {
-                    let lanes = line.0.as_chunks_mut::<GROUP>().0;
-                    lanes.iter_mut().zip(row).for_each(|(lane, &q)| lane[k % GROUP] = q);
+        // Four rows at a time, the last of which are padded with zeros.
+        self.whole.resize(groups * GROUP * n_out, 0);
+        for (group, rows) in self.whole.chunks_exact(GROUP * n_out).enumerate() {
+            let [a, b, c, d] = std::array::from_fn(|t| &rows[t * n_out..][..n_out]);
+            for panel in &panels {
+                let lines = &mut lines[panel.at + group * panel.vectors..][..panel.vectors];
+                for (line, at) in lines.iter_mut().zip((panel.first..n_out).step_by(LANES)) {
+                    let end = n_out.min(at + LANES);
+                    let rows = a[at..end].iter().zip(&b[at..end]).zip(&c[at..end]).zip(&d[at..end]);
+                    for (lane, (((&a, &b), &c), &d)) in line.0.as_chunks_mut::<GROUP>().0.iter_mut().zip(rows) {
+                        *lane = [a, b, c, d];
+                    }
                 }
             }
         }

@@ -282,9 +282,9 @@ fn copy<const V: usize>(sums: &[[f32; LANES]; V], scale: f32, out: &mut [f32]) -
 /// `out[r, j] = row_scales[r] * sum_k x[r, k] w[k, j]`, x `[rows, n_in]`, out `[rows, n_out]`.
 #[inline(always)]
 pub fn gemm_f32<S: Sums>(w: &PanelsF32, x: &[f32], row_scales: &[f32], out: &mut [f32]) {
-    for ((x, &scale), out) in x.chunks_exact(w.n_in).zip(row_scales).zip(out.chunks_exact_mut(w.n_out)) {
-        for panel in &w.panels {
-            let lines = &w.lines[panel.at..panel.at + w.n_in * panel.vectors];
+    for panel in &w.panels {
+        let lines = &w.lines[panel.at..panel.at + w.n_in * panel.vectors];
+        for ((x, &scale), out) in x.chunks_exact(w.n_in).zip(row_scales).zip(out.chunks_exact_mut(w.n_out)) {
             let out = &mut out[panel.first..];
             match panel.vectors {
                 1 => copy(&S::sum::<1>(x, lines, 1), scale, out),
