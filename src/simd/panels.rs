@@ -146,15 +146,24 @@ impl Rounded {
             most.iter_mut().zip(row).for_each(|(most, w)| *most = larger(w.abs(), *most));
         }
         let factors: Vec<f32> = most.iter().map(|&most| factor(most)).collect();
-        let rows = weights.chunks_exact(n_out);
-        let whole = rows.flat_map(|row| row.iter().zip(&factors).map(|(w, factor)| whole(w * factor))).collect();
-        Self { n_out, whole, scales: most.into_iter().map(unit).collect() }
+        let mut rounded = vec![0; weights.len()];
+        for (row, rounded) in weights.chunks_exact(n_out).zip(rounded.chunks_exact_mut(n_out)) {
+            for ((w, factor), rounded) in row.iter().zip(&factors).zip(rounded) {
+                *rounded = whole(w * factor);
+            }
+        }
+        Self { n_out, whole: rounded, scales: most.into_iter().map(unit).collect() }
     }
 
     /// What the whole numbers stand for, `[n_in, n_out]`.
     pub fn values(&self) -> Vec<f32> {
-        let rows = self.whole.chunks_exact(self.n_out);
-        rows.flat_map(|row| row.iter().zip(&self.scales).map(|(&q, scale)| f32::from(q) * scale)).collect()
+        let mut values = vec![0.0; self.whole.len()];
+        for (row, values) in self.whole.chunks_exact(self.n_out).zip(values.chunks_exact_mut(self.n_out)) {
+            for ((&q, scale), value) in row.iter().zip(&self.scales).zip(values) {
+                *value = f32::from(q) * scale;
+            }
+        }
+        values
     }
 
     /// Laid out for the kernels.
