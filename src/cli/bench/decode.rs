@@ -372,8 +372,7 @@ impl Case {
             }
         };
         self.rounds.push(n_samples as f64 / begun.elapsed().as_secs_f64());
-        if let Some(seconds) = cpu_seconds().zip(core_begun).map(|(now, begun)| now - begun).filter(|&s| s > 0.0)
-        {
+        if let Some(seconds) = cpu_seconds().zip(core_begun).map(|(now, begun)| now - begun).filter(|&s| s > 0.0) {
             self.core_rounds.push(n_samples as f64 / seconds);
         }
         Ok(())
