@@ -7,7 +7,7 @@
 //! tokens (past) + plan frame --forecast--> two linear forecasts
 //!     --model::wave_transformer--> distribution of the next token --sampler--> token
 //! tokens --codec--> samples --audio::resample--> sink (WAV file, pipe) or live (speakers)
-//! train: recordings --> checkpoint            continue: prompt --> engine <-- checkpoint
+//! train: recordings --corpus--> checkpoint    continue: prompt --> engine <-- checkpoint
 //! ```
 //!
 //! | module | what it turns into what |
@@ -25,8 +25,10 @@
 //! | [`generate`] | a recording into its continuation: the loop, the prompt, the seam, sessions |
 //! | [`sink`] | where samples go: WAV file, pipe |
 //! | [`live`] | an engine into endless sound on a device, steered while it plays |
-//! | [`train`] | recordings into a checkpoint |
+//! | [`corpus`] | folders of recordings into samples at one rate and level, and a manifest |
+//! | [`train`] | recordings, or a corpus, into a checkpoint |
 //! | [`cuda`] | launches of the kernels in kernels/; with the feature `cuda`, tensors into tensors on a GPU |
+//! | [`plot`] | figures and plans into pictures |
 //! | [`metrics`], [`baselines`] | samples and plans into figures; what a model must beat |
 //!
 //! What does not happen: the engines know nothing of audio files. Training and engines meet only through a checkpoint
@@ -46,11 +48,13 @@
 #![deny(unsafe_code)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+pub(crate) mod ahead;
 pub(crate) mod atomic;
 pub mod audio;
 pub mod baselines;
 pub mod checkpoint;
 pub mod codec;
+pub mod corpus;
 pub mod cuda;
 pub(crate) mod dot;
 pub mod engine;
@@ -60,6 +64,7 @@ pub mod live;
 pub mod metrics;
 pub mod model;
 pub mod plan;
+pub mod plot;
 pub mod rng;
 pub mod sampler;
 pub mod simd;

@@ -641,3 +641,18 @@ fn a_benchmark_checks_what_it_measures() {
     let unknown = scene.wavegen(&[&bench[..], &["--isas", "mmx"]].concat());
     scene.refuses(unknown, 2, "this machine has");
 }
+
+#[test]
+fn a_training_benchmark_compares_what_it_measures() {
+    let scene = Scene::new();
+    let bench = ["bench", "train", "--preset", "tiny", "--rounds", "1", "--threads", "2", "--json"];
+    let run = scene.wavegen(&bench).assert().success();
+    let report: serde_json::Value = serde_json::from_slice(&run.get_output().stdout).unwrap();
+    let parts = report["parts"].as_array().unwrap();
+    assert_eq!(parts.len(), 2);
+    for part in parts {
+        assert_eq!(part["passed"], true, "{part}");
+        assert!(part["fused"]["units_per_s"]["median"].as_f64() > Some(0.0), "{part}");
+    }
+    scene.refuses(scene.wavegen(&["bench", "train", "--preset", "huge"]), 2, "unknown preset");
+}

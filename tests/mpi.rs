@@ -134,9 +134,12 @@ fn two_processes_have_the_losses_of_one_and_only_one_of_them_writes() {
         let far = (tensor - &two[name]).fold(0.0f32, |far, d| far.max(d.abs()));
         assert!(far < 2e-3, "{name} differs by {far}");
     }
-    let mut left: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let entries = std::fs::read_dir(folder).unwrap();
+    let mut left: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     left.sort();
-    let expected = ["a.wav", "b.wav", "c.wav", "one.jsonl", "one.safetensors", "two.jsonl", "two.safetensors"];
+    let made = ["jsonl", "loss.png", "safetensors"];
+    let mut expected: Vec<_> = ["a", "b", "c"].map(|name| format!("{name}.wav")).into();
+    expected.extend(["one", "two"].iter().flat_map(|name| made.map(|kind| format!("{name}.{kind}"))));
     assert_eq!(left, expected);
 }
 
@@ -208,6 +211,7 @@ fn an_error_ends_all_processes_with_its_message() {
     let output = run(train_as_two(directory.path(), "noise.txt -o model.safetensors --preset tiny --steps 2"));
     let told = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && told.contains("no usable audio"), "{told}");
+    assert!(!StateFolder::beside(&directory.path().join("model.safetensors")).exists());
     // An error of the first rank alone, for which the other waits.
     std::fs::write(directory.path().join("model.safetensors"), "a model").unwrap();
     write_melodies(directory.path());

@@ -7,6 +7,7 @@
 //! | `container` | bytes | symphonia's demuxer and decoder |
 //! | [`trim`] | encoder delay and padding, edit lists | the ranges of decoded frames to keep |
 //! | [`mod@resample`] | mono samples at one rate | mono samples at another, delay compensated |
+//! | [`speed`] | mono samples | the same faster or slower, pitch and all |
 //! | [`level`] | samples | the gain to the level that models know |
 //! | [`wav`] | a WAV header | format and the exact range of its data bytes |
 //! | [`wav_writer`] | prompt bytes and f32 samples | a WAV file or stream |
@@ -18,6 +19,7 @@ pub mod decode;
 pub mod level;
 pub mod resample;
 pub mod source;
+pub mod speed;
 pub mod trim;
 pub mod wav;
 pub mod wav_writer;

@@ -194,6 +194,27 @@ impl Talk {
     }
 }
 
+/// Files that are left out: the first ones by name, the others by number.
+#[derive(Default)]
+pub struct Refused(usize);
+
+impl Refused {
+    const SHOWN: usize = 20;
+
+    pub fn tell(&mut self, why: &str, talk: &Talk) {
+        self.0 += 1;
+        if self.0 <= Self::SHOWN || talk.verbose {
+            talk.warn(&format!("left out: {why}"));
+        }
+    }
+
+    pub fn summarise(&self, talk: &Talk) {
+        if self.0 > Self::SHOWN && !talk.verbose {
+            talk.warn(&format!("left out: {} more; --verbose names them all", self.0 - Self::SHOWN));
+        }
+    }
+}
+
 /// The progress of playing.
 pub struct PlayBar {
     bar: ProgressBar,
@@ -223,6 +244,14 @@ impl PlayBar {
     pub fn finish(self) {
         self.bar.finish_and_clear();
     }
+}
+
+/// Starts as many threads as asked for, else one per core; gives their number. To be called before anything runs in parallel.
+pub fn start_threads(asked: Option<u16>) -> Result<usize> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = asked.map_or(cores, usize::from);
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting threads")?;
+    Ok(threads)
 }
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);

@@ -23,6 +23,7 @@ Examples:
   wavegen eval held-out.flac                               bits per sample: wave + plan / hop = total
   wavegen eval held-out/*.wav --baselines --max-seconds 60
   wavegen eval held-out.flac --free-run --plan true        play 10 s after each of 20 prompts and analyse it
+  wavegen eval held-out.flac --free-run --spectrograms pictures/
   wavegen eval held-out.flac --free-run --prompts 4 --json > free-run.json")]
 pub struct Args {
     /// Recordings in any audio format; - for standard input
@@ -53,6 +54,9 @@ pub struct Args {
     /// Keep what --free-run plays: one WAV per prompt in this directory
     #[arg(long, value_name = "DIR", requires = "free_run")]
     keep: Option<PathBuf>,
+    /// Draw recording, model and noise through the plan after each prompt of --free-run: one PNG per prompt in this directory
+    #[arg(long, value_name = "DIR", requires = "free_run")]
+    spectrograms: Option<PathBuf>,
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
@@ -113,6 +117,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
             options: args.sampling.options(Options { wave: checkpoint.generation, ..Options::default() }),
             governed: args.sampling.governor.is_on(),
             keep: args.keep.as_deref(),
+            spectrograms: args.spectrograms.as_deref(),
         };
         let Some(result) = free_run::play_all(&checkpoint, &engine, &spectrum, &pieces, &setup, talk)? else {
             return Ok(Outcome::Interrupted);

@@ -12,6 +12,7 @@ use wavegen::checkpoint::Checkpoint;
 use wavegen::generate::{Guide, Intervention, Options, Path as Continued};
 use wavegen::metrics::{self, Adherence, Failure, LevelDrift, Track, adherence, failures, level_drift, tonality_db};
 use wavegen::plan::Spectrum;
+use wavegen::plot::{Row, spectrograms};
 use wavegen::sink;
 
 use super::common::{Talk, interrupted, print};
@@ -40,6 +41,7 @@ pub struct Setup<'a> {
     pub options: Options,
     pub governed: bool,
     pub keep: Option<&'a Path>,
+    pub spectrograms: Option<&'a Path>,
 }
 
 /// One continuation against the plan that it followed.
@@ -107,7 +109,7 @@ pub fn play_all(
     talk: &Talk,
 ) -> Result<Option<FreeRun>> {
     let places = places(pieces, spectrum.hop(), setup)?;
-    if let Some(directory) = setup.keep {
+    for directory in [setup.keep, setup.spectrograms].into_iter().flatten() {
         std::fs::create_dir_all(directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
     }
     let bar = talk.bar((places.len() * setup.frames) as u64, "{bar:40} {percent} %, {eta} left");
@@ -204,6 +206,20 @@ fn play(
         options.seed,
         options.stream,
     )?;
+    if let Some(directory) = setup.spectrograms {
+        let path = directory.join(format!("{i:03}.png"));
+        let bands =
+            [&true_samples, &samples, &noise].map(|after| spectrum.analyse(&[&heard_before[..], after].concat()));
+        let titles = ["the recording", "the model", "noise through the same plan"];
+        let name = short(&place.piece.name);
+        let rows: Vec<Row> = titles
+            .iter()
+            .zip(&bands)
+            .map(|(title, bands)| Row { title: format!("{name}: {title}"), bands: bands.view() })
+            .collect();
+        let picture = spectrograms(&rows, spectrum, Some(setup.prompt_frames));
+        picture.save(&path).with_context(|| format!("{}: cannot be written", path.display()))?;
+    }
     let per_second = codec.sample_rate as f32 / hop as f32;
     let context_db = metrics::level_db(&heard_before);
     let figures = |samples: &[f32], planned: &Track| -> Result<Figures> {

@@ -3,17 +3,21 @@
 //! Audio and data go to stdout, all else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
 mod bench;
+mod calibrate;
 mod check;
 mod common;
 mod r#continue;
 mod detokenize;
+mod dry_run;
 mod engine;
 mod eval;
 mod free_run;
 mod generate;
 mod info;
 mod keys;
+mod memory;
 mod play;
+mod prepare;
 mod score;
 mod selftest;
 mod stream;
@@ -41,6 +45,7 @@ Examples:
   wavegen generate -o music.wav               play from nothing
   wavegen stream song.flac                    play it, and then on and on
   wavegen info                                what the built-in model is
+  wavegen prepare recordings/ -o corpus/      decode once, train often
   wavegen train recordings/ -o my.safetensors --minutes 60
 
 Each command's --help shows more.";
@@ -50,7 +55,9 @@ enum Command {
     Continue(r#continue::Args),
     Generate(generate::Args),
     Stream(stream::Args),
+    Prepare(prepare::Args),
     Train(train::Args),
+    Calibrate(calibrate::Args),
     Eval(eval::Args),
     Tokenize(tokenize::Args),
     Detokenize(detokenize::Args),
@@ -94,7 +101,9 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Continue(args) => r#continue::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Stream(args) => stream::run(&args),
+        Command::Prepare(args) => prepare::run(&args),
         Command::Train(args) => train::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Detokenize(args) => detokenize::run(&args),

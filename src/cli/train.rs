@@ -17,15 +17,16 @@ use wavegen::train::group::{self, Group};
 use wavegen::train::grow::{Fate, grow};
 use wavegen::train::resume::StateFolder;
 use wavegen::train::schedule::Budget;
-use wavegen::train::{Part, Start, TrainEvent, TrainSettings, train_in};
+use wavegen::train::{Part, Start, TrainError, TrainEvent, TrainSettings, train_in};
 
-use super::Outcome;
-use super::common::{Talk, Usage, catch_interrupt, interrupted, one_line, say};
+use super::common::{Refused, Talk, Usage, catch_interrupt, interrupted, one_line, say, start_threads};
+use super::prepare::check_inputs;
+use super::{Outcome, dry_run, memory};
 
 /// Train a model on recordings, from nothing or from another model
 ///
 /// Files that are no audio are passed over with a warning. A share of the files is held out to judge by; the model that
-/// did best on it is kept. Ctrl-C ends training early with a whole model. Ended early, killed or switched off, the same
+/// did best on it is kept. OUTPUT.loss.png and OUTPUT.sample.png show how it learns. Ctrl-C ends training early with a whole model. Ended early, killed or switched off, the same
 /// command goes on from the state in OUTPUT.training as if nothing had happened.
 ///
 /// Built with the feature `mpi`, it can be started as several processes, on one machine or many: docs/mpi.md.
@@ -33,6 +34,7 @@ use super::common::{Talk, Usage, catch_interrupt, interrupted, one_line, say};
 #[command(after_help = "\
 Examples:
   wavegen train recordings/ -o my.safetensors --minutes 60
+  wavegen train corpus/ --minutes 600 --preset base --dry-run
   wavegen train a.flac b.mp3 -o tiny.safetensors --preset tiny --steps 200
   wavegen train more/ -o tuned.safetensors --init my.safetensors --minutes 20
   wavegen train recordings/ -o longer.safetensors --init my.safetensors --part plan --minutes 10
@@ -41,12 +43,15 @@ Examples:
   srun --mpi=pmix -n 16 -c 4 wavegen train recordings/ -o my.safetensors --minutes 60 --wave-batch 64 --threads 4
   wavegen continue song.wav --model my.safetensors")]
 pub struct Args {
-    /// Audio files, and directories to search for them
+    /// Corpora made by `wavegen prepare`, audio files, and folders to search for them
     #[arg(required = true, value_name = "DIR_OR_FILE")]
     inputs: Vec<PathBuf>,
     /// Where the model goes; rewritten as training goes on
-    #[arg(long, short, value_name = "FILE")]
-    output: PathBuf,
+    #[arg(long, short, value_name = "FILE", required_unless_present = "dry_run")]
+    output: Option<PathBuf>,
+    /// Say what it will take (parameters, work, memory, time) after a few steps in a temporary folder, and do nothing else
+    #[arg(long)]
+    dry_run: bool,
     /// Overwrite an existing model, forget an unfinished run
     #[arg(long)]
     force: bool,
@@ -100,12 +105,18 @@ pub struct Args {
     /// Share of the files that is held out
     #[arg(long, default_value = "0.03", value_parser = share)]
     validation_share: f64,
+    /// Play excerpts faster or slower by up to this much, pitch and all: more material from little
+    #[arg(long, value_name = "PERCENT", default_value = "0", value_parser = percent)]
+    speed_variation: f64,
     /// How the model's matrices are stored
     #[arg(long, value_enum, default_value = "f32")]
     store: Store,
     /// Skip the last part, which fits the generation settings by playing held-out excerpts
     #[arg(long)]
     no_calibration: bool,
+    /// Draw no pictures (OUTPUT.loss.png, OUTPUT.sample.png) at evaluations
+    #[arg(long)]
+    no_pictures: bool,
     /// A note kept in the model, such as licence=CC-BY-4.0; can be given again
     #[arg(long, value_name = "NAME=TEXT", value_parser = note)]
     note: Vec<(String, String)>,
@@ -167,6 +178,13 @@ fn share(text: &str) -> Result<f64, String> {
     }
 }
 
+fn percent(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if (0.0..=50.0).contains(&value) => Ok(value),
+        _ => Err("must lie in 0 to 50 per cent".into()),
+    }
+}
+
 fn note(text: &str) -> Result<(String, String), String> {
     let (name, value) = text.split_once('=').ok_or("must be NAME=TEXT")?;
     Ok((name.trim().to_owned(), value.trim().to_owned()))
@@ -182,6 +200,9 @@ struct Report {
     /// Last figures on held-out pieces.
     plan_bits_per_frame: Option<f64>,
     wave_bits_per_sample: Option<f64>,
+    /// Of the last free run.
+    adherence_db: Option<f32>,
+    peak_memory_bytes: Option<u64>,
     generation: GenerationSettings,
 }
 
@@ -201,20 +222,14 @@ pub fn run(args: &Args) -> Result<Outcome> {
 fn run_in(group: &dyn Group, args: &Args) -> Result<Outcome> {
     let talk = &args.talk;
     // Before anything else: whoever needs a pool first, such as a checkpoint being read, makes one.
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = args.threads.map_or(cores, usize::from);
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting threads")?;
+    let threads = start_threads(args.threads)?;
     let silent = Talk { json: false, quiet: true, verbose: false };
     let start = start(args, if group.is_first() { talk } else { &silent })?;
-    if group.is_first() {
-        check_output(&args.output, args.force)?;
+    let output = args.output.clone().unwrap_or_default();
+    if group.is_first() && !args.dry_run {
+        check_output(&output, args.force)?;
     }
-    let mut files = Vec::new();
-    for input in &args.inputs {
-        collect(input, &mut files)?;
-    }
-    files.sort();
-    files.dedup();
+    check_inputs(&args.inputs)?;
     let budget = match (args.minutes, args.steps) {
         (Some(minutes), _) => Budget::Time(Duration::from_secs_f64(60.0 * minutes)),
         (None, steps) => Budget::Steps(steps.unwrap_or(1) as usize),
@@ -222,8 +237,8 @@ fn run_in(group: &dyn Group, args: &Args) -> Result<Outcome> {
     let settings = TrainSettings {
         start,
         parts: args.part.list(),
-        files,
-        output: args.output.clone(),
+        files: args.inputs.clone(),
+        output: output.clone(),
         afresh: args.force,
         precision: match args.store {
             Store::F32 => Precision::F32,
@@ -238,26 +253,36 @@ fn run_in(group: &dyn Group, args: &Args) -> Result<Outcome> {
         plan_learning_rate: args.plan_learning_rate,
         wave_learning_rate: args.wave_learning_rate,
         validation_share: args.validation_share,
+        speed_variation: args.speed_variation / 100.0,
         validate_every: args.validate_every.map(|n| n as usize),
         save_every: args.save_every,
         patience: args.patience.map(|n| n as usize),
         calibrate: !args.no_calibration,
+        pictures: !args.no_pictures,
+        most_pieces: None,
         notes: args.note.iter().cloned().collect::<BTreeMap<_, _>>(),
     };
     catch_interrupt()?;
+    if args.dry_run {
+        let ended = if group.is_first() { dry_run::run(&settings, talk)? } else { Outcome::Done };
+        return Ok(outcome(group.of_first(ended == Outcome::Interrupted)?));
+    }
     if !group.is_first() {
-        train_in(group, &settings, &mut |_| going())?;
-        return Ok(outcome(group.any(interrupted())));
+        return match train_in(group, &settings, &mut |_| going()) {
+            // On all ranks.
+            Err(TrainError::Interrupted) => Ok(Outcome::Interrupted),
+            trained => trained.map(|_| outcome(group.any(interrupted()))).map_err(Into::into),
+        };
     }
     if group.size() > 1 {
         talk.note(&format!("{} processes of {threads} threads each", group.size()));
     }
     let mut log = args.log.as_deref().map(open_log).transpose()?;
     let bar = talk.bar(1000, "{bar:40} {msg}");
-    let mut report = Report { output: args.output.display().to_string(), ..Report::default() };
-    let mut recent = Recent::default();
-    let checkpoint = train_in(group, &settings, &mut |event| {
-        tell(&event, talk, &bar, &mut recent);
+    let mut report = Report { output: output.display().to_string(), ..Report::default() };
+    let mut shown = Shown::default();
+    let trained = train_in(group, &settings, &mut |event| {
+        tell(&event, talk, &bar, &mut shown);
         note_figures(&event, &mut report);
         if let Some(file) = &mut log
             && let Err(error) = write_line(file, &event)
@@ -266,10 +291,21 @@ fn run_in(group: &dyn Group, args: &Args) -> Result<Outcome> {
             log = None;
         }
         going()
-    })?;
+    });
     bar.finish_and_clear();
+    let checkpoint = match trained {
+        Err(TrainError::Interrupted) => {
+            talk.note(&TrainError::Interrupted.to_string());
+            return Ok(Outcome::Interrupted);
+        }
+        trained => trained?,
+    };
     report.interrupted = group.any(interrupted());
     report.generation = checkpoint.generation;
+    report.peak_memory_bytes = memory::peak();
+    if let Some(peak) = report.peak_memory_bytes {
+        talk.note(&format!("most memory in use: {}", memory::text(peak)));
+    }
     let how = if report.interrupted { " (interrupted early, whole; the same command goes on)" } else { "" };
     talk.note(&format!("{}: model written{how}; try it: wavegen continue SONG --model {0}", report.output));
     talk.json(&report, false)?;
@@ -284,16 +320,18 @@ fn going() -> ControlFlow<()> {
     if interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
 }
 
+/// A model file, or `built-in` for the one inside the program.
+pub fn load_model(path: &Path) -> Result<Checkpoint> {
+    Ok(if path.as_os_str() == "built-in" { Checkpoint::built_in()? } else { Checkpoint::load(path)? })
+}
+
 /// What training begins with.
 fn start(args: &Args, talk: &Talk) -> Result<Start> {
     let preset = |name: &str| ModelConfig::preset(name).map_err(|e| Usage(format!("--preset {name}: {e}")));
     let Some(path) = args.init.as_deref() else {
         return Ok(Start::New(preset(args.preset.as_deref().unwrap_or("small"))?.into()));
     };
-    let init = match path {
-        path if path.as_os_str() == "built-in" => Checkpoint::built_in()?,
-        path => Checkpoint::load(path)?,
-    };
+    let init = load_model(path)?;
     let Some(name) = &args.preset else { return Ok(Start::From(init.into())) };
     let (model, fates) = grow(&init, &preset(name)?, args.seed).map_err(|e| Usage(format!("--preset {name}: {e}")))?;
     for (part, fate) in fates {
@@ -311,7 +349,7 @@ fn start(args: &Args, talk: &Talk) -> Result<Start> {
             Fate::New(why) => format!(
                 "warning: the {0} transformer begins anew ({why}) and --part leaves it so; train it next: --init {1} --part {0}",
                 part.name(),
-                args.output.display()
+                args.output.as_deref().unwrap_or(Path::new("OUTPUT")).display()
             ),
         });
     }
@@ -330,7 +368,7 @@ fn write_line(file: &mut File, event: &TrainEvent) -> Result<()> {
 }
 
 /// Finds out before training whether its result can be kept.
-fn check_output(path: &Path, force: bool) -> Result<()> {
+pub fn check_output(path: &Path, force: bool) -> Result<()> {
     let unfinished = StateFolder::beside(path).exists();
     if path.exists() && !force && !unfinished {
         return Err(AudioError::Exists { path: path.display().to_string() }.into());
@@ -343,20 +381,11 @@ fn check_output(path: &Path, force: bool) -> Result<()> {
     Ok(())
 }
 
-/// The files under a path, whatever they are.
-fn collect(path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
-    let context = || format!("{}: cannot be read", path.display());
-    if !path.metadata().with_context(context)?.is_dir() {
-        files.push(path.to_owned());
-        return Ok(());
-    }
-    for entry in std::fs::read_dir(path).with_context(context)? {
-        let entry = entry.with_context(context)?;
-        if !entry.file_name().to_string_lossy().starts_with('.') {
-            collect(&entry.path(), files)?;
-        }
-    }
-    Ok(())
+/// What lines on a terminal depend on besides the event.
+#[derive(Default)]
+struct Shown {
+    recent: Recent,
+    refused: Refused,
 }
 
 /// Bits per unit over the last steps, for people: single batches jump.
@@ -375,20 +404,29 @@ impl Recent {
     }
 }
 
-fn tell(event: &TrainEvent, talk: &Talk, bar: &ProgressBar, recent: &mut Recent) {
+fn tell(event: &TrainEvent, talk: &Talk, bar: &ProgressBar, shown: &mut Shown) {
     let line = |text: String| bar.suspend(|| talk.note(&text));
     match event {
-        TrainEvent::Skipped { why, .. } => bar.suspend(|| talk.warn(&format!("left out: {why}"))),
-        TrainEvent::Data { train_files, train_hours, validation_files, validation_hours } => line(format!(
-            "{train_files} files, {train_hours:.2} h to train on; {validation_files} files, {validation_hours:.2} h held out"
-        )),
+        TrainEvent::Skipped { why, .. } => bar.suspend(|| shown.refused.tell(why, talk)),
+        TrainEvent::Reading { done, total } => {
+            bar.set_position((1000 * done / (*total).max(1)) as u64);
+            bar.set_message(format!("reading file {done} of {total}"));
+        }
+        TrainEvent::Data { train_files, train_hours, validation_files, validation_hours, sound } => {
+            bar.suspend(|| shown.refused.summarise(talk));
+            line(format!(
+                "{train_files} files, {train_hours:.2} h to train on; {validation_files} files, {validation_hours:.2} h held out"
+            ));
+            line(sound.to_string());
+            sound.warnings.iter().for_each(|warning| bar.suspend(|| talk.warn(warning)));
+        }
         TrainEvent::Codebooks { error_db } => line(format!("plan codebooks: {error_db:.2} dB rms")),
         TrainEvent::Resumed { part, step, finished } => {
             let state = if *finished { "is finished" } else { "goes on" };
             line(format!("{} {state} at step {step}", names(*part).0));
         }
-        TrainEvent::Step { part, step, done, bits, skipped, units, units_per_s, elapsed_s, .. } => {
-            let mean = recent.add(*part, *bits);
+        TrainEvent::Step { part, step, done, bits, skipped, hours, units_per_s, elapsed_s, .. } => {
+            let mean = shown.recent.add(*part, *bits);
             bar.set_position((1000.0 * done) as u64);
             let (name, unit) = names(*part);
             if *skipped {
@@ -396,9 +434,8 @@ fn tell(event: &TrainEvent, talk: &Talk, bar: &ProgressBar, recent: &mut Recent)
             }
             let left = Duration::from_secs_f64((elapsed_s / done.max(1e-6) * (1.0 - done)).clamp(0.0, 1e9));
             let text = format!(
-                "{name} step {step}: {mean:.3} bits/{unit}, {units_per_s:.0} {unit}s/s, {:.2} M {unit}s, {elapsed_s:.0} s, \
+                "{name} step {step}: {mean:.3} bits/{unit}, {units_per_s:.0} {unit}s/s, {hours:.2} h heard, {elapsed_s:.0} s, \
                  {} left",
-                *units as f64 / 1e6,
                 indicatif::HumanDuration(left)
             );
             if bar.is_hidden() {
@@ -407,11 +444,15 @@ fn tell(event: &TrainEvent, talk: &Talk, bar: &ProgressBar, recent: &mut Recent)
                 bar.set_message(text);
             }
         }
-        TrainEvent::Validation { part, step, bits, best } => {
+        TrainEvent::Validation { part, step, bits, raw_bits, best } => {
             let (name, unit) = names(*part);
             let best = if *best { ", best so far" } else { "" };
-            line(format!("{name} step {step}: {bits:.3} bits/{unit} held out{best}"));
+            line(format!("{name} step {step}: {bits:.3} bits/{unit} held out ({raw_bits:.3} without averaging){best}"));
         }
+        TrainEvent::FreeRun { part, step, adherence_db, bias_db } => line(format!(
+            "{} step {step}: plays {adherence_db:.2} dB from the recording's plan, bias {bias_db:+.2} dB",
+            names(*part).0
+        )),
         TrainEvent::NotSaved { why } => bar.suspend(|| talk.warn(&format!("{why}; training goes on"))),
         TrainEvent::Calibration { settings, adherence_db, bias_db, chosen } => line(format!(
             "grain {:.2} past {:.2} offset {:.2}: adherence {adherence_db:.2} dB, bias {bias_db:+.2} dB{}",
@@ -438,6 +479,7 @@ fn note_figures(event: &TrainEvent, report: &mut Report) {
         }
         TrainEvent::Validation { part: Part::Plan, bits, .. } => report.plan_bits_per_frame = Some(*bits),
         TrainEvent::Validation { part: Part::Wave, bits, .. } => report.wave_bits_per_sample = Some(*bits),
+        TrainEvent::FreeRun { adherence_db, .. } => report.adherence_db = Some(*adherence_db),
         _ => {}
     }
 }

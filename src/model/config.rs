@@ -44,6 +44,16 @@ impl Default for PlanTransformerConfig {
     }
 }
 
+impl PlanTransformerConfig {
+    /// Multiply-adds per plan frame of its matrices (attention scores not counted).
+    pub fn multiply_adds_per_frame(&self, plan: &PlanConfig, n_bands: usize) -> f64 {
+        let dim = self.dim as f64;
+        let block = (4 + 3 * self.hidden_multiple) as f64 * dim * dim;
+        let head = dim * dim + dim * plan.n_entries as f64;
+        n_bands as f64 * dim + self.n_layers as f64 * block + plan.n_codebooks as f64 * head
+    }
+}
+
 /// One tier of the wave transformer: one step per `hop` samples.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -119,19 +129,25 @@ impl WaveTransformerConfig {
 
     /// Multiply-adds per sample of the wave transformer's matrices (attention scores not counted).
     pub fn multiply_adds_per_sample(&self) -> f64 {
+        self.tier_multiply_adds_per_sample().iter().sum()
+    }
+
+    /// The same, tier by tier; the last one's with the head.
+    pub fn tier_multiply_adds_per_sample(&self) -> Vec<f64> {
         let token = (self.token_dim + 2) as f64;
-        let mut total = 0.0;
-        for (i, tier) in self.tiers.iter().enumerate() {
+        let of_tier = |(i, tier): (usize, &TierConfig)| {
             let dim = tier.dim as f64;
             let inputs = if tier.hop > 1 { tier.hop } else { self.taps } as f64 * token;
             let block = (4 + 3 * self.hidden_multiple) as f64 * dim * dim;
             let mut step = inputs * dim + tier.n_layers as f64 * block;
             if let Some(next) = self.tiers.get(i + 1) {
                 step += dim * (tier.hop / next.hop * next.dim) as f64;
+            } else {
+                step += dim * self.head_dim() as f64;
             }
-            total += step / tier.hop as f64;
-        }
-        total + self.tiers.last().map_or(0.0, |t| (t.dim * self.head_dim()) as f64)
+            step / tier.hop as f64
+        };
+        self.tiers.iter().enumerate().map(of_tier).collect()
     }
 }
 

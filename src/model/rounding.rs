@@ -27,7 +27,11 @@ pub fn gain_of(name: &str) -> Option<String> {
 
 /// The matrix `[gain.len(), n_out]` with its rows multiplied by the gain.
 pub fn with_gain(matrix: &[f32], n_out: usize, gain: &[f32]) -> Vec<f32> {
-    matrix.chunks_exact(n_out).zip(gain).flat_map(|(row, gain)| row.iter().map(move |w| w * gain)).collect()
+    let mut out = matrix.to_vec();
+    for (row, gain) in out.chunks_exact_mut(n_out).zip(gain) {
+        row.iter_mut().for_each(|w| *w *= gain);
+    }
+    out
 }
 
 #[cfg(test)]

@@ -113,6 +113,11 @@ impl Spectrum {
         self.centres.len()
     }
 
+    /// Centre of each band, Hz, rising.
+    pub fn centres_hz(&self) -> &[f64] {
+        &self.centres
+    }
+
     /// Samples per frame.
     pub fn hop(&self) -> usize {
         self.hop

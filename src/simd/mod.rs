@@ -130,7 +130,7 @@ impl Kernels {
     }
 }
 
-/// A loop over plain slices that [`widest`] compiles for the machine's registers; [`wide_loop`] writes it.
+/// A loop over plain slices that [`widest`] compiles for the machine's registers; `wide_loop` writes it.
 pub trait Loop {
     type Out;
 
@@ -141,11 +141,36 @@ pub trait Loop {
 /// Runs a loop compiled for [`Isa::chosen`]. Sums without fixed lanes stay in order and nothing is fused, so every instruction set
 /// gives the same bits.
 pub fn widest<L: Loop>(task: L) -> L::Out {
-    match Isa::chosen() {
+    match set_of_loops() {
         #[cfg(target_arch = "x86_64")]
         isa @ (Isa::Avx2 | Isa::AvxVnni | Isa::Avx512Vnni) => x86::run(isa, task),
         _ => task.run(),
     }
+}
+
+#[cfg(not(test))]
+fn set_of_loops() -> Isa {
+    Isa::chosen()
+}
+
+/// [`Isa::chosen`], or what [`with_loops_of`] says.
+#[cfg(test)]
+fn set_of_loops() -> Isa {
+    LOOPS_OF.get().unwrap_or_else(Isa::chosen)
+}
+
+#[cfg(test)]
+thread_local! {
+    static LOOPS_OF: std::cell::Cell<Option<Isa>> = const { std::cell::Cell::new(None) };
+}
+
+/// Calls `compute` with this thread's loops compiled for `isa`, one of [`Isa::available`].
+#[cfg(test)]
+pub(crate) fn with_loops_of<T>(isa: Isa, compute: impl FnOnce() -> T) -> T {
+    LOOPS_OF.set(Some(isa).filter(|isa| Isa::available().contains(isa)));
+    let result = compute();
+    LOOPS_OF.set(None);
+    result
 }
 
 /// Defines a function whose body is compiled for the machine's registers ([`widest`]). References in its arguments have the
@@ -188,7 +213,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn integer_maps_are_exact_on_every_instruction_set(
+        fn integer_maps_are_exact_on_every_instruction_set_and_in_every_batch(
             n_in in 1usize..200, n_out in 1usize..300, rows in 1usize..10, seed in 0u64..1000,
         ) {
             let w = PanelsI8::pack(&numbers(n_in * n_out, seed), n_out);
@@ -197,8 +222,10 @@ mod tests {
             let scales: Vec<f32> = x.chunks(n_in).zip(a.chunks_mut(4 * w.groups))
                 .map(|(x, a)| portable::quantize(x, a)).collect();
             let mut expected = vec![0.0; rows * n_out];
-            portable::gemm_i8::<Plain>(&w, &a, &scales, &mut expected);
-            for kernels in fast() {
+            for (r, row) in expected.chunks_mut(n_out).enumerate() {
+                portable::gemm_i8::<Plain>(&w, &a[r * 4 * w.groups..][..4 * w.groups], &scales[r..=r], row);
+            }
+            for kernels in Isa::available().into_iter().filter_map(Kernels::of) {
                 let mut out = vec![9.0; rows * n_out];
                 (kernels.gemm_i8)(&w, &a, &scales, &mut out);
                 prop_assert_eq!(&out, &expected, "{:?}", kernels.isa);
@@ -213,7 +240,13 @@ mod tests {
             let w = PanelsF32::pack(&y, n_out);
             let run = |k: &Kernels| {
                 let mut out = vec![vec![0.0; rows * n_out]];
-                (k.gemm_f32)(&w, &x, &numbers(rows, seed + 2), &mut out[0]);
+                let row_scales = numbers(rows, seed + 2);
+                (k.gemm_f32)(&w, &x, &row_scales, &mut out[0]);
+                for (r, row) in out[0].chunks(n_out).enumerate() {
+                    let mut alone = vec![0.0; n_out];
+                    (k.gemm_f32)(&w, &x[r * n..(r + 1) * n], &row_scales[r..=r], &mut alone);
+                    assert_eq!(row, alone, "row {r} of {rows}");
+                }
                 out.push(vec![(k.inverse_rms)(&x), (k.dot)(&x, &y)]);
                 let mut q = vec![0; x.len() + 5];
                 out.push(vec![(k.quantize)(&x, &mut q)]);

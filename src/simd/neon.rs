@@ -40,9 +40,9 @@ impl WholeSums for Neon {
         stride: usize,
         rows: [&[[i8; 4]]; M],
         _: &[i32],
-    ) -> [[[i32; LANES]; V]; M] {
-        let mut sums = [[[0; LANES]; V]; M];
-        for (row, sums) in rows.into_iter().zip(&mut sums) {
+        sums: &mut [[[i32; LANES]; V]; M],
+    ) {
+        for (row, sums) in rows.into_iter().zip(sums) {
             for (v, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: NEON is part of the architecture; a line is 64 bytes, a row of sums 16 numbers.
                 unsafe {
@@ -62,6 +62,5 @@ impl WholeSums for Neon {
                 }
             }
         }
-        sums
     }
 }

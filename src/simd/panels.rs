@@ -146,15 +146,24 @@ impl Rounded {
             most.iter_mut().zip(row).for_each(|(most, w)| *most = larger(w.abs(), *most));
         }
         let factors: Vec<f32> = most.iter().map(|&most| factor(most)).collect();
-        let rows = weights.chunks_exact(n_out);
-        let whole = rows.flat_map(|row| row.iter().zip(&factors).map(|(w, factor)| whole(w * factor))).collect();
-        Self { n_out, whole, scales: most.into_iter().map(unit).collect() }
+        let mut rounded = vec![0; weights.len()];
+        for (row, rounded) in weights.chunks_exact(n_out).zip(rounded.chunks_exact_mut(n_out)) {
+            for ((w, factor), rounded) in row.iter().zip(&factors).zip(rounded) {
+                *rounded = whole(w * factor);
+            }
+        }
+        Self { n_out, whole: rounded, scales: most.into_iter().map(unit).collect() }
     }
 
     /// What the whole numbers stand for, `[n_in, n_out]`.
     pub fn values(&self) -> Vec<f32> {
-        let rows = self.whole.chunks_exact(self.n_out);
-        rows.flat_map(|row| row.iter().zip(&self.scales).map(|(&q, scale)| f32::from(q) * scale)).collect()
+        let mut values = vec![0.0; self.whole.len()];
+        for (row, values) in self.whole.chunks_exact(self.n_out).zip(values.chunks_exact_mut(self.n_out)) {
+            for ((&q, scale), value) in row.iter().zip(&self.scales).zip(values) {
+                *value = f32::from(q) * scale;
+            }
+        }
+        values
     }
 
     /// Laid out for the kernels.
@@ -168,12 +177,18 @@ impl Rounded {
         for row in self.whole.chunks_exact(n_out) {
             offsets.iter_mut().zip(row).for_each(|(offset, &q)| *offset -= 128 * i32::from(q));
         }
-        for panel in &panels {
-            for (k, row) in self.whole.chunks_exact(n_out).enumerate() {
-                let group = &mut lines[panel.at + k / GROUP * panel.vectors..][..panel.vectors];
-                for (line, row) in group.iter_mut().zip(row[panel.first..].chunks(LANES)) {
-                    let lanes = line.0.as_chunks_mut::<GROUP>().0;
-                    lanes.iter_mut().zip(row).for_each(|(lane, &q)| lane[k % GROUP] = q);
+        // Four rows at a time, the last of which are padded with zeros.
+        self.whole.resize(groups * GROUP * n_out, 0);
+        for (group, rows) in self.whole.chunks_exact(GROUP * n_out).enumerate() {
+            let [a, b, c, d] = std::array::from_fn(|t| &rows[t * n_out..][..n_out]);
+            for panel in &panels {
+                let lines = &mut lines[panel.at + group * panel.vectors..][..panel.vectors];
+                for (line, at) in lines.iter_mut().zip((panel.first..n_out).step_by(LANES)) {
+                    let end = n_out.min(at + LANES);
+                    let rows = a[at..end].iter().zip(&b[at..end]).zip(&c[at..end]).zip(&d[at..end]);
+                    for (lane, (((&a, &b), &c), &d)) in line.0.as_chunks_mut::<GROUP>().0.iter_mut().zip(rows) {
+                        *lane = [a, b, c, d];
+                    }
                 }
             }
         }

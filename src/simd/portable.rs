@@ -282,9 +282,9 @@ fn copy<const V: usize>(sums: &[[f32; LANES]; V], scale: f32, out: &mut [f32]) -
 /// `out[r, j] = row_scales[r] * sum_k x[r, k] w[k, j]`, x `[rows, n_in]`, out `[rows, n_out]`.
 #[inline(always)]
 pub fn gemm_f32<S: Sums>(w: &PanelsF32, x: &[f32], row_scales: &[f32], out: &mut [f32]) {
-    for ((x, &scale), out) in x.chunks_exact(w.n_in).zip(row_scales).zip(out.chunks_exact_mut(w.n_out)) {
-        for panel in &w.panels {
-            let lines = &w.lines[panel.at..panel.at + w.n_in * panel.vectors];
+    for panel in &w.panels {
+        let lines = &w.lines[panel.at..panel.at + w.n_in * panel.vectors];
+        for ((x, &scale), out) in x.chunks_exact(w.n_in).zip(row_scales).zip(out.chunks_exact_mut(w.n_out)) {
             let out = &mut out[panel.first..];
             match panel.vectors {
                 1 => copy(&S::sum::<1>(x, lines, 1), scale, out),
@@ -311,7 +311,14 @@ pub trait WholeSums {
         stride: usize,
         rows: [&[[i8; 4]]; M],
         offsets: &[i32],
-    ) -> [[[i32; LANES]; V]; M];
+        sums: &mut [[[i32; LANES]; V]; M],
+    );
+
+    /// `sums[i] * (scales[i] * row_scale)`
+    #[inline(always)]
+    fn scale(sums: &[i32; LANES], scales: &[f32; LANES], row_scale: f32) -> [f32; LANES] {
+        std::array::from_fn(|i| sums[i] as f32 * (scales[i] * row_scale))
+    }
 }
 
 impl WholeSums for Plain {
@@ -324,9 +331,10 @@ impl WholeSums for Plain {
         stride: usize,
         rows: [&[[i8; 4]]; M],
         _: &[i32],
-    ) -> [[[i32; LANES]; V]; M] {
-        rows.map(|row| {
-            let mut sums = [[0; LANES]; V];
+        sums: &mut [[[i32; LANES]; V]; M],
+    ) {
+        *sums = [[[0; LANES]; V]; M];
+        for (row, sums) in rows.iter().zip(sums) {
             for (a, lines) in row.iter().zip(lines.chunks(stride)) {
                 for (sums, line) in sums.iter_mut().zip(lines) {
                     for (sum, w) in sums.iter_mut().zip(line.0.as_chunks::<4>().0) {
@@ -334,15 +342,14 @@ impl WholeSums for Plain {
                     }
                 }
             }
-            sums
-        })
+        }
     }
 }
 
 /// Where [`whole_sums`] leaves its results.
 trait Take {
     /// Sums of a row, of the vectors from `first` on.
-    fn take(&mut self, row: usize, first: usize, sums: &[[i32; LANES]]);
+    fn take<S: WholeSums>(&mut self, row: usize, first: usize, sums: &[[i32; LANES]]);
 }
 
 /// All sums over `stride` vectors of outputs or the first `vectors` of them.
@@ -360,8 +367,10 @@ fn whole_sums<S: WholeSums, const M: usize>(
         let (lines, offsets) = (&lines[at..], &offsets[at * LANES..]);
         macro_rules! take {
             ($n:literal) => {{
-                for (m, sums) in S::sum::<$n, M>(lines, stride, rows, offsets).iter().enumerate() {
-                    results.take(m, at, sums);
+                let mut sums = [[[0; LANES]; $n]; M];
+                S::sum::<$n, M>(lines, stride, rows, offsets, &mut sums);
+                for (m, sums) in sums.iter().enumerate() {
+                    results.take::<S>(m, at, sums);
                 }
                 at += $n;
             }};
@@ -377,24 +386,27 @@ fn whole_sums<S: WholeSums, const M: usize>(
     }
 }
 
-/// `out[row, lane] = row_scales[row] * scales[lane] * sum`, `row_width` from row to row; scales are whole lines.
+/// `out[row, lane] = row_scales[row] * scales[lane] * sum` as far as rows are `width` wide, `row_stride` from row to row; scales are
+/// whole lines.
 struct Scaled<'a> {
     scales: &'a [f32],
     row_scales: &'a [f32],
     out: &'a mut [f32],
-    row_width: usize,
+    width: usize,
+    row_stride: usize,
 }
 
 impl Take for Scaled<'_> {
     #[inline(always)]
-    fn take(&mut self, row: usize, first: usize, sums: &[[i32; LANES]]) {
+    fn take<S: WholeSums>(&mut self, row: usize, first: usize, sums: &[[i32; LANES]]) {
         let row_scale = self.row_scales[row];
-        let out = &mut self.out[row * self.row_width + first * LANES..];
+        let out = &mut self.out[row * self.row_stride..][first * LANES..self.width];
         let scales = &self.scales.as_chunks::<LANES>().0[first..];
         for ((sums, scales), out) in sums.iter().zip(scales).zip(out.chunks_mut(LANES)) {
+            let scaled = S::scale(sums, scales, row_scale);
             match out.first_chunk_mut::<LANES>() {
-                Some(out) => (0..LANES).for_each(|i| out[i] = sums[i] as f32 * (scales[i] * row_scale)),
-                None => (0..out.len()).for_each(|i| out[i] = sums[i] as f32 * (scales[i] * row_scale)),
+                Some(out) => *out = scaled,
+                None => out.iter_mut().zip(scaled).for_each(|(out, scaled)| *out = scaled),
             }
         }
     }
@@ -408,12 +420,13 @@ struct Added<'a> {
 
 impl Take for Added<'_> {
     #[inline(always)]
-    fn take(&mut self, row: usize, first: usize, sums: &[[i32; LANES]]) {
+    fn take<S: WholeSums>(&mut self, row: usize, first: usize, sums: &[[i32; LANES]]) {
         let scale = self.row_scales[row];
         for (sums, out) in sums.iter().zip(self.out[first * LANES..].chunks_mut(LANES)) {
+            let added = S::scale(sums, &[1.0; LANES], scale);
             match out.first_chunk_mut::<LANES>() {
-                Some(out) => (0..LANES).for_each(|i| out[i] += sums[i] as f32 * scale),
-                None => (0..out.len()).for_each(|i| out[i] += sums[i] as f32 * scale),
+                Some(out) => (0..LANES).for_each(|i| out[i] += added[i]),
+                None => out.iter_mut().zip(added).for_each(|(out, added)| *out += added),
             }
         }
     }
@@ -452,7 +465,8 @@ fn gemm_i8_rows<S: WholeSums, const M: usize>(
         scales: &w.scales[panel.first..],
         row_scales: &row_scales[r..],
         out: &mut out[r * w.n_out + panel.first..],
-        row_width: w.n_out,
+        width: w.n_out - panel.first,
+        row_stride: w.n_out,
     };
     whole_sums::<S, M>(lines, panel.vectors, panel.vectors, rows, &w.offsets[panel.first..], results);
     M
@@ -494,7 +508,8 @@ pub fn attend_i8<S: WholeSums>(
 ) {
     let used = ring.filled.div_ceil(LANES);
     let scores = &mut scores[..used * LANES];
-    let results = Scaled { scales: ring.key_scales, row_scales: &[q_scale], out: scores, row_width: 0 };
+    let width = scores.len();
+    let results = Scaled { scales: ring.key_scales, row_scales: &[q_scale], out: scores, width, row_stride: width };
     whole_sums::<S, 1>(ring.keys, ring.stride, used, [q.as_chunks().0], ring.key_offsets, results);
     let total = exponentials(scores, ring.filled);
     let mut most = [0.0f32; LANES];
@@ -509,9 +524,11 @@ pub fn attend_i8<S: WholeSums>(
     const STEPS: f32 = (DIGIT * DIGIT - 1) as f32;
     let factor = if most > SMALLEST { STEPS / most } else { 0.0 };
     let (high, low) = digits[..2 * used * LANES].split_at_mut(used * LANES);
-    for ((score, high), low) in scores.iter().zip(&mut *high).zip(&mut *low) {
-        let steps = (score * factor + ROUNDING).to_bits();
-        (*high, *low) = ((steps / DIGIT % DIGIT) as i8, (steps % DIGIT) as i8);
+    let lines = high.as_chunks_mut::<LANES>().0.iter_mut().zip(low.as_chunks_mut::<LANES>().0);
+    for (scores, (high, low)) in scores.as_chunks::<LANES>().0.iter().zip(lines) {
+        let steps: [u32; LANES] = std::array::from_fn(|i| (scores[i] * factor + ROUNDING).to_bits());
+        *high = std::array::from_fn(|i| (steps[i] / DIGIT % DIGIT) as i8);
+        *low = std::array::from_fn(|i| (steps[i] % DIGIT) as i8);
     }
     let n_groups = ring.filled.div_ceil(4);
     let rows = [&high.as_chunks().0[..n_groups], &low.as_chunks().0[..n_groups]];

@@ -219,11 +219,11 @@ macro_rules! whole_sums_256 {
                 stride: usize,
                 rows: [&[[i8; 4]]; M],
                 offsets: &[i32],
-            ) -> [[[i32; LANES]; V]; M] {
+                sums: &mut [[[i32; LANES]; V]; M],
+            ) {
                 let n_groups = rows[0].len();
                 assert!(n_groups == 0 || lines.len() >= (n_groups - 1) * stride + V);
                 assert!(offsets.len() >= V * LANES && rows.iter().all(|row| row.len() == n_groups));
-                let mut sums = [[[0; LANES]; V]; M];
                 // SAFETY: as for `Sums`; the assertions keep all reads inside.
                 unsafe {
                     let mut acc = [[[_mm256_setzero_si256(); 2]; V]; M];
@@ -259,7 +259,21 @@ macro_rules! whole_sums_256 {
                         }
                     }
                 }
-                sums
+            }
+
+            #[inline(always)]
+            fn scale(sums: &[i32; LANES], scales: &[f32; LANES], row_scale: f32) -> [f32; LANES] {
+                let mut out = [0.0; LANES];
+                // SAFETY: as for `Sums`; a line is two registers.
+                unsafe {
+                    for half in [0, LANES / 2] {
+                        let scales =
+                            _mm256_mul_ps(_mm256_loadu_ps(scales.as_ptr().add(half)), _mm256_set1_ps(row_scale));
+                        let sums = _mm256_cvtepi32_ps(_mm256_loadu_si256(sums.as_ptr().add(half).cast()));
+                        _mm256_storeu_ps(out.as_mut_ptr().add(half), _mm256_mul_ps(sums, scales));
+                    }
+                }
+                out
             }
         }
     };
@@ -287,11 +301,11 @@ impl WholeSums for Avx512 {
         stride: usize,
         rows: [&[[i8; 4]]; M],
         offsets: &[i32],
-    ) -> [[[i32; LANES]; V]; M] {
+        sums: &mut [[[i32; LANES]; V]; M],
+    ) {
         let n_groups = rows[0].len();
         assert!(n_groups == 0 || lines.len() >= (n_groups - 1) * stride + V);
         assert!(offsets.len() >= V * LANES && rows.iter().all(|row| row.len() == n_groups));
-        let mut sums = [[[0; LANES]; V]; M];
         // SAFETY: as for `Sums`; the assertions keep all reads inside.
         unsafe {
             let mut acc = [[_mm512_setzero_si512(); V]; M];
@@ -321,6 +335,17 @@ impl WholeSums for Avx512 {
                 }
             }
         }
-        sums
+    }
+
+    #[inline(always)]
+    fn scale(sums: &[i32; LANES], scales: &[f32; LANES], row_scale: f32) -> [f32; LANES] {
+        let mut out = [0.0; LANES];
+        // SAFETY: as for `Sums`; a line is one register.
+        unsafe {
+            let scales = _mm512_mul_ps(_mm512_loadu_ps(scales.as_ptr()), _mm512_set1_ps(row_scale));
+            let sums = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums.as_ptr().cast()));
+            _mm512_storeu_ps(out.as_mut_ptr(), _mm512_mul_ps(sums, scales));
+        }
+        out
     }
 }

@@ -1,69 +1,135 @@
-//! Recordings as training data: decoded, levelled, split by file, with the plan of every piece.
+//! Recordings as training data: pieces of corpora, split by file, with the plan of every piece.
 
+use std::collections::HashSet;
+use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
 
-use ndarray::Array2;
+use ndarray::{Array2, Axis, Slice, concatenate};
 use rayon::prelude::*;
 
 use super::hash::Hash;
-use super::{Observer, TrainError, TrainEvent, TrainSettings};
-use crate::audio::decode::decode_file;
-use crate::audio::level;
-use crate::audio::resample::resample;
+use super::{Observer, Part, TrainError, TrainEvent};
+use crate::audio::speed;
 use crate::codec::{Codec, Token};
+use crate::corpus::prepare::find;
+use crate::corpus::{Corpus, CorpusError, Facts, Piece, PrepareEvent, PrepareSettings, Samples, Sound, prepare};
 use crate::plan::{DB_PER_UNIT, PlanConfig, ResidualQuantizer, Spectrum};
 use crate::rng::Rng;
 
 /// Plan frames that a piece must have to be of use.
-const LEAST_FRAMES: usize = 64;
+pub const LEAST_FRAMES: usize = 64;
 /// Frames that codebooks are fitted to.
 const CODEBOOK_FRAMES: usize = 60_000;
 const KMEANS_ROUNDS: usize = 12;
+/// Frames analysed in one go: memory does not grow with a piece.
+const BLOCK: usize = 4096;
 
-/// One recording at the model's rate and level.
+/// One recording at the model's rate and level; its samples stay on disk.
 pub struct Recording {
-    pub path: PathBuf,
-    /// Samples * 32767.
-    samples: Vec<i16>,
+    pub facts: Facts,
+    samples: Samples,
     /// Its plan's tokens, `[frames, n_codebooks]`; empty until the codebooks are fitted.
     pub plan_tokens: Array2<u16>,
 }
 
 impl Recording {
-    fn read(path: &Path, codec: &Codec, hop: usize) -> Result<Self, String> {
-        let clip = decode_file(path).map_err(|e| e.to_string())?;
-        let rate = clip.sample_rate;
-        let samples = resample(&clip.downmix(), rate, codec.sample_rate).map_err(|e| e.to_string())?;
-        let n_frames = samples.len() / hop;
-        if n_frames < LEAST_FRAMES {
-            let least = (LEAST_FRAMES * hop) as f64 / f64::from(codec.sample_rate);
-            return Err(format!("{}: shorter than {least:.1} s", path.display()));
-        }
-        let Some(gain) = level::gain(&samples) else {
-            return Err(format!("{}: silent", path.display()));
-        };
-        let to_i16 = |x: &f32| (x * gain * 32767.0).round().clamp(-32768.0, 32767.0) as i16;
-        Ok(Self {
-            path: path.to_owned(),
-            samples: samples[..n_frames * hop].iter().map(to_i16).collect(),
-            plan_tokens: Array2::zeros((0, 0)),
-        })
-    }
-
     /// Whole plan frames.
     pub fn n_frames(&self, hop: usize) -> usize {
         self.samples.len() / hop
     }
 
     /// Tokens of the samples `range`, at `gain`.
-    pub fn tokens(&self, range: std::ops::Range<usize>, gain: f32, codec: &Codec) -> Vec<Token> {
+    pub fn tokens(&self, range: Range<usize>, gain: f32, codec: &Codec) -> Result<Vec<Token>, CorpusError> {
         let scale = gain / 32767.0;
-        self.samples[range].iter().map(|&x| codec.encode((f32::from(x) * scale).clamp(-1.0, 1.0))).collect()
+        Ok(self
+            .samples
+            .read(range)?
+            .into_iter()
+            .map(|x| codec.encode((f32::from(x) * scale).clamp(-1.0, 1.0)))
+            .collect())
     }
 
-    fn plan(&self, spectrum: &Spectrum, codec: &Codec) -> Array2<f32> {
-        spectrum.analyse(&codec.decode_all(&self.tokens(0..self.samples.len(), 1.0, codec)))
+    /// Tokens of `n` samples that begin at the sample `first`, played at `speed` times the speed and so the pitch.
+    pub fn tokens_at(
+        &self,
+        first: usize,
+        n: usize,
+        speed: f64,
+        gain: f32,
+        codec: &Codec,
+    ) -> Result<Vec<Token>, CorpusError> {
+        if speed == 1.0 {
+            return self.tokens(first..first + n, gain, codec);
+        }
+        let end = (first + speed::samples_needed(n, speed)).min(self.samples.len());
+        let samples: Vec<f32> = self.samples.read(first..end)?.into_iter().map(|x| f32::from(x) / 32767.0).collect();
+        let played = speed::play(&samples, speed, n);
+        Ok(played.into_iter().map(|x| codec.encode((x * gain).clamp(-1.0, 1.0))).collect())
     }
+
+    /// The plan frames `frames`.
+    fn plan(&self, frames: Range<usize>, spectrum: &Spectrum, codec: &Codec) -> Result<Array2<f32>, CorpusError> {
+        let hop = spectrum.hop();
+        let before = spectrum.window_len().div_ceil(hop).min(frames.start);
+        let tokens = self.tokens((frames.start - before) * hop..frames.end * hop, 1.0, codec)?;
+        let plan = spectrum.analyse(&codec.decode_all(&tokens));
+        Ok(plan.slice_axis(Axis(0), Slice::from(before..)).to_owned())
+    }
+
+    /// Encodes the whole plan and checks the samples on the way; gives the squared error's sum and number of values.
+    fn encode_plan(
+        &mut self,
+        quantizer: &ResidualQuantizer,
+        spectrum: &Spectrum,
+        codec: &Codec,
+    ) -> Result<(f64, usize), TrainError> {
+        let (hop, n_frames) = (spectrum.hop(), self.n_frames(spectrum.hop()));
+        let mut hasher = blake3::Hasher::new();
+        let (mut power, mut n, mut blocks) = (0.0, 0, Vec::new());
+        for first in (0..n_frames).step_by(BLOCK) {
+            let last = n_frames.min(first + BLOCK);
+            // With what is too short for a frame at the end.
+            let end = if last == n_frames { self.samples.len() } else { last * hop };
+            for sample in self.samples.read(first * hop..end)? {
+                hasher.update(&sample.to_le_bytes());
+            }
+            let plan = self.plan(first..last, spectrum, codec)?;
+            let codes = quantizer.encode_all(plan.view())?;
+            let rest = plan - quantizer.decode_all(codes.view())?;
+            power += rest.iter().map(|&d| f64::from(d * d)).sum::<f64>();
+            n += rest.len();
+            blocks.push(codes);
+        }
+        if hasher.finalize().to_hex().as_str() != self.facts.hash {
+            let what = format!("the samples of {} have changed", self.facts.source);
+            return Err(CorpusError::Damaged { path: self.samples.path().to_owned(), what }.into());
+        }
+        let views: Vec<_> = blocks.iter().map(|block| block.view()).collect();
+        self.plan_tokens = concatenate(Axis(0), &views).map_err(candle_core::Error::wrap)?;
+        Ok((power, n))
+    }
+}
+
+/// Where training data comes from and how it is split.
+pub struct Sources<'a> {
+    /// Audio files, folders of them, corpora.
+    pub inputs: &'a [PathBuf],
+    /// Where files that are not in a corpus are prepared; what is there already is not prepared again.
+    pub spool: &'a Path,
+    pub seed: u64,
+    /// Share of the files that is held out, at least one when there are two or more; `None` for none.
+    pub validation_share: Option<f64>,
+    /// Use only so many pieces and look into only so many files, spread over all of them.
+    pub most: Option<usize>,
+    pub threads: usize,
+}
+
+/// Where an excerpt begins, and how fast it is played.
+pub struct Pick<'a> {
+    pub recording: &'a Recording,
+    /// A plan frame.
+    pub first: usize,
+    pub speed: f64,
 }
 
 /// All recordings of a training run.
@@ -75,46 +141,91 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// Reads the files on all cores; those that cannot be used are reported and left out.
-    pub fn read(settings: &TrainSettings, spectrum: &Spectrum, observe: &mut Observer) -> Result<Self, TrainError> {
-        let codec = settings.config().codec.clone();
-        let hop = spectrum.hop();
-        let read: Vec<_> = settings.files.par_iter().map(|path| (path, Recording::read(path, &codec, hop))).collect();
-        let mut recordings = Vec::new();
-        for (path, result) in read {
-            match result {
-                Ok(recording) => recordings.push(recording),
-                Err(why) => {
-                    let _ = observe(TrainEvent::Skipped { path: path.clone(), why });
-                }
+    /// Prepares what is not prepared, on all cores, and opens it; files that cannot be used are reported and left out.
+    ///
+    /// Order and split depend on what is heard and on the seed, not on names, places or whether it came from a corpus.
+    pub fn open(
+        sources: &Sources,
+        codec: &Codec,
+        spectrum: &Spectrum,
+        observe: &mut Observer,
+    ) -> Result<Self, TrainError> {
+        let mut found = find(sources.inputs);
+        found.files = spread(found.files, sources.most);
+        let sample_rate = codec.sample_rate;
+        let least_s = (LEAST_FRAMES * spectrum.hop()) as f64 / f64::from(sample_rate);
+        let mut pieces = Vec::new();
+        for folder in &found.corpora {
+            let corpus = Corpus::open(folder)?;
+            if corpus.sample_rate != sample_rate {
+                let (folder, got) = (folder.clone(), corpus.sample_rate);
+                return Err(CorpusError::SampleRate { folder, wanted: sample_rate, got }.into());
             }
+            if !corpus.unfinished.is_empty() {
+                let why = format!(
+                    "{}: {} not finished; run its `wavegen prepare` again to train on all of it",
+                    folder.display(),
+                    corpus.unfinished.join(", ")
+                );
+                let _ = observe(TrainEvent::Skipped { path: folder.clone(), why });
+            }
+            pieces.extend(corpus.pieces);
         }
+        if !found.files.is_empty() {
+            let settings = PrepareSettings {
+                inputs: found.files.clone(),
+                folder: sources.spool.to_owned(),
+                sample_rate,
+                least_s,
+                part: (1, 1),
+                threads: sources.threads,
+            };
+            pieces.extend(spool(&settings, observe)?);
+        }
+        for (path, why) in found.unreadable {
+            let _ = observe(TrainEvent::Skipped { path, why });
+        }
+        let mut recordings = usable(spread(pieces, sources.most), spectrum.hop(), least_s, observe);
         if recordings.is_empty() {
-            let least_s = (LEAST_FRAMES * hop) as f64 / f64::from(codec.sample_rate);
-            return Err(TrainError::NoData { n_files: settings.files.len(), least_s });
+            return Err(TrainError::NoData { n_files: found.files.len(), least_s });
         }
-        // Which files are held out depends on the seed and the order of the names only.
-        recordings.sort_by(|a, b| a.path.cmp(&b.path));
-        let held_out = match recordings.len() {
-            1 => 0,
-            n => ((n as f64 * settings.validation_share).round() as usize).clamp(1, n - 1),
+        recordings.sort_by(|a, b| a.facts.hash.cmp(&b.facts.hash));
+        let held_out = match (sources.validation_share, recordings.len()) {
+            (None, _) | (_, 1) => 0,
+            (Some(share), n) => ((n as f64 * share).round() as usize).clamp(1, n - 1),
         };
-        let mut rng = Rng::new(settings.seed ^ 0x5eed);
+        let mut rng = Rng::new(sources.seed ^ 0x5eed);
         for i in (1..recordings.len()).rev() {
             recordings.swap(i, rng.below(i + 1));
         }
         let train = recordings.split_off(held_out);
-        let data = Self { train, validation: recordings, codec, spectrum: spectrum.clone() };
-        let hours = |set: &[Recording]| {
-            set.iter().map(|r| r.samples.len()).sum::<usize>() as f64 / f64::from(data.codec.sample_rate) / 3600.0
-        };
-        let _ = observe(TrainEvent::Data {
-            train_files: data.train.len(),
-            train_hours: hours(&data.train),
-            validation_files: data.validation.len(),
-            validation_hours: hours(&data.validation),
-        });
+        let data = Self { train, validation: recordings, codec: codec.clone(), spectrum: spectrum.clone() };
+        data.report(observe);
         Ok(data)
+    }
+
+    fn report(&self, observe: &mut Observer) {
+        let hours = |set: &[Recording]| {
+            set.iter().map(|r| r.samples.len()).sum::<usize>() as f64 / f64::from(self.codec.sample_rate) / 3600.0
+        };
+        let mut sound = Sound::default();
+        self.train.iter().chain(&self.validation).for_each(|r| sound.add(&r.facts.sound));
+        let _ = observe(TrainEvent::Data {
+            train_files: self.train.len(),
+            train_hours: hours(&self.train),
+            validation_files: self.validation.len(),
+            validation_hours: hours(&self.validation),
+            sound: sound.findings(),
+        });
+    }
+
+    /// Hours of sound in `units` frames (plan) or samples (wave).
+    pub fn hours(&self, units: u64, part: Part) -> f64 {
+        let samples = match part {
+            Part::Plan => units * self.spectrum.hop() as u64,
+            Part::Wave => units,
+        };
+        samples as f64 / f64::from(self.codec.sample_rate) / 3600.0
     }
 
     /// Recordings to judge by: those held out, or the only one there is.
@@ -124,35 +235,36 @@ impl Dataset {
 
     /// Fits the plan's codebooks to the training pieces.
     pub fn fit_codebooks(&self, config: &PlanConfig, seed: u64) -> Result<ResidualQuantizer, TrainError> {
-        let hop = self.spectrum.hop();
+        let (hop, window) = (self.spectrum.hop(), self.spectrum.window_len());
         let total: usize = self.train.iter().map(|r| r.n_frames(hop)).sum();
         let stride = total.div_ceil(CODEBOOK_FRAMES).max(1);
-        let rows: Vec<Vec<f32>> = self
-            .train
-            .par_iter()
-            .map(|r| {
-                r.plan(&self.spectrum, &self.codec).rows().into_iter().step_by(stride).flatten().copied().collect()
-            })
-            .collect();
+        let frames_of = |r: &Recording| {
+            let frame = |i: usize| {
+                let end = (i + 1) * hop;
+                let heard = r.tokens(end.saturating_sub(window)..end, 1.0, &self.codec)?;
+                Ok(self.spectrum.analyse_last(&self.codec.decode_all(&heard)))
+            };
+            let frames = (0..r.n_frames(hop)).step_by(stride).map(frame).collect::<Result<Vec<_>, CorpusError>>()?;
+            Ok(frames.concat())
+        };
+        let rows = self.train.par_iter().map(frames_of).collect::<Result<Vec<Vec<f32>>, CorpusError>>()?;
         let flat = rows.concat();
+        drop(rows);
         let n_bands = self.spectrum.n_bands();
         let frames = Array2::from_shape_vec((flat.len() / n_bands, n_bands), flat).map_err(candle_core::Error::wrap)?;
         Ok(ResidualQuantizer::fit(frames.view(), config.n_codebooks, config.n_entries, KMEANS_ROUNDS, seed)?)
     }
 
     /// Gives every piece its plan tokens; returns what quantising leaves, dB rms.
+    ///
+    /// They stay in memory: 8 bytes for the 1024 of a frame's samples.
     pub fn encode_plans(&mut self, quantizer: &ResidualQuantizer) -> Result<f32, TrainError> {
         let (spectrum, codec) = (&self.spectrum, &self.codec);
         let errors: Vec<(f64, usize)> = self
             .train
             .par_iter_mut()
             .chain(&mut self.validation)
-            .map(|recording| {
-                let plan = recording.plan(spectrum, codec);
-                recording.plan_tokens = quantizer.encode_all(plan.view())?;
-                let rest = plan - quantizer.decode_all(recording.plan_tokens.view())?;
-                Ok((rest.iter().map(|&d| f64::from(d * d)).sum(), rest.len()))
-            })
+            .map(|recording| recording.encode_plan(quantizer, spectrum, codec))
             .collect::<Result<_, TrainError>>()?;
         let (power, n) = errors.iter().fold((0.0, 0), |(p, n), (q, m)| (p + q, n + m));
         Ok((power / n.max(1) as f64).sqrt() as f32 * DB_PER_UNIT)
@@ -160,26 +272,89 @@ impl Dataset {
 
     /// Tells other data, another order or another split apart.
     pub fn hash(&self) -> u64 {
-        let sets = [&self.train, &self.validation];
-        let hashes: Vec<u64> = sets
-            .par_iter()
-            .flat_map(|set| set.par_iter().map(|r| Hash::new().words(r.samples.iter().map(|&x| x as u64)).value()))
-            .collect();
-        Hash::new().words([self.train.len() as u64]).words(hashes).value()
+        let all = self.train.iter().chain(&self.validation);
+        all.fold(Hash::new().words([self.train.len() as u64]), |hash, r| hash.bytes(r.facts.hash.as_bytes())).value()
     }
 
-    /// A training piece chosen by length, and the first of `n_frames` frames in it.
-    pub fn pick(&self, n_frames: usize, rng: &mut Rng) -> (&Recording, usize) {
+    /// Frames of the longest training piece.
+    pub fn longest(&self) -> usize {
+        self.train.iter().map(|r| r.n_frames(self.spectrum.hop())).max().unwrap_or(0)
+    }
+
+    /// A training piece chosen by length, a place in it that has room for `n_frames` frames, and a speed drawn evenly
+    /// from 1 - `variation` to 1 + `variation`: 1 where no piece is long enough for another.
+    pub fn pick(&self, n_frames: usize, variation: f64, rng: &mut Rng) -> Pick<'_> {
         let hop = self.spectrum.hop();
-        let places = |r: &Recording| (r.n_frames(hop) + 1).saturating_sub(n_frames);
+        let (mut speed, mut room) = (1.0, n_frames);
+        if variation > 0.0 {
+            let drawn = 1.0 + variation * (2.0 * f64::from(rng.uniform()) - 1.0);
+            let needed = speed::samples_needed(n_frames * hop, drawn).div_ceil(hop);
+            if needed <= self.longest() {
+                (speed, room) = (drawn, needed);
+            }
+        }
+        let places = |r: &Recording| (r.n_frames(hop) + 1).saturating_sub(room);
         let mut at = rng.below(self.train.iter().map(places).sum());
         for recording in &self.train {
             let n = places(recording);
             if at < n {
-                return (recording, at);
+                return Pick { recording, first: at, speed };
             }
             at -= n;
         }
-        (&self.train[0], 0)
+        Pick { recording: &self.train[0], first: 0, speed: 1.0 }
     }
+}
+
+/// The pieces of plain files.
+fn spool(settings: &PrepareSettings, observe: &mut Observer) -> Result<Vec<Piece>, TrainError> {
+    let (mut done, mut total) = (0, 0);
+    let prepared = prepare(settings, &mut |event| {
+        match event {
+            PrepareEvent::Found { new, .. } => {
+                total = new;
+                return ControlFlow::Continue(());
+            }
+            PrepareEvent::Waiting => return ControlFlow::Continue(()),
+            PrepareEvent::Bad { path, why } => {
+                let _ = observe(TrainEvent::Skipped { path: path.to_owned(), why: why.to_owned() });
+            }
+            PrepareEvent::Piece { .. } | PrepareEvent::Same { .. } => {}
+        }
+        done += 1;
+        observe(TrainEvent::Reading { done, total })
+    })?;
+    if prepared.interrupted {
+        return Err(TrainError::Interrupted);
+    }
+    let mut pieces = Corpus::open(&settings.folder)?.pieces;
+    // The folder may hold more, of an earlier start with other files.
+    pieces.retain(|piece| prepared.contents.contains(&piece.content));
+    Ok(pieces)
+}
+
+/// At most `most` of all, at even distances.
+fn spread<T>(all: Vec<T>, most: Option<usize>) -> Vec<T> {
+    let stride = most.map_or(1, |most| all.len().div_ceil(most.max(1)).max(1));
+    all.into_iter().step_by(stride).collect()
+}
+
+/// Pieces that are long enough, each once: a copy on both sides of the split would judge a model by what it has seen.
+fn usable(pieces: Vec<Piece>, hop: usize, least_s: f64, observe: &mut Observer) -> Vec<Recording> {
+    let mut heard = HashSet::new();
+    let mut recordings = Vec::with_capacity(pieces.len());
+    for Piece { facts, samples, .. } in pieces {
+        let mut skip = |what: String| {
+            let why = format!("{}: {what}", facts.source);
+            let _ = observe(TrainEvent::Skipped { path: PathBuf::from(&facts.source), why });
+        };
+        if samples.len() < LEAST_FRAMES * hop {
+            skip(format!("shorter than {least_s:.1} s"));
+        } else if !heard.insert(facts.hash.clone()) {
+            skip("sounds the same as another file".into());
+        } else {
+            recordings.push(Recording { facts, samples, plan_tokens: Array2::zeros((0, 0)) });
+        }
+    }
+    recordings
 }

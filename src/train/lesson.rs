@@ -11,12 +11,20 @@ use super::hash::Hash;
 use super::optimizer::AdamW;
 use super::resume::Progress;
 use super::schedule::Clock;
+use super::watch::Judged;
 use super::workers::Workers;
-use super::{Observer, Part, Run, TrainError, TrainEvent, TrainSettings};
+use super::{Observer, Part, Run, TrainError, TrainEvent};
+use crate::ahead::{ahead, lone_threads};
+use crate::metrics::Adherence;
 use crate::rng::Rng;
 
 /// Steps in a row that may fail before training is given up.
 const MOST_SKIPPED: usize = 5;
+/// Threads that compute on items for each one that draws them.
+const FED_BY_ONE: usize = 4;
+
+/// Hands out the items of the coming steps in order.
+type Next<'a, T> = dyn FnMut() -> Option<Result<T, TrainError>> + 'a;
 
 /// Scores one rank's share of held-out pieces: nats, and what their sum over all ranks is to be divided by.
 pub type Validate<'a> = dyn Fn(&Workers, &dyn Group) -> Result<(f64, usize), TrainError> + Sync + 'a;
@@ -39,25 +47,45 @@ pub struct Lesson<'a, T> {
     pub validate: &'a Validate<'a>,
 }
 
-impl<T: Send> Lesson<'_, T> {
+impl<T: Send + Sync> Lesson<'_, T> {
     /// Trains until the budget is spent, validation has stopped to gain, or the observer breaks; the optimizer's averages
     /// then hold the result, the best one that was validated. Goes on from the folder's state.
     pub fn teach(self, run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, TrainError> {
-        let (part, settings, folder, group) = (self.part, run.settings, run.folder, run.group);
-        let mut progress = folder.load(part, optimizer)?;
+        let (part, settings, group) = (self.part, run.settings, run.group);
+        let progress = run.folder.load(part, optimizer)?;
         if progress.step > 0 {
             let _ = (run.observe)(TrainEvent::Resumed { part, step: progress.step, finished: progress.finished });
         }
+        run.keeper.recall(part, &progress.history);
         if progress.finished {
             return Ok(ControlFlow::Continue(()));
         }
+        // Drawn ahead on threads of their own; which item is which depends on the seed and its number alone. One of every
+        // `size` items is this rank's.
+        let (size, first) = (group.size(), group.next_mine(progress.step * self.batch));
+        let feeders = lone_threads(settings.threads.div_ceil(FED_BY_ONE))?;
+        let most = 2 * self.batch.div_ceil(size).min(settings.threads.max(1));
+        let (draw, seed) = (self.draw, settings.seed);
+        let make = |n| draw(&mut generator(seed, part, first + n * size));
+        ahead(&feeders, most, 0..usize::MAX, make, |next| self.learn(run, optimizer, progress, next))
+    }
+
+    /// The steps that are left.
+    fn learn(
+        &self,
+        run: &mut Run,
+        optimizer: &mut AdamW,
+        mut progress: Progress,
+        next: &mut Next<T>,
+    ) -> Result<ControlFlow<()>, TrainError> {
+        let (part, settings, folder, group) = (self.part, run.settings, run.folder, run.group);
         let workers = Workers::new(settings.threads)?;
         let mut clock = Clock::resume(settings.budget, settings.share(part), &progress);
         let (mut saved, mut begun_at) = (Instant::now(), (progress.units, clock.elapsed()));
         let mut going = ControlFlow::Continue(());
         while clock.done() < 1.0 && going.is_continue() {
             let learning_rate = self.learning_rate * clock.rate();
-            let (bits, norm) = self.step(settings, group, &workers, optimizer, &mut progress, learning_rate)?;
+            let (bits, norm) = self.step(run, &workers, optimizer, &mut progress, next, learning_rate)?;
             clock.advance(group);
             (progress.step, progress.elapsed_s) = (clock.step(), clock.elapsed().as_secs_f64());
             if progress.skipped > MOST_SKIPPED {
@@ -72,6 +100,7 @@ impl<T: Send> Lesson<'_, T> {
                 learning_rate,
                 skipped: progress.skipped > 0,
                 units: progress.units,
+                hours: run.data.hours(progress.units, part),
                 units_per_s: (progress.units - begun_at.0) as f64
                     / (clock.elapsed() - begun_at.1).as_secs_f64().max(1e-9),
                 elapsed_s: progress.elapsed_s,
@@ -114,21 +143,23 @@ impl<T: Send> Lesson<'_, T> {
     /// Only as many items as there are threads are in memory at a time.
     fn step(
         &self,
-        settings: &TrainSettings,
-        group: &dyn Group,
+        run: &Run,
         workers: &Workers,
         optimizer: &mut AdamW,
         progress: &mut Progress,
+        next: &mut Next<T>,
         learning_rate: f64,
     ) -> Result<(f64, f64), TrainError> {
+        let (group, threads) = (run.group, run.settings.threads.max(1));
         let first = progress.step * self.batch;
-        let items = group.mine(first..first + self.batch);
         let (mut nats, mut units) = (0.0, 0);
-        for together in items.chunks(settings.threads.max(1)) {
-            let results = workers.map(together, |&item| {
-                let item = (self.draw)(&mut generator(settings.seed, self.part, item))?;
-                let loss = (self.loss)(&item)?;
-                Ok(((self.units)(&item), loss.to_scalar::<f32>()?, loss.backward()?))
+        let mut left = group.mine(first..first + self.batch).len();
+        while left > 0 {
+            let items: Vec<T> = std::iter::from_fn(&mut *next).take(left.min(threads)).collect::<Result<_, _>>()?;
+            left -= items.len();
+            let results = workers.map(&items, |item| {
+                let loss = (self.loss)(item)?;
+                Ok(((self.units)(item), loss.to_scalar::<f32>()?, loss.backward()?))
             })?;
             for (n, loss, gradients) in results {
                 units += n;
@@ -144,10 +175,14 @@ impl<T: Send> Lesson<'_, T> {
         let norm = optimizer.step(learning_rate, bits.is_finite())?;
         progress.skipped = if bits.is_finite() && norm.is_finite() { 0 } else { progress.skipped + 1 };
         progress.updates = optimizer.steps();
+        if progress.skipped == 0 {
+            progress.recent = (progress.recent.0 + bits, progress.recent.1 + 1);
+        }
         Ok((bits, norm))
     }
 
-    /// Validates the averaged weights and keeps them if they are the best so far, or cannot be judged.
+    /// Validates the averaged weights, and those of the last step for comparison; keeps the averages if they are the best so
+    /// far, or cannot be judged. Then shows what the model has become.
     fn judge(
         &self,
         workers: &Workers,
@@ -155,28 +190,53 @@ impl<T: Send> Lesson<'_, T> {
         optimizer: &mut AdamW,
         progress: &mut Progress,
     ) -> Result<ControlFlow<()>, TrainError> {
+        let (part, step) = (self.part, progress.step);
+        let raw = (self.validate)(workers, run.group);
         optimizer.swap()?;
-        let scored = (self.validate)(workers, run.group);
+        let averaged = (self.validate)(workers, run.group);
         optimizer.swap()?;
-        let (nats, units) = scored?;
-        let mut sums = [nats, units as f64];
-        run.group.sum_f64(&mut sums);
+        let (nats, raw) = (of_all(run.group, averaged), of_all(run.group, raw));
+        let (nats, raw) = (nats?, raw?);
+        // What is no number is not the best.
+        let best = nats.is_none_or(|nats| nats < progress.best.unwrap_or(f64::INFINITY));
         let mut going = ControlFlow::Continue(());
-        if sums[1] > 0.0 {
-            let nats = sums[0] / sums[1];
-            let best = progress.best.is_none_or(|best| nats < best);
-            let event = TrainEvent::Validation { part: self.part, step: progress.step, bits: nats / LN_2, best };
-            going = (run.observe)(event);
-            if !best {
+        if let (Some(nats), Some(raw)) = (nats, raw) {
+            going = (run.observe)(TrainEvent::Validation { part, step, bits: nats / LN_2, raw_bits: raw / LN_2, best });
+            if best {
+                (progress.best, progress.stale) = (Some(nats), 0);
+                warn(run.folder.save_best(part, optimizer), run.observe);
+            } else {
                 progress.stale += 1;
-                return Ok(going);
             }
-            (progress.best, progress.stale) = (Some(nats), 0);
-            warn(run.folder.save_best(self.part, optimizer), run.observe);
         }
-        warn((run.keep)(optimizer), run.observe);
+        if best {
+            warn(run.keeper.keep(optimizer), run.observe);
+        }
+        let (sum, n) = std::mem::take(&mut progress.recent);
+        let bits = |nats: Option<f64>| nats.map(|nats| nats / LN_2);
+        let (held_out, held_out_raw) = (bits(nats), bits(raw));
+        progress.history.push(Judged { step, train: sum / f64::from(n.max(1)), held_out, held_out_raw });
+        run.keeper.recall(part, &progress.history);
+        match run.keeper.show(part, step, optimizer) {
+            Ok(Some(Adherence { rms_db, bias_db })) => {
+                let event = TrainEvent::FreeRun { part, step, adherence_db: rms_db, bias_db };
+                going = if (run.observe)(event).is_break() { ControlFlow::Break(()) } else { going };
+            }
+            Ok(None) => {}
+            shown => warn(shown.map(drop), run.observe),
+        }
+        // The others sleep while rank 0 plays.
+        run.group.of_first(())?;
         Ok(going)
     }
+}
+
+/// Mean nats per unit over all ranks; `None` without units. The ranks exchange what they have before one of them fails, and
+/// then the others get no number.
+fn of_all(group: &dyn Group, scored: Result<(f64, usize), TrainError>) -> Result<Option<f64>, TrainError> {
+    let mut sums = scored.as_ref().map_or([f64::NAN; 2], |&(nats, units)| [nats, units as f64]);
+    group.sum_f64(&mut sums);
+    scored.map(|_| (sums[1] != 0.0).then(|| sums[0] / sums[1]))
 }
 
 /// The generator of a part's n-th item: whatever the batch, the threads and the interruptions, the same.

@@ -12,7 +12,9 @@ pub mod lesson;
 pub mod optimizer;
 pub mod plan;
 pub mod resume;
+pub mod scene;
 pub mod schedule;
+pub mod watch;
 pub mod wave;
 pub mod workers;
 
@@ -23,28 +25,32 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::audio::AudioError;
 use crate::checkpoint::{Checkpoint, CheckpointError, Precision};
+use crate::corpus::{CorpusError, Findings};
 use crate::engine::EngineError;
 use crate::forecast::ForecastError;
+use crate::metrics::Adherence;
 use crate::model::Model;
 use crate::model::config::{ConfigError, GenerationSettings, ModelConfig};
 use crate::model::params::{Params, ParamsError};
 use crate::plan::{PlanError, ResidualQuantizer, Spectrum};
-use dataset::Dataset;
+use dataset::{Dataset, Sources};
 use group::{Alone, Group};
 use hash::Hash;
 use optimizer::AdamW;
 use resume::{Identity, StateFolder};
 use schedule::{Budget, PLAN_SHARE};
+use watch::{History, Watch};
 
 /// Why training stopped without a model.
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
     #[error("no usable audio among {n_files} files: every piece needs at least {least_s:.1} s of sound")]
     NoData { n_files: usize, least_s: f64 },
+    #[error("interrupted while reading the recordings; the same command goes on")]
+    Interrupted,
     #[error(transparent)]
-    Audio(#[from] AudioError),
+    Corpus(#[from] CorpusError),
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error("the plan")]
@@ -74,6 +80,8 @@ pub enum TrainError {
     Ranks { what: String },
     #[error("what another process sent cannot be read")]
     Message(#[from] serde_json::Error),
+    #[error("{path}: the picture cannot be written ({source})", path = path.display())]
+    Picture { path: PathBuf, source: std::io::Error },
     #[error("starting worker threads")]
     Threads(#[from] rayon::ThreadPoolBuildError),
 }
@@ -84,7 +92,7 @@ pub struct TrainSettings {
     pub start: Start,
     /// What is trained, in this order.
     pub parts: Vec<Part>,
-    /// Audio files of any kind.
+    /// Audio files of any kind, folders of them, corpora made by [`prepare`](crate::corpus::prepare()).
     pub files: Vec<PathBuf>,
     /// Where the checkpoint goes; it is rewritten whenever validation has improved. The state that a killed run goes on
     /// from lies beside it ([`resume`]) until training is over.
@@ -104,6 +112,8 @@ pub struct TrainSettings {
     pub wave_learning_rate: f64,
     /// Share of the files that is held out, at least one when there are two or more.
     pub validation_share: f64,
+    /// Excerpts are played faster or slower by up to this share, pitch and all.
+    pub speed_variation: f64,
     /// Steps between validations; `None`: what suits the part.
     pub validate_every: Option<usize>,
     /// Time between states on disk, which is what a kill costs at most.
@@ -112,6 +122,10 @@ pub struct TrainSettings {
     pub patience: Option<usize>,
     /// Fit the generation settings in free run at the end (minutes with the reference engine), or leave them.
     pub calibrate: bool,
+    /// Draw losses and a free run at each evaluation, beside the output.
+    pub pictures: bool,
+    /// Use only so many pieces: for a dry run.
+    pub most_pieces: Option<usize>,
     /// For people, kept in the checkpoint.
     pub notes: BTreeMap<String, String>,
 }
@@ -134,7 +148,7 @@ impl TrainSettings {
     }
 
     /// A part's share of a time budget.
-    fn share(&self, part: Part) -> f64 {
+    pub fn share(&self, part: Part) -> f64 {
         match (self.parts.len(), part) {
             (..2, _) => 1.0,
             (_, Part::Plan) => PLAN_SHARE,
@@ -162,6 +176,7 @@ impl TrainSettings {
             ("wave batch", self.wave_batch.to_string()),
             ("plan learning rate", self.plan_learning_rate.to_string()),
             ("wave learning rate", self.wave_learning_rate.to_string()),
+            ("speed variation", self.speed_variation.to_string()),
         ]
         .map(|(name, value)| (name.to_owned(), value))
         .into()
@@ -195,12 +210,18 @@ pub enum TrainEvent {
         path: PathBuf,
         why: String,
     },
-    /// Files read: hours for training and validation.
+    /// Files that are not in a corpus are decoded.
+    Reading {
+        done: usize,
+        total: usize,
+    },
+    /// All that there is: hours for training and validation, and how it sounds.
     Data {
         train_files: usize,
         train_hours: f64,
         validation_files: usize,
         validation_hours: f64,
+        sound: Findings,
     },
     /// Codebooks fitted; what quantising leaves, dB rms.
     Codebooks {
@@ -222,18 +243,27 @@ pub enum TrainEvent {
         norm: f64,
         learning_rate: f64,
         skipped: bool,
-        /// Frames or samples seen.
+        /// Frames or samples seen, and how many hours of sound they are.
         units: u64,
+        hours: f64,
         units_per_s: f64,
         /// Of this part, with the time of killed runs.
         elapsed_s: f64,
     },
-    /// On held-out pieces, by the averaged weights; whether they are the best so far.
+    /// On held-out pieces, by the averaged weights (`bits`; whether they are the best so far) and by those of the last step.
     Validation {
         part: Part,
         step: usize,
         bits: f64,
+        raw_bits: f64,
         best: bool,
+    },
+    /// The averaged weights played a scene, always the same, by the recording's plan: how far from it that is.
+    FreeRun {
+        part: Part,
+        step: usize,
+        adherence_db: f32,
+        bias_db: f32,
     },
     /// A state or model that could not be written; training goes on.
     NotSaved {
@@ -264,12 +294,13 @@ pub fn train(settings: &TrainSettings, observe: &mut Observer) -> Result<Checkpo
 /// [`train`] as one of a group of processes, all with the same settings and files.
 ///
 /// Each computes its share of every batch and validation; the losses are those of one process, to rounding. Only rank 0
-/// writes. Every rank is told the same losses, and ends when the observer of any of them breaks.
+/// writes; it decodes plain files before the others read them, beside the output. Every rank is told the same losses, and
+/// ends when the observer of any of them breaks.
 pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Observer) -> Result<Checkpoint, TrainError> {
     let config = settings.config();
     config.validate()?;
     let spectrum = Spectrum::new(config.codec.sample_rate, &config.plan)?;
-    let mut data = Dataset::read(settings, &spectrum, observe)?;
+    let mut data = open_data(group, settings, &spectrum, observe)?;
     let identity = settings.identity(&data);
     compare(group, &identity)?;
     let folder = StateFolder::open(group, &settings.output, &identity, settings.afresh)?;
@@ -287,20 +318,32 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
     let model = Model::new(&mut params, config, spectrum.n_bands())?;
     let vars = params.into_vars();
     let quantizer = checkpoint.quantizer.clone();
+    let watches = settings.pictures && group.is_first();
+    let watch = watches.then(|| Watch::new(&data, &quantizer, &settings.output)).transpose()?;
+    let (mut plan_history, mut wave_history) = (History::new(), History::new());
     let mut going = ControlFlow::Continue(());
     for &part in &settings.parts {
         let of_part = vars.iter().filter(|(name, _)| name.split('.').next() == Some(part.name()));
         let mut optimizer = AdamW::new(of_part.map(|(name, var)| (name.clone(), var.clone())).collect())?;
         optimizer.begin_from(&checkpoint.weights).map_err(TrainError::Best)?;
-        let keep = &mut |optimizer: &AdamW| {
-            checkpoint.take(optimizer);
-            match group.is_first() {
-                true => Ok(checkpoint.save(&settings.output, settings.precision)?),
-                false => Ok(()),
-            }
+        let keeper = Keeper {
+            settings,
+            group,
+            checkpoint: &mut checkpoint,
+            watch: &watch,
+            plan: &mut plan_history,
+            wave: &mut wave_history,
         };
-        let mut run =
-            Run { settings, group, data: &data, quantizer: &quantizer, model: &model, folder: &folder, observe, keep };
+        let mut run = Run {
+            settings,
+            group,
+            data: &data,
+            quantizer: &quantizer,
+            model: &model,
+            folder: &folder,
+            observe,
+            keeper,
+        };
         going = match part {
             Part::Plan => plan::train(&mut run, &mut optimizer)?,
             Part::Wave => wave::train(&mut run, &mut optimizer)?,
@@ -312,7 +355,7 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
     }
     if going.is_continue() && settings.calibrate && settings.parts.contains(&Part::Wave) {
         checkpoint.generation = group.of_first(match group.is_first() {
-            true => calibrate::calibrate(&checkpoint, &data, observe)?,
+            true => calibrate::calibrate(&checkpoint, &data, calibrate::EXCERPTS, observe)?,
             false => checkpoint.generation,
         })?;
     }
@@ -324,6 +367,43 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
         let _ = observe(TrainEvent::Saved { path: settings.output.clone() });
     }
     Ok(checkpoint)
+}
+
+/// Opens the data: rank 0 decodes plain files while the others wait, who then find them prepared.
+///
+/// # Errors
+/// Interrupted on any rank is interrupted on all of them.
+fn open_data(
+    group: &dyn Group,
+    settings: &TrainSettings,
+    spectrum: &Spectrum,
+    observe: &mut Observer,
+) -> Result<Dataset, TrainError> {
+    let sources = Sources {
+        inputs: &settings.files,
+        spool: &StateFolder::audio(&settings.output),
+        seed: settings.seed,
+        validation_share: Some(settings.validation_share),
+        most: settings.most_pieces,
+        threads: settings.threads,
+    };
+    let mut open = || match Dataset::open(&sources, &settings.config().codec, spectrum, observe) {
+        Err(TrainError::Interrupted) => Ok(None),
+        opened => opened.map(Some),
+    };
+    let mut data = None;
+    if group.is_first() {
+        let opened = open();
+        if let Err(TrainError::NoData { .. }) = opened {
+            StateFolder::remove_audio(&settings.output);
+        }
+        data = opened?;
+    }
+    if group.of_first(data.is_some())? && !group.is_first() {
+        data = open()?;
+    }
+    let interrupted = group.any(data.is_none());
+    data.filter(|_| !interrupted).ok_or(TrainError::Interrupted)
 }
 
 /// Makes sure, on every rank, that all ranks train the same.
@@ -346,6 +426,46 @@ impl Checkpoint {
     }
 }
 
+/// Keeps the model that comes of it, and shows it.
+pub struct Keeper<'a> {
+    settings: &'a TrainSettings,
+    group: &'a dyn Group,
+    checkpoint: &'a mut Checkpoint,
+    /// On rank 0 only.
+    watch: &'a Option<Watch>,
+    plan: &'a mut History,
+    wave: &'a mut History,
+}
+
+impl Keeper<'_> {
+    /// Takes the averaged weights, which are the best so far; rank 0 writes the model.
+    pub fn keep(&mut self, optimizer: &AdamW) -> Result<(), TrainError> {
+        self.checkpoint.take(optimizer);
+        match self.group.is_first() {
+            true => Ok(self.checkpoint.save(&self.settings.output, self.settings.precision)?),
+            false => Ok(()),
+        }
+    }
+
+    /// Remembers what evaluations of a part found.
+    pub fn recall(&mut self, part: Part, history: &History) {
+        match part {
+            Part::Plan => self.plan.clone_from(history),
+            Part::Wave => self.wave.clone_from(history),
+        }
+    }
+
+    /// Draws the losses and lets the averaged weights play, on rank 0; how near they come to a plan, where something can be
+    /// played.
+    pub fn show(&self, part: Part, step: usize, optimizer: &AdamW) -> Result<Option<Adherence>, TrainError> {
+        let Some(watch) = self.watch else { return Ok(None) };
+        watch.draw_losses(self.plan, self.wave)?;
+        let mut now = self.checkpoint.clone();
+        now.take(optimizer);
+        watch.listen(&now, part, step)
+    }
+}
+
 /// What every part of training works with.
 pub struct Run<'a, 'o> {
     pub settings: &'a TrainSettings,
@@ -355,6 +475,5 @@ pub struct Run<'a, 'o> {
     pub model: &'a Model,
     pub folder: &'a StateFolder<'a>,
     pub observe: &'a mut Observer<'o>,
-    /// Is told when the averaged weights are the best so far.
-    pub keep: &'a mut dyn FnMut(&AdamW) -> Result<(), TrainError>,
+    pub keeper: Keeper<'a>,
 }

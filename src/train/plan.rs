@@ -3,9 +3,9 @@
 use std::ops::ControlFlow;
 
 use candle_core::{Device, Tensor};
-use ndarray::{ArrayView2, s};
+use ndarray::{Array2, ArrayView2, s};
 
-use super::dataset::Dataset;
+use super::dataset::{Dataset, Pick, Recording};
 use super::group::Group;
 use super::lesson::Lesson;
 use super::optimizer::AdamW;
@@ -17,8 +17,9 @@ use crate::rng::Rng;
 
 /// Plan frames of a training context, where pieces are long enough.
 const CONTEXT: usize = 512;
-/// Steps between validations.
+/// Steps between validations, and most pieces that one listens to, at even distances.
 const VALIDATE: usize = 100;
+const JUDGES: usize = 48;
 
 /// A context's tokens, centred bands and dropout.
 type Context = (Tensor, Tensor, Option<Tensor>);
@@ -27,13 +28,15 @@ type Context = (Tensor, Tensor, Option<Tensor>);
 pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, TrainError> {
     let config = &run.settings.config().plan_transformer;
     let (data, quantizer, model) = (run.data, run.quantizer, &run.model.plan);
-    let hop = data.spectrum.hop();
-    let longest = data.train.iter().map(|r| r.n_frames(hop)).max().unwrap_or(0);
-    let context = CONTEXT.min(longest);
+    let context = CONTEXT.min(data.longest());
+    let variation = run.settings.speed_variation;
     let draw = |rng: &mut Rng| -> Result<Context, TrainError> {
-        let (recording, first) = data.pick(context, rng);
-        let codes = recording.plan_tokens.slice(s![first..first + context, ..]);
-        let (tokens, bands) = tensors(quantizer, codes)?;
+        let picked = data.pick(context, variation, rng);
+        let (tokens, bands) = if picked.speed == 1.0 {
+            tensors(quantizer, picked.recording.plan_tokens.slice(s![picked.first..picked.first + context, ..]))?
+        } else {
+            tensors(quantizer, heard_at(data, quantizer, &picked, context)?.view())?
+        };
         Ok((tokens, bands, dropout(config.dropout, (1, context - 1, config.dim), rng)?))
     };
     let lesson = Lesson {
@@ -47,6 +50,18 @@ pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, Tr
         validate: &|workers, group| validate(workers, group, data, quantizer, model),
     };
     lesson.teach(run, optimizer)
+}
+
+/// Plan tokens of a context that is played at another speed; its first frames hear silence before it.
+fn heard_at(
+    data: &Dataset,
+    quantizer: &ResidualQuantizer,
+    picked: &Pick,
+    context: usize,
+) -> Result<Array2<u16>, TrainError> {
+    let (hop, codec) = (data.spectrum.hop(), &data.codec);
+    let tokens = picked.recording.tokens_at(picked.first * hop, context * hop, picked.speed, 1.0, codec)?;
+    Ok(quantizer.encode_all(data.spectrum.analyse(&codec.decode_all(&tokens)).view())?)
 }
 
 /// Plan tokens -> tokens and centred bands, each `[1, frames, ..]`.
@@ -78,8 +93,10 @@ fn validate(
     quantizer: &ResidualQuantizer,
     model: &PlanTransformer,
 ) -> Result<(f64, usize), TrainError> {
-    let scored = workers.map(&group.mine(0..data.validation.len()), |&piece| {
-        let recording = &data.validation[piece];
+    let stride = data.validation.len().div_ceil(JUDGES).max(1);
+    let judges: Vec<&Recording> = data.validation.iter().step_by(stride).collect();
+    let scored = workers.map(&group.mine(0..judges.len()), |&i| {
+        let recording = judges[i];
         let n = recording.plan_tokens.nrows().min(CONTEXT);
         let (tokens, bands) = tensors(quantizer, recording.plan_tokens.slice(s![..n, ..]))?;
         Ok((f64::from(model.nll(&tokens, &bands, None)?.sum_all()?.to_scalar::<f32>()?), n - 1))

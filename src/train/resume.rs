@@ -3,7 +3,8 @@
 //! A folder beside the output: `run.json` says which run it belongs to, `codebooks.safetensors` holds the plan's,
 //! `PART-STEP.safetensors` a transformer's weights and optimizer after a step, `PART-best.safetensors` the averaged
 //! weights that did best on held-out pieces. Every file is written under another name and renamed when it is whole.
-//! Only rank 0 reads and writes them; what it reads goes to all ranks.
+//! Only rank 0 reads and writes them; what it reads goes to all ranks. `audio/` is a corpus of the recordings that came as
+//! plain files, so that they are decoded once: rank 0 makes it, all ranks read it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::group::Group;
 use super::optimizer::{AdamW, Entry};
+use super::watch::History;
 use super::{Part, TrainError};
 use crate::atomic::write_whole;
 use crate::plan::ResidualQuantizer;
@@ -22,12 +24,14 @@ use crate::plan::ResidualQuantizer;
 const KEPT: usize = 2;
 const RUN: &str = "run.json";
 const CODEBOOKS: &str = "codebooks.safetensors";
+const AUDIO: &str = "audio";
 
 /// What makes a run this run, by name; a state is only taken up by the same.
 pub type Identity = BTreeMap<String, String>;
 
 /// Where one part's training stands.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Progress {
     /// Steps made, with those that were skipped.
     pub step: usize,
@@ -42,6 +46,10 @@ pub struct Progress {
     pub stale: usize,
     /// Skipped steps without a good one between them.
     pub skipped: usize,
+    /// Bits of the steps since the last evaluation: sum and number.
+    pub recent: (f64, u32),
+    /// What evaluations found.
+    pub history: History,
     pub finished: bool,
 }
 
@@ -67,7 +75,7 @@ impl<'a> StateFolder<'a> {
             return Ok(folder);
         }
         if afresh {
-            folder.remove()?;
+            folder.forget()?;
         }
         let run = folder.path.join(RUN);
         match std::fs::read(&run) {
@@ -92,6 +100,27 @@ impl<'a> StateFolder<'a> {
 
     fn io(&self, source: std::io::Error) -> TrainError {
         TrainError::State { folder: self.path.clone(), source }
+    }
+
+    /// Where the audio of plain files lies, prepared, while the run that makes `output` is under way.
+    pub fn audio(output: &Path) -> PathBuf {
+        Self::beside(output).join(AUDIO)
+    }
+
+    /// Removes the audio, where nothing usable was in it, and the folder if there is nothing else; rank 0's work.
+    pub fn remove_audio(output: &Path) {
+        let _ = std::fs::remove_dir_all(Self::audio(output));
+        let _ = std::fs::remove_dir(Self::beside(output));
+    }
+
+    /// Removes the state, and keeps the audio: it is known by its content.
+    fn forget(&self) -> Result<(), TrainError> {
+        for entry in std::fs::read_dir(&self.path).into_iter().flatten().flatten() {
+            if entry.file_name() != AUDIO {
+                std::fs::remove_file(entry.path()).map_err(|source| self.io(source))?;
+            }
+        }
+        Ok(())
     }
 
     /// Removes the folder, with a run that is over.

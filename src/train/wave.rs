@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use rayon::prelude::*;
 
-use super::dataset::{Dataset, Recording};
+use super::dataset::{Dataset, Pick, Recording};
 use super::lesson::Lesson;
 use super::optimizer::AdamW;
 use super::{Part, Run, TrainError};
@@ -33,7 +33,13 @@ const VALIDATE: usize = 250;
 pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, TrainError> {
     let model = &run.model.wave;
     let config = run.settings.config();
-    let maker = Maker { config, data: run.data, quantizer: run.quantizer, history: model.history() };
+    let maker = Maker {
+        config,
+        data: run.data,
+        quantizer: run.quantizer,
+        history: model.history(),
+        speed_variation: run.settings.speed_variation,
+    };
     let held_out = maker.held_out()?;
     let warm = WARM * config.plan.hop;
     let nll = |excerpt: &Excerpt| head::nll(&model.forward(&excerpt.inputs()?)?, &excerpt.targets);
@@ -63,21 +69,21 @@ struct Maker<'a> {
     data: &'a Dataset,
     quantizer: &'a ResidualQuantizer,
     history: usize,
+    speed_variation: f64,
 }
 
 impl Maker<'_> {
-    /// A training excerpt of any piece, gain and noise.
+    /// A training excerpt of any piece, speed, gain and noise.
     fn draw(&self, rng: &mut Rng) -> Result<Excerpt, TrainError> {
         let hop = self.config.plan.hop;
         let before = self.run_up();
-        let longest = self.data.train.iter().map(|r| r.n_frames(hop)).max().unwrap_or(0);
-        let frames = EXCERPT.min(longest.saturating_sub(before));
-        let (recording, first) = self.data.pick(before + frames, rng);
+        let frames = EXCERPT.min(self.data.longest().saturating_sub(before));
+        let Pick { recording, first, speed } = self.data.pick(before + frames, self.speed_variation, rng);
         let gain = 10.0f32.powf((GAIN_DB.0 + (GAIN_DB.1 - GAIN_DB.0) * rng.uniform()) / 20.0);
         let quantised = rng.uniform() < QUANTISED;
         let noise = if rng.uniform() < NOISY { rng.uniform() } else { 0.0 };
         let codec = &self.config.codec;
-        let tokens = recording.tokens(first * hop..(first + before + frames) * hop, gain, codec);
+        let tokens = recording.tokens_at(first * hop, (before + frames) * hop, speed, gain, codec)?;
         let top = (codec.levels() - 1) as f32;
         let mut hear = |&t: &Token| match noise {
             0.0 => t,
@@ -97,7 +103,7 @@ impl Maker<'_> {
             .map(|i| {
                 let piece = pieces[i % pieces.len()];
                 let first = (piece.n_frames(hop) - long) * (2 * i + 1) / (2 * PLACES);
-                let tokens = piece.tokens(first * hop..(first + long) * hop, 1.0, &self.config.codec);
+                let tokens = piece.tokens(first * hop..(first + long) * hop, 1.0, &self.config.codec)?;
                 self.excerpt(&tokens, &tokens, true)
             })
             .collect()

@@ -3,9 +3,10 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
+use rayon::ThreadPool;
 
 use super::TrainError;
+use crate::ahead::lone_threads;
 
 /// Threads that each compute a share of a batch; inside, matrix products stay on their thread.
 pub struct Workers {
@@ -14,8 +15,7 @@ pub struct Workers {
 
 impl Workers {
     pub fn new(threads: usize) -> Result<Self, TrainError> {
-        let one = |_| ThreadPoolBuilder::new().num_threads(1).build();
-        Ok(Self { pools: (0..threads.max(1)).map(one).collect::<Result<_, _>>()? })
+        Ok(Self { pools: lone_threads(threads)? })
     }
 
     /// `compute` of every item; the results' order does not depend on the threads.

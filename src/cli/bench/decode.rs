@@ -20,7 +20,7 @@ use super::super::Outcome;
 use super::super::check::{Distance, chords, costs, draws, play, play_together};
 use super::super::common::{ModelArgs, Talk, Usage, catch_interrupt, interrupted, print};
 use super::gpu;
-use super::machine::{Machine, Peak, resident_bytes};
+use super::machine::{Machine, Peak, cpu_seconds, resident_bytes};
 
 /// Plan frames that every case plays first: to warm up, and to be compared.
 const CHECKED_FRAMES: usize = 2;
@@ -117,6 +117,9 @@ struct CaseReport {
     samples_per_s: f64,
     samples_per_s_range: [f64; 2],
     x_real_time: f64,
+    /// Samples per second of processor time, as multiples of real time.
+    x_core: Option<f64>,
+    /// The same against the reference engine's; of the clock's time where there is no other.
     x_reference: Option<f64>,
     step_us: Option<Quantiles>,
     gmac_s: f64,
@@ -158,6 +161,8 @@ struct Case {
     distance: Option<Distance>,
     /// Samples per second, one value a round.
     rounds: Vec<f64>,
+    /// The same of processor time.
+    core_rounds: Vec<f64>,
     steps_us: Vec<f64>,
     frame: usize,
 }
@@ -247,7 +252,7 @@ fn measure_model(args: &Args, checkpoint: &Checkpoint, isas: &[Isa], machine: &M
         }
     }
     bar.finish_and_clear();
-    let reference_speed = cases.iter().find(|case| case.isa.is_none()).map(|case| median(&case.rounds));
+    let reference_speed = cases.iter().find(|case| case.isa.is_none()).map(Case::speed);
     Ok(Some(ModelReport {
         name: config.name.clone(),
         multiply_adds: config.wave_transformer.multiply_adds_per_sample(),
@@ -273,6 +278,7 @@ impl Case {
             tokens_as_scalar: None,
             distance: None,
             rounds: Vec::new(),
+            core_rounds: Vec::new(),
             steps_us: Vec::new(),
             frame: 0,
         })
@@ -347,7 +353,7 @@ impl Case {
     }
 
     fn round(&mut self, n_frames: usize) -> Result<()> {
-        let begun = Instant::now();
+        let (begun, core_begun) = (Instant::now(), cpu_seconds());
         let n_samples = match &mut self.streams {
             Streams::Reference(engine) => {
                 let last = self.frame + REFERENCE_FRAMES;
@@ -366,14 +372,22 @@ impl Case {
             }
         };
         self.rounds.push(n_samples as f64 / begun.elapsed().as_secs_f64());
+        if let Some(seconds) = cpu_seconds().zip(core_begun).map(|(now, begun)| now - begun).filter(|&s| s > 0.0) {
+            self.core_rounds.push(n_samples as f64 / seconds);
+        }
         Ok(())
+    }
+
+    /// Samples per second of processor time, or of the clock's where there is no other.
+    fn speed(&self) -> f64 {
+        median(if self.core_rounds.is_empty() { &self.rounds } else { &self.core_rounds })
     }
 
     fn report(self, checkpoint: &Checkpoint, machine: &Machine, reference_speed: Option<f64>) -> CaseReport {
         let config = &checkpoint.config;
         let int8 = self.engine == "cpu";
         let samples_per_s = median(&self.rounds);
-        let gmac_s = samples_per_s * config.wave_transformer.multiply_adds_per_sample() / 1e9;
+        let gmac_s = self.speed() * config.wave_transformer.multiply_adds_per_sample() / 1e9;
         let limit = if int8 { MOST_INT8_BITS } else { MOST_F32_BITS };
         CaseReport {
             engine: self.engine,
@@ -388,7 +402,8 @@ impl Case {
                 self.rounds.iter().copied().fold(0.0, f64::max),
             ],
             x_real_time: samples_per_s / f64::from(config.codec.sample_rate),
-            x_reference: reference_speed.filter(|_| self.isa.is_some()).map(|speed| samples_per_s / speed),
+            x_core: (!self.core_rounds.is_empty()).then(|| self.speed() / f64::from(config.codec.sample_rate)),
+            x_reference: reference_speed.filter(|_| self.isa.is_some()).map(|speed| self.speed() / speed),
             step_us: Quantiles::of(self.steps_us),
             gmac_s,
             of_peak: self.isa.and_then(|isa| machine.peak(isa, int8)).map(|peak| gmac_s / peak),
@@ -452,8 +467,9 @@ impl Report {
         }
         print("")?;
         print(
-            "GMAC/s: the wave transformer's matrices only. A check fails where tokens are not the scalar engine's, or the",
+            "x core: per second of processor time, and so are x ref and GMAC/s (the wave transformer's matrices only): other work",
         )?;
+        print("takes caches and clock, but not that. A check fails where tokens are not the scalar engine's, or the")?;
         print(&format!(
             "distributions lie further from the reference's than {MOST_INT8_BITS} (int8) or {MOST_F32_BITS} (f32) bits."
         ))?;
@@ -472,12 +488,13 @@ impl ModelReport {
             self.wave_parameters as f64 / 1e6
         ))?;
         print(&format!(
-            "{:<9} {:<11} {:>5} {:>10} {:>7} {:>6} {:>6} {:>7} {:>7} {:>7} {:>5} {:>6} {:>8} {:>7}  check",
+            "{:<9} {:<11} {:>5} {:>10} {:>7} {:>7} {:>6} {:>6} {:>7} {:>7} {:>7} {:>5} {:>6} {:>8} {:>7}  check",
             "engine",
             "isa",
             "batch",
             "samples/s",
             "x real",
+            "x core",
             "x ref",
             "p50 us",
             "p99 us",
@@ -494,12 +511,13 @@ impl ModelReport {
             };
             let step = |of: fn(&Quantiles) -> f64| optional(case.step_us.as_ref().map(of), 1);
             print(&format!(
-                "{:<9} {:<11} {:>5} {:>10.0} {:>7.2} {:>6} {:>6} {:>7} {:>7} {:>7.1} {:>5} {:>6} {:>5.0} ms {:>7}  {}",
+                "{:<9} {:<11} {:>5} {:>10.0} {:>7.2} {:>7} {:>6} {:>6} {:>7} {:>7} {:>7.1} {:>5} {:>6} {:>5.0} ms {:>7}  {}",
                 case.engine,
                 case.isa.unwrap_or("-"),
                 case.batch,
                 case.samples_per_s,
                 case.x_real_time,
+                optional(case.x_core, 2),
                 optional(case.x_reference, 1),
                 step(|q| q.p50),
                 step(|q| q.p99),

@@ -3,6 +3,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use candle_core::{Device, Tensor};
 use serde::Serialize;
 use wavegen::rng::Rng;
 use wavegen::simd::panels::{PanelsF32, PanelsI8};
@@ -13,6 +14,8 @@ const I8_SHAPE: (usize, usize) = (256, 768);
 const F32_SHAPE: (usize, usize) = (128, 512);
 /// Bytes that the bandwidth probe reads: more than caches hold.
 const STREAM_BYTES: usize = 256 << 20;
+/// Rows and columns of the matrices that candle's products are timed with.
+const GEMM_SIZE: usize = 512;
 /// How long a probe looks for its best time.
 const PROBE_TIME: Duration = Duration::from_millis(100);
 
@@ -75,6 +78,32 @@ pub fn resident_bytes() -> Option<u64> {
         line.split_whitespace().nth(1)?.parse::<u64>().ok()
     };
     Some(1024 * proc_field("/proc/self/status", find)?)
+}
+
+/// Processor time of this process so far, of all threads, in seconds, in hundredths; `None` where the system does not say.
+pub fn cpu_seconds() -> Option<f64> {
+    let find = |text: &str| {
+        // Fields 14 and 15: user and system; the second, a name in brackets, may hold anything.
+        let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
+        Some(fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?)
+    };
+    Some(proc_field("/proc/self/stat", find)? as f64 / 100.0)
+}
+
+/// Products of square matrices that lie in the caches, by candle, with as many threads as the caller's pool has: 10^9
+/// multiply-adds/s.
+pub fn gemm_gmac_s() -> candle_core::Result<f64> {
+    let mut rng = Rng::new(1);
+    let mut matrix = || {
+        let values = (0..GEMM_SIZE * GEMM_SIZE).map(|_| rng.normal());
+        Tensor::from_iter(values, &Device::Cpu)?.reshape((GEMM_SIZE, GEMM_SIZE))
+    };
+    let (a, b) = (matrix()?, matrix()?);
+    a.matmul(&b)?;
+    let seconds = fastest(|| {
+        black_box(a.matmul(&b).ok());
+    });
+    Ok(GEMM_SIZE.pow(3) as f64 / seconds / 1e9)
 }
 
 /// Seconds of the fastest of as many calls as fit in [`PROBE_TIME`], at least three.

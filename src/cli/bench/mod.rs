@@ -2,7 +2,9 @@
 
 mod decode;
 mod gpu;
+mod items;
 mod machine;
+mod train;
 
 use anyhow::Result;
 
@@ -15,6 +17,7 @@ Examples:
   wavegen bench decode                               how fast every engine plays
   wavegen bench decode --json > decode.json
   wavegen bench decode --engine cuda                 the same of a GPU, one stream to thousands
+  wavegen bench train --threads 2                    steps of training, beside candle's own operations
   wavegen bench kernels                              the training kernels on a GPU")]
 pub struct Args {
     #[command(subcommand)]
@@ -25,11 +28,13 @@ pub struct Args {
 enum What {
     Decode(decode::Args),
     Kernels(gpu::Args),
+    Train(train::Args),
 }
 
 pub fn run(args: &Args) -> Result<Outcome> {
     match &args.what {
         What::Decode(args) => decode::run(args),
         What::Kernels(args) => gpu::kernels(args),
+        What::Train(args) => train::run(args),
     }
 }

@@ -135,9 +135,13 @@ impl CpuEngine {
         let source = |part: &str| Source::new(&checkpoint.weights, part, options.precision);
         let config = checkpoint.config.clone();
         let spectrum = checkpoint.spectrum()?;
+        let (plan, wave) = rayon::join(
+            || PlanTransformer::new(&source("plan"), &config),
+            || WaveTransformer::new(&source("wave"), &config),
+        );
         let weights = Arc::new(Weights {
-            plan: PlanTransformer::new(&source("plan"), &config)?,
-            wave: WaveTransformer::new(&source("wave"), &config)?,
+            plan: plan?,
+            wave: wave?,
             quantizer: checkpoint.quantizer.clone(),
             spectrum,
             generation: checkpoint.generation,
@@ -409,7 +413,8 @@ impl Weights {
         let (hop, history) = (self.config.plan.hop, self.config.wave_transformer.history());
         let n_frames = bands.nrows();
         let first = n_frames.saturating_sub(WAVE_CONTEXT);
-        let by_sample = n_frames.saturating_sub(self.wave.frames_by_sample()).max(first);
+        let first_frames = self.wave.first_frames(n_frames, first);
+        let by_sample = first_frames.last().copied().unwrap_or(first);
         let n_plan = stream.wave.plan.len();
         for (i, frame) in stream.wave.plan.iter_mut().enumerate() {
             if let Some(before) = (first + i).checked_sub(n_plan) {
@@ -422,7 +427,9 @@ impl Weights {
         for frame in first..by_sample {
             let wave = &mut stream.wave;
             self.wave.begin_frame(self.kernels, wave, &bands.row(frame).to_vec(), &mut work.wave);
-            self.wave.read_frame(self.kernels, wave, &seen[frame * hop..history + (frame + 1) * hop], &mut work.wave);
+            let n_tiers = first_frames.iter().filter(|&&first| first <= frame).count();
+            let seen = &seen[frame * hop..history + (frame + 1) * hop];
+            self.wave.read_frame(self.kernels, wave, seen, n_tiers, &mut work.wave);
         }
         // The forecasts listen from where their window begins.
         let heard = by_sample.saturating_sub(self.config.forecast.past_window.div_ceil(hop));

@@ -1,5 +1,7 @@
 //! A stack of transformer blocks (pre-norm, QK-norm, RoPE, sliding window, SwiGLU) with ring caches, any number of rows at once.
 
+use rayon::prelude::*;
+
 use super::Precision;
 use super::cache::{Cache, CacheWork};
 use super::linear::{Linear, LinearWork, Source, add, sized};
@@ -105,7 +107,7 @@ impl Stack {
                 down: source.linear("down")?,
             })
         };
-        let blocks = (0..shape.n_layers).map(block).collect::<Result<_, EngineError>>()?;
+        let blocks = (0..shape.n_layers).into_par_iter().map(block).collect::<Result<_, EngineError>>()?;
         let mut angles = vec![0.0; ROPE_LOW as usize * shape.head_dim()];
         for (pos, angles) in angles.chunks_exact_mut(shape.head_dim()).enumerate() {
             rotations(pos as u64, angles);

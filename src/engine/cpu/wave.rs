@@ -152,10 +152,24 @@ impl WaveTransformer {
         }
     }
 
-    /// Frames before the end of a prompt that must be read sample by sample, so that the sample tier's caches are those of a stream
-    /// that read everything.
-    pub fn frames_by_sample(&self) -> usize {
-        self.tiers.last().map_or(1, |t| (t.stack.shape.window * t.stack.shape.n_layers).div_ceil(self.plan_hop).max(1))
+    /// Frames before the end of a prompt of `n_frames` that tiers are read from, so that the caches are those of a stream that read
+    /// everything: per tier its first frame, the sample tier's being the first that is read sample by sample. None lies before
+    /// `first`.
+    pub fn first_frames(&self, n_frames: usize, first: usize) -> Vec<usize> {
+        let mut from = n_frames;
+        let mut all: Vec<usize> = self
+            .tiers
+            .iter()
+            .rev()
+            .map(|tier| {
+                let StackShape { window, n_layers, .. } = tier.stack.shape;
+                let reach = (window * n_layers * tier.hop).div_ceil(self.plan_hop);
+                from = from.saturating_sub(reach).max(first).min(n_frames.saturating_sub(1));
+                from
+            })
+            .collect();
+        all.reverse();
+        all
     }
 
     /// Shifts a plan frame in; the next `plan hop` samples lie in it.
@@ -196,12 +210,20 @@ impl WaveTransformer {
         }
     }
 
-    /// All tiers above the sample tier over one plan frame, [`begin_frame`](Self::begin_frame) having come first: the caches are left as
-    /// sample by sample steps leave them. `tokens`: [`WaveTransformerConfig::history`] tokens before the frame, then the frame's.
-    pub fn read_frame(&self, kernels: &Kernels, state: &mut WaveState, tokens: &[Token], work: &mut WaveWork) {
+    /// The first `n_tiers` tiers, none of which is the sample tier, over one plan frame, [`begin_frame`](Self::begin_frame) having
+    /// come first: the caches are left as sample by sample steps leave them. `tokens`: [`WaveTransformerConfig::history`] tokens
+    /// before the frame, then the frame's.
+    pub fn read_frame(
+        &self,
+        kernels: &Kernels,
+        state: &mut WaveState,
+        tokens: &[Token],
+        n_tiers: usize,
+        work: &mut WaveWork,
+    ) {
         let history = self.config.history();
         let WaveWork { stack, linear, input, x, added, .. } = work;
-        for (i, tier) in self.tiers.iter().enumerate() {
+        for (i, tier) in self.tiers.iter().enumerate().take(n_tiers) {
             let Some(down) = &tier.down else { break };
             let (steps, dim) = (self.plan_hop / tier.hop, tier.stack.shape.dim);
             let width = tier.input.n_in();

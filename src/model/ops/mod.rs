@@ -54,7 +54,7 @@ pub struct Ops {
     pub bound_scales: fn(&Tensor, &Tensor, &Tensor, f32) -> Result<Tensor>,
     /// head `[.., 3k]` -> -ln P of the target of each row, `[n]`, in nats.
     pub nll: fn(&Tensor, &Targets) -> Result<Tensor>,
-    /// logits `[.., n]`, a target for each row -> -ln softmax(logits)[target], `[rows]`.
+    /// logits `[.., n]`, a target for each row -> `-ln softmax(logits)[target]`, `[rows]`.
     pub cross_entropy: fn(&Tensor, &[u32]) -> Result<Tensor>,
 }
 
@@ -153,4 +153,80 @@ fn in_chunks(out: &mut [f32], n: usize, n_room: usize, work: impl Fn(&mut [f32],
 /// Calls `work(room, first row, rows)` for [`ROWS`] rows of `out`, each of `width` values, at a time; as [`in_chunks`].
 fn by_rows(out: &mut [f32], width: usize, n_room: usize, work: impl Fn(&mut [f32], usize, &mut [f32]) + Sync) {
     in_chunks(out, ROWS * width, n_room, |room, i, rows| work(room, i * ROWS, rows));
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::*;
+    use crate::model::Model;
+    use crate::model::config::ModelConfig;
+    use crate::model::features::N_FEATURES;
+    use crate::model::params::Params;
+    use crate::model::wave_transformer::{PLAN_FRAMES, WaveInputs};
+    use crate::rng::Rng;
+    use crate::simd::{Isa, with_loops_of};
+
+    fn random(shape: &[usize], rng: &mut Rng) -> Tensor {
+        let values = (0..shape.iter().product()).map(|_| 0.3 * rng.normal()).collect();
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    }
+
+    fn codes(shape: &[usize], below: usize, rng: &mut Rng) -> Tensor {
+        let values = (0..shape.iter().product()).map(|_| rng.below(below) as u32).collect();
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    }
+
+    /// Bits of a loss and of the gradients of all parameters.
+    fn bits(loss: &Tensor, vars: &[&Var]) -> Vec<u32> {
+        let gradients = loss.mean_all().unwrap().backward().unwrap();
+        let of = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let gradients = vars.iter().filter_map(|var| gradients.get(var)).flat_map(of);
+        of(loss).into_iter().chain(gradients).map(f32::to_bits).collect()
+    }
+
+    #[test]
+    fn losses_and_gradients_are_the_same_bits_on_every_instruction_set() {
+        let mut rng = Rng::new(1);
+        let config = ModelConfig::preset("tiny").unwrap();
+        let (n_bands, frames) = (10, 2);
+        let time = frames * config.plan.hop;
+        let mut params = Params::new(1);
+        let model = Model::new(&mut params, &config, n_bands).unwrap();
+        let vars = params.into_vars();
+        for var in vars.values() {
+            // Heads begin at zero, and no gradient passes them.
+            var.set(&(var.as_tensor() + random(var.dims(), &mut rng)).unwrap()).unwrap();
+        }
+        let levels = config.codec.levels();
+        let inputs = WaveInputs {
+            tokens: codes(&[1, model.wave.history() + time], levels, &mut rng),
+            features: random(&[1, time, N_FEATURES], &mut rng),
+            past_codes: codes(&[1, time], levels, &mut rng),
+            residual_codes: codes(&[1, time], levels, &mut rng),
+            plan: random(&[1, PLAN_FRAMES - 1 + frames, n_bands], &mut rng),
+        };
+        let mut targets = Targets::default();
+        for _ in 0..time {
+            let forecasts = [0.3 * rng.uniform(), -0.2 * rng.uniform()];
+            targets.push(rng.below(levels) as u16, forecasts, -3.0, &config.codec);
+        }
+        let plan_tokens = codes(&[1, 70, config.plan.n_codebooks], config.plan.n_entries, &mut rng);
+        let plan_bands = random(&[1, 70, n_bands], &mut rng);
+        let vars: Vec<&Var> = vars.values().collect();
+        let compute = || {
+            let wave = (FUSED.nll)(&model.wave.forward(&inputs).unwrap(), &targets).unwrap();
+            let plan = model.plan.nll(&plan_tokens, &plan_bands, None).unwrap();
+            [bits(&wave, &vars), bits(&plan, &vars)]
+        };
+        // One thread, so that all loops run on the one that has chosen.
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        let on = |isa| pool.install(|| with_loops_of(isa, compute));
+        let expected = on(Isa::Scalar);
+        assert!(expected.iter().all(|bits| bits.iter().any(|&x| x != 0)));
+        for isa in Isa::available() {
+            assert!(on(isa) == expected, "{}", isa.name());
+        }
+    }
 }

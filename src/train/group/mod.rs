@@ -44,7 +44,12 @@ impl dyn Group + '_ {
 
     /// The items that are dealt to this rank: every [`Group::size`]-th.
     pub fn mine(&self, items: Range<usize>) -> Vec<usize> {
-        items.filter(|item| item % self.size() == self.rank()).collect()
+        (self.next_mine(items.start)..items.end).step_by(self.size()).collect()
+    }
+
+    /// The first of this rank's items that is not below `item`.
+    pub fn next_mine(&self, item: usize) -> usize {
+        item + (self.rank() + self.size() - item % self.size()) % self.size()
     }
 
     /// Whether it is so on any rank.
@@ -145,7 +150,9 @@ mod tests {
     #[test]
     fn every_item_is_dealt_to_one_rank() {
         for size in 1..5 {
-            let mut dealt: Vec<usize> = together(size, |group| group.mine(7..18)).concat();
+            let mine = together(size, |group| group.mine(7..18));
+            assert!(mine.iter().zip(0..).all(|(items, rank)| items.iter().all(|item| item % size == rank)), "{mine:?}");
+            let mut dealt = mine.concat();
             dealt.sort();
             assert_eq!(dealt, (7..18).collect::<Vec<_>>(), "{size} ranks");
         }

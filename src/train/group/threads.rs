@@ -193,10 +193,13 @@ mod tests {
             plan_learning_rate: 1e-3,
             wave_learning_rate: 2e-3,
             validation_share: 0.3,
+            speed_variation: 0.0,
             validate_every: Some(2),
             save_every: Duration::ZERO,
             patience: None,
             calibrate: false,
+            pictures: true,
+            most_pieces: None,
             notes: BTreeMap::new(),
         }
     }
@@ -304,6 +307,30 @@ mod tests {
             let error = error.unwrap();
             assert!(error.contains("data, wave batch"), "{error}");
         }
-        assert!(!StateFolder::beside(&base.output).exists());
+        // The first rank had read its files, and no run was begun.
+        let left = std::fs::read_dir(StateFolder::beside(&base.output)).unwrap().map(|entry| entry.unwrap().path());
+        assert_eq!(left.collect::<Vec<_>>(), [StateFolder::audio(&base.output)]);
+    }
+
+    #[test]
+    fn plain_files_are_decoded_by_the_first_rank_alone_and_its_interrupt_meanwhile_ends_all_of_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = settings(folder.path(), "model.safetensors", 2);
+        let read = |group: &dyn Group, stop: bool| {
+            let mut decoded = 0;
+            let trained = train_in(group, &settings, &mut |event| {
+                decoded += usize::from(matches!(event, TrainEvent::Reading { .. }));
+                let stops = stop || matches!(event, TrainEvent::Step { .. });
+                if stops { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            });
+            (decoded, trained.map(drop))
+        };
+        // Both observers would break, but only the first rank reads.
+        let ranks = together(2, |group| read(group, true));
+        assert!(ranks.iter().all(|(_, ended)| matches!(ended, Err(TrainError::Interrupted))), "{ranks:?}");
+        assert_eq!(ranks.iter().map(|(decoded, _)| *decoded).collect::<Vec<_>>(), [1, 0]);
+        let ranks = together(3, |group| read(group, false));
+        assert!(ranks.iter().all(|(_, ended)| ended.is_ok()), "{ranks:?}");
+        assert_eq!(ranks.iter().map(|(decoded, _)| *decoded).collect::<Vec<_>>(), [2, 0, 0]);
     }
 }

@@ -1,0 +1,127 @@
+//! `wavegen calibrate`: turns a model and recordings into the settings that it plays best with.
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use wavegen::model::config::GenerationSettings;
+use wavegen::train::calibrate::{EXCERPTS, calibrate};
+use wavegen::train::dataset::{Dataset, Sources};
+use wavegen::train::{TrainError, TrainEvent};
+
+use super::Outcome;
+use super::common::{Refused, Talk, catch_interrupt, interrupted, print, start_threads};
+use super::prepare::check_inputs;
+use super::train::{check_output, load_model};
+
+/// Fit a model's grain, past and offset by letting it play: least distance from the plan, at the right level
+///
+/// Excerpts of the recordings are played with their own plan by the CPU engine and analysed again. Training ends with the
+/// same. Recordings that the model was not trained on judge best.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  wavegen calibrate my.safetensors held-out/*.flac                       print the table
+  wavegen calibrate my.safetensors held-out/ -o tuned.safetensors        and write the model with the best settings
+  wavegen calibrate built-in corpus/ --excerpts 16 --json")]
+pub struct Args {
+    /// The model; `built-in` for the one inside the program
+    #[arg(value_name = "MODEL")]
+    model: PathBuf,
+    /// Audio files, folders to search for them, corpora
+    #[arg(required = true, value_name = "DIR_OR_FILE")]
+    inputs: Vec<PathBuf>,
+    /// Write the model with the settings that were best, stored as it was
+    #[arg(long, short, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Overwrite an existing model
+    #[arg(long, requires = "output")]
+    force: bool,
+    /// Excerpts played per setting, each of 1.5 s after 0.8 s
+    #[arg(long, value_name = "N", default_value_t = EXCERPTS as u32, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    excerpts: u32,
+    /// Worker threads [default: one per core]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    #[command(flatten)]
+    talk: Talk,
+}
+
+/// One setting and how it played.
+#[derive(Clone, Copy, Serialize)]
+struct Tried {
+    #[serde(flatten)]
+    settings: GenerationSettings,
+    adherence_db: f32,
+    bias_db: f32,
+}
+
+#[derive(Serialize)]
+struct Report {
+    /// In the order in which they were tried; the first is what the model had.
+    tried: Vec<Tried>,
+    best: GenerationSettings,
+    interrupted: bool,
+}
+
+pub fn run(args: &Args) -> Result<Outcome> {
+    let talk = &args.talk;
+    let threads = start_threads(args.threads)?;
+    let mut checkpoint = load_model(&args.model)?;
+    check_inputs(&args.inputs)?;
+    if let Some(output) = &args.output {
+        check_output(output, args.force)?;
+    }
+    catch_interrupt()?;
+    let spool = tempfile::tempdir().context("making a temporary folder")?;
+    let sources =
+        Sources { inputs: &args.inputs, spool: spool.path(), seed: 0, validation_share: None, most: None, threads };
+    let bar = talk.bar(0, "{bar:40} {msg}");
+    let (mut tried, mut refused) = (Vec::new(), Refused::default());
+    let mut observe = |event: TrainEvent| {
+        match event {
+            TrainEvent::Skipped { why, .. } => bar.suspend(|| refused.tell(&why, talk)),
+            TrainEvent::Calibration { settings, adherence_db, bias_db, .. } => {
+                bar.set_message(format!("{} settings tried", tried.len() + 1));
+                tried.push(Tried { settings, adherence_db, bias_db });
+            }
+            _ => {}
+        }
+        if interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    let spectrum = checkpoint.spectrum()?;
+    let opened = Dataset::open(&sources, &checkpoint.config.codec, &spectrum, &mut observe);
+    if let Err(TrainError::Interrupted) = opened {
+        return Ok(Outcome::Interrupted);
+    }
+    let mut data = opened?;
+    data.encode_plans(&checkpoint.quantizer)?;
+    let best = calibrate(&checkpoint, &data, args.excerpts as usize, &mut observe)?;
+    bar.finish_and_clear();
+    refused.summarise(talk);
+    if !talk.json {
+        print(&format!("{:>6} {:>6} {:>6} {:>11} {:>9}", "grain", "past", "offset", "adherence", "bias"))?;
+        for (i, Tried { settings, adherence_db, bias_db }) in tried.iter().enumerate() {
+            let note = match (i, *settings == best) {
+                (_, true) => "  best",
+                (0, _) => "  what the model had",
+                _ => "",
+            };
+            print(&format!(
+                "{:>6.2} {:>6.2} {:>6.2} {adherence_db:>8.2} dB {bias_db:>+6.2} dB{note}",
+                settings.grain, settings.past, settings.offset
+            ))?;
+        }
+    }
+    talk.json(&Report { tried, best, interrupted: interrupted() }, false)?;
+    if interrupted() {
+        return Ok(Outcome::Interrupted);
+    }
+    if let Some(output) = &args.output {
+        checkpoint.generation = best;
+        checkpoint.save(output, checkpoint.precision)?;
+        talk.note(&format!("{}: model written", output.display()));
+    }
+    Ok(Outcome::Done)
+}

@@ -1,0 +1,104 @@
+//! Turns a place in a recording into what a model plays there by itself, beside what the recording does.
+
+use ndarray::{Array2, ArrayView1, ArrayView2, s};
+
+use super::TrainError;
+use super::dataset::{Dataset, Recording};
+use crate::codec::{Codec, Token};
+use crate::engine::{Engine, UNIFORMS_PER_SAMPLE};
+use crate::metrics::{Adherence, adherence};
+use crate::plan::{PlanFrame, ResidualQuantizer, Spectrum};
+use crate::rng::Rng;
+
+/// A prompt, and the plan of what comes after it.
+pub struct Scene {
+    prompt: Vec<Token>,
+    plan: Vec<PlanFrame>,
+    /// Analysis of the recording from the prompt's begin on, `[frames, n_bands]`.
+    pub recording: Array2<f32>,
+}
+
+/// Where the plan of what is played comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Follow {
+    /// The recording's, through the codebooks.
+    Recording,
+    /// The model's own.
+    Own,
+}
+
+/// What a model played.
+pub struct Played {
+    /// Analysis of prompt and continuation, `[frames, n_bands]`.
+    pub heard: Array2<f32>,
+    /// The plan of the continuation.
+    planned: Array2<f32>,
+}
+
+impl Scene {
+    /// `prompt` and then `played` plan frames of a piece from the frame `first` on; its plan tokens must be there.
+    pub fn cut(
+        data: &Dataset,
+        quantizer: &ResidualQuantizer,
+        piece: &Recording,
+        first: usize,
+        (prompt, played): (usize, usize),
+    ) -> Result<Self, TrainError> {
+        let hop = data.spectrum.hop();
+        let end = first + prompt + played;
+        let frame = |row: ArrayView1<u16>| {
+            let tokens = row.to_vec();
+            Ok(PlanFrame { bands: quantizer.decode(&tokens)?, tokens })
+        };
+        let plan = piece.plan_tokens.slice(s![first + prompt..end, ..]);
+        let plan = plan.rows().into_iter().map(frame).collect::<Result<_, TrainError>>()?;
+        let mut tokens = piece.tokens(first * hop..end * hop, 1.0, &data.codec)?;
+        let recording = data.spectrum.analyse(&data.codec.decode_all(&tokens));
+        tokens.truncate(prompt * hop);
+        Ok(Self { prompt: tokens, plan, recording })
+    }
+
+    /// Plan frames of the prompt.
+    pub fn join(&self) -> usize {
+        self.recording.nrows() - self.plan.len()
+    }
+
+    /// Plays on after the prompt; the same seed, the same sound.
+    pub fn play(
+        &self,
+        engine: &mut dyn Engine,
+        follow: Follow,
+        seed: u64,
+        spectrum: &Spectrum,
+        codec: &Codec,
+    ) -> Result<Played, TrainError> {
+        engine.prefill(&self.prompt)?;
+        let mut rng = Rng::new(seed);
+        let mut tokens = self.prompt.clone();
+        let mut planned = Array2::zeros((0, spectrum.n_bands()));
+        let mut played = vec![0; spectrum.hop()];
+        for given in &self.plan {
+            let mut frame = PlanFrame::default();
+            if follow == Follow::Own {
+                let uniforms: Vec<f32> = given.tokens.iter().map(|_| rng.uniform()).collect();
+                engine.next_plan(&uniforms, &mut frame)?;
+            } else {
+                frame.clone_from(given);
+            }
+            let uniforms: Vec<f32> = (0..UNIFORMS_PER_SAMPLE * played.len()).map(|_| rng.uniform()).collect();
+            engine.render(&frame, &uniforms, &mut played)?;
+            tokens.extend_from_slice(&played);
+            planned.push_row(ArrayView1::from(&frame.bands)).map_err(candle_core::Error::wrap)?;
+        }
+        Ok(Played { heard: spectrum.analyse(&codec.decode_all(&tokens)), planned })
+    }
+}
+
+impl Played {
+    /// How far the continuation is from its plan.
+    pub fn adherence(&self) -> Adherence {
+        let first = self.heard.nrows() - self.planned.nrows();
+        let continuation: ArrayView2<f32> = self.heard.slice(s![first.., ..]);
+        adherence(continuation, self.planned.view())
+    }
+}
