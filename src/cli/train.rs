@@ -26,8 +26,9 @@ use super::{Outcome, dry_run, memory};
 /// Train a model on recordings, from nothing or from another model
 ///
 /// Files that are no audio are passed over with a warning. A share of the files is held out to judge by; the model that
-/// did best on it is kept. OUTPUT.loss.png and OUTPUT.sample.png show how it learns. Ctrl-C ends training early with a whole model. Ended early, killed or switched off, the same
-/// command goes on from the state in OUTPUT.training as if nothing had happened.
+/// did best on it is kept. OUTPUT.loss.png and OUTPUT.sample.png show how it learns. Ctrl-C ends training early with a
+/// whole model. Ended early, killed or switched off, the same command goes on from the state in OUTPUT.training as if
+/// nothing had happened.
 ///
 /// Built with the feature `mpi`, it can be started as several processes, on one machine or many: docs/mpi.md.
 #[derive(clap::Args)]

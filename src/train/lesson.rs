@@ -156,6 +156,9 @@ impl<T: Send + Sync> Lesson<'_, T> {
         let mut left = group.mine(first..first + self.batch).len();
         while left > 0 {
             let items: Vec<T> = std::iter::from_fn(&mut *next).take(left.min(threads)).collect::<Result<_, _>>()?;
+            if items.is_empty() {
+                return Err(TrainError::NoItems);
+            }
             left -= items.len();
             let results = workers.map(&items, |item| {
                 let loss = (self.loss)(item)?;
