@@ -184,11 +184,11 @@ mod tests {
 
     #[test]
     fn a_grown_plan_transformer_says_what_the_small_one_said() {
-        let mut base = ModelConfig::preset("base").unwrap();
-        (base.plan_transformer.dim, base.plan_transformer.n_layers, base.plan_transformer.n_heads) = (384, 5, 6);
+        let mut large = ModelConfig::preset("base").unwrap();
+        (large.plan_transformer.dim, large.plan_transformer.n_layers, large.plan_transformer.n_heads) = (448, 6, 7);
         for (old, config, wave) in [
             (tiny(), larger_tiny(), Fate::Kept),
-            (Checkpoint::built_in().unwrap(), base, Fate::New("its sizes differ".into())),
+            (Checkpoint::built_in().unwrap(), large, Fate::New("its sizes differ".into())),
         ] {
             let (new, fates) = grow(&old, &config, 1).unwrap();
             assert_eq!(fates, [(Part::Plan, Fate::Grown), (Part::Wave, wave)]);

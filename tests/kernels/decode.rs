@@ -355,9 +355,29 @@ fn odd_sizes_have_the_cpu_engines_distributions_over_many_ring_wraps() {
     }
 }
 
+/// The built-in model, but for what the kernels cannot do yet.
+fn built_in() -> Checkpoint {
+    let mut checkpoint = Checkpoint::built_in().unwrap();
+    checkpoint.config.forecast.fine_structure = 0.0;
+    checkpoint
+}
+
+#[test]
+fn a_plan_with_the_pasts_fine_structure_is_refused_by_name() {
+    let mut checkpoint = tiny(1);
+    checkpoint.config.forecast.fine_structure = 0.75;
+    let Some(machine) = machine(Schedule::default()) else { return };
+    let refused =
+        CudaEngine::new(machine, &checkpoint, Element::F32).err().map(|e| format!("{:#}", anyhow::Error::from(e)));
+    assert!(
+        refused.as_ref().is_some_and(|e| e.contains("fine_structure") && e.contains("--engine cpu")),
+        "{refused:?}"
+    );
+}
+
 #[test]
 fn the_built_in_model_has_the_cpu_engines_distributions_and_tokens() {
-    let checkpoint = Checkpoint::built_in().unwrap();
+    let checkpoint = built_in();
     let geometry = DecodeGeometry { group_size: 2, threads: 256, ..OVERLAPPED };
     let Some(machine) = machine(Schedule::default()) else { return };
     assert_scores_like(&machine, &checkpoint, geometry, 2, "built-in");
@@ -438,7 +458,7 @@ fn many_streams_play_what_they_play_alone() {
 
 #[test]
 fn half_precision_weights_cost_little() {
-    let checkpoint = Checkpoint::built_in().unwrap();
+    let checkpoint = built_in();
     let Some(machine) = machine(Schedule::default()) else { return };
     let tokens = music(2 * checkpoint.config.plan.hop);
     let nats = |element| {
