@@ -256,8 +256,12 @@ pub fn start_threads(asked: Option<u16>) -> Result<usize> {
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// From now on Ctrl-C asks to finish what exists; a second one ends the program at once.
+/// From now on Ctrl-C asks to finish what exists; a second one ends the program at once. Further calls change nothing.
 pub fn catch_interrupt() -> Result<()> {
+    static CAUGHT: AtomicBool = AtomicBool::new(false);
+    if CAUGHT.swap(true, Ordering::SeqCst) {
+        return Ok(());
+    }
     ctrlc::set_handler(|| {
         if INTERRUPTED.swap(true, Ordering::SeqCst) {
             std::process::exit(130);

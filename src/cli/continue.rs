@@ -1,15 +1,19 @@
 //! `wavegen continue`: turns a recording into the same recording with more of it.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use wavegen::audio::decode::decode_tail;
 use wavegen::audio::{AudioSource, SampleFormat, WavFormat, WavPrompt};
 use wavegen::checkpoint::Checkpoint;
 use wavegen::generate::{CONTEXT_S, Prompt, Recording};
+use wavegen::train::adapt::AdaptSettings;
+use wavegen::train::schedule::Budget;
 
 use super::Outcome;
-use super::common::{Usage, output_path, report_damage};
+use super::adapt::fit;
+use super::common::{Usage, catch_interrupt, interrupted, output_path, report_damage, seconds};
 use super::play::{Before, PlayArgs, Start, load_session};
 
 /// Play a recording on: writes a WAV of the recording and what comes next
@@ -27,6 +31,7 @@ Examples:
   wavegen continue song.wav -o a.wav --save-session s.bin
   wavegen continue a.wav --resume s.bin -o b.wav     10 s more, as if a.wav had been 10 s longer
   wavegen continue --resume s.bin -o rest.wav        only these 10 s
+  wavegen continue song.wav --adapt 30               fit the model to the song for 30 s first
   cat song.flac | wavegen continue - | aplay         from pipe to pipe")]
 pub struct Args {
     /// Recording in any audio format; - for standard input
@@ -41,6 +46,9 @@ pub struct Args {
     /// Sample format for a compressed recording: u8, i16, i24, i32, f32 or f64 [default: its own, or i16]
     #[arg(long, conflicts_with = "resume")]
     format: Option<SampleFormat>,
+    /// Adapt the model to the recording for so many seconds, as `wavegen adapt` does, and play on with that
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    adapt: Option<f64>,
     #[command(flatten)]
     pub play: PlayArgs,
 }
@@ -48,9 +56,23 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<Outcome> {
     let named = args.input.as_deref().or(args.resume.as_deref()).unwrap_or(Path::new("-"));
     let output = output_path(args.output.as_deref(), named, "continued.wav")?;
+    if args.adapt.is_some() && (args.resume.is_some() || args.play.save_session.is_some()) {
+        let why = "--adapt makes a model that is not kept, and a session plays on with its own model only; make the model \
+                   with `wavegen adapt` and give it with --model";
+        return Err(Usage(why.into()).into());
+    }
     let takes = args.play.open(&output)?;
     let source = args.input.as_deref().map(AudioSource::open).transpose()?;
-    let checkpoint = args.play.model.load()?;
+    let mut checkpoint = args.play.model.load()?;
+    if let (Some(adapt_s), Some(source)) = (args.adapt, &source) {
+        catch_interrupt()?;
+        let budget = Budget::Time(Duration::from_secs_f64(adapt_s));
+        let settings = AdaptSettings::new(budget, rayon::current_num_threads());
+        (checkpoint, _) = fit(&checkpoint, std::slice::from_ref(source), &settings, &args.play.talk)?;
+        if interrupted() {
+            return Ok(Outcome::Interrupted);
+        }
+    }
     let (start, before, recording) = match (&args.resume, source) {
         (Some(session), source) => resume(session, source, &checkpoint)?,
         (None, Some(source)) => listen(args, source, &checkpoint)?,

@@ -2,6 +2,7 @@
 //!
 //! Audio and data go to stdout, all else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
+mod adapt;
 mod bench;
 mod calibrate;
 mod check;
@@ -47,6 +48,7 @@ Examples:
   wavegen info                                what the built-in model is
   wavegen prepare recordings/ -o corpus/      decode once, train often
   wavegen train recordings/ -o my.safetensors --minutes 60
+  wavegen adapt song.flac -o mine.safetensors
 
 Each command's --help shows more.";
 
@@ -57,6 +59,7 @@ enum Command {
     Stream(stream::Args),
     Prepare(prepare::Args),
     Train(train::Args),
+    Adapt(adapt::Args),
     Calibrate(calibrate::Args),
     Eval(eval::Args),
     Tokenize(tokenize::Args),
@@ -103,6 +106,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Stream(args) => stream::run(&args),
         Command::Prepare(args) => prepare::run(&args),
         Command::Train(args) => train::run(&args),
+        Command::Adapt(args) => adapt::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),

@@ -125,13 +125,24 @@ pub struct Args {
     talk: Talk,
 }
 
+/// How matrices are stored.
 #[derive(Clone, Copy, clap::ValueEnum)]
-enum Store {
+pub enum Store {
     F32,
     /// Half the size
     F16,
     /// A quarter of the size: as the CPU engine rounds them, so that it plays the same; best for a model that is done
     Int8,
+}
+
+impl From<Store> for Precision {
+    fn from(store: Store) -> Self {
+        match store {
+            Store::F32 => Self::F32,
+            Store::F16 => Self::F16,
+            Store::Int8 => Self::Int8,
+        }
+    }
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -241,11 +252,7 @@ fn run_in(group: &dyn Group, args: &Args) -> Result<Outcome> {
         files: args.inputs.clone(),
         output: output.clone(),
         afresh: args.force,
-        precision: match args.store {
-            Store::F32 => Precision::F32,
-            Store::F16 => Precision::F16,
-            Store::Int8 => Precision::Int8,
-        },
+        precision: args.store.into(),
         budget,
         seed: args.seed,
         threads,

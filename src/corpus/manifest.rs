@@ -219,8 +219,8 @@ impl Corpus {
             if (stored.at + stored.n_samples) * BYTES > *length {
                 return Err(CorpusError::Damaged { path, what: format!("{length} bytes, the manifest says more") });
             }
-            let samples =
-                Samples { file: file.clone(), path: path.into(), at: stored.at, n_samples: stored.n_samples as usize };
+            let n_samples = stored.n_samples as usize;
+            let samples = Samples(Place::Disk { file: file.clone(), path: path.into(), at: stored.at, n_samples });
             pieces.push(Piece { facts: stored.facts, content: stored.content, samples });
         }
         Ok(Self { sample_rate, pieces, unfinished: index.unfinished })
@@ -240,28 +240,46 @@ impl Corpus {
     }
 }
 
-/// A piece's samples on disk; reading does not move a common position, so that threads may share it.
+/// A piece's samples; threads may share them.
 #[derive(Clone, Debug)]
-pub struct Samples {
-    file: Arc<File>,
-    path: Arc<Path>,
-    at: u64,
-    n_samples: usize,
+pub struct Samples(Place);
+
+#[derive(Clone, Debug)]
+enum Place {
+    /// Reading does not move a common position.
+    Disk {
+        file: Arc<File>,
+        path: Arc<Path>,
+        at: u64,
+        n_samples: usize,
+    },
+    Memory(Arc<[i16]>),
 }
 
 impl Samples {
+    /// Samples that lie in no file, each times 32767.
+    pub fn in_memory(samples: Vec<i16>) -> Self {
+        Self(Place::Memory(samples.into()))
+    }
+
     /// Number of samples.
     pub fn len(&self) -> usize {
-        self.n_samples
+        match &self.0 {
+            Place::Disk { n_samples, .. } => *n_samples,
+            Place::Memory(samples) => samples.len(),
+        }
     }
 
     pub fn is_empty(&self) -> bool {
-        self.n_samples == 0
+        self.len() == 0
     }
 
-    /// The file that they lie in.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// The file that they lie in, if they do.
+    pub fn path(&self) -> Option<&Path> {
+        match &self.0 {
+            Place::Disk { path, .. } => Some(path),
+            Place::Memory(_) => None,
+        }
     }
 
     /// The samples `range`, each times 32767.
@@ -272,10 +290,13 @@ impl Samples {
     /// # Panics
     /// When the range passes the piece's end.
     pub fn read(&self, range: Range<usize>) -> Result<Vec<i16>, CorpusError> {
-        assert!(range.end <= self.n_samples, "{range:?} of {} samples", self.n_samples);
+        assert!(range.end <= self.len(), "{range:?} of {} samples", self.len());
+        let (file, path, at) = match &self.0 {
+            Place::Disk { file, path, at, .. } => (file, path, at),
+            Place::Memory(samples) => return Ok(samples[range].to_vec()),
+        };
         let mut bytes = vec![0; range.len() * BYTES as usize];
-        read_at(&self.file, &mut bytes, (self.at + range.start as u64) * BYTES)
-            .map_err(CorpusError::io(&*self.path))?;
+        read_at(file, &mut bytes, (at + range.start as u64) * BYTES).map_err(CorpusError::io(&**path))?;
         Ok(bytes.as_chunks::<2>().0.iter().map(|&b| i16::from_le_bytes(b)).collect())
     }
 }

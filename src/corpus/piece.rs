@@ -31,13 +31,13 @@ pub struct Facts {
 }
 
 /// Why a file makes no piece, for people: it names the file.
-pub(super) type Refusal = String;
+pub type Refusal = String;
 
 /// Decodes, mixes down, resamples and levels a whole file: samples * 32767, rounded, and its facts.
 ///
 /// # Errors
 /// Not audio, damaged from its beginning, shorter than `least_s`, silent.
-pub(super) fn read(source: &AudioSource, sample_rate: u32, least_s: f64) -> Result<(Vec<i16>, Facts), Refusal> {
+pub fn read(source: &AudioSource, sample_rate: u32, least_s: f64) -> Result<(Vec<i16>, Facts), Refusal> {
     let refused = |e: crate::audio::AudioError| e.to_string();
     let mut decoder = Decoder::from_source(source).map_err(refused)?;
     let (rate, channels) = (decoder.spec().sample_rate, decoder.spec().channels);
@@ -69,7 +69,7 @@ pub(super) fn read(source: &AudioSource, sample_rate: u32, least_s: f64) -> Resu
         rate,
         channels,
         gain,
-        hash: blake3::hash(&to_bytes(&samples)).to_hex().to_string(),
+        hash: hash(&samples),
         warnings,
         sound: Sound {
             levels: levels(&samples, sample_rate),
@@ -78,6 +78,11 @@ pub(super) fn read(source: &AudioSource, sample_rate: u32, least_s: f64) -> Resu
         },
     };
     Ok((samples, facts))
+}
+
+/// BLAKE3 of samples as they are stored, in hexadecimal.
+pub fn hash(samples: &[i16]) -> String {
+    blake3::hash(&to_bytes(samples)).to_hex().to_string()
 }
 
 /// BLAKE3 of a file's bytes, in hexadecimal.

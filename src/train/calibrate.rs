@@ -88,8 +88,8 @@ fn scenes(checkpoint: &Checkpoint, data: &Dataset, excerpts: usize) -> Result<Ve
         .collect()
 }
 
-/// Adherence over all scenes.
-fn play(
+/// Adherence over all scenes, which are played side by side.
+pub(super) fn play(
     checkpoint: &Checkpoint,
     data: &Dataset,
     scenes: &[Scene],

@@ -11,6 +11,7 @@ use super::hash::Hash;
 use super::{Observer, Part, TrainError, TrainEvent};
 use crate::audio::speed;
 use crate::codec::{Codec, Token};
+use crate::corpus::piece;
 use crate::corpus::prepare::find;
 use crate::corpus::{Corpus, CorpusError, Facts, Piece, PrepareEvent, PrepareSettings, Samples, Sound, prepare};
 use crate::plan::{DB_PER_UNIT, PlanConfig, ResidualQuantizer, Spectrum};
@@ -24,7 +25,7 @@ const KMEANS_ROUNDS: usize = 12;
 /// Frames analysed in one go: memory does not grow with a piece.
 const BLOCK: usize = 4096;
 
-/// One recording at the model's rate and level; its samples stay on disk.
+/// One recording at the model's rate and level; samples of a corpus stay on disk.
 pub struct Recording {
     pub facts: Facts,
     samples: Samples,
@@ -33,6 +34,12 @@ pub struct Recording {
 }
 
 impl Recording {
+    /// Of samples in memory, each times 32767; `facts` but for their hash, which is theirs.
+    pub fn in_memory(samples: Vec<i16>, facts: &Facts) -> Self {
+        let facts = Facts { hash: piece::hash(&samples), ..facts.clone() };
+        Self { facts, samples: Samples::in_memory(samples), plan_tokens: Array2::zeros((0, 0)) }
+    }
+
     /// Whole plan frames.
     pub fn n_frames(&self, hop: usize) -> usize {
         self.samples.len() / hop
@@ -102,7 +109,8 @@ impl Recording {
         }
         if hasher.finalize().to_hex().as_str() != self.facts.hash {
             let what = format!("the samples of {} have changed", self.facts.source);
-            return Err(CorpusError::Damaged { path: self.samples.path().to_owned(), what }.into());
+            let path = self.samples.path().unwrap_or(Path::new(&self.facts.source)).to_owned();
+            return Err(CorpusError::Damaged { path, what }.into());
         }
         let views: Vec<_> = blocks.iter().map(|block| block.view()).collect();
         self.plan_tokens = concatenate(Axis(0), &views).map_err(candle_core::Error::wrap)?;

@@ -3,6 +3,7 @@
 //! Nothing here is used for generation; training and engines meet only through [`crate::checkpoint`] (calibration, the
 //! last step, listens to an engine play).
 
+pub mod adapt;
 pub mod calibrate;
 pub mod dataset;
 pub mod group;

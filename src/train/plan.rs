@@ -11,45 +11,54 @@ use super::lesson::Lesson;
 use super::optimizer::AdamW;
 use super::workers::Workers;
 use super::{Part, Run, TrainError};
+use crate::model::config::PlanTransformerConfig;
 use crate::model::plan_transformer::PlanTransformer;
 use crate::plan::ResidualQuantizer;
 use crate::rng::Rng;
 
 /// Plan frames of a training context, where pieces are long enough.
-const CONTEXT: usize = 512;
+pub(super) const CONTEXT: usize = 512;
 /// Steps between validations, and most pieces that one listens to, at even distances.
 const VALIDATE: usize = 100;
 const JUDGES: usize = 48;
 
 /// A context's tokens, centred bands and dropout.
-type Context = (Tensor, Tensor, Option<Tensor>);
+pub(super) type Context = (Tensor, Tensor, Option<Tensor>);
 
 /// Trains until the budget is spent; the averages then hold the result.
 pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, TrainError> {
     let config = &run.settings.config().plan_transformer;
     let (data, quantizer, model) = (run.data, run.quantizer, &run.model.plan);
-    let context = CONTEXT.min(data.longest());
     let variation = run.settings.speed_variation;
-    let draw = |rng: &mut Rng| -> Result<Context, TrainError> {
-        let picked = data.pick(context, variation, rng);
-        let (tokens, bands) = if picked.speed == 1.0 {
-            tensors(quantizer, picked.recording.plan_tokens.slice(s![picked.first..picked.first + context, ..]))?
-        } else {
-            tensors(quantizer, heard_at(data, quantizer, &picked, context)?.view())?
-        };
-        Ok((tokens, bands, dropout(config.dropout, (1, context - 1, config.dim), rng)?))
-    };
     let lesson = Lesson {
         part: Part::Plan,
         learning_rate: run.settings.plan_learning_rate,
         batch: run.settings.plan_batch,
         validate_every: VALIDATE,
-        draw: &draw,
+        draw: &|rng| draw(data, quantizer, config, variation, rng),
         loss: &|(tokens, bands, mask)| model.nll(tokens, bands, mask.as_ref())?.mean_all(),
         units: |(tokens, ..): &Context| tokens.dims()[1],
         validate: &|workers, group| validate(workers, group, data, quantizer, model),
     };
     lesson.teach(run, optimizer)
+}
+
+/// A training context of any piece and speed.
+pub(super) fn draw(
+    data: &Dataset,
+    quantizer: &ResidualQuantizer,
+    config: &PlanTransformerConfig,
+    variation: f64,
+    rng: &mut Rng,
+) -> Result<Context, TrainError> {
+    let context = CONTEXT.min(data.longest());
+    let picked = data.pick(context, variation, rng);
+    let (tokens, bands) = if picked.speed == 1.0 {
+        tensors(quantizer, picked.recording.plan_tokens.slice(s![picked.first..picked.first + context, ..]))?
+    } else {
+        tensors(quantizer, heard_at(data, quantizer, &picked, context)?.view())?
+    };
+    Ok((tokens, bands, dropout(config.dropout, (1, context - 1, config.dim), rng)?))
 }
 
 /// Plan tokens of a context that is played at another speed; its first frames hear silence before it.
@@ -65,7 +74,7 @@ fn heard_at(
 }
 
 /// Plan tokens -> tokens and centred bands, each `[1, frames, ..]`.
-fn tensors(quantizer: &ResidualQuantizer, codes: ArrayView2<u16>) -> Result<(Tensor, Tensor), TrainError> {
+pub(super) fn tensors(quantizer: &ResidualQuantizer, codes: ArrayView2<u16>) -> Result<(Tensor, Tensor), TrainError> {
     let bands = quantizer.decode_all(codes)? - &quantizer.mean;
     let dims = (1, bands.nrows(), bands.ncols());
     let flat = codes.iter().map(|&c| u32::from(c)).collect::<Vec<_>>();

@@ -1,7 +1,8 @@
 //! Trains the wave transformer on excerpts: negative log-likelihood of the next token, bits per sample.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 
+use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::dataset::{Dataset, Pick, Recording};
@@ -13,11 +14,12 @@ use crate::forecast::{PastForecast, PlannedForecast};
 use crate::model::config::ModelConfig;
 use crate::model::excerpt::{Excerpt, Piece};
 use crate::model::head;
+use crate::model::wave_transformer::WaveTransformer;
 use crate::plan::ResidualQuantizer;
 use crate::rng::Rng;
 
 /// Plan frames of an excerpt; about a second.
-const EXCERPT: usize = 32;
+pub(super) const EXCERPT: usize = 32;
 /// Share of the excerpts whose history is noisy, and whose plan is quantised as in generation.
 const NOISY: f32 = 0.5;
 const QUANTISED: f32 = 0.7;
@@ -25,7 +27,7 @@ const QUANTISED: f32 = 0.7;
 const GAIN_DB: (f32, f32) = (-12.0, 2.0);
 /// Places per validation, frames scored at each after [`WARM`] frames that are only read.
 const PLACES: usize = 6;
-const WARM: usize = 8;
+pub(super) const WARM: usize = 8;
 /// Steps between validations.
 const VALIDATE: usize = 250;
 
@@ -42,7 +44,7 @@ pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, Tr
     };
     let held_out = maker.held_out()?;
     let warm = WARM * config.plan.hop;
-    let nll = |excerpt: &Excerpt| head::nll(&model.forward(&excerpt.inputs()?)?, &excerpt.targets);
+    let nll = |excerpt: &Excerpt| nll(model, excerpt);
     let lesson = Lesson {
         part: Part::Wave,
         learning_rate: run.settings.wave_learning_rate,
@@ -63,18 +65,23 @@ pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, Tr
     lesson.teach(run, optimizer)
 }
 
+/// -ln P of an excerpt's samples, `[n_samples]`, in nats.
+pub(super) fn nll(model: &WaveTransformer, excerpt: &Excerpt) -> candle_core::Result<Tensor> {
+    head::nll(&model.forward(&excerpt.inputs()?)?, &excerpt.targets)
+}
+
 /// Makes excerpts of recordings.
-struct Maker<'a> {
-    config: &'a ModelConfig,
-    data: &'a Dataset,
-    quantizer: &'a ResidualQuantizer,
-    history: usize,
-    speed_variation: f64,
+pub(super) struct Maker<'a> {
+    pub config: &'a ModelConfig,
+    pub data: &'a Dataset,
+    pub quantizer: &'a ResidualQuantizer,
+    pub history: usize,
+    pub speed_variation: f64,
 }
 
 impl Maker<'_> {
     /// A training excerpt of any piece, speed, gain and noise.
-    fn draw(&self, rng: &mut Rng) -> Result<Excerpt, TrainError> {
+    pub fn draw(&self, rng: &mut Rng) -> Result<Excerpt, TrainError> {
         let hop = self.config.plan.hop;
         let before = self.run_up();
         let frames = EXCERPT.min(self.data.longest().saturating_sub(before));
@@ -103,14 +110,20 @@ impl Maker<'_> {
             .map(|i| {
                 let piece = pieces[i % pieces.len()];
                 let first = (piece.n_frames(hop) - long) * (2 * i + 1) / (2 * PLACES);
-                let tokens = piece.tokens(first * hop..(first + long) * hop, 1.0, &self.config.codec)?;
-                self.excerpt(&tokens, &tokens, true)
+                self.clean(piece, first + self.run_up()..first + long)
             })
             .collect()
     }
 
+    /// The plan frames `frames` of a piece, with clean history and the plan as in generation.
+    pub fn clean(&self, piece: &Recording, frames: Range<usize>) -> Result<Excerpt, TrainError> {
+        let hop = self.config.plan.hop;
+        let tokens = piece.tokens((frames.start - self.run_up()) * hop..frames.end * hop, 1.0, &self.config.codec)?;
+        self.excerpt(&tokens, &tokens, true)
+    }
+
     /// Plan frames before an excerpt that the forecasts and the plan's window need.
-    fn run_up(&self) -> usize {
+    pub fn run_up(&self) -> usize {
         self.config.forecast.past_window.max(self.config.plan.window).div_ceil(self.config.plan.hop)
     }
 
