@@ -332,7 +332,11 @@ mod measured {
         let base = Checkpoint::untrained(ModelConfig { name: "base, random".into(), ..base }, 1)?;
         let peaks = peaks(&gpu, &device()?, args.rounds)?;
         let (mut checks, mut cases) = (Vec::new(), Vec::new());
-        for checkpoint in [args.model.load()?, base] {
+        for mut checkpoint in [args.model.load()?, base] {
+            if std::mem::take(&mut checkpoint.config.forecast.fine_structure) > 0.0 {
+                let name = &checkpoint.config.name;
+                args.talk.warn(&format!("{name}: without the past's fine structure, which the kernels cannot do yet"));
+            }
             let config = &checkpoint.config;
             let tokens: Vec<Token> = chords(&config.codec, 32 * config.plan.hop);
             let options = CpuOptions { precision: Precision::F32, ..CpuOptions::default() };
