@@ -70,7 +70,7 @@ fn forecast_from_the_plan_begins(bencher: Bencher, isa: &str) {
     let spectrum = Spectrum::new(16_000, &PlanConfig::default()).unwrap();
     let bands: Vec<f32> = (0..spectrum.n_bands()).map(|i| (i as f32 * 0.7).sin() - 1.0).collect();
     let begin = |forecast: &mut PlannedForecast| {
-        forecast.begin_frame(&spectrum, &bands).unwrap();
+        forecast.begin_frame(&spectrum, &bands, &bands).unwrap();
         forecast.forecast()
     };
     let of = |isa: &str| PlannedForecast::new(&forecast_config()).unwrap().with_kernels(kernels(isa));

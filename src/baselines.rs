@@ -110,8 +110,11 @@ pub fn noise_through_plan(
     let mut forecast = PlannedForecast::new(config)?;
     context.iter().for_each(|&sample| forecast.push(sample));
     let mut samples = Vec::with_capacity(plan.nrows() * spectrum.hop());
+    let mut before = spectrum.analyse_last(context);
     for bands in plan.outer_iter() {
-        forecast.begin_frame(spectrum, &bands.to_vec())?;
+        let bands = bands.to_vec();
+        forecast.begin_frame(spectrum, &before, &bands)?;
+        before = bands;
         for _ in 0..spectrum.hop() {
             let noise = forecast.residual_rms() * normal(seed, stream, samples.len() as u64);
             let sample = (forecast.forecast() + noise).clamp(-1.0, 1.0);

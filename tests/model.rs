@@ -40,7 +40,7 @@ fn with_random_zeros(config: &ModelConfig, mut params: Params, seed: u64) -> (Mo
     (model, vars)
 }
 
-/// Configurations with one to four tiers and odd sizes, and one whose plan is given the past's fine structure.
+/// Configurations with one to four tiers and odd sizes, and one whose plan is sharpened.
 fn presets() -> Vec<ModelConfig> {
     let tiny = ModelConfig::preset("tiny").unwrap();
     let tier = |hop, dim, n_layers, n_heads, window| TierConfig { hop, dim, n_layers, n_heads, window };
@@ -50,11 +50,11 @@ fn presets() -> Vec<ModelConfig> {
         config.validate().unwrap();
         config
     };
-    let mut fine = tiny.clone();
-    fine.forecast.fine_structure = 0.75;
+    let mut sharp = tiny.clone();
+    sharp.forecast.deconvolution = 7;
     vec![
         tiny.clone(),
-        fine,
+        sharp,
         with(vec![tier(1, 16, 2, 2, 24)]),
         with(vec![tier(128, 24, 1, 3, 5), tier(16, 16, 2, 2, 7), tier(4, 16, 1, 1, 9), tier(1, 8, 1, 2, 33)]),
     ]
@@ -160,7 +160,7 @@ fn step_path_equals_parallel_path_over_ring_wraps() {
         for (t, &token) in tokens.iter().enumerate() {
             if t % config.plan.hop == 0 {
                 let bands = plan.row(t / config.plan.hop).to_vec();
-                planned.begin_frame(&spectrum, &bands).unwrap();
+                planned.begin_frame(&spectrum, state.last_frame(), &bands).unwrap();
                 model.wave.begin_frame(&mut state, &bands).unwrap();
             }
             let (features, code) = features([past.forecast(), planned.forecast()], planned.log_scale(), &config.codec);
@@ -196,7 +196,7 @@ fn steps_after_a_prefill_equal_the_parallel_path() {
         state.residual_code = context.last_residual();
         state.plan = (0..read).map(|k| plan.row(k).to_vec()).collect();
         let bands = plan.row(read).to_vec();
-        planned.begin_frame(&spectrum, &bands).unwrap();
+        planned.begin_frame(&spectrum, state.last_frame(), &bands).unwrap();
         model.wave.begin_frame(&mut state, &bands).unwrap();
         for (t, &token) in tokens.iter().enumerate().skip(read * hop) {
             let (features, code) = features([past.forecast(), planned.forecast()], planned.log_scale(), &config.codec);
@@ -273,9 +273,12 @@ fn the_candle_likelihood_is_that_of_the_scalar_mixture() {
     let heads = flat(&out);
     let width = config.wave_transformer.head_dim();
     let mut planned = PlannedForecast::new(&config.forecast).unwrap();
+    let mut before = spectrum.silent_frame();
     for (t, &token) in tokens.iter().enumerate() {
         if t % config.plan.hop == 0 {
-            planned.begin_frame(&spectrum, &plan.row(t / config.plan.hop).to_vec()).unwrap();
+            let bands = plan.row(t / config.plan.hop).to_vec();
+            planned.begin_frame(&spectrum, &before, &bands).unwrap();
+            before = bands;
         }
         let forecasts = [excerpt.targets.forecasts[2 * t], excerpt.targets.forecasts[2 * t + 1]];
         let mixture = Mixture::from_head(&heads[t * width..][..width], forecasts, planned.log_scale(), &config.codec);

@@ -201,7 +201,7 @@ impl Engine for ReferenceEngine {
         let Self { config, spectrum, model, wave_sampling, stream, pool, .. } = self;
         let codec = &config.codec;
         pool.install(|| {
-            stream.planned.begin_frame(spectrum, &plan.bands).map_err(state_error)?;
+            stream.planned.begin_frame(spectrum, stream.wave.last_frame(), &plan.bands).map_err(state_error)?;
             model.wave.begin_frame(&mut stream.wave, &plan.bands)?;
             let mut mixture = Mixture::default();
             for (token, uniforms) in out.iter_mut().zip(uniforms.chunks_exact(UNIFORMS_PER_SAMPLE)) {

@@ -1,14 +1,14 @@
 //! Turns past samples, and a plan frame, into linear forecasts of the next sample.
 //!
 //! `past`: backward-adaptive linear prediction, coefficients from the samples before (as ITU-T G.728 has them).
-//! `planned`: prediction with the coefficients of the spectrum that the plan frame describes, to which `fine` lends the past's
-//! fine structure. Neither is trained.
+//! `planned`: prediction with the coefficients of the spectrum that the plan frame describes, which `sharp` makes as
+//! sharp as the sound was. Neither is trained.
 
-mod fine;
 mod history;
 mod lpc;
 mod past;
 mod planned;
+mod sharp;
 
 use ndarray::ArrayView2;
 use serde::{Deserialize, Serialize};
@@ -36,20 +36,13 @@ pub struct ForecastConfig {
     pub planned_order: usize,
     /// Standard deviation by which the planned spectrum is blurred, Hz.
     pub lag_window_hz: f64,
-    /// How much of its own spectrum's fine structure the past lends to the planned one: an exponent, 0 for nothing.
-    pub fine_structure: f64,
+    /// Steps of the deconvolution that takes the analysis' blur out of the planned spectrum; 0 leaves it in.
+    pub deconvolution: usize,
 }
 
 impl Default for ForecastConfig {
     fn default() -> Self {
-        Self {
-            order: 256,
-            past_window: 4096,
-            past_hop: 64,
-            planned_order: 256,
-            lag_window_hz: 4.0,
-            fine_structure: 0.0,
-        }
+        Self { order: 256, past_window: 4096, past_hop: 64, planned_order: 256, lag_window_hz: 4.0, deconvolution: 0 }
     }
 }
 
@@ -70,7 +63,7 @@ impl ForecastConfig {
     }
 
     fn validate_alone(&self) -> Result<(), ForecastError> {
-        let Self { order, past_window, past_hop, planned_order, lag_window_hz, fine_structure } = *self;
+        let Self { order, past_window, past_hop, planned_order, lag_window_hz, deconvolution } = *self;
         if order == 0 || order >= past_window {
             return Err(ForecastError::Order { order, past_window });
         }
@@ -83,17 +76,15 @@ impl ForecastConfig {
         if !(lag_window_hz >= 0.0 && lag_window_hz.is_finite()) {
             return Err(ForecastError::LagWindow { lag_window_hz });
         }
-        if !(0.0..=1.0).contains(&fine_structure) {
-            return Err(ForecastError::FineStructure { fine_structure });
+        if deconvolution > MOST_STEPS {
+            return Err(ForecastError::Deconvolution { steps: deconvolution });
         }
         Ok(())
     }
-
-    /// Samples that the forecast from the plan remembers.
-    pub(crate) fn planned_memory(&self) -> usize {
-        if self.fine_structure > 0.0 { self.past_window.max(self.planned_order) } else { self.planned_order }
-    }
 }
+
+/// More only sharpens noise.
+const MOST_STEPS: usize = 1000;
 
 /// Why no forecast can be made.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -131,11 +122,11 @@ pub enum ForecastError {
         /// The width given.
         lag_window_hz: f64,
     },
-    /// An exponent that would make a spectrum finer than it is, or turn it round.
-    #[error("fine structure of {fine_structure}: expected a number from 0 to 1")]
-    FineStructure {
-        /// The exponent given.
-        fine_structure: f64,
+    /// A deconvolution that would take seconds a frame.
+    #[error("deconvolution of {steps} steps: expected at most {MOST_STEPS}")]
+    Deconvolution {
+        /// Steps given.
+        steps: usize,
     },
     /// A plan that ends before the samples do.
     #[error("{got} plan frames for {n_samples} samples, expected {expected}")]
@@ -199,8 +190,11 @@ pub fn forecasts(
     out.past.reserve_exact(samples.len());
     out.planned.reserve_exact(samples.len());
     out.log_scale.reserve_exact(samples.len());
+    let mut before = spectrum.silent_frame();
     for (samples, bands) in samples.chunks(spectrum.hop()).zip(plan.outer_iter()) {
-        planned.begin_frame(spectrum, &bands.to_vec())?;
+        let bands = bands.to_vec();
+        planned.begin_frame(spectrum, &before, &bands)?;
+        before = bands;
         for &sample in samples {
             out.past.push(past.forecast());
             out.planned.push(planned.forecast());
@@ -230,7 +224,7 @@ mod tests {
             past_hop: 32,
             planned_order: 40,
             lag_window_hz: 4.0,
-            fine_structure: 0.0,
+            deconvolution: 0,
         }
     }
 
@@ -255,11 +249,14 @@ mod tests {
         let mut past = PastForecast::new(&config()).unwrap();
         let mut planned = PlannedForecast::new(&config()).unwrap();
         let mut streamed = Forecasts::default();
+        let mut before = spectrum().silent_frame();
         for (n, &sample) in samples.iter().enumerate() {
             if n % 128 == 0 {
                 // Saved and restored between frames, as sessions are.
                 planned = serde_json::from_str(&serde_json::to_string(&planned).unwrap()).unwrap();
-                planned.begin_frame(&spectrum(), &plan.row(n / 128).to_vec()).unwrap();
+                let bands = plan.row(n / 128).to_vec();
+                planned.begin_frame(&spectrum(), &before, &bands).unwrap();
+                before = bands;
             }
             streamed.past.push(past.forecast());
             streamed.planned.push(planned.forecast());

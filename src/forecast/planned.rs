@@ -2,9 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::fine::FineStructure;
 use super::history::History;
 use super::lpc::{Recursion, predict};
+use super::sharp::Sharpener;
 use super::{ForecastConfig, ForecastError, check_length};
 use crate::plan::{Autocorrelation, Spectrum};
 use crate::simd::Kernels;
@@ -14,8 +14,22 @@ use crate::simd::portable::exp;
 const MEAN_TO_RMS: f64 = 0.7;
 const LEAST_SCALE: f64 = 1e-4;
 
-/// Linear prediction of a stream by the spectrum that the current plan frame describes, with the fine structure of the
-/// stream's own past where the settings say so.
+/// A sound louder than planned by this much, nepers of power, is damped (4.3 dB).
+const TOO_LOUD: f64 = 1.0;
+/// Louder than this (38 dB) makes no difference.
+const LOUDEST: f64 = 8.0;
+/// Samples in which damping takes a neper of power for each that a sound is too loud.
+const DAMPING_TIME: f64 = 256.0;
+
+/// By what the poles of a forecast shrink after the samples `heard` where the power `planned` was asked for: a sharp line whose note
+/// was damped would ring on for longer than the note.
+fn damping(heard: &[f32], planned: f64) -> f32 {
+    let power = heard.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / heard.len() as f64;
+    let surplus = ((power / planned).ln() - TOO_LOUD).clamp(0.0, LOUDEST);
+    (-surplus / (2.0 * DAMPING_TIME)).exp() as f32
+}
+
+/// Linear prediction of a stream by the spectrum that the current plan frame describes.
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(try_from = "State", into = "State")]
 pub struct PlannedForecast {
@@ -27,7 +41,7 @@ pub struct PlannedForecast {
     recursion: Recursion,
     autocorrelation: Autocorrelation,
     /// Made with the first frame.
-    fine: Option<FineStructure>,
+    sharpener: Option<Sharpener>,
     kernels: &'static Kernels,
 }
 
@@ -41,12 +55,12 @@ impl PlannedForecast {
         config.validate_alone()?;
         Ok(Self {
             config: config.clone(),
-            history: History::new(config.planned_memory()),
+            history: History::new(config.planned_order),
             coefficients: vec![0.0; config.planned_order],
             log_scale: LEAST_SCALE.ln() as f32,
             recursion: Recursion::new(config.planned_order),
             autocorrelation: Autocorrelation::default(),
-            fine: None,
+            sharpener: None,
             kernels: Kernels::chosen(),
         })
     }
@@ -56,7 +70,7 @@ impl PlannedForecast {
     /// # Errors
     /// When the settings cannot be, or there are more or fewer samples.
     pub(crate) fn after(config: &ForecastConfig, samples: Vec<f32>) -> Result<Self, ForecastError> {
-        check_length("samples", config.planned_memory(), samples.len())?;
+        check_length("samples", config.planned_order, samples.len())?;
         Ok(Self { history: samples.into(), ..Self::new(config)? })
     }
 
@@ -70,20 +84,25 @@ impl PlannedForecast {
         Self { kernels, ..self }
     }
 
-    /// From here on samples follow the plan frame `bands`, `[n_bands]`.
+    /// From here on samples follow the plan frame `bands`, `[n_bands]`, which follows the frame `before`.
     ///
     /// # Errors
-    /// When `bands` is no frame of `spectrum`, or its window too short for the order.
-    pub fn begin_frame(&mut self, spectrum: &Spectrum, bands: &[f32]) -> Result<(), ForecastError> {
-        let ForecastConfig { planned_order: order, lag_window_hz, fine_structure, past_window, .. } = self.config;
-        let r = if fine_structure > 0.0 {
-            let fine = self.fine.get_or_insert_with(|| FineStructure::new(spectrum, &self.config));
-            fine.autocorrelation(spectrum, bands, self.history.recent(past_window, 0))?
+    /// When these are no frames of `spectrum`, or its window too short for the order.
+    pub fn begin_frame(&mut self, spectrum: &Spectrum, before: &[f32], bands: &[f32]) -> Result<(), ForecastError> {
+        let ForecastConfig { planned_order: order, lag_window_hz, deconvolution, .. } = self.config;
+        let r = if deconvolution > 0 {
+            let sharpener = self.sharpener.get_or_insert_with(|| Sharpener::new(spectrum, &self.config));
+            sharpener.autocorrelation(spectrum, before, bands)?
         } else {
             spectrum.autocorrelation_into(bands, order, lag_window_hz, &mut self.autocorrelation)?
         };
+        let damping = if deconvolution > 0 { damping(self.history.recent(order, 0), r[0]) } else { 1.0 };
         let residual_power = self.recursion.solve(r, self.kernels);
-        self.coefficients.iter_mut().zip(self.recursion.rising()).for_each(|(c, a)| *c = a);
+        let mut factor = 1.0;
+        for (c, a) in self.coefficients.iter_mut().rev().zip(self.recursion.rising().rev()) {
+            factor *= damping;
+            *c = a * factor;
+        }
         self.log_scale = (residual_power.sqrt() * MEAN_TO_RMS + LEAST_SCALE).ln() as f32;
         Ok(())
     }
@@ -130,7 +149,7 @@ impl TryFrom<State> for PlannedForecast {
 
     fn try_from(state: State) -> Result<Self, ForecastError> {
         let State { config, history, coefficients, log_scale } = state;
-        check_length("samples", config.planned_memory(), history.keep())?;
+        check_length("samples", config.planned_order, history.keep())?;
         check_length("coefficients", config.planned_order, coefficients.len())?;
         Ok(Self { history, coefficients, log_scale, ..Self::new(&config)? })
     }

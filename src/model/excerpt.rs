@@ -79,7 +79,9 @@ impl Excerpt {
         for frame in frames.start.saturating_sub(run_up)..frames.end {
             let inside = frames.contains(&frame);
             if inside {
-                planned.begin_frame(piece.spectrum, &piece.plan.row(frame).to_vec())?;
+                let before =
+                    frame.checked_sub(1).map_or(silent_frame.clone(), |before| piece.plan.row(before).to_vec());
+                planned.begin_frame(piece.spectrum, &before, &piece.plan.row(frame).to_vec())?;
             }
             let range = frame * hop..(frame + 1) * hop;
             for (&token, &heard) in piece.tokens[range.clone()].iter().zip(&heard[range]) {

@@ -81,6 +81,13 @@ pub struct WaveState {
     frame: Option<FrameView>,
 }
 
+impl WaveState {
+    /// The plan frame that the last samples lie in.
+    pub fn last_frame(&self) -> &[f32] {
+        self.plan.last().map_or(&[], Vec::as_slice)
+    }
+}
+
 /// Constants of one plan frame on the step path.
 struct FrameView {
     token_table: Tensor, // (levels, token_dim + 2)

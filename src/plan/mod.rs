@@ -1,6 +1,7 @@
 //! Turns sound into a plan, one frame per hop that says what these milliseconds sound like, and frames into tokens.
 
 pub(crate) mod fourier;
+pub(crate) mod response;
 pub mod rvq;
 pub mod spectrum;
 

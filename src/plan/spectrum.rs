@@ -7,6 +7,7 @@ use ndarray::Array2;
 use rayon::prelude::*;
 
 use super::fourier::{Fourier, Workspace};
+use super::response::Response;
 use super::{PlanConfig, PlanError};
 
 /// dB per unit of a band: bands are `ln(power) / 4`.
@@ -30,8 +31,8 @@ pub struct Spectrum {
     /// Hz.
     centres: Vec<f64>,
     grid: Grid,
-    /// A finer grid, made when first asked for.
-    finer: Arc<OnceLock<Arc<Grid>>>,
+    /// Made when first asked for.
+    response: Arc<OnceLock<Arc<Response>>>,
 }
 
 /// The bands over the bins of a transform of one length.
@@ -41,7 +42,6 @@ pub(crate) struct Grid {
     bands: Vec<(usize, Vec<f64>)>,
     /// Per bin: the two bands it lies between and the weight of the upper one.
     bins: Vec<(usize, usize, f64)>,
-    len: usize,
     pub fourier: Fourier,
 }
 
@@ -52,9 +52,13 @@ impl Grid {
         Self {
             bands: (0..centres.len()).map(|band| triangle(centres, step_hz, band, bin_hz, n_bins)).collect(),
             bins: (0..n_bins).map(|bin| neighbours(centres, bin as f64 * bin_hz)).collect(),
-            len,
             fourier: Fourier::new(len),
         }
+    }
+
+    /// Per band: its first bin and the weights from there on.
+    pub fn bands(&self) -> &[(usize, Vec<f64>)] {
+        &self.bands
     }
 
     /// Mean power of each band, from the power of each bin.
@@ -91,21 +95,18 @@ impl Spectrum {
             grid: Grid::new(&centres, bin_hz, sample_rate.into(), window.len()),
             window,
             centres,
-            finer: Arc::default(),
+            response: Arc::default(),
         })
     }
 
-    /// Energy of the analysis' window, the unit of all powers.
-    pub(crate) fn energy(&self) -> f64 {
-        self.energy
-    }
-
-    /// The same bands over the bins of a transform of `len` samples.
-    pub(crate) fn grid(&self, len: usize) -> Arc<Grid> {
-        let step_hz = f64::from(self.sample_rate) / self.window.len() as f64;
-        let make = || Arc::new(Grid::new(&self.centres, step_hz, self.sample_rate.into(), len));
-        let kept = self.finer.get_or_init(make);
-        if kept.len == len { kept.clone() } else { make() }
+    /// This analysis as a linear map of spectra twice as fine as its own transform.
+    pub(crate) fn response(&self) -> Arc<Response> {
+        let make = || {
+            let step_hz = f64::from(self.sample_rate) / self.window.len() as f64;
+            let grid = Grid::new(&self.centres, step_hz, self.sample_rate.into(), 2 * self.window.len());
+            Arc::new(Response::new(grid, &self.window))
+        };
+        self.response.get_or_init(make).clone()
     }
 
     /// Bands per frame.

@@ -358,21 +358,18 @@ fn odd_sizes_have_the_cpu_engines_distributions_over_many_ring_wraps() {
 /// The built-in model, but for what the kernels cannot do yet.
 fn built_in() -> Checkpoint {
     let mut checkpoint = Checkpoint::built_in().unwrap();
-    checkpoint.config.forecast.fine_structure = 0.0;
+    checkpoint.config.forecast.deconvolution = 0;
     checkpoint
 }
 
 #[test]
-fn a_plan_with_the_pasts_fine_structure_is_refused_by_name() {
+fn a_plan_that_is_sharpened_is_refused_by_name() {
     let mut checkpoint = tiny(1);
-    checkpoint.config.forecast.fine_structure = 0.75;
+    checkpoint.config.forecast.deconvolution = 20;
     let Some(machine) = machine(Schedule::default()) else { return };
     let refused =
         CudaEngine::new(machine, &checkpoint, Element::F32).err().map(|e| format!("{:#}", anyhow::Error::from(e)));
-    assert!(
-        refused.as_ref().is_some_and(|e| e.contains("fine_structure") && e.contains("--engine cpu")),
-        "{refused:?}"
-    );
+    assert!(refused.as_ref().is_some_and(|e| e.contains("deconvolution") && e.contains("--engine cpu")), "{refused:?}");
 }
 
 #[test]

@@ -176,7 +176,7 @@ fn forecasts_equal_those_of_the_library_for_random_settings_and_schedules() {
             past_hop: [16, 32, 64][rng.below(3)],
             planned_order: 1 + rng.below(200),
             lag_window_hz: f64::from(rng.uniform()) * 5.0,
-            fine_structure: 0.0,
+            deconvolution: 0,
         };
         let case = Case::new(&plan(), config, len, rng.below(len / 128), &mut rng);
         check(&emulator, &case, Schedule::seeded(round))

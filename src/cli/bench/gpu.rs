@@ -333,9 +333,9 @@ mod measured {
         let peaks = peaks(&gpu, &device()?, args.rounds)?;
         let (mut checks, mut cases) = (Vec::new(), Vec::new());
         for mut checkpoint in [args.model.load()?, base] {
-            if std::mem::take(&mut checkpoint.config.forecast.fine_structure) > 0.0 {
+            if std::mem::take(&mut checkpoint.config.forecast.deconvolution) > 0 {
                 let name = &checkpoint.config.name;
-                args.talk.warn(&format!("{name}: without the past's fine structure, which the kernels cannot do yet"));
+                args.talk.warn(&format!("{name}: without sharpening the plan, which the kernels cannot do yet"));
             }
             let config = &checkpoint.config;
             let tokens: Vec<Token> = chords(&config.codec, 32 * config.plan.hop);

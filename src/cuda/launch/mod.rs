@@ -60,11 +60,8 @@ pub enum LaunchError {
     Components(usize),
     #[error("{what} takes {bytes} bytes of shared memory per block, more than the {SHARED_BYTES} of the GPU")]
     Shared { what: &'static str, bytes: usize },
-    #[error(
-        "the kernels cannot lend the past's fine structure to the plan yet (forecast.fine_structure); play this model with \
-             --engine cpu"
-    )]
-    FineStructure,
+    #[error("the kernels cannot sharpen the plan yet (forecast.deconvolution); play this model with --engine cpu")]
+    Deconvolution,
 }
 
 /// Shared memory that a block may have (sm_90).

@@ -198,7 +198,7 @@ impl CpuEngine {
     pub fn begin_frame(&mut self, bands: &[f32]) -> Result<(), EngineError> {
         let Self { weights, stream, work, .. } = self;
         expect("plan bands", weights.spectrum.n_bands(), bands.len())?;
-        stream.planned.begin_frame(&weights.spectrum, bands).map_err(state_error)?;
+        stream.planned.begin_frame(&weights.spectrum, stream.wave.last_frame(), bands).map_err(state_error)?;
         weights.wave.begin_frame(weights.kernels, &mut stream.wave, bands, &mut work.wave);
         Ok(())
     }
@@ -384,7 +384,7 @@ impl Weights {
         mut each: impl FnMut(usize, &Mixture),
     ) -> Result<(), EngineError> {
         let codec = &self.config.codec;
-        stream.planned.begin_frame(&self.spectrum, bands).map_err(state_error)?;
+        stream.planned.begin_frame(&self.spectrum, stream.wave.last_frame(), bands).map_err(state_error)?;
         self.wave.begin_frame(self.kernels, &mut stream.wave, bands, &mut work.wave);
         work.head.resize(self.config.wave_transformer.head_dim(), 0.0);
         for (t, &token) in tokens.iter().enumerate() {

@@ -321,6 +321,11 @@ impl WaveTransformer {
 }
 
 impl WaveState {
+    /// The plan frame that the last samples lie in.
+    pub fn last_frame(&self) -> &[f32] {
+        self.plan.last().map_or(&[], Vec::as_slice)
+    }
+
     /// Tells the stream which token came, and its residual code.
     pub fn push(&mut self, token: Token, residual_code: Token) {
         self.tokens.rotate_left(1);

@@ -170,8 +170,8 @@ impl Packed {
         let config = &checkpoint.config;
         let (wave, plan, forecast) = (&config.wave_transformer, &config.plan_transformer, &config.forecast);
         let (n_tiers, n_components) = (wave.tiers.len(), wave.n_components());
-        if forecast.fine_structure > 0.0 {
-            return Err(LaunchError::FineStructure.into());
+        if forecast.deconvolution > 0 {
+            return Err(LaunchError::Deconvolution.into());
         }
         for (what, got, most) in
             [("tiers", n_tiers, MAX_TIERS), ("components of the mixture", n_components, MAX_COMPONENTS)]
