@@ -13,7 +13,7 @@ use wavegen::plan::PlanFrame;
 use wavegen::rng::Rng;
 use wavegen::sampler::PlanSampling;
 use wavegen::train::resume::StateFolder;
-use wavegen::train::schedule::Budget;
+use wavegen::train::schedule::{Budget, Schedule};
 use wavegen::train::{Part, Start, TrainError, TrainEvent, TrainSettings, train};
 
 const SAMPLE_RATE: u32 = 16_000;
@@ -49,6 +49,7 @@ fn settings(directory: &Path, steps: usize) -> TrainSettings {
         wave_batch: 2,
         plan_learning_rate: 3e-3,
         wave_learning_rate: 5e-3,
+        schedule: Schedule::default(),
         validation_share: 0.1,
         speed_variation: 0.0,
         validate_every: None,

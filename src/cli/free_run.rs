@@ -10,9 +10,12 @@ use wavegen::audio::{SampleFormat, WavFormat};
 use wavegen::baselines::noise_through_plan;
 use wavegen::checkpoint::Checkpoint;
 use wavegen::generate::{Guide, Intervention, Options, Path as Continued};
-use wavegen::metrics::{self, Adherence, Failure, LevelDrift, Track, adherence, failures, level_drift, tonality_db};
+use wavegen::metrics::{
+    self, Adherence, Failure, LevelDrift, Music, Timbre, Track, adherence, failures, level_drift, music, tonality_db,
+};
 use wavegen::plan::Spectrum;
 use wavegen::plot::{Row, spectrograms};
+use wavegen::rng::Rng;
 use wavegen::sink;
 
 use super::common::{Talk, interrupted, print};
@@ -29,6 +32,8 @@ pub enum PlanFrom {
     True,
     /// The same, through the model's codebooks
     Quantized,
+    /// What really comes next, frame by frame in random order: a control without music
+    Shuffled,
 }
 
 /// What to play.
@@ -51,6 +56,9 @@ pub struct Figures {
     pub level_drift: LevelDrift,
     pub tonality_db: f32,
     pub failures: Vec<Failure>,
+    pub music: Music,
+    #[serde(skip)]
+    timbre: Timbre,
 }
 
 /// All figures after one prompt.
@@ -81,6 +89,9 @@ pub struct Summary {
     pub tonality_db: f32,
     /// Continuations with any failure.
     pub n_failed: usize,
+    pub music: Music,
+    /// Frechet distance of the log-mel frames to the recordings'.
+    pub frechet: f64,
 }
 
 /// A free run's result.
@@ -120,7 +131,10 @@ pub fn play_all(
         .collect::<Result<Option<Vec<_>>>>()?;
     bar.finish_and_clear();
     let summary = |of: &dyn Fn(&Continuation) -> Figures| {
-        continuations.as_ref().map(|all| summarise(&all.iter().map(of).collect::<Vec<_>>()))
+        continuations.as_ref().map(|all| {
+            let truths: Vec<Figures> = all.iter().map(|c| c.truth.clone()).collect();
+            summarise(&all.iter().map(of).collect::<Vec<_>>(), &truths)
+        })
     };
     let (model, floor, truth) =
         (summary(&|c| c.model.clone()), summary(&|c| c.floor.clone()), summary(&|c| c.truth.clone()));
@@ -175,6 +189,7 @@ fn play(
             let quantizer = &checkpoint.quantizer;
             Some(quantizer.decode_all(quantizer.encode_all(true_track.bands.view())?.view())?)
         }
+        PlanFrom::Shuffled => Some(shuffled(&true_track.bands, setup.options.seed ^ i as u64)),
     };
 
     let mut engine = engine.stream()?;
@@ -231,6 +246,8 @@ fn play(
             failures.push(Failure::Collapse);
         }
         Ok(Figures {
+            music: music(samples, codec.sample_rate),
+            timbre: Timbre::of(samples, codec.sample_rate),
             adherence: adherence(heard.bands.view(), planned.bands.view()),
             level_drift: level_drift(&heard.level_db, &planned.level_db, per_second),
             tonality_db: tonality_db(heard.bands.view()),
@@ -238,7 +255,7 @@ fn play(
         })
     };
     let true_plan = match setup.plan {
-        PlanFrom::Own => &true_track,
+        PlanFrom::Own | PlanFrom::Shuffled => &true_track,
         PlanFrom::True | PlanFrom::Quantized => &planned,
     };
     Ok(Some(Continuation {
@@ -268,7 +285,22 @@ fn keep(path: &Path, sample_rate: u32, before: &[f32], after: &[f32]) -> Result<
     Ok(sink.finish()?)
 }
 
-fn summarise(all: &[Figures]) -> Summary {
+/// The frames of a plan in random order (Fisher and Yates).
+fn shuffled(bands: &Array2<f32>, seed: u64) -> Array2<f32> {
+    let (mut order, mut rng): (Vec<usize>, _) = ((0..bands.nrows()).collect(), Rng::new(seed));
+    for i in (1..order.len()).rev() {
+        order.swap(i, (rng.uniform() * (i + 1) as f32) as usize % (i + 1));
+    }
+    bands.select(ndarray::Axis(0), &order)
+}
+
+fn timbre(of: &[Figures]) -> Timbre {
+    let mut all = Timbre::default();
+    of.iter().for_each(|figures| all.add(&figures.timbre));
+    all
+}
+
+fn summarise(all: &[Figures], truths: &[Figures]) -> Summary {
     let n = all.len().max(1) as f32;
     let mean = |of: &dyn Fn(&Figures) -> f32| all.iter().map(of).sum::<f32>() / n;
     let worst =
@@ -281,6 +313,14 @@ fn summarise(all: &[Figures]) -> Summary {
         worst_level_drift_db: worst(&|f| f.level_drift.median_db),
         tonality_db: mean(&|f| f.tonality_db),
         n_failed: all.iter().filter(|f| !f.failures.is_empty()).count(),
+        music: Music {
+            centroid_hz: mean(&|f| f.music.centroid_hz),
+            flatness_db: mean(&|f| f.music.flatness_db),
+            onsets_per_s: mean(&|f| f.music.onsets_per_s),
+            chroma_bits: mean(&|f| f.music.chroma_bits),
+            chroma_flux: mean(&|f| f.music.chroma_flux),
+        },
+        frechet: timbre(all).distance(&timbre(truths)),
     }
 }
 
@@ -297,9 +337,8 @@ impl FreeRun {
             print(&row(&format!("{} {:.1} s", short(&c.file), c.at_s), &c.model, &failures.join(", ")))?;
         }
         let n = self.continuations.len();
-        for (name, s) in
-            [("model", &self.model), ("noise through the plan", &self.floor), ("the recording", &self.truth)]
-        {
+        let rows = [("model", &self.model), ("noise through the plan", &self.floor), ("the recording", &self.truth)];
+        for (name, s) in rows {
             print(&format!(
                 "{name:>26} {:>7.1} dB {:>+7.1} dB {:>7.1} dB {:>7.1} dB {:>5} of {n}",
                 s.adherence_db, s.bias_db, s.level_drift_db, s.tonality_db, s.n_failed
@@ -309,6 +348,16 @@ impl FreeRun {
             "worst: adherence {:.1} dB, drift {:+.1} dB; plan: {:?}",
             self.model.worst_adherence_db, self.model.worst_level_drift_db, self.plan
         ))?;
+        print(&format!(
+            "{:>26} {:>10} {:>10} {:>10} {:>11} {:>11} {:>8}",
+            "", "centroid", "flatness", "onsets", "chroma", "its flux", "Frechet"
+        ))?;
+        for (name, Summary { music, frechet, .. }) in rows {
+            print(&format!(
+                "{name:>26} {:>7.0} Hz {:>7.1} dB {:>8.2}/s {:>6.2} bits {:>11.3} {frechet:>8.1}",
+                music.centroid_hz, music.flatness_db, music.onsets_per_s, music.chroma_bits, music.chroma_flux
+            ))?;
+        }
         Ok(())
     }
 }

@@ -16,7 +16,7 @@ use wavegen::model::config::{GenerationSettings, ModelConfig};
 use wavegen::train::group::{self, Group};
 use wavegen::train::grow::{Fate, grow};
 use wavegen::train::resume::StateFolder;
-use wavegen::train::schedule::Budget;
+use wavegen::train::schedule::{Budget, Schedule};
 use wavegen::train::{Part, Start, TrainError, TrainEvent, TrainSettings, train_in};
 
 use super::common::{Refused, Talk, Usage, catch_interrupt, interrupted, one_line, say, start_threads};
@@ -56,7 +56,7 @@ pub struct Args {
     /// Overwrite an existing model, forget an unfinished run
     #[arg(long)]
     force: bool,
-    /// Size of the model: tiny, small, base, or a .toml file [default: small, or as --init]
+    /// Size of the model: tiny, small, base, or a .toml file [default: base, or as --init]
     #[arg(long)]
     preset: Option<String>,
     /// Go on from this model: its weights, codebooks and sizes; `built-in` for the one inside the program. With
@@ -84,6 +84,9 @@ pub struct Args {
     /// Peak learning rate of the wave transformer
     #[arg(long, default_value = "2e-3", value_parser = learning_rate)]
     wave_learning_rate: f64,
+    /// How the learning rates move after the warm-up
+    #[arg(long, value_enum, default_value = "cosine")]
+    schedule: Rates,
     /// Contexts of 16 s per step of the plan transformer, dealt to the threads of all processes; memory depends on --threads
     /// only
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=65_536))]
@@ -158,6 +161,23 @@ impl Parts {
             Self::Plan => vec![Part::Plan],
             Self::Wave => vec![Part::Wave],
             Self::Both => vec![Part::Plan, Part::Wave],
+        }
+    }
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Rates {
+    /// Down a cosine to nearly zero
+    Cosine,
+    /// At the peak, then down in the last fifth
+    Wsd,
+}
+
+impl From<Rates> for Schedule {
+    fn from(rates: Rates) -> Self {
+        match rates {
+            Rates::Cosine => Self::Cosine,
+            Rates::Wsd => Self::Wsd,
         }
     }
 }
@@ -258,6 +278,7 @@ fn run_in(group: &dyn Group, args: &Args) -> Result<Outcome> {
         threads,
         plan_batch: args.plan_batch as usize,
         wave_batch: args.wave_batch as usize,
+        schedule: args.schedule.into(),
         plan_learning_rate: args.plan_learning_rate,
         wave_learning_rate: args.wave_learning_rate,
         validation_share: args.validation_share,
@@ -337,7 +358,7 @@ pub fn load_model(path: &Path) -> Result<Checkpoint> {
 fn start(args: &Args, talk: &Talk) -> Result<Start> {
     let preset = |name: &str| ModelConfig::preset(name).map_err(|e| Usage(format!("--preset {name}: {e}")));
     let Some(path) = args.init.as_deref() else {
-        return Ok(Start::New(preset(args.preset.as_deref().unwrap_or("small"))?.into()));
+        return Ok(Start::New(preset(args.preset.as_deref().unwrap_or("base"))?.into()));
     };
     let init = load_model(path)?;
     let Some(name) = &args.preset else { return Ok(Start::From(init.into())) };

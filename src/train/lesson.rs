@@ -80,7 +80,7 @@ impl<T: Send + Sync> Lesson<'_, T> {
     ) -> Result<ControlFlow<()>, TrainError> {
         let (part, settings, folder, group) = (self.part, run.settings, run.folder, run.group);
         let workers = Workers::new(settings.threads)?;
-        let mut clock = Clock::resume(settings.budget, settings.share(part), &progress);
+        let mut clock = Clock::resume(settings.budget, settings.schedule, settings.share(part), &progress);
         let (mut saved, mut begun_at) = (Instant::now(), (progress.units, clock.elapsed()));
         let mut going = ControlFlow::Continue(());
         while clock.done() < 1.0 && going.is_continue() {

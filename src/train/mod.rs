@@ -40,7 +40,7 @@ use group::{Alone, Group};
 use hash::Hash;
 use optimizer::AdamW;
 use resume::{Identity, StateFolder};
-use schedule::{Budget, PLAN_SHARE};
+use schedule::{Budget, PLAN_SHARE, Schedule};
 use watch::{History, Watch};
 
 /// Why training stopped without a model.
@@ -110,6 +110,7 @@ pub struct TrainSettings {
     /// Contexts or excerpts per step, over all processes.
     pub plan_batch: usize,
     pub wave_batch: usize,
+    pub schedule: Schedule,
     /// Peak learning rates.
     pub plan_learning_rate: f64,
     pub wave_learning_rate: f64,
@@ -177,6 +178,7 @@ impl TrainSettings {
             ("seed", self.seed.to_string()),
             ("plan batch", self.plan_batch.to_string()),
             ("wave batch", self.wave_batch.to_string()),
+            ("schedule", format!("{:?}", self.schedule)),
             ("plan learning rate", self.plan_learning_rate.to_string()),
             ("wave learning rate", self.wave_learning_rate.to_string()),
             ("speed variation", self.speed_variation.to_string()),

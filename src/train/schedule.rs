@@ -14,16 +14,30 @@ pub enum Budget {
     Time(Duration),
 }
 
+/// How the learning rate moves after the warm-up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Schedule {
+    /// Along a cosine from its peak to nearly zero.
+    #[default]
+    Cosine,
+    /// At its peak, and over the last fifth as 1 - sqrt to nearly zero (warm-up, stable, decay; Hu et al., 2024, Haegele et
+    /// al., 2024): what stands before the decay can be trained on.
+    Wsd,
+}
+
 /// Part of a [`Budget::Time`] that the plan transformer gets.
 pub const PLAN_SHARE: f64 = 0.25;
 /// Steps over which the learning rate rises from zero.
 const WARM_UP: f64 = 50.0;
-/// What the cosine falls to, as a share of the peak.
+/// What it falls to, as a share of the peak.
 const FLOOR: f64 = 0.02;
+/// Share of the budget in which [`Schedule::Wsd`] decays.
+const DECAY: f64 = 0.2;
 
 /// Follows one part's progress.
 pub struct Clock {
     budget: Budget,
+    schedule: Schedule,
     start: Instant,
     /// Time that earlier processes spent.
     before: Duration,
@@ -34,13 +48,13 @@ pub struct Clock {
 
 impl Clock {
     /// Goes on from where the part stands; `share` of a time budget is this part's.
-    pub fn resume(budget: Budget, share: f64, progress: &Progress) -> Self {
+    pub fn resume(budget: Budget, schedule: Schedule, share: f64, progress: &Progress) -> Self {
         let budget = match budget {
             Budget::Time(total) => Budget::Time(total.mul_f64(share)),
             steps => steps,
         };
         let before = Duration::try_from_secs_f64(progress.elapsed_s).unwrap_or_default();
-        Self { budget, start: Instant::now(), before, read_s: before.as_secs_f64(), step: progress.step }
+        Self { budget, schedule, start: Instant::now(), before, read_s: before.as_secs_f64(), step: progress.step }
     }
 
     /// Steps made.
@@ -67,15 +81,19 @@ impl Clock {
         .min(1.0)
     }
 
-    /// Factor on the peak learning rate: linear warm-up, then a cosine to nearly zero.
+    /// Factor on the peak learning rate: linear warm-up, then the schedule.
     pub fn rate(&self) -> f64 {
-        rate(self.step, self.done())
+        rate(self.schedule, self.step, self.done())
     }
 }
 
-fn rate(step: usize, done: f64) -> f64 {
+fn rate(schedule: Schedule, step: usize, done: f64) -> f64 {
     let warm = ((step + 1) as f64 / WARM_UP).min(1.0);
-    warm * (FLOOR + (1.0 - FLOOR) * 0.5 * (1.0 + (std::f64::consts::PI * done).cos()))
+    let left = match schedule {
+        Schedule::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * done).cos()),
+        Schedule::Wsd => 1.0 - ((done - (1.0 - DECAY)) / DECAY).max(0.0).sqrt(),
+    };
+    warm * (FLOOR + (1.0 - FLOOR) * left)
 }
 
 #[cfg(test)]
@@ -84,8 +102,12 @@ mod tests {
 
     #[test]
     fn the_rate_rises_then_falls_to_its_floor() {
-        assert!(rate(0, 0.0) < 0.03 && (rate(100, 0.0) - 1.0).abs() < 1e-9);
-        assert!((rate(1000, 1.0) - FLOOR).abs() < 1e-9);
-        assert!(rate(1000, 0.3) > rate(1000, 0.6));
+        for schedule in [Schedule::Cosine, Schedule::Wsd] {
+            assert!(rate(schedule, 0, 0.0) < 0.03 && (rate(schedule, 100, 0.0) - 1.0).abs() < 1e-9);
+            assert!((rate(schedule, 1000, 1.0) - FLOOR).abs() < 1e-9);
+            assert!(rate(schedule, 1000, 0.85) > rate(schedule, 1000, 0.95));
+        }
+        assert!(rate(Schedule::Cosine, 1000, 0.3) > rate(Schedule::Cosine, 1000, 0.6));
+        assert_eq!(rate(Schedule::Wsd, 1000, 0.1), rate(Schedule::Wsd, 1000, 0.79));
     }
 }

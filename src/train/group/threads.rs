@@ -123,7 +123,7 @@ mod tests {
     use crate::rng::Rng;
     use crate::train::optimizer::AdamW;
     use crate::train::resume::StateFolder;
-    use crate::train::schedule::Budget;
+    use crate::train::schedule::{Budget, Schedule};
     use crate::train::{Part, Start, TrainError, TrainEvent, TrainSettings, train_in};
 
     #[test]
@@ -192,6 +192,7 @@ mod tests {
             wave_batch: 3,
             plan_learning_rate: 1e-3,
             wave_learning_rate: 2e-3,
+            schedule: Schedule::default(),
             validation_share: 0.3,
             speed_variation: 0.0,
             validate_every: Some(2),

@@ -2,10 +2,14 @@
 //!
 //! Pure functions: nothing here knows about models, engines or files. Levels and distances are in dB.
 
+mod music;
+
 use ndarray::{Array2, ArrayView1, ArrayView2, Axis, Slice};
 use serde::Serialize;
 
 use crate::plan::{DB_PER_UNIT, PlanError, Spectrum};
+
+pub use music::{Music, Timbre, log_mel, music};
 
 /// Bands that carry the tone in [`tonality_db`].
 const STRONGEST: usize = 12;
