@@ -41,31 +41,46 @@ struct PastAutocorrelationArgs {
 };
 static_assert(sizeof(PastAutocorrelationArgs) == 64, "PastAutocorrelationArgs differs from src/cuda/launch");
 
-/// Autocorrelation of the spectrum that each plan frame describes: r [n_frames, order + 1] of bands [n_frames, n_bands].
+/// The plan's analysis over the bins of a transform of n = 2 * (n_bins - 1) values, n / 2 without prime factors above 3 (PlanGrid of
+/// src/cuda/launch). Places: [n_bins, 2] the bands below and above each bin; and if the plan is to be sharpened [n_bands + 1, 2] each
+/// row's (band's) first bin and where its weights begin; [n_bins, 2] the first band that sees a bin, and the one after the last.
+/// Numbers: [n_bins] the weight of the band above; [n_bins] 1 / the sum of a column's weights (if sharpened); [n, 2] exp(-2 pi i j / n);
+/// the rows' weights, one row after the other (if sharpened).
+
+/// Autocorrelation of the spectrum that each plan frame describes: r [batch, n_blocks, order + 1] of bands [batch, n_blocks + 1, n_bands],
+/// of which an excerpt's first is the frame before.
 struct PlannedAutocorrelationArgs {
   const float* bands;
-  const int32_t* neighbours;  // [n_bins, 2]: the bands below and above a bin
-  const double* weights;      // [n_bins]: of the band above
-  const double* lag_window;   // [order + 1]
+  const int32_t* places;     // of a PlanGrid
+  const double* numbers;     // likewise
+  const double* lag_window;  // [order + 1]
   double* r;
   double white_relative;
   double white_absolute;
+  int32_t n_blocks;
   int32_t n_bands;
   int32_t n_bins;
-  int32_t order;  // below n_bins
+  int32_t order;          // below n_bins
+  int32_t deconvolution;  // steps; 0: the bands alone
   int32_t reserved;
 };
-static_assert(sizeof(PlannedAutocorrelationArgs) == 72, "PlannedAutocorrelationArgs differs from src/cuda/launch");
+static_assert(sizeof(PlannedAutocorrelationArgs) == 80, "PlannedAutocorrelationArgs differs from src/cuda/launch");
 
-/// Levinson-Durbin recursion: r [n, order + 1] -> coefficients [n, order], the latest sample's first; log_scale [n].
+/// Levinson-Durbin recursion: r [batch * n_blocks, order + 1] -> coefficients [batch * n_blocks, order], the latest sample's first; log_scale
+/// [batch * n_blocks].
 struct LevinsonArgs {
   const double* r;
+  const float* samples;  // [batch, len]: what is louder than r[0] before a block is damped; null: nothing is
   float* coefficients;
   float* log_scale;  // ln of the mean |residual|
-  int32_t n;
+  int32_t n;         // batch * n_blocks
   int32_t order;
+  int32_t len;
+  int32_t hop;
+  int32_t first_block;  // block b follows sample (first_block + b) * hop; before sample 0 there is silence
+  int32_t n_blocks;
 };
-static_assert(sizeof(LevinsonArgs) == 32, "LevinsonArgs differs from src/cuda/launch");
+static_assert(sizeof(LevinsonArgs) == 56, "LevinsonArgs differs from src/cuda/launch");
 
 /// Forecasts [batch, len - first_block * hop] of the samples [batch, len] from first_block * hop on, each from those before it.
 struct PredictArgs {
@@ -205,6 +220,7 @@ struct DecodeModel {
   int32_t past_window;
   int32_t past_hop;
   int32_t planned_order;
+  int32_t deconvolution;  // steps; 0: the plan is not sharpened, and nothing is damped
   int32_t token_width;   // features of a token
   int32_t n_components;  // both halves
   int32_t slices;
@@ -230,9 +246,9 @@ struct DecodeModel {
   int32_t centres;           // [levels]: samples of the tokens
   int32_t edges;             // [levels - 1]: between their bins
   // In `doubles`.
-  int32_t window;       // [past_window]
-  int32_t bin_weights;  // [n_bins]
-  int32_t lag_window;   // [planned_order + 1]
+  int32_t window;        // [past_window]
+  int32_t grid_numbers;  // of a PlanGrid
+  int32_t lag_window;    // [planned_order + 1]
   // In a stream's memory; rings have a power of two of places, sample n lies in place n modulo that.
   int32_t samples;        // ring of what tokens decode to
   int32_t n_samples;
@@ -244,14 +260,15 @@ struct DecodeModel {
   int32_t memory_stride;  // floats of a stream's memory
   int32_t n_tokens;       // places of a stream's ring of tokens
   int32_t n_recent;       // places of the ring of samples in shared memory, at least `order`
-  // In a frame: planned log scale, root mean square, and
+  // In a frame: planned log scale, root mean square, power of a sample, and
   int32_t frame_coefficients;  // [planned_order]
   int32_t frame_scales;        // [slices, n_components]
   int32_t frame_stride;
   int32_t angle_width;  // greatest head_dim
+  int32_t reserved;
   int64_t cache_stride;  // floats of a stream's caches
 };
-static_assert(sizeof(DecodeModel) == 536, "DecodeModel differs from src/cuda/launch");
+static_assert(sizeof(DecodeModel) == 544, "DecodeModel differs from src/cuda/launch");
 
 /// Regions of a block's shared memory; everything from ARENA on to RESIDENT is scratch.
 enum DecodeRegion {
@@ -267,7 +284,7 @@ struct DecodeArgs {
   const void* weights;
   const float* exact;
   const double* doubles;
-  const int32_t* neighbours;  // [n_bins, 2]: the bands below and above each bin
+  const int32_t* places;      // of a PlanGrid
   int64_t* counters;          // [streams, 4]: samples, plan frames, residual code, nothing
   int32_t* ring_tokens;       // [streams, n_tokens]
   float* memory;              // [streams, memory_stride]

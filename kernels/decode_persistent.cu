@@ -58,18 +58,34 @@ __device__ void recall(Room<W, ROWS>& room) {
   }
 }
 
-/// Coefficients of the forecast from the past, and with a new frame what it says of every sample.
+/// Coefficients of the forecast from the past, and with a new frame what it says of every sample, its forecast damped if what was
+/// played is too loud.
 template <class W, int ROWS>
 __device__ void fetch(Room<W, ROWS>& room, bool new_frame, int slot) {
   const DecodeModel& m = room.m;
   for (int i = threadIdx.x; i < room.n_rows * m.order; i += blockDim.x)
     room.past[i] = room.a.past[int64_t(room.rows[i / m.order].stream) * m.order + i % m.order];
   if (new_frame) {
-    for (int i = threadIdx.x; i < room.n_rows * m.planned_order; i += blockDim.x)
-      room.planned[i] = room.frame(i / m.planned_order, slot)[m.frame_coefficients + i % m.planned_order];
-    for (int r = threadIdx.x; r < room.n_rows; r += blockDim.x) {
-      room.rows[r].log_scale = room.frame(r, slot)[0];
-      room.rows[r].rms = room.frame(r, slot)[1];
+    const int order = m.planned_order, mask = m.n_unrounded - 1;
+    for (int r = warp(); r < room.n_rows; r += n_warps()) {
+      const float* const frame = room.frame(r, slot);
+      double damping = 0.0;
+      if (m.deconvolution > 0) {
+        const float* const ring = room.unrounded + r * m.n_unrounded;
+        const int latest = int((room.rows[r].n - 1) & mask);
+        double heard = 0.0;
+        for (int i = lane(); i < order; i += WARP) {
+          const double x = ring[(latest - i) & mask];
+          heard += x * x;
+        }
+        damping = prediction::damping(lanes_sum<WARP>(heard) / order, frame[2]);
+      }
+      for (int i = lane(); i < order; i += WARP)
+        room.planned[r * order + i] = prediction::damped(frame[m.frame_coefficients + i], i, damping);
+      if (lane() == 0) {
+        room.rows[r].log_scale = frame[0];
+        room.rows[r].rms = frame[1];
+      }
     }
   }
   __syncthreads();  // publishes coefficients and scales

@@ -2,6 +2,7 @@
 // forecast from the past gets new coefficients. One block, all rows of a set of streams.
 #pragma once
 #include "decode_step.cuh"
+#include "planned_spectrum.cuh"
 
 namespace decode {
 
@@ -147,16 +148,52 @@ __device__ void plan_frame(Room<W, ROWS>& room, int k) {
   __syncthreads();  // publishes the hidden state and the positions
 }
 
-/// Coefficients from autocorrelations r [ROWS][2 * order + 1] (the rest is room for them), a warp per row; `done(r, power)` once.
+/// Where autocorrelations [ROWS][order + 1] lie in scratch: after the `room_for_them` doubles that they are made in, which later hold
+/// coefficients.
+template <class W, int ROWS>
+__device__ double* lags_of(const Room<W, ROWS>& room, int room_for_them, int order) {
+  return room.doubles() + max(room_for_them, ROWS * order);
+}
+
+/// Coefficients from autocorrelations `lags`, a warp per row, in what they were made in; `done(r, power)` once.
 template <class W, int ROWS, class Store, class Done>
-__device__ void solve(const Room<W, ROWS>& room, double* lags, int order, Store store, Done done) {
+__device__ void solve(const Room<W, ROWS>& room, const double* lags, int order, Store store, Done done) {
   for (int r = warp(); r < room.n_rows; r += n_warps()) {
-    double* const of = lags + r * (2 * order + 1);
+    double* const a = room.doubles() + r * order;
     double power;
-    const int found = prediction::levinson(of, of + order + 1, order, power);
-    for (int i = lane(); i < order; i += WARP) store(r, i, i < found ? float(of[order + 1 + i]) : 0.f);
+    const int found = prediction::levinson(lags + r * (order + 1), a, order, power);
+    for (int i = lane(); i < order; i += WARP) store(r, i, i < found ? float(a[i]) : 0.f);
     if (lane() == 0) done(r, power);
   }
+}
+
+/// The forecast by the last plan frame, into slot `slot` of the frames.
+template <class W, int ROWS>
+__device__ void forecast_frame(Room<W, ROWS>& room, int slot) {
+  const DecodeArgs& a = room.a;
+  const DecodeModel& m = room.m;
+  const int order = m.planned_order;
+  const prediction::PlanGrid grid(m.n_bands, m.n_bins, a.places, a.doubles + m.grid_numbers);
+  const prediction::PlannedSpectrum spectrum(room.doubles(), grid);
+  double* const lags = lags_of(room, spectrum.size(m.n_bins, m.n_bands), order);
+  for (int r = 0; r < room.n_rows; ++r) {
+    const float* const before = room.memory(r) + m.plan_frames + m.n_bands;
+    spectrum.make(before, before + m.n_bands, m.deconvolution);
+    for (int lag = threadIdx.x; lag <= order; lag += blockDim.x)
+      lags[r * (order + 1) + lag] = prediction::with_noise(
+          spectrum.autocorrelation(lag) * a.doubles[m.lag_window + lag], lag, PLANNED_WHITE);
+    __syncthreads();  // publishes the lags, and the spectrum was read
+  }
+  solve(
+      room, lags, order, [&](int r, int i, float c) { room.frame(r, slot)[m.frame_coefficients + i] = c; },
+      [&](int r, double power) {
+        const float scale = prediction::log_scale(power);
+        float* const frame = room.frame(r, slot);
+        frame[0] = scale;
+        frame[1] = expf(scale) / float(prediction::MEAN_TO_RMS);
+        frame[2] = float(lags[r * (order + 1)]);
+      });
+  __syncthreads();  // publishes the frame to this block, and the scratch is free
 }
 
 /// Frame k of the plan becomes what the wave transformer reads, in slot `slot` of the frames.
@@ -193,26 +230,7 @@ __device__ void prepare_frame(Room<W, ROWS>& room, int k, int slot) {
   room.linear_silu(room.attended, m.planned_scales, room.x);
   into_frame(m.planned_scales + 1, room.attended, m.frame_scales);
   __syncthreads();  // the activations were read: their place is scratch now
-
-  const int order = m.planned_order;
-  const prediction::PlannedSpectrum spectrum(room.doubles(), m.n_bins);
-  double* const lags = spectrum.powers + m.n_bins;
-  for (int r = 0; r < room.n_rows; ++r) {
-    spectrum.fill(bands_of(r), a.neighbours, a.doubles + m.bin_weights);
-    __syncthreads();  // publishes cosines and powers
-    for (int lag = threadIdx.x; lag <= order; lag += blockDim.x)
-      lags[r * (2 * order + 1) + lag] = prediction::with_noise(
-          spectrum.autocorrelation(lag) * a.doubles[m.lag_window + lag], lag, PLANNED_WHITE);
-    __syncthreads();  // publishes the lags, and cosines and powers were read
-  }
-  solve(
-      room, lags, order, [&](int r, int i, float c) { room.frame(r, slot)[m.frame_coefficients + i] = c; },
-      [&](int r, double power) {
-        const float scale = prediction::log_scale(power);
-        room.frame(r, slot)[0] = scale;
-        room.frame(r, slot)[1] = expf(scale) / float(prediction::MEAN_TO_RMS);
-      });
-  __syncthreads();  // publishes the frame to this block, and the scratch is free
+  forecast_frame(room, slot);
 }
 
 /// Autocorrelations of the windows that end `played` samples after the rows' positions, without their last `past_hop` samples, which
@@ -223,7 +241,7 @@ __device__ double* past_lags(Room<W, ROWS>& room, int64_t played) {
   const DecodeModel& m = room.m;
   const int order = m.order, len = m.past_window;
   const prediction::Window window(room.doubles(), len, order);
-  double* const lags = window.sums + prediction::PARTS * window.lag_quads * prediction::QUAD;
+  double* const lags = lags_of(room, window.size(), order);
   for (int r = 0; r < room.n_rows; ++r) {
     const int64_t first = room.rows[r].n + played - len;
     for (int i = threadIdx.x; i < prediction::QUAD * window.columns; i += blockDim.x)
@@ -233,7 +251,7 @@ __device__ double* past_lags(Room<W, ROWS>& room, int64_t played) {
     __syncthreads();  // publishes the samples
     window.sum_parts();
     __syncthreads();  // publishes the sums
-    for (int lag = threadIdx.x; lag <= order; lag += blockDim.x) lags[r * (2 * order + 1) + lag] = window.total(lag);
+    for (int lag = threadIdx.x; lag <= order; lag += blockDim.x) lags[r * (order + 1) + lag] = window.total(lag);
   }
   return lags;
 }
@@ -251,7 +269,7 @@ __device__ void renew_past(Room<W, ROWS>& room, double* lags, int64_t played) {
       window.at(i) = double(room.memory(r)[m.samples + ((first + i) & (m.n_samples - 1))]) * a.doubles[m.window + i];
     __syncthreads();  // publishes the samples
     for (int lag = threadIdx.x; lag <= order; lag += blockDim.x) {
-      double& sum = lags[r * (2 * order + 1) + lag];
+      double& sum = lags[r * (order + 1) + lag];
       for (int i = max(begin, lag); i < len; ++i) sum += window.at(i) * window.at(i - lag);
       sum = prediction::with_noise(sum, lag, PAST_WHITE);
     }

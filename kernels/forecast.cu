@@ -1,14 +1,15 @@
 // The linear forecasts of src/forecast for batches of training excerpts: autocorrelations (of past samples under a window,
-// or of a plan frame's spectrum), the Levinson-Durbin recursion, and the predictions. f64 up to the coefficients, as there.
+// or of a plan frame's sharpened spectrum), the Levinson-Durbin recursion, and the predictions. f64 up to the coefficients, as there.
 //
 // Geometry: autocorrelations one block per (block of samples, excerpt) or per frame; the recursion one warp per problem;
 // predictions one thread per sample. Dynamic shared memory: see src/cuda/launch.
 // Oracle: wavegen::forecast::forecasts itself, in tests/kernels/forecast.rs.
-#include "linear_prediction.cuh"
+#include "planned_spectrum.cuh"
 
 namespace forecast {
 
 constexpr int MAX_THREADS = 1024;
+constexpr int PLANNED_THREADS = 512;
 constexpr int LEVINSON_WARPS = 4;
 constexpr int LEVINSON_THREADS = LEVINSON_WARPS * WARP;
 constexpr int PREDICT_THREADS = 256;
@@ -33,13 +34,14 @@ __device__ void past_autocorrelation(const PastAutocorrelationArgs& a) {
     r[lag] = prediction::with_noise(window.total(lag), lag, {a.white_relative, a.white_absolute});
 }
 
-/// The cosine sum over the bins of the power spectrum. Shared: a prediction::PlannedSpectrum.
+/// Shared: a prediction::PlannedSpectrum.
 __device__ void planned_autocorrelation(const PlannedAutocorrelationArgs& a) {
   SHARED_MEMORY(double, room);
-  const prediction::PlannedSpectrum spectrum(room, a.n_bins);
-  spectrum.fill(a.bands + size_t(blockIdx.x) * a.n_bands, a.neighbours, a.weights);
-  __syncthreads();  // publishes cosines and powers
-  double* const r = a.r + size_t(blockIdx.x) * (a.order + 1);
+  const prediction::PlanGrid grid(a.n_bands, a.n_bins, a.places, a.numbers);
+  const prediction::PlannedSpectrum spectrum(room, grid);
+  const float* const before = a.bands + (size_t(blockIdx.y) * (a.n_blocks + 1) + blockIdx.x) * a.n_bands;
+  spectrum.make(before, before + a.n_bands, a.deconvolution);
+  double* const r = a.r + (size_t(blockIdx.y) * a.n_blocks + blockIdx.x) * (a.order + 1);
   for (int lag = threadIdx.x; lag <= a.order; lag += blockDim.x)
     r[lag] = prediction::with_noise(spectrum.autocorrelation(lag) * a.lag_window[lag], lag,
                                     {a.white_relative, a.white_absolute});
@@ -57,8 +59,16 @@ __device__ void levinson(const LevinsonArgs& args) {
   __syncwarp();  // publishes r
   double power;
   const int found = prediction::levinson(r, a, order, power);
+  double damping = 0.0;
+  if (args.samples) {
+    const float* const samples = args.samples + size_t(problem / args.n_blocks) * args.len;
+    const int end = (args.first_block + problem % args.n_blocks) * args.hop;
+    double heard = 0.0;
+    for (int i = max(0, end - order) + lane; i < end; i += WARP) heard += double(samples[i]) * samples[i];
+    damping = prediction::damping(lanes_sum<WARP>(heard) / order, r[0]);
+  }
   float* const coefficients = args.coefficients + size_t(problem) * order;
-  for (int i = lane; i < order; i += WARP) coefficients[i] = i < found ? float(a[i]) : 0.f;
+  for (int i = lane; i < order; i += WARP) coefficients[i] = prediction::damped(i < found ? float(a[i]) : 0.f, i, damping);
   if (lane == 0) args.log_scale[problem] = prediction::log_scale(power);
 }
 
@@ -89,7 +99,7 @@ __device__ void predict(const PredictArgs& a) {
 // ---- entry points --------------------------------------------------------------------------------------------------
 
 KERNEL(forecast_past_autocorrelation, PastAutocorrelationArgs, MAX_THREADS, past_autocorrelation)
-KERNEL(forecast_planned_autocorrelation, PlannedAutocorrelationArgs, MAX_THREADS, planned_autocorrelation)
+KERNEL(forecast_planned_autocorrelation, PlannedAutocorrelationArgs, PLANNED_THREADS, planned_autocorrelation)
 KERNEL(forecast_levinson, LevinsonArgs, LEVINSON_THREADS, levinson)
 KERNEL(forecast_predict, PredictArgs, PREDICT_THREADS, predict)
 

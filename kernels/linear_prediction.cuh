@@ -9,8 +9,6 @@ namespace prediction {
 constexpr int PARTS = 4;
 /// Lags per thread, and samples that it reads at once.
 constexpr int QUAD = 4;
-/// exp(band * this) is the power; 1 / UNITS_PER_NEPER of src/plan/spectrum.rs.
-constexpr double NEPERS_PER_UNIT = 4.0;
 /// As in src/forecast/planned.rs.
 constexpr double MEAN_TO_RMS = 0.7, LEAST_SCALE = 1e-4;
 /// White noise added to the power, relative and absolute: PastForecast::WHITE and Spectrum::WHITE.
@@ -31,6 +29,9 @@ struct Window {
         columns(n_quads + lag_quads + 1),
         rows(room),
         sums(room + QUAD * columns) {}
+
+  /// Doubles of room.
+  __device__ int size() const { return QUAD * columns + PARTS * lag_quads * QUAD; }
 
   __device__ double& at(int i) const { return rows[i % QUAD * columns + i / QUAD]; }
 
@@ -66,37 +67,6 @@ struct Window {
 __device__ __forceinline__ double with_noise(double r, int lag, White white) {
   return lag == 0 ? r * (1.0 + white.relative) + white.absolute : r;
 }
-
-/// The spectrum that a plan frame's bands describe, as the power of its bins and the cosines to sum them with.
-struct PlannedSpectrum {
-  int n_bins, circle;
-  double* cosines;  // [circle]: of the circle's 2 * (n_bins - 1) steps
-  double* powers;   // [n_bins]
-
-  __device__ PlannedSpectrum(double* room, int n_bins)
-      : n_bins(n_bins), circle(2 * (n_bins - 1)), cosines(room), powers(room + circle) {}
-
-  /// A barrier after it is the caller's. neighbours [n_bins, 2]: the bands below and above; weights [n_bins]: of the one above.
-  __device__ void fill(const float* bands, const int32_t* neighbours, const double* weights) const {
-    for (int i = threadIdx.x; i < circle; i += blockDim.x) cosines[i] = cospi(2.0 * i / circle);
-    for (int bin = threadIdx.x; bin < n_bins; bin += blockDim.x) {
-      const double below = bands[neighbours[2 * bin]], above = bands[neighbours[2 * bin + 1]], weight = weights[bin];
-      // The bins within stand for their mirror images as well.
-      const double images = bin == 0 || bin == n_bins - 1 ? 1.0 : 2.0;
-      powers[bin] = images / circle * exp((below * (1.0 - weight) + above * weight) * NEPERS_PER_UNIT);
-    }
-  }
-
-  __device__ double autocorrelation(int lag) const {
-    double sum = 0.0;
-    for (int bin = 0, angle = 0; bin < n_bins; ++bin) {
-      sum += powers[bin] * cosines[angle];
-      angle += lag;
-      if (angle >= circle) angle -= circle;
-    }
-    return sum;
-  }
-};
 
 /// r [order + 1] -> a [order], both in shared memory, by one warp; gives the number of coefficients that could be had (the rest
 /// counts as 0) and the residual power. r has been published to the warp; a is when it returns.

@@ -35,6 +35,9 @@ struct alignas(16) float4 {
 struct alignas(8) float2 {
   float x, y;
 };
+struct alignas(16) double2 {
+  double x, y;
+};
 inline Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 /// Rounds to the nearest, ties to even, as the GPU does.

@@ -11,9 +11,9 @@ const REACH: usize = 18;
 pub(crate) struct Response {
     pub grid: Grid,
     /// Per band: its first bin and the weights from there on.
-    rows: Vec<(usize, Vec<f64>)>,
+    pub rows: Vec<(usize, Vec<f64>)>,
     /// 1 / sums of A's columns; 0 where no band reaches.
-    per_column: Vec<f64>,
+    pub per_column: Vec<f64>,
 }
 
 impl Response {

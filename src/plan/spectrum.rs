@@ -41,7 +41,7 @@ pub(crate) struct Grid {
     /// Per band: its first bin and the weights from there on, which sum to 1.
     bands: Vec<(usize, Vec<f64>)>,
     /// Per bin: the two bands it lies between and the weight of the upper one.
-    bins: Vec<(usize, usize, f64)>,
+    pub bins: Vec<(usize, usize, f64)>,
     pub fourier: Fourier,
 }
 

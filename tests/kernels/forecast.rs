@@ -7,13 +7,14 @@ use wavegen::rng::Rng;
 
 use crate::emulator::{Emulator, Schedule, close, from_bytes, named, unwritten};
 use crate::launch::{
-    Element, ForecastShape, LaunchError, LevinsonArgs, PastAutocorrelationArgs, PlannedAutocorrelationArgs, PredictArgs,
+    Element, ForecastShape, LaunchError, LevinsonArgs, PastAutocorrelationArgs, PlanGrid, PlannedAutocorrelationArgs,
+    PredictArgs,
 };
 
 const FILE: &str = "forecast.cu";
 const BATCH: usize = 2;
 
-/// Chords that begin somewhere, in noise; their plan, one frame per hop, also for the last piece of a hop.
+/// Chords that begin somewhere, in noise; their plan, one frame per hop, also for the last piece of a hop, which is planned too soft.
 struct Excerpt {
     samples: Vec<f32>,
     plan: Array2<f32>,
@@ -41,7 +42,11 @@ fn excerpt(len: usize, spectrum: &Spectrum, rng: &mut Rng) -> Excerpt {
     let mut samples: Vec<f32> = (0..len.next_multiple_of(spectrum.hop()))
         .map(|n| if n < onset { 0.0 } else { 0.2 * tone(n, hz) + 0.1 * tone(n, 1.5 * hz) + noise * rng.normal() })
         .collect();
-    let plan = spectrum.analyse(&samples);
+    let mut plan = spectrum.analyse(&samples);
+    if let Some(mut last) = plan.rows_mut().into_iter().next_back() {
+        let by = [1.0, 3.0][rng.below(2)];
+        last.iter_mut().for_each(|band| *band -= by);
+    }
     samples.truncate(len);
     Excerpt { samples, plan }
 }
@@ -82,24 +87,30 @@ fn emulated(emulator: &Emulator, case: &Case, schedule: Schedule) -> Result<Vec<
         schedule,
     )?;
     let [.., r] = buffers;
-    let (past_forecasts, _) = solved(emulator, &past, r, &samples, schedule)?;
+    let (past_forecasts, _) = solved(emulator, &past, r, &samples, false, schedule)?;
 
-    let bins = spectrum.interpolation();
+    let grid = PlanGrid::new(spectrum, config.deconvolution).map_err(|e| e.to_string())?;
     let n_frames = planned.n_blocks();
-    let bands = excerpts.iter().flat_map(|e| e.plan.iter().copied().skip(first * spectrum.n_bands()));
-    let sizes = (spectrum.n_bands(), bins.len());
-    let (launch, args) = planned.planned_autocorrelation(sizes, Spectrum::WHITE).map_err(|e| e.to_string())?;
+    let silence = spectrum.silent_frame();
+    // With the frame before the first.
+    let bands = excerpts.iter().flat_map(|e| {
+        let all = silence.iter().copied().chain(e.plan.iter().copied());
+        all.skip(first * spectrum.n_bands()).take((n_frames + 1) * spectrum.n_bands())
+    });
+    let (launch, args) =
+        planned.planned_autocorrelation(&grid, config.deconvolution, Spectrum::WHITE).map_err(|e| e.to_string())?;
     let mut buffers = [
         f32s(bands),
-        bins.iter().flat_map(|&(below, above, _)| [below as i32, above as i32]).flat_map(i32::to_le_bytes).collect(),
-        f64s(&bins.iter().map(|b| b.2).collect::<Vec<_>>()),
+        grid.places.iter().flat_map(|place| place.to_le_bytes()).collect(),
+        f64s(&grid.numbers),
         f64s(&spectrum.lag_window(planned.order, config.lag_window_hz).collect::<Vec<_>>()),
         unwritten(2 * planned.batch * n_frames * (planned.order + 1), Element::F32),
     ];
-    let args = PlannedAutocorrelationArgs { bands: 1, neighbours: 2, weights: 3, lag_window: 4, r: 5, ..args };
+    let args = PlannedAutocorrelationArgs { bands: 1, places: 2, numbers: 3, lag_window: 4, r: 5, ..args };
     emulator.run(&launch, &args, 5, &mut buffers, schedule)?;
     let [.., r] = buffers;
-    let (planned_forecasts, log_scales) = solved(emulator, &planned, r, &samples, schedule)?;
+    let damped = config.deconvolution > 0;
+    let (planned_forecasts, log_scales) = solved(emulator, &planned, r, &samples, damped, schedule)?;
 
     let per_excerpt = past_forecasts.chunks(past.n_forecasts()).zip(planned_forecasts.chunks(past.n_forecasts()));
     let of_frames = log_scales.chunks(n_frames);
@@ -119,14 +130,15 @@ fn solved(
     shape: &ForecastShape,
     r: Vec<u8>,
     samples: &[u8],
+    damped: bool,
     schedule: Schedule,
 ) -> Result<(Vec<f32>, Vec<f32>), String> {
     let (launch, args) = shape.levinson().map_err(|e| e.to_string())?;
     let n = shape.batch * shape.n_blocks();
-    let mut buffers = [r, unwritten(n * shape.order, Element::F32), unwritten(n, Element::F32)];
-    let args = LevinsonArgs { r: 1, coefficients: 2, log_scale: 3, ..args };
-    emulator.run(&launch, &args, 3, &mut buffers, schedule)?;
-    let [_, coefficients, log_scale] = buffers;
+    let mut buffers = [r, samples.to_vec(), unwritten(n * shape.order, Element::F32), unwritten(n, Element::F32)];
+    let args = LevinsonArgs { r: 1, samples: if damped { 2 } else { 0 }, coefficients: 3, log_scale: 4, ..args };
+    emulator.run(&launch, &args, 4, &mut buffers, schedule)?;
+    let [.., coefficients, log_scale] = buffers;
     let (launch, args) = shape.predict().map_err(|e| e.to_string())?;
     let mut buffers = [samples.to_vec(), coefficients, unwritten(shape.batch * shape.n_forecasts(), Element::F32)];
     let args = PredictArgs { samples: 1, coefficients: 2, forecasts: 3, ..args };
@@ -157,9 +169,15 @@ fn plan() -> PlanConfig {
     PlanConfig { hop: 128, window: 512, ..PlanConfig::default() }
 }
 
-fn small(rng: &mut Rng) -> Case {
-    let config =
-        ForecastConfig { order: 24, past_window: 300, past_hop: 32, planned_order: 40, ..ForecastConfig::default() };
+fn small(deconvolution: usize, rng: &mut Rng) -> Case {
+    let config = ForecastConfig {
+        order: 24,
+        past_window: 300,
+        past_hop: 32,
+        planned_order: 40,
+        deconvolution,
+        ..ForecastConfig::default()
+    };
     Case::new(&plan(), config, 430, 0, rng)
 }
 
@@ -176,7 +194,7 @@ fn forecasts_equal_those_of_the_library_for_random_settings_and_schedules() {
             past_hop: [16, 32, 64][rng.below(3)],
             planned_order: 1 + rng.below(200),
             lag_window_hz: f64::from(rng.uniform()) * 5.0,
-            deconvolution: 0,
+            deconvolution: rng.below(4) * rng.below(5),
         };
         let case = Case::new(&plan(), config, len, rng.below(len / 128), &mut rng);
         check(&emulator, &case, Schedule::seeded(round))
@@ -187,9 +205,12 @@ fn forecasts_equal_those_of_the_library_for_random_settings_and_schedules() {
 #[test]
 fn forecasts_equal_those_of_the_library_at_the_presets_settings() {
     let Some(emulator) = Emulator::of(FILE) else { return };
-    let config = ForecastConfig { planned_order: 512, lag_window_hz: 1.0, ..ForecastConfig::default() };
-    let case = Case::new(&PlanConfig::default(), config, 11 * 512, 8, &mut Rng::new(74));
-    check(&emulator, &case, Schedule::seeded(5)).unwrap();
+    for deconvolution in [0, 20] {
+        let config =
+            ForecastConfig { planned_order: 512, lag_window_hz: 1.0, deconvolution, ..ForecastConfig::default() };
+        let case = Case::new(&PlanConfig::default(), config, 11 * 512, 8, &mut Rng::new(74));
+        check(&emulator, &case, Schedule::seeded(5)).unwrap_or_else(|e| panic!("{deconvolution} steps: {e}"));
+    }
 }
 
 #[test]
@@ -207,7 +228,7 @@ fn the_recursion_stops_where_nothing_is_positive_definite() {
     let (launch, args) = shape.levinson().unwrap();
     let mut buffers = [f64s(&problems.concat()), unwritten(20, Element::F32), unwritten(5, Element::F32)];
     let args = LevinsonArgs { r: 1, coefficients: 2, log_scale: 3, ..args };
-    emulator.run(&launch, &args, 3, &mut buffers, Schedule::seeded(1)).unwrap();
+    emulator.run(&launch, &args, 4, &mut buffers, Schedule::seeded(1)).unwrap();
     let coefficients = from_bytes(&buffers[1], Element::F32);
     let scales = from_bytes(&buffers[2], Element::F32);
     for (i, r) in problems.iter().enumerate() {
@@ -222,17 +243,19 @@ fn the_recursion_stops_where_nothing_is_positive_definite() {
 #[test]
 fn samples_that_are_no_numbers_give_no_forecast() {
     let Some(emulator) = Emulator::of(FILE) else { return };
-    let mut case = small(&mut Rng::new(72));
-    case.excerpts[1].samples[200] = f32::NAN;
-    check(&emulator, &case, Schedule::seeded(3)).unwrap();
+    for deconvolution in [0, 3] {
+        let mut case = small(deconvolution, &mut Rng::new(72));
+        case.excerpts[1].samples[200] = f32::NAN;
+        check(&emulator, &case, Schedule::seeded(3)).unwrap_or_else(|e| panic!("{deconvolution} steps: {e}"));
+    }
 }
 
 #[test]
 fn a_barrier_that_is_left_out_is_noticed() {
     let Some(emulator) = Emulator::program(FILE) else { return };
-    let case = small(&mut Rng::new(73));
+    let case = small(3, &mut Rng::new(73));
     let barriers = emulator.barriers();
-    assert_eq!(barriers.len(), 6);
+    assert_eq!(barriers.len(), 10);
     for left_out in barriers {
         let passes = |seed| check(&emulator, &case, Schedule { left_out, ..Schedule::seeded(seed) }).is_ok();
         assert!(!(1..5).all(passes), "nobody misses {}", named(left_out));
@@ -243,7 +266,14 @@ fn a_barrier_that_is_left_out_is_noticed() {
 fn settings_beyond_the_kernels_are_refused() {
     let shape = ForecastShape { batch: 1, len: 100_000, first_block: 0, hop: 64, order: 256 };
     assert!(matches!(shape.past_autocorrelation(30_000, PastForecast::WHITE), Err(LaunchError::Shared { .. })));
-    assert!(matches!(shape.planned_autocorrelation((100, 256), Spectrum::WHITE), Err(LaunchError::Size { .. })));
+    let of_window = |window| {
+        let spectrum = Spectrum::new(16_000, &PlanConfig { window, ..PlanConfig::default() }).unwrap();
+        PlanGrid::new(&spectrum, 20)
+    };
+    assert!(of_window(1536).is_ok());
+    assert!(matches!(of_window(2050), Err(LaunchError::Window(2050))));
+    let grid = PlanGrid { n_bins: 256, ..of_window(2048).unwrap() };
+    assert!(matches!(shape.planned_autocorrelation(&grid, 20, Spectrum::WHITE), Err(LaunchError::Size { .. })));
     assert!(ForecastShape { first_block: 2000, ..shape }.predict().is_err());
     assert!(ForecastShape { hop: 0, ..shape }.levinson().is_err());
 }

@@ -332,11 +332,7 @@ mod measured {
         let base = Checkpoint::untrained(ModelConfig { name: "base, random".into(), ..base }, 1)?;
         let peaks = peaks(&gpu, &device()?, args.rounds)?;
         let (mut checks, mut cases) = (Vec::new(), Vec::new());
-        for mut checkpoint in [args.model.load()?, base] {
-            if std::mem::take(&mut checkpoint.config.forecast.deconvolution) > 0 {
-                let name = &checkpoint.config.name;
-                args.talk.warn(&format!("{name}: without sharpening the plan, which the kernels cannot do yet"));
-            }
+        for checkpoint in [args.model.load()?, base] {
             let config = &checkpoint.config;
             let tokens: Vec<Token> = chords(&config.codec, 32 * config.plan.hop);
             let options = CpuOptions { precision: Precision::F32, ..CpuOptions::default() };

@@ -1,6 +1,6 @@
 //! Launches of kernels/decode_persistent.cu: argument structs, and how a model lies in a block's shared memory.
 
-use super::{Element, Launch, LaunchError, SHARED_BYTES, WARP, shared};
+use super::{Element, Launch, LaunchError, PlanGrid, SHARED_BYTES, WARP, shared};
 
 /// Tiers that a model may have.
 pub const MAX_TIERS: usize = 4;
@@ -116,7 +116,7 @@ mirrored!(
 );
 mirrored!(
     /// Sizes of a model and where its parts lie.
-    DecodeModel, 536, {
+    DecodeModel, 544, {
         plan: DecodeStack,
         tiers: [DecodeTier; MAX_TIERS],
         n_tiers: i32,
@@ -130,6 +130,7 @@ mirrored!(
         past_window: i32,
         past_hop: i32,
         planned_order: i32,
+        deconvolution: i32,
         token_width: i32,
         n_components: i32,
         slices: i32,
@@ -153,7 +154,7 @@ mirrored!(
         centres: i32,
         edges: i32,
         window: i32,
-        bin_weights: i32,
+        grid_numbers: i32,
         lag_window: i32,
         samples: i32,
         n_samples: i32,
@@ -169,6 +170,7 @@ mirrored!(
         frame_scales: i32,
         frame_stride: i32,
         angle_width: i32,
+        reserved: i32,
         cache_stride: i64,
     }
 );
@@ -186,7 +188,7 @@ mirrored!(
         weights: u64,
         exact: u64,
         doubles: u64,
-        neighbours: u64,
+        places: u64,
         counters: u64,
         ring_tokens: u64,
         memory: u64,
@@ -227,7 +229,7 @@ pub const N_POINTERS: usize = 20;
 impl DecodeArgs {
     /// The same with these pointers, in the order of the fields.
     pub fn with_pointers(&self, pointers: [u64; N_POINTERS]) -> Self {
-        let [model, linears, weights, exact, doubles, neighbours, counters, ring_tokens, memory, caches, ..] = pointers;
+        let [model, linears, weights, exact, doubles, places, counters, ring_tokens, memory, caches, ..] = pointers;
         let [.., frames, past, flags, plan_uniforms, wave_uniforms, plan_tokens, bands, tokens, nll, plan_draws] =
             pointers;
         Self {
@@ -236,7 +238,7 @@ impl DecodeArgs {
             weights,
             exact,
             doubles,
-            neighbours,
+            places,
             counters,
             ring_tokens,
             memory,
@@ -384,8 +386,10 @@ impl DecodeGeometry {
         let played = (2 * rows * self.threads * F32).max(tiers().map(attention).max().unwrap_or(0));
         let activations = rows * (3 * dim + wide) * F32;
         let (quads, lag_quads) = (n(m.past_window).div_ceil(QUAD), n(m.order) / QUAD + 1);
-        let past = QUAD * (quads + lag_quads + 1) + PARTS * lag_quads * QUAD + rows * (2 * n(m.order) + 1);
-        let planned = 3 * n(m.n_bins) - 2 + rows * (2 * n(m.planned_order) + 1);
+        // Autocorrelations lie after what they are made in, which coefficients take later.
+        let solved = |order: i32, room: usize| room.max(rows * n(order)) + rows * (n(order) + 1);
+        let past = solved(m.order, QUAD * (quads + lag_quads + 1) + PARTS * lag_quads * QUAD);
+        let planned = solved(m.planned_order, PlanGrid::room(n(m.n_bins), n(m.n_bands)));
         let helped = played
             .max(attention(&m.plan))
             .max(n(m.n_entries) * (F64 + F32))

@@ -1,6 +1,6 @@
 //! Launches of kernels/forecast.cu.
 
-use super::{Launch, LaunchError, MAX_GRID_YZ, WARP, shared, within};
+use super::{Launch, LaunchError, MAX_GRID_YZ, PlanGrid, WARP, shared, within};
 
 /// Arguments of `forecast_past_autocorrelation`.
 #[repr(C)]
@@ -25,30 +25,37 @@ const _: () = assert!(size_of::<PastAutocorrelationArgs>() == 64);
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PlannedAutocorrelationArgs {
     pub bands: u64,
-    pub neighbours: u64,
-    pub weights: u64,
+    pub places: u64,
+    pub numbers: u64,
     pub lag_window: u64,
     pub r: u64,
     pub white_relative: f64,
     pub white_absolute: f64,
+    pub n_blocks: i32,
     pub n_bands: i32,
     pub n_bins: i32,
     pub order: i32,
+    pub deconvolution: i32,
     pub reserved: i32,
 }
-const _: () = assert!(size_of::<PlannedAutocorrelationArgs>() == 72);
+const _: () = assert!(size_of::<PlannedAutocorrelationArgs>() == 80);
 
 /// Arguments of `forecast_levinson`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LevinsonArgs {
     pub r: u64,
+    pub samples: u64,
     pub coefficients: u64,
     pub log_scale: u64,
     pub n: i32,
     pub order: i32,
+    pub len: i32,
+    pub hop: i32,
+    pub first_block: i32,
+    pub n_blocks: i32,
 }
-const _: () = assert!(size_of::<LevinsonArgs>() == 32);
+const _: () = assert!(size_of::<LevinsonArgs>() == 56);
 
 /// Arguments of `forecast_predict`.
 #[repr(C)]
@@ -84,6 +91,7 @@ const QUAD: usize = 4;
 const LEVINSON_WARPS: usize = 4;
 const PREDICT_THREADS: usize = 256;
 const MAX_THREADS: usize = 1024;
+const PLANNED_THREADS: usize = 512;
 
 impl ForecastShape {
     /// Blocks of an excerpt that forecasts are made for; the last may be cut short.
@@ -137,27 +145,30 @@ impl ForecastShape {
         Ok((launch, args))
     }
 
-    /// Autocorrelations of the plan frames of all blocks; their spectrum has `n_bins` bins.
+    /// Autocorrelations of the plan frames of all blocks, sharpened in `deconvolution` steps.
     pub fn planned_autocorrelation(
         &self,
-        (n_bands, n_bins): (usize, usize),
+        &PlanGrid { n_bands, n_bins, .. }: &PlanGrid,
+        deconvolution: usize,
         (white_relative, white_absolute): (f64, f64),
     ) -> Result<(Launch, PlannedAutocorrelationArgs), LaunchError> {
         self.check()?;
         within("order", self.order, n_bins.saturating_sub(1))?;
         let launch = Launch {
             kernel: "forecast_planned_autocorrelation".to_string(),
-            grid: [(self.batch * self.n_blocks()) as u32, 1, 1],
-            threads: (self.order + 1).next_multiple_of(WARP).min(MAX_THREADS) as u32,
-            shared_bytes: shared("planned autocorrelation", size_of::<f64>() * (2 * (n_bins - 1) + n_bins))?,
+            grid: [self.n_blocks() as u32, self.batch as u32, 1],
+            threads: PLANNED_THREADS as u32,
+            shared_bytes: shared("planned autocorrelation", size_of::<f64>() * PlanGrid::room(n_bins, n_bands))?,
             cluster: 0,
         };
         let args = PlannedAutocorrelationArgs {
             white_relative,
             white_absolute,
+            n_blocks: self.n_blocks() as i32,
             n_bands: n_bands as i32,
             n_bins: n_bins as i32,
             order: self.order as i32,
+            deconvolution: within("deconvolution", deconvolution + 1, i32::MAX as usize)? - 1,
             ..PlannedAutocorrelationArgs::default()
         };
         Ok((launch, args))
@@ -174,7 +185,16 @@ impl ForecastShape {
             shared_bytes: shared("recursion", size_of::<f64>() * LEVINSON_WARPS * (2 * self.order + 1))?,
             cluster: 0,
         };
-        Ok((launch, LevinsonArgs { n: n as i32, order: self.order as i32, ..LevinsonArgs::default() }))
+        let args = LevinsonArgs {
+            n: n as i32,
+            order: self.order as i32,
+            len: self.len as i32,
+            hop: self.hop as i32,
+            first_block: self.first_block as i32,
+            n_blocks: self.n_blocks() as i32,
+            ..LevinsonArgs::default()
+        };
+        Ok((launch, args))
     }
 
     /// Forecasts with them.

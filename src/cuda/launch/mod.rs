@@ -4,6 +4,7 @@
 mod attention;
 mod decode;
 mod forecast;
+mod plan_grid;
 mod training;
 
 pub use attention::{AttentionArgs, AttentionShape, HEAD_DIMS};
@@ -12,6 +13,7 @@ pub use decode::{
     GROUP_SIZES, MAX_TIERS, N_FLAGS, N_POINTERS, SET, Words,
 };
 pub use forecast::{ForecastShape, LevinsonArgs, PastAutocorrelationArgs, PlannedAutocorrelationArgs, PredictArgs};
+pub use plan_grid::PlanGrid;
 pub use training::{
     ColumnSumsArgs, CrossEntropyArgs, CrossEntropyShape, MixtureNllArgs, MixtureShape, NormShape, RmsNormArgs,
     SwigluArgs, SwigluShape,
@@ -60,8 +62,8 @@ pub enum LaunchError {
     Components(usize),
     #[error("{what} takes {bytes} bytes of shared memory per block, more than the {SHARED_BYTES} of the GPU")]
     Shared { what: &'static str, bytes: usize },
-    #[error("the kernels cannot sharpen the plan yet (forecast.deconvolution); play this model with --engine cpu")]
-    Deconvolution,
+    #[error("a plan window of {0} samples: the kernels transform products of twos and threes only")]
+    Window(usize),
 }
 
 /// Shared memory that a block may have (sm_90).

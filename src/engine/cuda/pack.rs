@@ -5,7 +5,7 @@ use ndarray::ArrayD;
 
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
-use crate::cuda::launch::{DecodeLinear, DecodeModel, DecodeStack, DecodeTier, Element, LaunchError, MAX_TIERS, Words};
+use crate::cuda::launch::{DecodeLinear, DecodeModel, DecodeStack, DecodeTier, Element, MAX_TIERS, PlanGrid, Words};
 use crate::engine::EngineError;
 use crate::forecast::PastForecast;
 use crate::model::config::N_FORECASTS;
@@ -28,8 +28,8 @@ pub struct Packed {
     pub exact: Vec<u8>,
     /// f64: windows, weights, frequencies.
     pub doubles: Vec<u8>,
-    /// i32, `[n_bins, 2]`.
-    pub neighbours: Vec<u8>,
+    /// i32, of the [`PlanGrid`].
+    pub places: Vec<u8>,
 }
 
 struct Packer<'a> {
@@ -74,7 +74,9 @@ impl Packer<'_> {
         at as i32
     }
 
+    /// Appends f64 values, 16-byte aligned; gives where they begin.
     fn doubles(&mut self, values: impl IntoIterator<Item = f64>) -> i32 {
+        self.doubles.resize(self.doubles.len().next_multiple_of(2), 0.0);
         let at = self.doubles.len();
         self.doubles.extend(values);
         at as i32
@@ -170,9 +172,6 @@ impl Packed {
         let config = &checkpoint.config;
         let (wave, plan, forecast) = (&config.wave_transformer, &config.plan_transformer, &config.forecast);
         let (n_tiers, n_components) = (wave.tiers.len(), wave.n_components());
-        if forecast.deconvolution > 0 {
-            return Err(LaunchError::Deconvolution.into());
-        }
         for (what, got, most) in
             [("tiers", n_tiers, MAX_TIERS), ("components of the mixture", n_components, MAX_COMPONENTS)]
         {
@@ -181,6 +180,7 @@ impl Packed {
             }
         }
         let spectrum = checkpoint.spectrum()?;
+        let grid = PlanGrid::new(&spectrum, forecast.deconvolution)?;
         let mut p = Packer {
             checkpoint,
             element,
@@ -191,8 +191,8 @@ impl Packed {
         };
         let mut m = DecodeModel {
             n_tiers: n_tiers as i32,
-            n_bands: spectrum.n_bands() as i32,
-            n_bins: spectrum.interpolation().len() as i32,
+            n_bands: grid.n_bands as i32,
+            n_bins: grid.n_bins as i32,
             plan_hop: config.plan.hop as i32,
             n_codebooks: config.plan.n_codebooks as i32,
             n_entries: config.plan.n_entries as i32,
@@ -200,6 +200,7 @@ impl Packed {
             past_window: forecast.past_window as i32,
             past_hop: forecast.past_hop as i32,
             planned_order: forecast.planned_order as i32,
+            deconvolution: forecast.deconvolution as i32,
             token_width: wave.token_dim as i32 + 2,
             n_components: n_components as i32,
             slices: wave.slices as i32,
@@ -231,8 +232,9 @@ impl Packed {
         m.book_ceiling = p.table(quantizer.ceiling().iter().copied());
         m.books = p.table(quantizer.books.iter().copied());
 
-        let mut planned = m.planned_order + 2 + (wave.slices * n_components) as i32;
-        (m.frame_coefficients, m.frame_scales) = (2, 2 + m.planned_order);
+        m.frame_coefficients = 3;
+        m.frame_scales = m.frame_coefficients + m.planned_order;
+        let mut planned = m.frame_scales + (wave.slices * n_components) as i32;
         let ring = |n: usize| n.next_power_of_two() as i32;
         (m.n_samples, m.n_unrounded) = (ring(forecast.past_window + forecast.past_hop), ring(forecast.planned_order));
         (m.n_tokens, m.n_recent) = (ring(wave.history()), ring(forecast.order));
@@ -291,13 +293,11 @@ impl Packed {
         m.edges = p.table((1..levels).map(|edge| codec.edge(edge)));
 
         m.window = p.doubles(PastForecast::window(forecast.past_window));
-        m.bin_weights = p.doubles(spectrum.interpolation().iter().map(|bin| bin.2));
+        m.grid_numbers = p.doubles(grid.numbers);
         m.lag_window = p.doubles(spectrum.lag_window(forecast.planned_order, forecast.lag_window_hz));
         m.n_linears = p.linears.len() as i32;
         let stacks = std::iter::once(m.plan).chain(m.tiers[..n_tiers].iter().map(|tier| tier.stack));
         m.angle_width = stacks.map(|s| s.dim / s.n_heads).max().unwrap_or(0);
-        let neighbours: Vec<i32> =
-            spectrum.interpolation().iter().flat_map(|&(below, above, _)| [below as i32, above as i32]).collect();
         Ok(Self {
             model: m,
             element,
@@ -307,7 +307,7 @@ impl Packed {
             },
             exact: p.exact.to_bytes(),
             doubles: p.doubles.to_bytes(),
-            neighbours: neighbours.to_bytes(),
+            places: grid.places.to_bytes(),
             linears: p.linears,
         })
     }

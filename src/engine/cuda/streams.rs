@@ -29,7 +29,7 @@ pub struct Model<M: Machine> {
     pub spectrum: Spectrum,
     pub generation: GenerationSettings,
     packed: Packed,
-    /// Model, weights, exact, doubles, neighbours.
+    /// Model, weights, exact, doubles, places.
     parts: [M::Buffer; 5],
 }
 
@@ -118,7 +118,7 @@ impl<M: Machine> Model<M> {
             upload(&packed.weights)?,
             upload(&packed.exact)?,
             upload(&packed.doubles)?,
-            upload(&packed.neighbours)?,
+            upload(&packed.places)?,
         ];
         Ok(Self {
             config: checkpoint.config.clone(),
@@ -412,7 +412,7 @@ impl<M: Machine> Streams<M> {
             offset,
             ..geometry.args(layout)
         };
-        let [model, weights, exact, doubles, neighbours] = &self.model.parts;
+        let [model, weights, exact, doubles, places] = &self.model.parts;
         let State { counters, ring_tokens, memory, caches, frames: slots, past } = &self.state;
         let buffers = [
             Some(model),
@@ -420,7 +420,7 @@ impl<M: Machine> Streams<M> {
             Some(weights),
             Some(exact),
             Some(doubles),
-            Some(neighbours),
+            Some(places),
             Some(counters),
             Some(ring_tokens),
             Some(memory),

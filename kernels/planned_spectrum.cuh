@@ -1,0 +1,138 @@
+// The spectrum that a plan frame's bands describe, as sharp as the sound was before the plan's analysis blurred it (src/forecast/sharp.rs),
+// and its autocorrelation: in f64, by the threads of one block.
+#pragma once
+#include "fourier.cuh"
+#include "linear_prediction.cuh"
+
+namespace prediction {
+
+/// As in src/forecast/sharp.rs.
+constexpr int BLUNT_STEPS = 1;
+constexpr double FALL = 0.4, FALL_OVER = 1.0;
+/// As in src/forecast/planned.rs.
+constexpr double TOO_LOUD = 1.0, LOUDEST = 8.0, DAMPING_TIME = 256.0;
+/// exp(band * this) is the power; 1 / UNITS_PER_NEPER of src/plan/spectrum.rs.
+constexpr double NEPERS_PER_UNIT = 4.0;
+
+/// Held to low..high; what is no number stays none.
+__device__ __forceinline__ double clamped(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
+
+/// The analysis that a plan was made by, over the bins of a transform, in device memory: PlanGrid in args.cuh.
+struct PlanGrid {
+  int n_bands, n_bins;
+  const int32_t *neighbours, *rows, *columns;
+  const double *upper, *per_column, *turns, *row_weights;
+
+  __device__ PlanGrid(int n_bands, int n_bins, const int32_t* places, const double* numbers)
+      : n_bands(n_bands),
+        n_bins(n_bins),
+        neighbours(places),
+        rows(neighbours + 2 * n_bins),
+        columns(rows + 2 * (n_bands + 1)),
+        upper(numbers),
+        per_column(upper + n_bins),
+        turns(per_column + n_bins),
+        row_weights(turns + 4 * (n_bins - 1)) {}
+
+  /// What lies between the values of two bands at a bin.
+  template <class Value>
+  __device__ double between(int bin, Value value) const {
+    const double weight = upper[bin];
+    return value(neighbours[2 * bin]) * (1.0 - weight) + value(neighbours[2 * bin + 1]) * weight;
+  }
+
+  /// What the analysis finds in a band, by a warp; the same in all lanes.
+  __device__ double find(int band, const double* powers) const {
+    const int first = rows[2 * band], begin = rows[2 * band + 1], end = rows[2 * band + 3];
+    double sum = 0.0;
+    for (int i = begin + int(threadIdx.x) % WARP; i < end; i += WARP) sum += row_weights[i] * powers[first + i - begin];
+    return lanes_sum<WARP>(sum);
+  }
+
+  /// The mean over the bands that see a bin, each as much as it sees of it.
+  __device__ double back(int bin, const double* of_bands) const {
+    double sum = 0.0;
+    for (int band = columns[2 * bin]; band < columns[2 * bin + 1]; ++band)
+      sum += of_bands[band] * row_weights[rows[2 * band + 1] + bin - rows[2 * band]];
+    return sum * per_column[bin];
+  }
+};
+
+/// Room: powers [n_bins]; the transform's block [2 * (n_bins - 1)], in whose place lie, until the powers go there, the blunt powers
+/// [n_bins] and two values per band.
+struct PlannedSpectrum {
+  const PlanGrid& grid;
+  fourier::Transform transform;
+  double *powers, *blunt, *planned, *missed;
+
+  /// Doubles of room.
+  __device__ static int size(int n_bins, int n_bands) {
+    return even(n_bins) + max(2 * (n_bins - 1), n_bins + 2 * n_bands);
+  }
+  __device__ static int even(int n) { return (n + 1) / 2 * 2; }
+
+  __device__ PlannedSpectrum(double* room, const PlanGrid& grid)
+      : grid(grid),
+        transform{2 * (grid.n_bins - 1), reinterpret_cast<const double2*>(grid.turns),
+                  reinterpret_cast<double2*>(room + even(grid.n_bins))},
+        powers(room),
+        blunt(room + even(grid.n_bins)),
+        planned(blunt + grid.n_bins),
+        missed(planned + grid.n_bands) {}
+
+  /// The spectrum of a frame [n_bands], sharpened in `steps` steps (0: the bands alone) where it does not fall from the frame
+  /// `before`. A barrier before it is the caller's; it ends in one, after which `autocorrelation` may be asked for.
+  __device__ void make(const float* before, const float* frame, int steps) const {
+    const auto nepers = [&](int band) { return double(frame[band]) * NEPERS_PER_UNIT; };
+    for (int bin = threadIdx.x; bin < grid.n_bins; bin += blockDim.x) powers[bin] = exp(grid.between(bin, nepers));
+    if (steps > 0) {
+      for (int band = threadIdx.x; band < grid.n_bands; band += blockDim.x) planned[band] = exp(nepers(band));
+      __syncthreads();  // publishes bands and powers
+      for (int step = 0; step < steps; ++step) sharpen(step == BLUNT_STEPS);
+    }
+    const auto falls = [&](int band) {
+      return clamped((double(before[band]) * NEPERS_PER_UNIT - nepers(band) - FALL) / FALL_OVER, 0.0, 1.0);
+    };
+    // Powers are real and even, so their transform is, but for 1 / n, the inverse one. A bin's thread has read its blunt power when
+    // it writes there; what else lay in this place nobody reads any more.
+    for (int bin = threadIdx.x; bin < grid.n_bins; bin += blockDim.x) {
+      double power = powers[bin];
+      if (steps > BLUNT_STEPS) power += grid.between(bin, falls) * (blunt[bin] - power);
+      transform.value(bin) = power;
+      if (bin > 0) transform.value(transform.n - bin) = power;
+    }
+    __syncthreads();  // publishes the spectrum
+    fourier::run(transform);
+  }
+
+  __device__ double autocorrelation(int lag) const { return transform.bin(lag).x / transform.n; }
+
+  /// One step of Richardson and Lucy's deconvolution; `keep`: the powers before it stay, as the blunt ones.
+  __device__ void sharpen(bool keep) const {
+    for (int band = threadIdx.x / WARP; band < grid.n_bands; band += blockDim.x / WARP) {
+      const double found = grid.find(band, powers);
+      if (threadIdx.x % WARP == 0) missed[band] = planned[band] / (found + LEAST_POWER);
+    }
+    __syncthreads();  // publishes what the bands miss
+    for (int bin = threadIdx.x; bin < grid.n_bins; bin += blockDim.x) {
+      if (keep) blunt[bin] = powers[bin];
+      powers[bin] *= grid.back(bin, missed);
+    }
+    __syncthreads();  // publishes the powers, and what the bands miss was read
+  }
+
+  /// f64::MIN_POSITIVE of Rust.
+  static constexpr double LEAST_POWER = 2.2250738585072014e-308;
+};
+
+/// ln of what the poles of a forecast shrink by from sample to sample where `power` was heard and `planned` was to be.
+__device__ __forceinline__ double damping(double power, double planned) {
+  return -clamped(log(power / planned) - TOO_LOUD, 0.0, LOUDEST) / (2.0 * DAMPING_TIME);
+}
+
+/// Coefficient i, the latest sample's being the first, with the poles shrunk.
+__device__ __forceinline__ float damped(float coefficient, int i, double damping) {
+  return coefficient * float(exp(damping * (i + 1)));
+}
+
+}  // namespace prediction
