@@ -129,7 +129,7 @@ fn odd_sizes_have_the_reference_engines_distributions_on_every_instruction_set()
         config.plan_transformer.window = 9;
         config.plan.n_codebooks = 3;
         config.plan.n_entries = 11;
-        config.forecast.deconvolution = 3 * seed as usize;
+        config.forecast.deconvolution = 3 * seed;
         config.validate().unwrap();
         let checkpoint = lively(config, seed as u64 + 5);
         let mut reference = ReferenceEngine::new(&checkpoint).unwrap();
