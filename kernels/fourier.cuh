@@ -2,8 +2,7 @@
 //
 // The block's even and odd values are the real and imaginary parts of n / 2 complex ones; these are transformed by decimation in
 // frequency (Gentleman and Sande, 1966) in passes of radix 4, 2 and 3, which leave them in the order of reversed digits; whoever
-// reads a bin undoes both. Oracle: realfft, through
-// src/forecast.
+// reads a bin undoes both. Oracle: realfft, through src/forecast.
 #pragma once
 #include "common.cuh"
 
