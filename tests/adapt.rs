@@ -227,3 +227,25 @@ fn a_recording_is_continued_by_the_model_that_was_adapted_to_it() {
         assert!(!scene.path("no.wav").exists() && !scene.path("s.bin").exists());
     }
 }
+
+#[test]
+fn an_adapted_model_plays_with_the_settings_that_did_best() {
+    let scene = Scene::new();
+    let sound = AudioSource::open(&scene.write("melody.wav", &melody(8, 4))).unwrap();
+    let settings = AdaptSettings { calibrate: true, ..settings(16, 2) };
+    let mut tried = Vec::new();
+    let (model, adaptation) = adapt(&untrained(), &[sound], &settings, &mut |event| {
+        if let AdaptEvent::Calibration(setting) = event {
+            tried.push(setting);
+        }
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    assert_eq!(adaptation.wave.verdict, Verdict::Adapted, "{adaptation:?}");
+    let best = tried.iter().rfind(|setting| setting.chosen).unwrap();
+    assert!(tried.len() > 6 && model.generation == best.settings, "{tried:?}");
+    assert!(
+        tried.iter().all(|t| t.adherence_db.hypot(t.bias_db) >= best.adherence_db.hypot(best.bias_db)),
+        "{tried:?}"
+    );
+}

@@ -48,6 +48,9 @@ pub struct Args {
     /// Instead of a time: at most this many steps of each transformer, which give the same model whatever the threads
     #[arg(long, value_name = "N", conflicts_with = "seconds_budget", value_parser = clap::value_parser!(u32).range(1..))]
     steps: Option<u32>,
+    /// Leave the generation settings as they are; else they are fitted in free run where the wave transformer was adapted
+    #[arg(long)]
+    no_calibration: bool,
     /// The same seed draws the same excerpts in the same order
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -80,7 +83,8 @@ pub fn run(args: &Args) -> Result<Outcome> {
         Some(steps) => Budget::Steps(steps as usize),
         None => Budget::Time(Duration::from_secs_f64(args.seconds_budget)),
     };
-    let settings = AdaptSettings { seed: args.seed, ..AdaptSettings::new(budget, threads) };
+    let settings =
+        AdaptSettings { seed: args.seed, calibrate: !args.no_calibration, ..AdaptSettings::new(budget, threads) };
     catch_interrupt()?;
     let (mut adapted, adaptation) = fit(&checkpoint, &sounds, &settings, talk)?;
     let used = |part: &Adapted| part.verdict == Verdict::Adapted;
@@ -119,9 +123,10 @@ pub fn fit(
             AdaptEvent::Step { part, step, .. } => {
                 format!("{} step {step}: {last:.3} bits/{} on the tail, {first:.3} before", part.name(), unit(part))
             }
+            AdaptEvent::Calibration(tried) => tried.to_string(),
         };
         match event {
-            AdaptEvent::Judged { .. } => bar.suspend(|| talk.detail(&text)),
+            AdaptEvent::Judged { .. } | AdaptEvent::Calibration(_) => bar.suspend(|| talk.detail(&text)),
             AdaptEvent::Step { .. } => bar.set_message(text),
         }
         bar.tick();

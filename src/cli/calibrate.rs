@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde::Serialize;
 use wavegen::model::config::GenerationSettings;
-use wavegen::train::calibrate::{EXCERPTS, calibrate};
+use wavegen::train::calibrate::{EXCERPTS, Tried, calibrate};
 use wavegen::train::dataset::{Dataset, Sources};
 use wavegen::train::{TrainError, TrainEvent};
 
@@ -48,15 +48,6 @@ pub struct Args {
     talk: Talk,
 }
 
-/// One setting and how it played.
-#[derive(Clone, Copy, Serialize)]
-struct Tried {
-    #[serde(flatten)]
-    settings: GenerationSettings,
-    adherence_db: f32,
-    bias_db: f32,
-}
-
 #[derive(Serialize)]
 struct Report {
     /// In the order in which they were tried; the first is what the model had.
@@ -82,9 +73,9 @@ pub fn run(args: &Args) -> Result<Outcome> {
     let mut observe = |event: TrainEvent| {
         match event {
             TrainEvent::Skipped { why, .. } => bar.suspend(|| refused.tell(&why, talk)),
-            TrainEvent::Calibration { settings, adherence_db, bias_db, .. } => {
+            TrainEvent::Calibration(setting) => {
                 bar.set_message(format!("{} settings tried", tried.len() + 1));
-                tried.push(Tried { settings, adherence_db, bias_db });
+                tried.push(setting);
             }
             _ => {}
         }
@@ -102,7 +93,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
     refused.summarise(talk);
     if !talk.json {
         print(&format!("{:>6} {:>6} {:>6} {:>11} {:>9}", "grain", "past", "offset", "adherence", "bias"))?;
-        for (i, Tried { settings, adherence_db, bias_db }) in tried.iter().enumerate() {
+        for (i, Tried { settings, adherence_db, bias_db, .. }) in tried.iter().enumerate() {
             let note = match (i, *settings == best) {
                 (_, true) => "  best",
                 (0, _) => "  what the model had",

@@ -483,13 +483,7 @@ fn tell(event: &TrainEvent, talk: &Talk, bar: &ProgressBar, shown: &mut Shown) {
             names(*part).0
         )),
         TrainEvent::NotSaved { why } => bar.suspend(|| talk.warn(&format!("{why}; training goes on"))),
-        TrainEvent::Calibration { settings, adherence_db, bias_db, chosen } => line(format!(
-            "grain {:.2} past {:.2} offset {:.2}: adherence {adherence_db:.2} dB, bias {bias_db:+.2} dB{}",
-            settings.grain,
-            settings.past,
-            settings.offset,
-            if *chosen { ", best so far" } else { "" }
-        )),
+        TrainEvent::Calibration(tried) => line(tried.to_string()),
         TrainEvent::Saved { path } => talk.detail(&format!("{}: saved", path.display())),
     }
 }

@@ -19,7 +19,7 @@ use super::optimizer::AdamW;
 use super::scene::Scene;
 use super::schedule::{Budget, PLAN_SHARE};
 use super::workers::Workers;
-use super::{Part, TrainError, calibrate, plan, wave};
+use super::{Part, TrainError, TrainEvent, calibrate, plan, wave};
 use crate::audio::AudioSource;
 use crate::checkpoint::Checkpoint;
 use crate::codec::Codec;
@@ -80,6 +80,8 @@ pub struct AdaptSettings {
     pub seed: u64,
     /// Worker threads; the result depends on them only where the budget is time.
     pub threads: usize,
+    /// Fit the generation settings to an adapted wave transformer; takes as long again as the free runs.
+    pub calibrate: bool,
     /// Constant after a few steps.
     pub plan_learning_rate: f64,
     pub wave_learning_rate: f64,
@@ -88,7 +90,7 @@ pub struct AdaptSettings {
 impl AdaptSettings {
     /// With the learning rates that did best (`docs/findings.md`).
     pub fn new(budget: Budget, threads: usize) -> Self {
-        Self { budget, seed: 0, threads, plan_learning_rate: 3e-4, wave_learning_rate: 1e-3 }
+        Self { budget, seed: 0, threads, calibrate: false, plan_learning_rate: 3e-4, wave_learning_rate: 1e-3 }
     }
 }
 
@@ -99,6 +101,8 @@ pub enum AdaptEvent {
     Step { part: Part, step: usize, bits: f64 },
     /// Bits per unit of the tails; of the model's own weights at step 0.
     Judged { part: Part, step: usize, bits: f64 },
+    /// One setting of the adapted model tried in free run.
+    Calibration(calibrate::Tried),
 }
 
 /// Receives [`AdaptEvent`]s.
@@ -244,6 +248,13 @@ fn adapt_to(
         } else {
             wave.verdict = Verdict::PlaysWorse;
         }
+    }
+    if settings.calibrate && wave.verdict == Verdict::Adapted {
+        let mut tell = |event| match event {
+            TrainEvent::Calibration(tried) => observe(AdaptEvent::Calibration(tried)),
+            _ => ControlFlow::Continue(()),
+        };
+        adapted.generation = calibrate::calibrate(&adapted, data, calibrate::EXCERPTS, &mut tell)?;
     }
     let seconds = |frames: usize| (frames * config.plan.hop) as f64 / f64::from(data.codec.sample_rate);
     let head_s = seconds(tails.iter().map(|tail| tail.first).sum());

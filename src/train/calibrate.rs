@@ -4,6 +4,7 @@
 //! follows its own noise), so held-out excerpts are played with their true plan and analysed again.
 
 use rayon::prelude::*;
+use serde::Serialize;
 
 use super::dataset::Dataset;
 use super::scene::{Follow, Scene};
@@ -24,6 +25,29 @@ const PLAYED: usize = 48;
 const GRAINS: [f32; 6] = [0.7, 0.8, 0.9, 1.0, 1.1, 1.2];
 const OFFSETS: [f32; 4] = [0.0, 0.1, 0.25, 0.5];
 const PASTS: [f32; 3] = [0.0, 0.05, 0.15];
+
+/// One setting and how it played.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Tried {
+    #[serde(flatten)]
+    pub settings: GenerationSettings,
+    /// From the plan.
+    pub adherence_db: f32,
+    pub bias_db: f32,
+    /// The best so far.
+    pub chosen: bool,
+}
+
+impl std::fmt::Display for Tried {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        let Self { settings: GenerationSettings { grain, past, offset }, adherence_db, bias_db, chosen } = self;
+        let best = if *chosen { ", best so far" } else { "" };
+        write!(
+            f,
+            "grain {grain:.2} past {past:.2} offset {offset:.2}: adherence {adherence_db:.2} dB, bias {bias_db:+.2} dB{best}"
+        )
+    }
+}
 
 /// Plays `excerpts` excerpts with the checkpoint's own settings and with others, and chooses; every try is reported.
 ///
@@ -52,8 +76,8 @@ pub fn calibrate(
         if chosen {
             (best_error, *best) = (error, settings);
         }
-        let event = TrainEvent::Calibration { settings, adherence_db: rms_db, bias_db, chosen };
-        Ok(observe(event).is_continue())
+        let tried = Tried { settings, adherence_db: rms_db, bias_db, chosen };
+        Ok(observe(TrainEvent::Calibration(tried)).is_continue())
     };
     let grains = |b: GenerationSettings| GRAINS.map(|grain| GenerationSettings { grain, ..b }).to_vec();
     let offsets = |b: GenerationSettings| OFFSETS.map(|offset| GenerationSettings { offset, ..b }).to_vec();

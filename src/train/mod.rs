@@ -32,7 +32,7 @@ use crate::engine::EngineError;
 use crate::forecast::ForecastError;
 use crate::metrics::Adherence;
 use crate::model::Model;
-use crate::model::config::{ConfigError, GenerationSettings, ModelConfig};
+use crate::model::config::{ConfigError, ModelConfig};
 use crate::model::params::{Params, ParamsError};
 use crate::plan::{PlanError, ResidualQuantizer, Spectrum};
 use dataset::{Dataset, Sources};
@@ -275,12 +275,7 @@ pub enum TrainEvent {
         why: String,
     },
     /// One setting tried in free run.
-    Calibration {
-        settings: GenerationSettings,
-        adherence_db: f32,
-        bias_db: f32,
-        chosen: bool,
-    },
+    Calibration(calibrate::Tried),
     Saved {
         path: PathBuf,
     },
