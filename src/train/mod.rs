@@ -186,6 +186,19 @@ impl TrainSettings {
         .map(|(name, value)| (name.to_owned(), value))
         .into()
     }
+
+    /// That, and what may change when a run goes on later but not between its processes.
+    fn course(&self, identity: &Identity) -> Identity {
+        let more = [
+            ("minutes or steps", format!("{:?}", self.budget)),
+            ("validations", format!("{:?}", self.validate_every)),
+            ("patience", format!("{:?}", self.patience)),
+            ("time between states", format!("{:?}", self.save_every)),
+            ("calibration", self.calibrate.to_string()),
+        ];
+        let more = more.map(|(name, value)| (name.to_owned(), value));
+        identity.clone().into_iter().chain(more).collect()
+    }
 }
 
 /// One of the two transformers.
@@ -302,7 +315,7 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
     let spectrum = Spectrum::new(config.codec.sample_rate, &config.plan)?;
     let mut data = open_data(group, settings, &spectrum, observe)?;
     let identity = settings.identity(&data);
-    compare(group, &identity)?;
+    compare(group, &settings.course(&identity))?;
     let folder = StateFolder::open(group, &settings.output, &identity, settings.afresh)?;
     let mut checkpoint = match &settings.start {
         Start::From(checkpoint) => Checkpoint::clone(checkpoint),

@@ -302,11 +302,12 @@ mod tests {
             let mut own = base.clone();
             own.files.truncate(3 - group.rank());
             own.wave_batch += group.rank();
+            own.patience = Some(1 + group.rank());
             trained(group, &own, |_, _| false).err().map(|error| error.to_string())
         });
         for error in errors {
             let error = error.unwrap();
-            assert!(error.contains("data, wave batch"), "{error}");
+            assert!(error.contains("data, patience, wave batch"), "{error}");
         }
         // The first rank had read its files, and no run was begun.
         let left = std::fs::read_dir(StateFolder::beside(&base.output)).unwrap().map(|entry| entry.unwrap().path());
