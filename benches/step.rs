@@ -39,7 +39,7 @@ fn sound(n: usize) -> Vec<f32> {
 
 /// As the presets `small` and `base` have them.
 fn forecast_config() -> ForecastConfig {
-    ForecastConfig { planned_order: 512, lag_window_hz: 1.0, ..ForecastConfig::default() }
+    ForecastConfig { planned_order: 512, lag_window_hz: 1.0, deconvolution: 20, ..ForecastConfig::default() }
 }
 
 /// Samples between two renewals of the coefficients, one of which is counted. Items: samples.

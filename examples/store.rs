@@ -1,26 +1,34 @@
-//! Stores a model in another precision: `cargo run --release --example store -- in.safetensors out.safetensors int8`.
-//! `built-in` for the model inside the program; `f32`, `f16` or `int8`.
+//! Stores a model in another precision, or two parts that were trained apart as one model:
+//! `cargo run --release --example store -- wave.safetensors out.safetensors int8 plan.safetensors`.
+//! `built-in` for the model inside the program; `f32`, `f16` or `int8`; with a fourth name the plan transformer comes from there.
 
 use std::path::Path;
 
-use wavegen::checkpoint::{Checkpoint, CheckpointError, Precision};
+use anyhow::{Context, Result, bail, ensure};
+use wavegen::checkpoint::{Checkpoint, Precision};
 
-const USAGE: &str = "usage: store built-in|IN.safetensors OUT.safetensors f32|f16|int8";
+const USAGE: &str = "usage: store built-in|IN.safetensors OUT.safetensors f32|f16|int8 [PLAN.safetensors]";
 
-fn main() -> Result<(), CheckpointError> {
+fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let precision =
-        |name: &str| [Precision::F32, Precision::F16, Precision::Int8].into_iter().find(|p| p.name() == name);
-    let Some((input, output, precision)) = (match &args[..] {
-        [input, output, name] => precision(name).map(|precision| (input, output, precision)),
-        _ => None,
-    }) else {
-        eprintln!("{USAGE}");
-        std::process::exit(2);
+    let [input, output, name, plan @ ..] = &args[..] else { bail!(USAGE) };
+    let all = [Precision::F32, Precision::F16, Precision::Int8];
+    let precision = all.into_iter().find(|p| p.name() == name).context(USAGE)?;
+    let load = |name: &str| match name {
+        "built-in" => Checkpoint::built_in(),
+        path => Checkpoint::load(Path::new(path)),
     };
-    let checkpoint = match input.as_str() {
-        "built-in" => Checkpoint::built_in()?,
-        path => Checkpoint::load(Path::new(path))?,
-    };
-    checkpoint.save(Path::new(output), precision)
+    let mut checkpoint = load(input)?;
+    if let [name] = plan {
+        let other = load(name)?;
+        ensure!(
+            other.quantizer == checkpoint.quantizer && other.config.plan == checkpoint.config.plan,
+            "{name}: speaks another plan than {input}; train one with --init the other"
+        );
+        checkpoint.config.plan_transformer = other.config.plan_transformer;
+        checkpoint.weights.retain(|name, _| !name.starts_with("plan."));
+        checkpoint.weights.extend(other.weights.into_iter().filter(|(name, _)| name.starts_with("plan.")));
+    }
+    checkpoint.save(Path::new(output), precision)?;
+    Ok(())
 }
