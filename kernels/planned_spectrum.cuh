@@ -10,7 +10,7 @@ namespace prediction {
 constexpr int BLUNT_STEPS = 1;
 constexpr double FALL = 0.4, FALL_OVER = 1.0;
 /// As in src/forecast/planned.rs.
-constexpr double TOO_LOUD = 1.0, LOUDEST = 8.0, DAMPING_TIME = 256.0;
+constexpr double TOO_LOUD = 0.7, LOUDEST = 8.0, DAMPING_TIME = 170.0;
 /// exp(band * this) is the power; 1 / UNITS_PER_NEPER of src/plan/spectrum.rs.
 constexpr double NEPERS_PER_UNIT = 4.0;
 

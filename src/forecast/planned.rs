@@ -14,12 +14,12 @@ use crate::simd::portable::exp;
 const MEAN_TO_RMS: f64 = 0.7;
 const LEAST_SCALE: f64 = 1e-4;
 
-/// A sound louder than planned by this much, nepers of power, is damped (4.3 dB).
-const TOO_LOUD: f64 = 1.0;
+/// A sound louder than planned by this much, nepers of power, is damped (3 dB).
+const TOO_LOUD: f64 = 0.7;
 /// Louder than this (38 dB) makes no difference.
 const LOUDEST: f64 = 8.0;
 /// Samples in which damping takes a neper of power for each that a sound is too loud.
-const DAMPING_TIME: f64 = 256.0;
+const DAMPING_TIME: f64 = 170.0;
 
 /// By what the poles of a forecast shrink after the samples `heard` where the power `planned` was asked for: a sharp line whose note
 /// was damped would ring on for longer than the note.

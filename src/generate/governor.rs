@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::codec::Token;
 use crate::engine::{Engine, EngineError, PlanDraw};
-use crate::metrics::{SILENCE_DB, level_db};
-use crate::plan::{DB_PER_UNIT, Spectrum};
+use crate::metrics::{SILENCE_DB, level_db, power_db};
+use crate::plan::{DB_PER_UNIT, PlanError, Spectrum};
 
 /// Seconds at the end of a prompt that habits are taken from.
 const HABITS_S: f32 = 20.0;
@@ -38,6 +38,8 @@ const LOUD_DB: f32 = 12.0;
 const DRIFT_DB: [f32; 2] = [6.0, 12.0];
 /// Two frames this far above the prompt's loudest are a burst, dB.
 const BURST_DB: f32 = 6.0;
+/// So are two frames this far above the loudest that the plan asked for within its analysis' window, dB.
+const OVER_PLAN_DB: f32 = 9.0;
 /// Mean entropy or surprisal of the plan above the most that the prompt needed over as long a stretch, as a factor.
 const ASTRAY: f32 = 1.6;
 /// Mean entropy below this share of what the prompt's plan costs: the same is played for ever.
@@ -59,7 +61,7 @@ pub enum Alarm {
     Noise,
     /// One band leads and does not die away.
     StuckTone,
-    /// Louder than anything in the prompt at once.
+    /// Louder at once than anything in the prompt, or than its plan.
     Burst,
     /// Over seconds louder or softer than the prompt.
     LevelDrift,
@@ -153,6 +155,10 @@ pub struct Governor {
     heard: VecDeque<Heard>,
     /// The last samples, for the spectrum.
     samples: Vec<f32>,
+    /// Levels that the last plan frames asked for, as many as a window spans, dB.
+    asked: VecDeque<f32>,
+    /// Frames in a row that were louder than all of these.
+    over_plan: u32,
     /// Quiet frames in a row.
     quiet: u32,
     lead: Lead,
@@ -210,6 +216,8 @@ impl Governor {
             frames_per_second,
             heard: VecDeque::new(),
             samples: samples[samples.len().saturating_sub(spectrum.window_len())..].to_vec(),
+            asked: VecDeque::new(),
+            over_plan: 0,
             quiet: 0,
             lead: Lead::default(),
             n_frames: 0,
@@ -226,12 +234,31 @@ impl Governor {
         ((seconds * self.frames_per_second).round() as usize).max(2)
     }
 
-    /// Hears one more frame of samples; tells what is wrong, whether or not anything is to be done about it.
-    pub fn hear(&mut self, samples: &[f32], draw: PlanDraw, spectrum: &Spectrum) -> Option<Alarm> {
+    /// Hears one more frame of samples, played by the plan frame `plan`; tells what is wrong, whether or not anything is to be
+    /// done about it.
+    ///
+    /// # Errors
+    /// When `plan` is no frame of `spectrum`.
+    pub fn hear(
+        &mut self,
+        samples: &[f32],
+        plan: &[f32],
+        draw: PlanDraw,
+        spectrum: &Spectrum,
+    ) -> Result<Option<Alarm>, PlanError> {
         self.samples.extend_from_slice(samples);
         let surplus = self.samples.len().saturating_sub(spectrum.window_len());
         self.samples.drain(..surplus);
-        let heard = Heard::new(samples, &spectrum.analyse_last(&self.samples), draw);
+        let bands = spectrum.analyse_last(&self.samples);
+        let heard = Heard::new(samples, &bands, draw);
+        if self.asked.len() == spectrum.window_len().div_ceil(spectrum.hop()) {
+            self.asked.pop_front();
+        }
+        self.asked.push_back(power_db(plan, spectrum)?);
+        let asked = self.asked.iter().copied().fold(SILENCE_DB, f32::max);
+        let audible = heard.level_db > self.habits.level_db - QUIET_DB;
+        let over = audible && power_db(&bands, spectrum)? > asked + OVER_PLAN_DB;
+        self.over_plan = if over { self.over_plan + 1 } else { 0 };
         self.n_frames += 1;
         self.quiet = if heard.level_db < self.habits.level_db - QUIET_DB { self.quiet + 1 } else { 0 };
         self.lead.push(&heard);
@@ -239,7 +266,7 @@ impl Governor {
             self.heard.pop_front();
         }
         self.heard.push_back(heard);
-        self.alarm()
+        Ok(self.alarm())
     }
 
     fn last(&self, seconds: f32) -> Option<impl Iterator<Item = &Heard> + Clone> {
@@ -253,7 +280,8 @@ impl Governor {
         if self.quiet >= longer(SILENCE_S, habits.quiet) {
             return Some(Alarm::Silence);
         }
-        if self.heard.range(self.heard.len().saturating_sub(2)..).all(|f| f.level_db > habits.loudest_db + BURST_DB) {
+        let too_loud = |f: &Heard| f.level_db > habits.loudest_db + BURST_DB;
+        if self.over_plan >= 2 || self.heard.range(self.heard.len().saturating_sub(2)..).all(too_loud) {
             return Some(Alarm::Burst);
         }
         if self.quiet == 0
@@ -433,14 +461,19 @@ mod tests {
         (governor, spectrum, PlanDraw { surprisal: usual, entropy: usual })
     }
 
+    /// Hears a frame whose plan asked for anything.
+    fn heard(governor: &mut Governor, frame: &[f32], draw: PlanDraw, spectrum: &Spectrum) -> Option<Alarm> {
+        governor.hear(frame, &vec![2.0; spectrum.n_bands()], draw, spectrum).unwrap()
+    }
+
     /// What is thought of these samples after two seconds of more notes, and after how many seconds.
     fn alarm_at(samples: &[f32], draw: impl Fn(PlanDraw) -> PlanDraw) -> Option<(Alarm, f32)> {
         let (mut governor, spectrum, usual) = governor();
         for frame in notes(2.0, 0.3).chunks_exact(HOP) {
-            assert_eq!(governor.hear(frame, usual, &spectrum), None);
+            assert_eq!(heard(&mut governor, frame, usual, &spectrum), None);
         }
         samples.chunks_exact(HOP).enumerate().find_map(|(i, frame)| {
-            governor.hear(frame, draw(usual), &spectrum).map(|alarm| (alarm, (i * HOP) as f32 / 16_000.0))
+            heard(&mut governor, frame, draw(usual), &spectrum).map(|alarm| (alarm, (i * HOP) as f32 / 16_000.0))
         })
     }
 
@@ -474,11 +507,24 @@ mod tests {
     }
 
     #[test]
+    fn what_is_louder_than_planned_is_a_burst_though_the_prompt_was_as_loud() {
+        let (mut governor, spectrum, usual) = governor();
+        let (plan, frame) = (spectrum.analyse_last(&notes(0.5, 0.3)), &notes(0.5, 0.3)[..HOP]);
+        let softer: Vec<f32> = plan.iter().map(|band| band - 20.0 / DB_PER_UNIT).collect();
+        for _ in 0..8 {
+            assert_eq!(governor.hear(frame, &plan, usual, &spectrum), Ok(None));
+        }
+        // A plan that has just fallen still rings in its own analysis.
+        let thought: Vec<_> = (0..6).map(|_| governor.hear(frame, &softer, usual, &spectrum).unwrap()).collect();
+        assert_eq!(thought, [None, None, None, None, Some(Alarm::Burst), Some(Alarm::Burst)]);
+    }
+
+    #[test]
     fn a_place_is_tried_a_few_times_from_further_and_further_back_and_then_let_pass() {
         let (mut governor, spectrum, usual) = governor();
         let silence = vec![0.0; HOP];
         let mut froms = Vec::new();
-        let alarms = (0..400).filter(|_| governor.hear(&silence, usual, &spectrum).is_some()).count();
+        let alarms = (0..400).filter(|_| heard(&mut governor, &silence, usual, &spectrum).is_some()).count();
         assert!(alarms > 300);
         while let Some((from, attempt)) = governor.decide(Alarm::Silence) {
             froms.push(from);
@@ -487,7 +533,7 @@ mod tests {
         assert_eq!(froms.len() as u32, TRIES);
         assert!(froms.windows(2).all(|pair| pair[1] <= pair[0]), "{froms:?}");
         assert_eq!(governor.decide(Alarm::Silence), None, "it is left alone for a while");
-        let alarms = (0..400).filter(|_| governor.hear(&silence, usual, &spectrum).is_some()).count();
+        let alarms = (0..400).filter(|_| heard(&mut governor, &silence, usual, &spectrum).is_some()).count();
         assert_eq!(alarms, 400);
         assert!(governor.decide(Alarm::Silence).is_some(), "and then tried again");
     }

@@ -311,7 +311,8 @@ impl Path {
         let draw = if given.is_some() { PlanDraw::default() } else { engine.plan_draw() };
         let frame = Frame { tokens: tokens.to_vec(), plan: plan.clone(), draw };
         let Some(governor) = &mut self.governor else { return Ok((frame, None)) };
-        let alarm = governor.hear(&engine.config().codec.decode_all(&frame.tokens), draw, &self.spectrum);
+        let alarm =
+            governor.hear(&engine.config().codec.decode_all(&frame.tokens), &frame.plan.bands, draw, &self.spectrum)?;
         // A plan that comes from elsewhere may ask for silence, or for one tone.
         Ok((frame, alarm.filter(|_| given.is_none())))
     }
