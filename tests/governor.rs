@@ -17,6 +17,9 @@ use memory::Memory;
 
 const HOP: usize = 512;
 
+/// A plan frame that asks for more than is ever played.
+const LOUD: f32 = 3.0;
+
 /// Plays notes. About once in eight seconds, as the uniforms will have it, it falls silent for good.
 struct Failing {
     config: ModelConfig,
@@ -61,7 +64,7 @@ impl Engine for Failing {
     }
     fn next_plan(&mut self, uniforms: &[f32], out: &mut PlanFrame) -> Result<(), EngineError> {
         self.silent |= uniforms[0] < 1.0 / 240.0 || (self.doomed && self.n > 16_000 * 9);
-        *out = PlanFrame { tokens: vec![0], bands: vec![uniforms[0]] };
+        *out = PlanFrame { tokens: vec![0], bands: vec![LOUD + uniforms[0]; 148] };
         Ok(())
     }
     fn plan_draw(&self) -> PlanDraw {
@@ -70,7 +73,7 @@ impl Engine for Failing {
     fn render(&mut self, plan: &PlanFrame, _: &[f32], out: &mut [Token]) -> Result<(), EngineError> {
         for token in out {
             // The last bit of the plan is heard, so that every frame tells which uniform it had.
-            let sample = if self.silent { 0.0 } else { Self::sample(self.n) * (1.0 + 0.1 * plan.bands[0]) };
+            let sample = if self.silent { 0.0 } else { Self::sample(self.n) * (1.0 + 0.1 * (plan.bands[0] - LOUD)) };
             *token = self.config.codec.encode(sample);
             self.n += 1;
         }

@@ -51,7 +51,7 @@ impl Engine for Tone {
         self.reset()
     }
     fn next_plan(&mut self, _: &[f32], out: &mut PlanFrame) -> Outcome<()> {
-        *out = PlanFrame { tokens: vec![0], bands: vec![0.0] };
+        *out = PlanFrame { tokens: vec![0], bands: vec![3.0; 148] };
         Ok(())
     }
     fn plan_draw(&self) -> PlanDraw {
