@@ -171,11 +171,11 @@ fn settings_and_guides_act_on_the_very_next_frame() {
     let mut engine = Failing::new(false);
     let mut path = path(&mut engine, 3, true);
     let before = frames(&mut path, &mut engine, 21);
-    path.set_guide(&mut engine, Guide::Still(vec![0.5])).unwrap();
-    assert_eq!(path.next(&mut engine).unwrap().plan.bands, [0.5]);
+    path.set_guide(&mut engine, Guide::Still(vec![0.5; 148])).unwrap();
+    assert_eq!(path.next(&mut engine).unwrap().plan.bands, [0.5; 148]);
     path.set_guide(&mut engine, Guide::Own).unwrap();
-    assert_ne!(path.next(&mut engine).unwrap().plan.bands, [0.5]);
-    let bands = ndarray::array![[0.1], [0.2]].into();
+    assert_ne!(path.next(&mut engine).unwrap().plan.bands, [0.5; 148]);
+    let bands = ndarray::Array2::from_shape_fn((2, 148), |(frame, _)| [0.1, 0.2][frame]).into();
     path.set_guide(&mut engine, Guide::Other { bands, start: 23 }).unwrap();
     let plans: Vec<f32> = (0..3).map(|_| path.next(&mut engine).unwrap().plan.bands[0]).collect();
     assert_eq!(plans[..2], [0.1, 0.2]);
