@@ -130,20 +130,13 @@ pub fn play_all(
         .map(|(i, place)| play(checkpoint, engine, spectrum, place, i, setup, &mut || bar.inc(1)))
         .collect::<Result<Option<Vec<_>>>>()?;
     bar.finish_and_clear();
-    let summary = |of: &dyn Fn(&Continuation) -> Figures| {
-        continuations.as_ref().map(|all| {
-            let truths: Vec<Figures> = all.iter().map(|c| c.truth.clone()).collect();
-            summarise(&all.iter().map(of).collect::<Vec<_>>(), &truths)
-        })
-    };
-    let (model, floor, truth) =
-        (summary(&|c| c.model.clone()), summary(&|c| c.floor.clone()), summary(&|c| c.truth.clone()));
-    Ok(match (model, floor, truth, continuations) {
-        (Some(model), Some(floor), Some(truth), Some(continuations)) => {
-            Some(FreeRun { plan: setup.plan, model, floor, truth, continuations })
-        }
-        _ => None,
-    })
+    Ok(continuations.map(|all| {
+        let truths: Vec<&Figures> = all.iter().map(|c| &c.truth).collect();
+        let model = summarise(&all.iter().map(|c| &c.model).collect::<Vec<_>>(), &truths);
+        let floor = summarise(&all.iter().map(|c| &c.floor).collect::<Vec<_>>(), &truths);
+        let truth = summarise(&truths, &truths);
+        FreeRun { plan: setup.plan, model, floor, truth, continuations: all }
+    }))
 }
 
 /// Joins spread evenly over all places where a prompt and its continuation fit.
@@ -285,26 +278,25 @@ fn keep(path: &Path, sample_rate: u32, before: &[f32], after: &[f32]) -> Result<
     Ok(sink.finish()?)
 }
 
-/// The frames of a plan in random order (Fisher and Yates).
+/// The frames of a plan in random order.
 fn shuffled(bands: &Array2<f32>, seed: u64) -> Array2<f32> {
-    let (mut order, mut rng): (Vec<usize>, _) = ((0..bands.nrows()).collect(), Rng::new(seed));
-    for i in (1..order.len()).rev() {
-        order.swap(i, (rng.uniform() * (i + 1) as f32) as usize % (i + 1));
-    }
+    let mut order: Vec<usize> = (0..bands.nrows()).collect();
+    Rng::new(seed).shuffle(&mut order);
     bands.select(ndarray::Axis(0), &order)
 }
 
-fn timbre(of: &[Figures]) -> Timbre {
+fn timbre(of: &[&Figures]) -> Timbre {
     let mut all = Timbre::default();
     of.iter().for_each(|figures| all.add(&figures.timbre));
     all
 }
 
-fn summarise(all: &[Figures], truths: &[Figures]) -> Summary {
+fn summarise(all: &[&Figures], truths: &[&Figures]) -> Summary {
     let n = all.len().max(1) as f32;
-    let mean = |of: &dyn Fn(&Figures) -> f32| all.iter().map(of).sum::<f32>() / n;
-    let worst =
-        |of: &dyn Fn(&Figures) -> f32| all.iter().map(of).fold(0.0f32, |a, b| if b.abs() > a.abs() { b } else { a });
+    let mean = |of: &dyn Fn(&Figures) -> f32| all.iter().copied().map(of).sum::<f32>() / n;
+    let worst = |of: &dyn Fn(&Figures) -> f32| {
+        all.iter().copied().map(of).fold(0.0f32, |a, b| if b.abs() > a.abs() { b } else { a })
+    };
     Summary {
         adherence_db: mean(&|f| f.adherence.rms_db.powi(2)).sqrt(),
         worst_adherence_db: worst(&|f| f.adherence.rms_db),

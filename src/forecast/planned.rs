@@ -90,13 +90,13 @@ impl PlannedForecast {
     /// When these are no frames of `spectrum`, or its window too short for the order.
     pub fn begin_frame(&mut self, spectrum: &Spectrum, before: &[f32], bands: &[f32]) -> Result<(), ForecastError> {
         let ForecastConfig { planned_order: order, lag_window_hz, deconvolution, .. } = self.config;
-        let r = if deconvolution > 0 {
+        let (r, damping) = if deconvolution > 0 {
             let sharpener = self.sharpener.get_or_insert_with(|| Sharpener::new(spectrum, &self.config));
-            sharpener.autocorrelation(spectrum, before, bands)?
+            let r = sharpener.autocorrelation(spectrum, before, bands)?;
+            (r, damping(self.history.recent(order, 0), r[0]))
         } else {
-            spectrum.autocorrelation_into(bands, order, lag_window_hz, &mut self.autocorrelation)?
+            (spectrum.autocorrelation_into(bands, order, lag_window_hz, &mut self.autocorrelation)?, 1.0)
         };
-        let damping = if deconvolution > 0 { damping(self.history.recent(order, 0), r[0]) } else { 1.0 };
         let residual_power = self.recursion.solve(r, self.kernels);
         let mut factor = 1.0;
         for (c, a) in self.coefficients.iter_mut().rev().zip(self.recursion.rising().rev()) {

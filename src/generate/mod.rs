@@ -8,6 +8,7 @@
 
 mod extrapolate;
 pub mod governor;
+mod habits;
 mod path;
 mod player;
 mod prompt;

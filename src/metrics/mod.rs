@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::plan::{DB_PER_UNIT, PlanError, Spectrum};
 
-pub use music::{Music, Timbre, log_mel, music};
+pub use music::{Music, Timbre, music};
 
 /// Bands that carry the tone in [`tonality_db`].
 const STRONGEST: usize = 12;

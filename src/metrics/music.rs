@@ -77,7 +77,7 @@ pub fn music(samples: &[f32], sample_rate: u32) -> Music {
 
 /// Log-mel spectrogram, nepers of power, `[n_frames, 64]`: frames of 1024 samples under a Hann window, 256 apart, triangles
 /// equally spaced in mel (O'Shaughnessy, 1987) up to half the sample rate.
-pub fn log_mel(samples: &[f32], sample_rate: u32) -> Array2<f32> {
+fn log_mel(samples: &[f32], sample_rate: u32) -> Array2<f32> {
     let mel = |hz: f64| 1127.0 * (1.0 + hz / 700.0).ln();
     let hz = |mel: f64| 700.0 * ((mel / 1127.0).exp() - 1.0);
     let bin_hz = f64::from(sample_rate) / FRAME as f64;

@@ -7,7 +7,7 @@ const REACH: usize = 18;
 
 /// The plan's analysis as a linear map: mean power of each band, of sound with the power `s[j]` at bin j of a grid.
 ///
-/// `bands = A s`; a row of A is the band's triangle, widened by the power response of the analysis' window. Rows sum to 1.
+/// `bands = A s`; a row of A is the band's triangle over the grid, widened by the power response of the analysis' window. Rows sum to 1.
 pub(crate) struct Response {
     pub grid: Grid,
     /// Per band: its first bin and the weights from there on.
@@ -78,4 +78,63 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
         }
     }
     sums.iter().sum::<f64>() + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::spectrum::FLOOR;
+    use super::super::{PlanConfig, Spectrum};
+    use super::*;
+    use crate::rng::Rng;
+
+    fn spectrum() -> Spectrum {
+        Spectrum::new(16_000, &PlanConfig::default()).unwrap()
+    }
+
+    /// The whole map, `[n_bands][n_bins]`.
+    fn dense(response: &Response) -> Vec<Vec<f64>> {
+        let row = |(first, weights): &(usize, Vec<f64>)| {
+            let mut row = vec![0.0; response.per_column.len()];
+            row[*first..*first + weights.len()].copy_from_slice(weights);
+            row
+        };
+        response.rows.iter().map(row).collect()
+    }
+
+    #[test]
+    fn a_column_is_what_the_analysis_finds_of_a_tone() {
+        let spectrum = spectrum();
+        let a = dense(&spectrum.response());
+        for bin in [40, 113, 226, 511, 1333] {
+            let turn = std::f64::consts::TAU * bin as f64 / 4096.0;
+            let tone: Vec<f32> = (0..2048).map(|t| (0.5 * (turn * f64::from(t) + 0.3).sin()) as f32).collect();
+            let found: Vec<f64> =
+                spectrum.analyse_last(&tone).iter().map(|&band| f64::from(4.0 * band).exp() - FLOOR).collect();
+            let column: Vec<f64> = a.iter().map(|row| row[bin]).collect();
+            let (total, sum): (f64, f64) = (found.iter().sum(), column.iter().sum());
+            let off: f64 = found.iter().zip(&column).map(|(f, c)| (f / total - c / sum).abs()).sum();
+            // The triangles are those of the finer grid: a tenth of a line's power may fall into other bands.
+            assert!(0.5 * off < 0.1, "bin {bin}: {off}");
+        }
+    }
+
+    #[test]
+    fn a_step_is_that_of_the_plain_formula() {
+        let response = spectrum().response();
+        let (a, mut rng) = (dense(&response), Rng::new(8));
+        let mut s: Vec<f64> = (0..response.per_column.len()).map(|_| f64::from(rng.uniform())).collect();
+        let planned: Vec<f64> = a.iter().map(|_| f64::from(4.0 * rng.normal()).exp()).collect();
+        let seen: Vec<f64> = a.iter().map(|row| row.iter().zip(&s).map(|(a, s)| a * s).sum()).collect();
+        let plain: Vec<f64> = (0..s.len())
+            .map(|j| {
+                let back: f64 = a.iter().zip(planned.iter().zip(&seen)).map(|(row, (p, seen))| row[j] * p / seen).sum();
+                s[j] * back / a.iter().map(|row| row[j]).sum::<f64>()
+            })
+            .collect();
+        let mut back = vec![0.0; s.len()];
+        response.sharpen(&mut s, &planned, &mut back);
+        for (bin, (fast, plain)) in s.iter().zip(&plain).enumerate() {
+            assert!((fast - plain).abs() <= 1e-12 * plain, "bin {bin}: {fast}, expected {plain}");
+        }
+    }
 }

@@ -202,10 +202,7 @@ impl Dataset {
             (None, _) | (_, 1) => 0,
             (Some(share), n) => ((n as f64 * share).round() as usize).clamp(1, n - 1),
         };
-        let mut rng = Rng::new(sources.seed ^ 0x5eed);
-        for i in (1..recordings.len()).rev() {
-            recordings.swap(i, rng.below(i + 1));
-        }
+        Rng::new(sources.seed ^ 0x5eed).shuffle(&mut recordings);
         let train = recordings.split_off(held_out);
         let data = Self { train, validation: recordings, codec: codec.clone(), spectrum: spectrum.clone() };
         data.report(observe);

@@ -127,6 +127,7 @@ impl std::str::FromStr for Recorded {
 
 /// Seconds at the end of a long recording that are played.
 const MOST_PRELUDE_S: f64 = 600.0;
+
 pub fn run(args: &Args) -> Result<Outcome> {
     if args.list_devices {
         return list_devices(&args.talk);
