@@ -21,7 +21,8 @@ docs:
 
 # Sound through ALSA; needs its headers on Linux.
 live:
-	cargo clippy --release --lib --bins --features live -- -D warnings
+	cargo clippy --release --lib --bins --test speakers --features live -- -D warnings
+	cargo test --release --features live --test speakers alsa
 
 # Training by several processes; needs an MPI library with headers, mpirun and libclang.
 mpi:

@@ -7,7 +7,7 @@ use divan::counter::ItemsCount;
 use divan::{Bencher, black_box};
 use wavegen::rng::Rng;
 use wavegen::simd::panels::{GROUP, LANES, LineI8, PanelsF32, PanelsI8};
-use wavegen::simd::portable::RingI8;
+use wavegen::simd::portable::RingsI8;
 use wavegen::simd::{Isa, Kernels};
 
 fn main() {
@@ -28,7 +28,7 @@ fn numbers(n: usize, seed: u64) -> Vec<f32> {
 }
 
 /// Times `run`, which leaves its result in a vector of `n`, after comparing the result with the scalar kernel's.
-fn against_scalar(bencher: Bencher, isa: &str, n: usize, items: usize, run: impl Fn(&Kernels, &mut [f32]) + Sync) {
+fn against_scalar(bencher: Bencher, isa: &str, n: usize, items: usize, mut run: impl FnMut(&Kernels, &mut [f32])) {
     let (mut out, mut expected) = (vec![9.0; n], vec![0.0; n]);
     run(kernels(isa), &mut out);
     run(kernels("scalar"), &mut expected);
@@ -85,18 +85,19 @@ fn gemv_f32_96_to_18(bencher: Bencher, isa: &str) {
     against_scalar(bencher, isa, 18, 96 * 18, |kernels, out| (kernels.gemm_f32)(&w, &x, &[1.0], out));
 }
 
-/// One head over a full ring, in 8 bits. Items: positions.
+/// All heads over full rings, in 8 bits. Items: positions of a head.
 mod attention_i8 {
     use super::*;
 
-    fn attention(bencher: Bencher, isa: &str, head_dim: usize, window: usize) {
+    fn attention(bencher: Bencher, isa: &str, n_heads: usize, head_dim: usize, window: usize) {
         let (stride, value_stride) = (window.div_ceil(LANES), head_dim.div_ceil(LANES));
         let mut rng = Rng::new(3);
         let mut lines = |n: usize| -> Vec<LineI8> {
             let mut whole = || (rng.uniform() * 254.9 - 127.0) as i8;
             (0..n).map(|_| LineI8(std::array::from_fn(|_| whole()))).collect()
         };
-        let (keys, values) = (lines(head_dim / GROUP * stride), lines(window / GROUP * value_stride));
+        let (keys, values) =
+            (lines(n_heads * head_dim / GROUP * stride), lines(n_heads * window / GROUP * value_stride));
         let sums = |lines: &[LineI8], stride: usize| -> Vec<i32> {
             let of = |at: usize, lane: usize| -> i32 {
                 let group = lines
@@ -108,9 +109,12 @@ mod attention_i8 {
             };
             (0..stride * LANES).map(|i| of(i / LANES, i % LANES)).collect()
         };
-        let (key_offsets, value_offsets) = (sums(&keys, stride), sums(&values, value_stride));
+        let heads = |lines: &[LineI8], stride: usize| -> Vec<i32> {
+            lines.chunks_exact(lines.len() / n_heads).flat_map(|lines| sums(lines, stride)).collect()
+        };
+        let (key_offsets, value_offsets) = (heads(&keys, stride), heads(&values, value_stride));
         let scales: Vec<f32> = numbers(stride * LANES, 4).iter().map(|x| 0.01 + x.abs()).collect();
-        let ring = RingI8 {
+        let rings = RingsI8 {
             keys: &keys,
             key_scales: &scales,
             key_offsets: &key_offsets,
@@ -121,26 +125,26 @@ mod attention_i8 {
             value_stride,
             filled: window,
         };
-        let q: Vec<i8> = (0..head_dim).map(|i| (i * 37 % 255) as u8 as i8).collect();
-        against_scalar(bencher, isa, head_dim, window, |kernels, out| {
-            let (mut scores, mut digits) = ([0.0; 1024], [0; 2 * 1024]);
-            (kernels.attend_i8)(&q, 1e-4, ring, &mut scores[..stride * LANES], &mut digits[..2 * stride * LANES], out);
+        let q: Vec<i8> = (0..n_heads * head_dim).map(|i| (i * 37 % 255) as u8 as i8).collect();
+        let (mut scores, mut digits) = (vec![0.0; n_heads * stride * LANES], vec![0; 2 * n_heads * stride * LANES]);
+        against_scalar(bencher, isa, n_heads * head_dim, n_heads * window, |kernels, out| {
+            (kernels.attend_i8)(&q, 1e-4, rings, &mut scores, &mut digits, out);
         });
     }
 
     #[divan::bench(args = isas())]
-    fn sample_tier_48_by_32(bencher: Bencher, isa: &str) {
-        attention(bencher, isa, 48, 32);
+    fn sample_tier_2_of_48_by_32(bencher: Bencher, isa: &str) {
+        attention(bencher, isa, 2, 48, 32);
     }
 
     #[divan::bench(args = isas())]
-    fn middle_tier_64_by_128(bencher: Bencher, isa: &str) {
-        attention(bencher, isa, 64, 128);
+    fn middle_tier_5_of_32_by_128(bencher: Bencher, isa: &str) {
+        attention(bencher, isa, 5, 32, 128);
     }
 
     #[divan::bench(args = isas())]
-    fn plan_64_by_1024(bencher: Bencher, isa: &str) {
-        attention(bencher, isa, 64, 1024);
+    fn plan_6_of_64_by_1024(bencher: Bencher, isa: &str) {
+        attention(bencher, isa, 6, 64, 1024);
     }
 }
 

@@ -167,6 +167,24 @@ fn going_back_takes_another_way_from_what_was_played() {
 }
 
 #[test]
+fn live_there_is_something_to_play_while_another_way_is_taken() {
+    let mut engine = Failing::new(true);
+    let mut path = path(&mut engine, 1, true);
+    path.keep(31 * 8);
+    while !path.is_ahead() {
+        path.advance(&mut engine).unwrap();
+    }
+    for i in 0..31 * 20 {
+        path.release(&mut engine).unwrap();
+        // As one who makes two frames while one plays.
+        path.advance(&mut engine).unwrap();
+        assert!(path.has_held(), "frame {i}");
+        path.advance(&mut engine).unwrap();
+    }
+    assert!(!path.interventions().is_empty());
+}
+
+#[test]
 fn settings_and_guides_act_on_the_very_next_frame() {
     let mut engine = Failing::new(false);
     let mut path = path(&mut engine, 3, true);

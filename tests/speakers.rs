@@ -164,57 +164,66 @@ fn underruns(summary: &str) -> u64 {
     before.rsplit(' ').next().unwrap().parse().unwrap()
 }
 
+/// Plays two seconds to a sink of this shape, by `device` of the program; whether its monitor gives what was made.
+fn same_at_the_sink(rate: u32, channels: usize, device: &str) -> bool {
+    let Some(scene) = Scene::with_sink(rate, channels) else { return true };
+    // Where ALSA plays through the server too.
+    std::fs::write(scene.path(".asoundrc"), "pcm.!default { type pulse }\nctl.!default { type pulse }\n").unwrap();
+    let listed = String::from_utf8(scene.stream(&["--list-devices"]).output().unwrap().stdout).unwrap();
+    if !listed.contains(&format!(" {device}: ")) {
+        println!("skipped: there is no {device} (apt-get install libasound2-plugins)");
+        return true;
+    }
+    let mut recorder = scene.command("parec");
+    recorder.args(["--device=null.monitor", "--format=float32le", "--raw", "--latency-msec=20"]);
+    recorder.args([format!("--rate={rate}"), format!("--channels={channels}"), "heard.raw".into()]);
+    let mut recorder = recorder.spawn().unwrap();
+    // It records once silence comes in.
+    let begun = Instant::now();
+    while scene.path("heard.raw").metadata().map_or(0, |metadata| metadata.len()) == 0 {
+        assert!(begun.elapsed() < PATIENCE, "{rate} Hz: the monitor gives nothing");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let play = ["--seconds", "2", "--to", "made.raw", "--format", "f32le", "--buffer", "1000", "--governor", "off"];
+    let mut run = Run::start(scene.stream(&[&play[..], &["--device", device]].concat()));
+    let summary = run.hears("s played in");
+    assert_eq!(run.ends(), 0, "{summary}");
+    std::thread::sleep(Duration::from_millis(2500));
+    // Ends it as Ctrl-C would, so that it writes what it has.
+    Command::new("kill").args(["-INT", &recorder.id().to_string()]).status().unwrap();
+    recorder.wait().unwrap();
+    let (made, heard) = (scene.samples("made.raw"), scene.samples("heard.raw"));
+    assert_eq!(made.len(), 2 * rate as usize * channels, "{rate} Hz");
+    if underruns(&summary) > 0 {
+        println!("skipped: {rate} Hz, this machine is too busy to play a second ahead ({summary})");
+        return true;
+    }
+    // The server's order of channels beyond the first two is its own; they are silent.
+    let front = |all: &[f32]| -> Vec<f32> { all.chunks_exact(channels).map(|frame| frame[0]).collect() };
+    let (made, heard) = (front(&made), front(&heard));
+    // A sink that wakes up may lose the first milliseconds.
+    let loud = rate as usize / 50;
+    let key = &made[loud..loud + 200];
+    let near = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(x, y)| (x - y).abs() < 1e-4);
+    let at = heard.windows(200).position(|window| near(window, key));
+    let at = at.unwrap_or_else(|| panic!("{rate} Hz, {channels} channels: nothing was heard"));
+    let n = made.len() - loud;
+    assert!(heard.len() >= at + n, "{rate} Hz: the end is missing");
+    near(&heard[at..at + n], &made[loud..])
+}
+
 #[test]
 fn what_is_recorded_at_the_sink_is_what_the_engine_made() {
     for (rate, channels) in [(8000, 1), (44_100, 2), (48_000, 6), (96_000, 2)] {
-        let Some(scene) = Scene::with_sink(rate, channels) else { return };
-        let mut recorder = scene.command("parec");
-        recorder.args(["--device=null.monitor", "--format=float32le", "--raw", "--latency-msec=20"]);
-        recorder.args([format!("--rate={rate}"), format!("--channels={channels}"), "heard.raw".into()]);
-        let mut recorder = recorder.spawn().unwrap();
-        // It records once silence comes in.
-        let begun = Instant::now();
-        while scene.path("heard.raw").metadata().map_or(0, |metadata| metadata.len()) == 0 {
-            assert!(begun.elapsed() < PATIENCE, "{rate} Hz: the monitor gives nothing");
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        let mut run = Run::start(scene.stream(&[
-            "--seconds",
-            "2",
-            "--to",
-            "made.raw",
-            "--format",
-            "f32le",
-            "--buffer",
-            "1000",
-            "--governor",
-            "off",
-        ]));
-        let summary = run.hears("s played in");
-        assert_eq!(run.ends(), 0, "{summary}");
-        std::thread::sleep(Duration::from_millis(2500));
-        // Ends it as Ctrl-C would, so that it writes what it has.
-        Command::new("kill").args(["-INT", &recorder.id().to_string()]).status().unwrap();
-        recorder.wait().unwrap();
-        let (made, heard) = (scene.samples("made.raw"), scene.samples("heard.raw"));
-        assert_eq!(made.len(), 2 * rate as usize * channels, "{rate} Hz");
-        if underruns(&summary) > 0 {
-            println!("skipped: {rate} Hz, this machine is too busy to play a second ahead ({summary})");
-            continue;
-        }
-        // The server's order of channels beyond the first two is its own; they are silent.
-        let front = |all: &[f32]| -> Vec<f32> { all.chunks_exact(channels).map(|frame| frame[0]).collect() };
-        let (made, heard) = (front(&made), front(&heard));
-        // A sink that wakes up may lose the first milliseconds.
-        let loud = rate as usize / 50;
-        let key = &made[loud..loud + 200];
-        let near = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(x, y)| (x - y).abs() < 1e-4);
-        let at = heard.windows(200).position(|window| near(window, key));
-        let at = at.unwrap_or_else(|| panic!("{rate} Hz, {channels} channels: nothing was heard"));
-        let n = made.len() - loud;
-        assert!(heard.len() >= at + n, "{rate} Hz: the end is missing");
-        assert!(near(&heard[at..at + n], &made[loud..]), "{rate} Hz, {channels} channels: something else was heard");
+        assert!(same_at_the_sink(rate, channels, "null"), "{rate} Hz, {channels} channels: something else was heard");
     }
+}
+
+#[cfg(feature = "live")]
+#[test]
+fn what_is_recorded_behind_alsa_is_what_the_engine_made() {
+    // On a busy machine ALSA's plugin may miss a period and tell nobody.
+    assert!((0..3).any(|_| same_at_the_sink(48_000, 2, "alsa:default")), "something else was heard three times");
 }
 
 #[test]

@@ -24,6 +24,8 @@ use crate::plan::{PlanError, PlanFrame, Spectrum};
 const BLOCK: u64 = 8;
 /// The same where nobody can wait until frames since the last mark are played again.
 const LIVE_BLOCK: u64 = 2;
+/// Held frames that the governor leaves alone where nobody can wait: they play while what follows is made anew.
+const LIVE_FIRM: u64 = 4;
 /// Frames that are held back for the governor: 2 s at 16 kHz.
 const HOLD: usize = 64;
 /// Of played marks that lie nearer together than this the middle ones go: two seconds.
@@ -112,6 +114,8 @@ pub struct Path {
     /// Frames before `released` that it can go back by.
     keep: u64,
     block: u64,
+    /// Frames after `released` that the governor leaves alone.
+    firm: u64,
     /// Branches taken so far, so that none is taken twice.
     branches: u64,
     /// Interventions after `released`.
@@ -147,15 +151,17 @@ impl Path {
             held: VecDeque::new(),
             keep: 0,
             block: BLOCK,
+            firm: 0,
             pending: Vec::new(),
             done: Vec::new(),
         }
     }
 
-    /// From now on it remembers how to go back by this many frames, and can go back at any time without delay.
+    /// From now on it remembers how to go back by this many frames, can go back at any time without delay, and has frames to
+    /// play while it does.
     pub fn keep(&mut self, frames: u64) {
         self.keep = frames;
-        self.block = LIVE_BLOCK;
+        (self.block, self.firm) = (LIVE_BLOCK, LIVE_FIRM);
     }
 
     /// How it draws.
@@ -234,7 +240,7 @@ impl Path {
         {
             let at_s = self.seconds(engine, at);
             let to = self.marks.iter().rev().find(|mark| mark.frame() <= from).or(self.marks.front());
-            let to = to.map_or(self.released, Mark::frame).max(self.released);
+            let to = to.map_or(0, Mark::frame).max((self.released + self.firm).min(at));
             self.go_to(engine, to)?;
             self.branch(engine)?;
             let intervention = Intervention { at_s, from_s: self.seconds(engine, to), alarm, attempt };

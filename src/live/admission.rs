@@ -4,11 +4,13 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::Conductor;
+use super::{Change, Conductor};
 use crate::generate::GenerateError;
 
 /// Plan frames that are measured: 2 s of sound, which the governor wants made anyway.
 const FRAMES: usize = 62;
+/// Of them made before it is asked to turn.
+const BEFORE_TURN: usize = 4;
 /// Slower than this is too slow to play: what a machine does beside takes the rest.
 const LEAST_X_REAL_TIME: f64 = 1.1;
 /// Least and largest buffer that is chosen, ms. A request is heard a buffer, a step of 32 ms and the resampler's 28 ms later.
@@ -21,6 +23,8 @@ pub struct Speed {
     /// Median and 99.9th percentile of the time that a plan frame takes, ms.
     pub p50_ms: f64,
     pub p999_ms: f64,
+    /// How long a request takes until the first plan frame that follows it is there, ms.
+    pub turn_ms: f64,
     /// What a plan frame lasts, ms.
     pub frame_ms: f64,
 }
@@ -40,26 +44,35 @@ impl Speed {
     /// # Errors
     /// The engine's own.
     pub fn measure(conductor: &mut Conductor) -> Result<Self, GenerateError> {
+        let ms = |begun: Instant| 1e3 * begun.elapsed().as_secs_f64();
         let mut times_ms = Vec::with_capacity(FRAMES);
-        for _ in 0..FRAMES {
+        let mut turn_ms = 0.0;
+        for i in 0..FRAMES {
             let begun = Instant::now();
-            conductor.advance()?;
-            times_ms.push(1e3 * begun.elapsed().as_secs_f64());
+            if i == BEFORE_TURN {
+                // Changes nothing, at the price of a change.
+                conductor.apply(Change::Follow(None))?;
+                conductor.advance()?;
+                turn_ms = ms(begun);
+            } else {
+                conductor.advance()?;
+                times_ms.push(ms(begun));
+            }
         }
-        Ok(Self::of(&mut times_ms, 1e3 * conductor.step_s()))
+        Ok(Self::of(&mut times_ms, turn_ms, 1e3 * conductor.step_s()))
     }
 
-    fn of(times_ms: &mut [f64], frame_ms: f64) -> Self {
+    fn of(times_ms: &mut [f64], turn_ms: f64, frame_ms: f64) -> Self {
         times_ms.sort_by(f64::total_cmp);
         let at = |share: f64| times_ms.get((share * times_ms.len() as f64) as usize).copied().unwrap_or_default();
         let mean = times_ms.iter().sum::<f64>() / times_ms.len().max(1) as f64;
-        Self { x_real_time: frame_ms / mean.max(1e-6), p50_ms: at(0.5), p999_ms: at(0.999), frame_ms }
+        Self { x_real_time: frame_ms / mean.max(1e-6), p50_ms: at(0.5), p999_ms: at(0.999), turn_ms, frame_ms }
     }
 
     /// Whether to play, given the buffer that was asked for (ms) and how long it is to last (seconds; `None`: for ever).
     pub fn admit(&self, buffer_ms: Option<f64>, seconds: Option<f64>) -> Admission {
-        // The slowest step that was ever seen, three times over, and the buffer still holds.
-        let needed = (3.0 * self.p999_ms).clamp(BUFFER_MS[0], BUFFER_MS[1]);
+        // The slowest step that was ever seen, three times over, or a request, twice over, and the buffer still holds.
+        let needed = (3.0 * self.p999_ms).max(2.0 * self.turn_ms).clamp(BUFFER_MS[0], BUFFER_MS[1]);
         if self.x_real_time >= LEAST_X_REAL_TIME {
             return Admission::Play { buffer_ms: buffer_ms.unwrap_or(needed).max(self.frame_ms) };
         }
@@ -77,22 +90,23 @@ impl Speed {
 mod tests {
     use super::*;
 
-    fn speed(step_ms: f64, slow_ms: f64) -> Speed {
+    fn speed(step_ms: f64, slow_ms: f64, turn_ms: f64) -> Speed {
         let mut times = vec![step_ms; 61];
         times.push(slow_ms);
-        Speed::of(&mut times, 32.0)
+        Speed::of(&mut times, turn_ms, 32.0)
     }
 
     #[test]
     fn buffers_grow_with_the_slowest_step_and_slow_machines_are_refused() {
-        assert_eq!(speed(5.0, 6.0).admit(None, None), Admission::Play { buffer_ms: 40.0 });
-        assert_eq!(speed(5.0, 80.0).admit(None, None), Admission::Play { buffer_ms: 240.0 });
-        assert_eq!(speed(5.0, 80.0).admit(Some(500.0), None), Admission::Play { buffer_ms: 500.0 });
-        assert_eq!(speed(31.0, 32.0).admit(Some(500.0), None), Admission::TooSlow);
+        assert_eq!(speed(5.0, 6.0, 0.0).admit(None, None), Admission::Play { buffer_ms: 40.0 });
+        assert_eq!(speed(5.0, 6.0, 35.0).admit(None, None), Admission::Play { buffer_ms: 70.0 });
+        assert_eq!(speed(5.0, 80.0, 35.0).admit(None, None), Admission::Play { buffer_ms: 240.0 });
+        assert_eq!(speed(5.0, 80.0, 0.0).admit(Some(500.0), None), Admission::Play { buffer_ms: 500.0 });
+        assert_eq!(speed(31.0, 32.0, 0.0).admit(Some(500.0), None), Admission::TooSlow);
         // 10 s at half speed need 5 s ahead.
-        assert_eq!(speed(64.0, 64.0).admit(Some(4000.0), Some(10.0)), Admission::TooSlow);
-        assert_eq!(speed(64.0, 64.0).admit(Some(6000.0), Some(10.0)), Admission::Play { buffer_ms: 6000.0 });
-        let s = speed(5.0, 80.0);
+        assert_eq!(speed(64.0, 64.0, 0.0).admit(Some(4000.0), Some(10.0)), Admission::TooSlow);
+        assert_eq!(speed(64.0, 64.0, 0.0).admit(Some(6000.0), Some(10.0)), Admission::Play { buffer_ms: 6000.0 });
+        let s = speed(5.0, 80.0, 0.0);
         assert_eq!((s.p50_ms, s.p999_ms), (5.0, 80.0));
     }
 }

@@ -78,6 +78,9 @@ pub fn list() -> Result<Vec<Device>, LiveError> {
         Err(reason) => reasons.push(reason),
     }
     devices.retain(|device| (1..=MOST_CHANNELS).contains(&device.channels));
+    // Every host has its own; the first host's is the default.
+    let defaults = devices.iter_mut().filter(|device| device.is_default);
+    defaults.skip(1).for_each(|device| device.is_default = false);
     if answered { Ok(devices) } else { Err(LiveError::NoHost { reason: reasons.join("; ") }) }
 }
 

@@ -34,9 +34,14 @@ impl Counters {
         self.taken.load(Relaxed)
     }
 
-    /// Times that the device wanted more than there was.
+    /// Times that the device wanted more than there was, or had itself nothing left to play.
     pub fn underruns(&self) -> u64 {
         self.underruns.load(Relaxed)
+    }
+
+    /// The device itself came too late for its own buffer.
+    pub fn count_underrun(&self) {
+        self.underruns.fetch_add(1, Relaxed);
     }
 
     /// Whether the device has dropped its half.
@@ -133,6 +138,11 @@ impl Pull {
         self.channels
     }
 
+    /// What both halves know.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+
     /// Fills `out`, whole interleaved frames; what there is not is a fade and then silence.
     pub fn fill(&mut self, out: &mut [f32]) {
         let channels = self.channels;
@@ -155,7 +165,7 @@ impl Pull {
             if !self.dry {
                 (self.dry, self.last_gain, self.gain) = (true, 1.0, 0.0);
                 if !self.counters.ended.load(Relaxed) {
-                    self.counters.underruns.fetch_add(1, Relaxed);
+                    self.counters.count_underrun();
                 }
             }
             if !self.counters.ended.load(Relaxed) {

@@ -12,7 +12,7 @@ mod x86;
 use std::sync::OnceLock;
 
 use panels::{PanelsF32, PanelsI8};
-use portable::{Plain, Ring, RingI8};
+use portable::{Plain, Ring, RingsI8};
 
 /// Environment variable that forces an instruction set by name, for tests and reports.
 pub const ISA_VARIABLE: &str = "WAVEGEN_ISA";
@@ -74,8 +74,8 @@ impl Isa {
 /// `(autocorrelation, order, room, forward coefficients, backward coefficients) -> residual power`
 type Levinson = fn(&[f64], usize, &mut [f64], &mut [f64], &mut [f64]) -> f64;
 
-/// `(rounded query, what one of it is worth, ring, room for scores, room for digits, out)`
-type AttendI8 = fn(&[i8], f32, RingI8, &mut [f32], &mut [i8], &mut [f32]);
+/// `(rounded queries, what one of them is worth, rings, room for scores, room for digits, out)`
+type AttendI8 = fn(&[i8], f32, RingsI8, &mut [f32], &mut [i8], &mut [f32]);
 
 /// The kernels of one instruction set; [`portable`] says what each computes.
 pub struct Kernels {
@@ -103,8 +103,8 @@ static SCALAR: Kernels = Kernels {
     swiglu: |up, gated| portable::swiglu(up, gated),
     normalize_and_rotate: |heads, angles, factor| portable::normalize_and_rotate(heads, angles, factor),
     attend: |q, ring, scores, out| portable::attend::<Plain>(q, ring, scores, out),
-    attend_i8: |q, q_scale, ring, scores, digits, out| {
-        portable::attend_i8::<Plain>(q, q_scale, ring, scores, digits, out)
+    attend_i8: |q, q_scale, rings, scores, digits, out| {
+        portable::attend_i8::<Plain>(q, q_scale, rings, scores, digits, out)
     },
     dot: |a, b| portable::dot_f32(a, b),
     levinson: |r, order, falling, forward, backward| portable::levinson(r, order, falling, forward, backward),
@@ -285,37 +285,40 @@ mod tests {
     proptest! {
         #[test]
         fn attention_in_whole_numbers_is_the_same_bits_on_every_instruction_set(
-            head_dim in 1usize..100, window in 1usize..200, part in 0.0f64..1.0, seed in 0u64..1000,
+            n_heads in 1usize..4, head_dim in 1usize..100, window in 1usize..200, part in 0.0f64..1.0, seed in 0u64..1000,
         ) {
             let filled = 1 + (part * (window - 1) as f64) as usize;
             let (stride, value_stride) = (window.div_ceil(LANES), head_dim.div_ceil(LANES));
-            let mut keys = vec![LineI8::ZERO; head_dim.div_ceil(GROUP) * stride];
-            let mut values = vec![LineI8::ZERO; window.div_ceil(GROUP) * value_stride];
-            let (mut key_offsets, mut value_offsets) = (vec![0; stride * LANES], vec![0; value_stride * LANES]);
+            let (key_groups, value_groups) = (head_dim.div_ceil(GROUP), window.div_ceil(GROUP));
+            let mut keys = vec![LineI8::ZERO; n_heads * key_groups * stride];
+            let mut values = vec![LineI8::ZERO; n_heads * value_groups * value_stride];
+            let mut key_offsets = vec![0; n_heads * stride * LANES];
+            let mut value_offsets = vec![0; n_heads * value_stride * LANES];
             let mut rng = Rng::new(seed);
             let mut whole = || (rng.uniform() * 254.9 - 127.0) as i8;
-            for slot in 0..filled {
-                for d in 0..head_dim {
-                    let (k, v) = (whole(), whole());
-                    keys[d / GROUP * stride + slot / LANES].0[slot % LANES * GROUP + d % GROUP] = k;
-                    values[slot / GROUP * value_stride + d / LANES].0[d % LANES * GROUP + slot % GROUP] = v;
-                    key_offsets[slot] -= 128 * i32::from(k);
-                    value_offsets[d] -= 128 * i32::from(v);
-                }
+            for (h, slot, d) in (0..n_heads * filled * head_dim).map(|i| (i / filled / head_dim, i / head_dim % filled, i % head_dim)) {
+                let (k, v) = (whole(), whole());
+                keys[(h * key_groups + d / GROUP) * stride + slot / LANES].0[slot % LANES * GROUP + d % GROUP] = k;
+                values[(h * value_groups + slot / GROUP) * value_stride + d / LANES].0[d % LANES * GROUP + slot % GROUP] = v;
+                key_offsets[h * stride * LANES + slot] -= 128 * i32::from(k);
+                value_offsets[h * value_stride * LANES + d] -= 128 * i32::from(v);
             }
             let scales = |seed| numbers(stride * LANES, seed).iter().map(|x| 0.01 + x.abs()).collect::<Vec<f32>>();
             let (key_scales, value_scales) = (scales(seed + 1), scales(seed + 2));
-            let ring = RingI8 {
+            let rings = RingsI8 {
                 keys: &keys, key_scales: &key_scales, key_offsets: &key_offsets,
                 values: &values, value_scales: &value_scales, value_offsets: &value_offsets,
                 stride, value_stride, filled,
             };
-            let mut q = vec![0; head_dim.next_multiple_of(GROUP)];
-            portable::quantize(&numbers(head_dim, seed + 3), &mut q);
+            let mut q = vec![0; n_heads * head_dim.next_multiple_of(GROUP)];
+            for (h, q) in q.chunks_exact_mut(head_dim.next_multiple_of(GROUP)).enumerate() {
+                portable::quantize(&numbers(head_dim, seed + 3 + h as u64), q);
+            }
             let run = |k: &Kernels| {
-                let mut out = vec![9.0; head_dim];
-                let (mut scores, mut digits) = (vec![0.0; stride * LANES], vec![0; 2 * stride * LANES]);
-                (k.attend_i8)(&q, 1e-4, ring, &mut scores, &mut digits, &mut out);
+                let mut out = vec![9.0; n_heads * head_dim];
+                let mut scores = vec![0.0; n_heads * stride * LANES];
+                let mut digits = vec![0; 2 * n_heads * stride * LANES];
+                (k.attend_i8)(&q, 1e-4, rings, &mut scores, &mut digits, &mut out);
                 out.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
             };
             let expected = run(&SCALAR);

@@ -19,8 +19,8 @@ pub static KERNELS: Kernels = Kernels {
     swiglu: |up, gated| portable::swiglu(up, gated),
     normalize_and_rotate: |heads, angles, factor| portable::normalize_and_rotate(heads, angles, factor),
     attend: |q, ring, scores, out| portable::attend::<Plain>(q, ring, scores, out),
-    attend_i8: |q, q_scale, ring, scores, digits, out| {
-        portable::attend_i8::<Neon>(q, q_scale, ring, scores, digits, out)
+    attend_i8: |q, q_scale, rings, scores, digits, out| {
+        portable::attend_i8::<Neon>(q, q_scale, rings, scores, digits, out)
     },
     dot: |a, b| portable::dot_f32(a, b),
     levinson: |r, order, falling, forward, backward| portable::levinson(r, order, falling, forward, backward),
@@ -30,8 +30,8 @@ pub static KERNELS: Kernels = Kernels {
 struct Neon;
 
 impl WholeSums for Neon {
-    const VECTORS: usize = MAX_VECTORS;
     const ROWS: usize = 1;
+    const SUMS: usize = MAX_VECTORS;
 
     /// Products of 8 bits in 16, two of which fit, then pairs of pairs in 32.
     #[inline(always)]

@@ -300,9 +300,9 @@ pub fn gemm_f32<S: Sums>(w: &PanelsF32, x: &[f32], row_scales: &[f32], out: &mut
 
 /// The sum of whole numbers that matrices and attention are made of: exact, so every order of it is the same.
 pub trait WholeSums {
-    /// Most vectors of outputs that one call takes, and most rows.
-    const VECTORS: usize;
+    /// Most rows that one call takes, and most vectors of outputs for all of its rows together: as there are registers.
     const ROWS: usize;
+    const SUMS: usize;
 
     /// `sums[m][v][lane] = sum_k rows[m][k] w[k][v][lane]`: four k side by side in a line, `stride` lines from group to group.
     /// `offsets`: `-128 sum_k w[k][v][lane]`, for instructions that take unsigned rows.
@@ -322,8 +322,8 @@ pub trait WholeSums {
 }
 
 impl WholeSums for Plain {
-    const VECTORS: usize = MAX_VECTORS;
     const ROWS: usize = 1;
+    const SUMS: usize = MAX_VECTORS;
 
     #[inline(always)]
     fn sum<const V: usize, const M: usize>(
@@ -349,7 +349,7 @@ impl WholeSums for Plain {
 /// Where [`whole_sums`] leaves its results.
 trait Take {
     /// Sums of a row, of the vectors from `first` on.
-    fn take<S: WholeSums>(&mut self, row: usize, first: usize, sums: &[[i32; LANES]]);
+    fn take<S: WholeSums, const V: usize>(&mut self, row: usize, first: usize, sums: &[[i32; LANES]; V]);
 }
 
 /// All sums over `stride` vectors of outputs or the first `vectors` of them.
@@ -370,12 +370,12 @@ fn whole_sums<S: WholeSums, const M: usize>(
                 let mut sums = [[[0; LANES]; $n]; M];
                 S::sum::<$n, M>(lines, stride, rows, offsets, &mut sums);
                 for (m, sums) in sums.iter().enumerate() {
-                    results.take::<S>(m, at, sums);
+                    results.take::<S, $n>(m, at, sums);
                 }
                 at += $n;
             }};
         }
-        match (vectors - at).min(S::VECTORS) {
+        match (vectors - at).min(S::SUMS / M) {
             1 => take!(1),
             2 => take!(2),
             3 => take!(3),
@@ -398,16 +398,20 @@ struct Scaled<'a> {
 
 impl Take for Scaled<'_> {
     #[inline(always)]
-    fn take<S: WholeSums>(&mut self, row: usize, first: usize, sums: &[[i32; LANES]]) {
+    fn take<S: WholeSums, const V: usize>(&mut self, row: usize, first: usize, sums: &[[i32; LANES]; V]) {
         let row_scale = self.row_scales[row];
         let out = &mut self.out[row * self.row_stride..][first * LANES..self.width];
         let scales = &self.scales.as_chunks::<LANES>().0[first..];
+        if let (Some(out), Some(scales)) = (out.as_chunks_mut().0.first_chunk_mut::<V>(), scales.first_chunk::<V>()) {
+            // Sums stay in registers.
+            for v in 0..V {
+                out[v] = S::scale(&sums[v], &scales[v], row_scale);
+            }
+            return;
+        }
         for ((sums, scales), out) in sums.iter().zip(scales).zip(out.chunks_mut(LANES)) {
             let scaled = S::scale(sums, scales, row_scale);
-            match out.first_chunk_mut::<LANES>() {
-                Some(out) => *out = scaled,
-                None => out.iter_mut().zip(scaled).for_each(|(out, scaled)| *out = scaled),
-            }
+            out.iter_mut().zip(scaled).for_each(|(out, scaled)| *out = scaled);
         }
     }
 }
@@ -420,14 +424,19 @@ struct Added<'a> {
 
 impl Take for Added<'_> {
     #[inline(always)]
-    fn take<S: WholeSums>(&mut self, row: usize, first: usize, sums: &[[i32; LANES]]) {
+    fn take<S: WholeSums, const V: usize>(&mut self, row: usize, first: usize, sums: &[[i32; LANES]; V]) {
         let scale = self.row_scales[row];
-        for (sums, out) in sums.iter().zip(self.out[first * LANES..].chunks_mut(LANES)) {
-            let added = S::scale(sums, &[1.0; LANES], scale);
-            match out.first_chunk_mut::<LANES>() {
-                Some(out) => (0..LANES).for_each(|i| out[i] += added[i]),
-                None => out.iter_mut().zip(added).for_each(|(out, added)| *out += added),
+        let out = &mut self.out[first * LANES..];
+        if let Some(out) = out.as_chunks_mut::<LANES>().0.first_chunk_mut::<V>() {
+            for v in 0..V {
+                let added = S::scale(&sums[v], &[1.0; LANES], scale);
+                (0..LANES).for_each(|i| out[v][i] += added[i]);
             }
+            return;
+        }
+        for (sums, out) in sums.iter().zip(out.chunks_mut(LANES)) {
+            let added = S::scale(sums, &[1.0; LANES], scale);
+            out.iter_mut().zip(added).for_each(|(out, added)| *out += added);
         }
     }
 }
@@ -472,19 +481,20 @@ fn gemm_i8_rows<S: WholeSums, const M: usize>(
     M
 }
 
-/// Where [`attend_i8`] finds the ring of one head, in whole numbers with a scale per slot: keys `[head_dim / 4, stride]` lines of
-/// [`LANES`] slots, values `[slots / 4, value_stride]` lines of [`LANES`] features. Padding and slots that hold no
-/// position are 0. Offsets: see [`WholeSums::sum`].
+/// Where [`attend_i8`] finds the rings of all heads, in whole numbers with a scale per slot: keys `[n_heads, head_dim / 4, stride]`
+/// lines of [`LANES`] slots, values `[n_heads, slots / 4, value_stride]` lines of [`LANES`] features. Padding and slots that hold
+/// no position are 0. Offsets: see [`WholeSums::sum`].
 #[derive(Clone, Copy)]
-pub struct RingI8<'a> {
+pub struct RingsI8<'a> {
     pub keys: &'a [LineI8],
     /// Per slot, `[stride * LANES]`.
     pub key_scales: &'a [f32],
+    /// Per slot, `[n_heads, stride * LANES]`.
     pub key_offsets: &'a [i32],
     pub values: &'a [LineI8],
     /// Per slot, `[stride * LANES]`.
     pub value_scales: &'a [f32],
-    /// Per feature, `[value_stride * LANES]`.
+    /// Per feature, `[n_heads, value_stride * LANES]`.
     pub value_offsets: &'a [i32],
     pub stride: usize,
     pub value_stride: usize,
@@ -495,48 +505,73 @@ pub struct RingI8<'a> {
 /// Values of a digit of attention's weights, of which each has two.
 const DIGIT: u32 = 128;
 
-/// As [`attend`] in whole numbers: a query that [`quantize`] has rounded (padded to whole groups of four) and what one of it is
-/// worth; weights of the softmax are rounded to `DIGIT`^2 steps of the largest. `digits` has room for two rows of `stride` lines.
+/// As [`attend`] for all heads in whole numbers: queries `[n_heads, head_dim]` that [`quantize`] has rounded (each padded to whole
+/// groups of four) and what one of them is worth; weights of the softmax are rounded to `DIGIT`^2 steps of the largest. Per head,
+/// `scores` has room for `stride` lines and `digits` for two rows of as many.
 #[inline(always)]
 pub fn attend_i8<S: WholeSums>(
     q: &[i8],
     q_scale: f32,
-    ring: RingI8,
+    rings: RingsI8,
     scores: &mut [f32],
     digits: &mut [i8],
     out: &mut [f32],
 ) {
-    let used = ring.filled.div_ceil(LANES);
-    let scores = &mut scores[..used * LANES];
-    let width = scores.len();
-    let results = Scaled { scales: ring.key_scales, row_scales: &[q_scale], out: scores, width, row_stride: width };
-    whole_sums::<S, 1>(ring.keys, ring.stride, used, [q.as_chunks().0], ring.key_offsets, results);
-    let total = exponentials(scores, ring.filled);
+    let RingsI8 { stride, value_stride, filled, .. } = rings;
+    let n_heads = rings.key_offsets.len() / (stride * LANES);
+    let used = filled.div_ceil(LANES);
+    let width = used * LANES;
+    // Head after head in each of three passes, so that none waits for the results of another.
+    let queries = q.chunks_exact(q.len() / n_heads);
+    let keys = rings.keys.chunks_exact(rings.keys.len() / n_heads).zip(rings.key_offsets.chunks_exact(stride * LANES));
+    for ((q, (keys, offsets)), scores) in queries.zip(keys).zip(scores.chunks_exact_mut(width)) {
+        let results =
+            Scaled { scales: rings.key_scales, row_scales: &[q_scale], out: scores, width, row_stride: width };
+        whole_sums::<S, 1>(keys, stride, used, [q.as_chunks().0], offsets, results);
+    }
+    let rows = scores.chunks_exact_mut(width).zip(digits.chunks_exact_mut(2 * width)).take(n_heads);
+    for (scores, digits) in rows {
+        // The first score's place is free once all are digits.
+        scores[0] = weights_in_digits(scores, filled, rings.value_scales, digits);
+    }
+    let values = rings.values.chunks_exact(rings.values.len() / n_heads);
+    let values = values.zip(rings.value_offsets.chunks_exact(value_stride * LANES));
+    let weights = scores.chunks_exact(width).zip(digits.chunks_exact(2 * width));
+    let head_dim = out.len() / n_heads;
+    for (((values, offsets), (scores, digits)), out) in values.zip(weights).zip(out.chunks_exact_mut(head_dim)) {
+        let (high, low) = digits.split_at(width);
+        let n_groups = filled.div_ceil(4);
+        let rows = [&high.as_chunks().0[..n_groups], &low.as_chunks().0[..n_groups]];
+        out.fill(0.0);
+        let results = Added { row_scales: [scores[0] * DIGIT as f32, scores[0]], out };
+        whole_sums::<S, 2>(values, value_stride, head_dim.div_ceil(LANES), rows, offsets, results);
+    }
+}
+
+/// Turns scores (whole lines, the first `filled` of them valid) into the softmax's weights, each multiplied with its value's
+/// scale, in two rows of digits; returns what a step of them is worth.
+#[inline(always)]
+fn weights_in_digits(scores: &mut [f32], filled: usize, value_scales: &[f32], digits: &mut [i8]) -> f32 {
+    const STEPS: f32 = (DIGIT * DIGIT - 1) as f32;
+    let total = exponentials(scores, filled);
     let mut most = [0.0f32; LANES];
     let (blocks, _) = scores.as_chunks_mut::<LANES>();
-    for (block, scales) in blocks.iter_mut().zip(ring.value_scales.as_chunks::<LANES>().0) {
+    for (block, scales) in blocks.iter_mut().zip(value_scales.as_chunks::<LANES>().0) {
         for i in 0..LANES {
             block[i] *= scales[i];
             most[i] = larger(block[i], most[i]);
         }
     }
     let most = fold(most, larger);
-    const STEPS: f32 = (DIGIT * DIGIT - 1) as f32;
     let factor = if most > SMALLEST { STEPS / most } else { 0.0 };
-    let (high, low) = digits[..2 * used * LANES].split_at_mut(used * LANES);
+    let (high, low) = digits.split_at_mut(scores.len());
     let lines = high.as_chunks_mut::<LANES>().0.iter_mut().zip(low.as_chunks_mut::<LANES>().0);
     for (scores, (high, low)) in scores.as_chunks::<LANES>().0.iter().zip(lines) {
         let steps: [u32; LANES] = std::array::from_fn(|i| (scores[i] * factor + ROUNDING).to_bits());
         *high = std::array::from_fn(|i| (steps[i] / DIGIT % DIGIT) as i8);
         *low = std::array::from_fn(|i| (steps[i] % DIGIT) as i8);
     }
-    let n_groups = ring.filled.div_ceil(4);
-    let rows = [&high.as_chunks().0[..n_groups], &low.as_chunks().0[..n_groups]];
-    let scale = most / (STEPS * total);
-    out.fill(0.0);
-    let vectors = out.len().div_ceil(LANES);
-    let results = Added { row_scales: [scale * DIGIT as f32, scale], out };
-    whole_sums::<S, 2>(ring.values, ring.value_stride, vectors, rows, ring.value_offsets, results);
+    most / (STEPS * total)
 }
 
 /// The Levinson-Durbin recursion (see [`crate::forecast::levinson`]): `r` and all buffers hold `order + 1` or more; leaves a_1, ...,

@@ -8,7 +8,7 @@
 use std::arch::x86_64::*;
 
 use super::panels::{LANES, LineF32, LineI8, PanelsI8};
-use super::portable::{self, Ring, RingI8, Sums, WholeSums, chains};
+use super::portable::{self, Ring, RingsI8, Sums, WholeSums, chains};
 use super::{Isa, Kernels, Loop, PanelsF32};
 
 /// The kernels of `isa` if the CPU has all that they use.
@@ -88,8 +88,15 @@ macro_rules! kernels {
                 portable::attend::<$sums>(q, ring, scores, out);
             }
             #[target_feature(enable = $features)]
-            fn attend_i8(q: &[i8], q_scale: f32, ring: RingI8, scores: &mut [f32], digits: &mut [i8], out: &mut [f32]) {
-                portable::attend_i8::<$whole_sums>(q, q_scale, ring, scores, digits, out);
+            fn attend_i8(
+                q: &[i8],
+                q_scale: f32,
+                rings: RingsI8,
+                scores: &mut [f32],
+                digits: &mut [i8],
+                out: &mut [f32],
+            ) {
+                portable::attend_i8::<$whole_sums>(q, q_scale, rings, scores, digits, out);
             }
             #[target_feature(enable = $features)]
             fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -117,8 +124,8 @@ macro_rules! kernels {
                 swiglu: |up, gated| unsafe { swiglu(up, gated) },
                 normalize_and_rotate: |heads, angles, factor| unsafe { normalize_and_rotate(heads, angles, factor) },
                 attend: |q, ring, scores, out| unsafe { attend(q, ring, scores, out) },
-                attend_i8: |q, q_scale, ring, scores, digits, out| unsafe {
-                    attend_i8(q, q_scale, ring, scores, digits, out)
+                attend_i8: |q, q_scale, rings, scores, digits, out| unsafe {
+                    attend_i8(q, q_scale, rings, scores, digits, out)
                 },
                 dot: |a, b| unsafe { dot(a, b) },
                 levinson: |r, order, falling, forward, backward| unsafe {
@@ -210,8 +217,8 @@ macro_rules! add_products_avx2 {
 macro_rules! whole_sums_256 {
     ($name:ident, $rows:literal, $offset:literal, $add:ident) => {
         impl WholeSums for $name {
-            const VECTORS: usize = 3;
             const ROWS: usize = $rows;
+            const SUMS: usize = 6;
 
             #[inline(always)]
             fn sum<const V: usize, const M: usize>(
@@ -292,8 +299,8 @@ whole_sums_256!(Avx, 1, false, add_products_avx2);
 whole_sums_256!(AvxVnni, 2, true, add_products_avxvnni);
 
 impl WholeSums for Avx512 {
-    const VECTORS: usize = 6;
     const ROWS: usize = 4;
+    const SUMS: usize = 24;
 
     #[inline(always)]
     fn sum<const V: usize, const M: usize>(

@@ -6,7 +6,7 @@ use super::stack::StackShape;
 use crate::engine::state::SavedCache;
 use crate::simd::Kernels;
 use crate::simd::panels::{GROUP, LANES, LineF32, LineI8};
-use crate::simd::portable::{Ring, RingI8};
+use crate::simd::portable::{Ring, RingsI8};
 
 /// Keys and values of one block.
 #[derive(Clone)]
@@ -30,7 +30,7 @@ struct CacheF32 {
 }
 
 /// In whole numbers with a scale per slot for all heads: keys `[n_heads, head_dim / 4, stride]`, values `[n_heads, window / 4,
-/// value_stride]`; [`RingI8`] has the layout of a head.
+/// value_stride]`; [`RingsI8`] has the layout.
 #[derive(Clone)]
 struct CacheI8 {
     keys: Vec<LineI8>,
@@ -133,7 +133,7 @@ impl Cache {
         let (stride, value_stride) = strides(self.shape);
         let head_dim = self.shape.head_dim();
         let CacheWork { scores, digits, rounded, q: padded } = work;
-        let scores = sized(scores, stride * LANES);
+        let scores = sized(scores, self.shape.n_heads * stride * LANES);
         match &self.store {
             Store::F32(cache) => {
                 let rows = q.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim));
@@ -144,16 +144,28 @@ impl Cache {
                 }
             }
             Store::I8(cache) => {
-                digits.resize(2 * stride * LANES, 0);
+                let n_heads = self.shape.n_heads;
+                let depth = head_dim.next_multiple_of(GROUP);
+                digits.resize(2 * n_heads * stride * LANES, 0);
                 rounded.resize(q.len(), 0);
-                padded.clear();
-                padded.resize(head_dim.next_multiple_of(GROUP), 0);
                 let q_scale = (kernels.quantize)(q, rounded);
-                for (h, (q, out)) in rounded.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim)).enumerate() {
+                padded.resize(n_heads * depth, 0);
+                for (padded, q) in padded.chunks_exact_mut(depth).zip(rounded.chunks_exact(head_dim)) {
                     padded[..head_dim].copy_from_slice(q);
-                    let ring = cache.head(self.shape, h, filled);
-                    (kernels.attend_i8)(padded, q_scale, ring, scores, digits, out);
+                    padded[head_dim..].fill(0);
                 }
+                let rings = RingsI8 {
+                    keys: &cache.keys,
+                    key_scales: &cache.key_scales,
+                    key_offsets: &cache.key_offsets,
+                    values: &cache.values,
+                    value_scales: &cache.value_scales,
+                    value_offsets: &cache.value_offsets,
+                    stride,
+                    value_stride,
+                    filled,
+                };
+                (kernels.attend_i8)(padded, q_scale, rings, scores, digits, out);
             }
         }
     }
@@ -199,25 +211,6 @@ impl Cache {
                 values[h * head_dim..(h + 1) * head_dim].copy_from_slice(&saved.values[from..from + head_dim]);
             }
             self.write(kernels, slot, &keys, &values, &mut work);
-        }
-    }
-}
-
-impl CacheI8 {
-    fn head(&self, shape: StackShape, h: usize, filled: usize) -> RingI8<'_> {
-        let (stride, value_stride) = strides(shape);
-        let (n_keys, n_values) =
-            (shape.head_dim().div_ceil(GROUP) * stride, shape.window.div_ceil(GROUP) * value_stride);
-        RingI8 {
-            keys: &self.keys[h * n_keys..][..n_keys],
-            key_scales: &self.key_scales,
-            key_offsets: &self.key_offsets[h * stride * LANES..][..stride * LANES],
-            values: &self.values[h * n_values..][..n_values],
-            value_scales: &self.value_scales,
-            value_offsets: &self.value_offsets[h * value_stride * LANES..][..value_stride * LANES],
-            stride,
-            value_stride,
-            filled,
         }
     }
 }
