@@ -45,7 +45,7 @@ static_assert(sizeof(PastAutocorrelationArgs) == 64, "PastAutocorrelationArgs di
 /// src/cuda/launch). Places: [n_bins, 2] the bands below and above each bin; and if the plan is to be sharpened [n_bands + 1, 2] each
 /// row's (band's) first bin and where its weights begin; [n_bins, 2] the first band that sees a bin, and the one after the last.
 /// Numbers: [n_bins] the weight of the band above; [n_bins] 1 / the sum of a column's weights (if sharpened); [n, 2] exp(-2 pi i j / n);
-/// the rows' weights, one row after the other (if sharpened).
+/// the rows' weights, one row after the other, and of the window's energy what lies on a frame's own samples (if sharpened).
 
 /// Autocorrelation of the spectrum that each plan frame describes: r [batch, n_blocks, order + 1] of bands [batch, n_blocks + 1, n_bands],
 /// of which an excerpt's first is the frame before.

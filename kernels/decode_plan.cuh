@@ -229,7 +229,9 @@ __device__ void prepare_frame(Room<W, ROWS>& room, int k, int slot) {
   __syncthreads();  // the sums of the last map were read
   room.linear_silu(room.attended, m.planned_scales, room.x);
   into_frame(m.planned_scales + 1, room.attended, m.frame_scales);
-  __syncthreads();  // the activations were read: their place is scratch now
+  // The activations were read: their place is scratch now (what sharpening writes before its own first barrier lies elsewhere, so
+  // that only plans that are not sharpened need this).
+  __syncthreads();  // unseen
   forecast_frame(room, slot);
 }
 

@@ -9,6 +9,8 @@ namespace prediction {
 /// As in src/forecast/sharp.rs.
 constexpr int BLUNT_STEPS = 1;
 constexpr double FALL = 0.4, FALL_OVER = 1.0;
+constexpr double LEAST_OWN_POWER = 0.5, MOST_OWN_POWER = 4.0;
+constexpr int AGREEING = 7;
 /// As in src/forecast/planned.rs.
 constexpr double TOO_LOUD = 0.7, LOUDEST = 8.0, DAMPING_TIME = 170.0;
 /// exp(band * this) is the power; 1 / UNITS_PER_NEPER of src/plan/spectrum.rs.
@@ -40,6 +42,9 @@ struct PlanGrid {
     const double weight = upper[bin];
     return value(neighbours[2 * bin]) * (1.0 - weight) + value(neighbours[2 * bin + 1]) * weight;
   }
+
+  /// Of the window's energy, what lies on a frame's own samples: after the last weight, where plans are sharpened.
+  __device__ double own_share() const { return row_weights[rows[2 * n_bands + 1]]; }
 
   /// What the analysis finds in a band, by a warp; the same in all lanes.
   __device__ double find(int band, const double* powers) const {
@@ -84,15 +89,19 @@ struct PlannedSpectrum {
   /// `before`. A barrier before it is the caller's; it ends in one, after which `autocorrelation` may be asked for.
   __device__ void make(const float* before, const float* frame, int steps) const {
     const auto nepers = [&](int band) { return double(frame[band]) * NEPERS_PER_UNIT; };
-    for (int bin = threadIdx.x; bin < grid.n_bins; bin += blockDim.x) powers[bin] = exp(grid.between(bin, nepers));
+    const auto fall = [&](int band) { return double(before[band]) * NEPERS_PER_UNIT - nepers(band); };
     if (steps > 0) {
-      for (int band = threadIdx.x; band < grid.n_bands; band += blockDim.x) planned[band] = exp(nepers(band));
+      steepen(nepers, fall);
+      for (int bin = threadIdx.x; bin < grid.n_bins; bin += blockDim.x)
+        powers[bin] = exp(grid.between(bin, [&](int band) { return planned[band]; }));
+      __syncthreads();  // the bands' logarithms were read
+      for (int band = threadIdx.x; band < grid.n_bands; band += blockDim.x) planned[band] = exp(planned[band]);
       __syncthreads();  // publishes bands and powers
       for (int step = 0; step < steps; ++step) sharpen(step == BLUNT_STEPS);
+    } else {
+      for (int bin = threadIdx.x; bin < grid.n_bins; bin += blockDim.x) powers[bin] = exp(grid.between(bin, nepers));
     }
-    const auto falls = [&](int band) {
-      return clamped((double(before[band]) * NEPERS_PER_UNIT - nepers(band) - FALL) / FALL_OVER, 0.0, 1.0);
-    };
+    const auto falls = [&](int band) { return clamped((fall(band) - FALL) / FALL_OVER, 0.0, 1.0); };
     // Powers are real and even, so their transform is, but for 1 / n, the inverse one. A bin's thread has read its blunt power when
     // it writes there; what else lay in this place nobody reads any more.
     for (int bin = threadIdx.x; bin < grid.n_bins; bin += blockDim.x) {
@@ -106,6 +115,24 @@ struct PlannedSpectrum {
   }
 
   __device__ double autocorrelation(int lag) const { return transform.bin(lag).x / transform.n; }
+
+  /// Leaves in `planned` the power of the frame itself, nepers: what the window has seen and the frame before had not, as far as
+  /// neighbouring bands agree.
+  template <class Nepers, class Fall>
+  __device__ void steepen(Nepers nepers, Fall fall) const {
+    const double share = grid.own_share();
+    double* own = powers;  // nobody needs them yet
+    for (int band = threadIdx.x; band < grid.n_bands; band += blockDim.x)
+      own[band] = log(clamped((1.0 - (1.0 - share) * exp(fall(band))) / share, LEAST_OWN_POWER, MOST_OWN_POWER));
+    __syncthreads();  // publishes what each band has by itself
+    for (int band = threadIdx.x; band < grid.n_bands; band += blockDim.x) {
+      double sum = 0.0;
+      for (int d = -AGREEING; d <= AGREEING; ++d)
+        sum += (AGREEING + 1 - abs(d)) * own[min(max(band + d, 0), grid.n_bands - 1)];
+      planned[band] = nepers(band) + sum / ((AGREEING + 1) * (AGREEING + 1));
+    }
+    __syncthreads();  // publishes the bands
+  }
 
   /// One step of Richardson and Lucy's deconvolution; `keep`: the powers before it stay, as the blunt ones.
   __device__ void sharpen(bool keep) const {

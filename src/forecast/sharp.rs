@@ -3,6 +3,9 @@
 //! The analysis sees a partial through its window, 16 Hz wide, and the bands are no finer: noise of just that spectrum is
 //! breath, and a rumble in the bass. What lies under it is found again by Richardson-Lucy deconvolution. A sharp line rings
 //! on for long after its note was damped; so where the plan falls, its spectrum stays as it is.
+//!
+//! The window is several frames long, so that a note that begins comes up slowly. What the frame itself must have added is the
+//! difference to the frame before, as far as neighbouring bands agree: see [`steepen`].
 
 use std::sync::Arc;
 
@@ -18,6 +21,10 @@ const BLUNT_STEPS: usize = 1;
 const FALL: f64 = 0.4;
 /// ... and has none left when it falls by this much more (4.3 dB).
 const FALL_OVER: f64 = 1.0;
+/// Least and most of a band's power that the frame itself may have, as factors.
+const OWN_POWER: [f64; 2] = [0.5, 4.0];
+/// Bands on either side that have a say in how much more or less it is.
+const AGREEING: usize = 7;
 
 /// Sharpens plan frames, in room of its own.
 #[derive(Clone)]
@@ -30,6 +37,9 @@ pub(super) struct Sharpener {
     /// `[n_bands]`
     planned: Vec<f64>,
     falls: Vec<f64>,
+    own: Vec<f64>,
+    /// Of the window's energy, what lies on the frame itself.
+    own_share: f64,
     /// `[n_bins]`
     blunt: Vec<f64>,
     back: Vec<f64>,
@@ -46,6 +56,8 @@ impl Sharpener {
             lag_window_hz: config.lag_window_hz,
             planned: Vec::with_capacity(spectrum.n_bands()),
             falls: Vec::with_capacity(spectrum.n_bands()),
+            own: Vec::with_capacity(spectrum.n_bands()),
+            own_share: spectrum.own_share(),
             blunt: vec![0.0; work.power.len()],
             back: vec![0.0; work.power.len()],
             lags: Vec::with_capacity(config.planned_order + 1),
@@ -70,10 +82,13 @@ impl Sharpener {
                 return Err(PlanError::BandCount { expected: spectrum.n_bands(), got: frame.len() }.into());
             }
         }
-        let Self { response, work, planned, falls, blunt, back, .. } = self;
+        let Self { response, work, planned, falls, own, blunt, back, .. } = self;
         let nepers = |band: f32| f64::from(band) / UNITS_PER_NEPER;
         planned.clear();
         planned.extend(bands.iter().copied().map(nepers));
+        falls.clear();
+        falls.extend(before.iter().zip(&*planned).map(|(&before, now)| nepers(before) - now));
+        steepen(planned, falls, self.own_share, own);
         for (power, ln) in work.power.iter_mut().zip(response.grid.interpolate(planned)) {
             *power = ln.exp();
         }
@@ -85,10 +100,7 @@ impl Sharpener {
             response.sharpen(&mut work.power, planned, back);
         }
         if self.steps > BLUNT_STEPS {
-            falls.clear();
-            let fall =
-                |(&before, &now): (&f32, &f32)| ((nepers(before) - nepers(now) - FALL) / FALL_OVER).clamp(0.0, 1.0);
-            falls.extend(before.iter().zip(bands).map(fall));
+            falls.iter_mut().for_each(|fall| *fall = ((*fall - FALL) / FALL_OVER).clamp(0.0, 1.0));
             for ((power, blunt), fall) in work.power.iter_mut().zip(&*blunt).zip(response.grid.interpolate(falls)) {
                 *power += fall * (blunt - *power);
             }
@@ -96,6 +108,23 @@ impl Sharpener {
         response.grid.fourier.autocorrelation(work);
         spectrum.lags_into(&work.block, self.order, self.lag_window_hz, &mut self.lags);
         Ok(&self.lags)
+    }
+}
+
+/// Turns the power of bands under a window, nepers, into that of the frame at its end, on which lies `own_share` of the window's
+/// energy. `falls`: nepers by which the frame before was louder; all before that frame is taken to be as it.
+///
+/// With powers p and p' of the frame and of what was before, the window has seen `s = w p + (1 - w) p'`, and before `p'`. How p differs
+/// from s is a mean over neighbouring bands, for notes begin in many at once, and the plan's rounding does not.
+fn steepen(planned: &mut [f64], falls: &[f64], own_share: f64, own: &mut Vec<f64>) {
+    let [least, most] = OWN_POWER;
+    own.clear();
+    own.extend(falls.iter().map(|fall| ((1.0 - (1.0 - own_share) * fall.exp()) / own_share).clamp(least, most).ln()));
+    let reach = AGREEING as isize;
+    let last = own.len().saturating_sub(1) as isize;
+    for (band, planned) in planned.iter_mut().enumerate() {
+        let weighted = |d: isize| (reach + 1 - d.abs()) as f64 * own[(band as isize + d).clamp(0, last) as usize];
+        *planned += (-reach..=reach).map(weighted).sum::<f64>() / ((reach + 1) * (reach + 1)) as f64;
     }
 }
 
@@ -172,7 +201,50 @@ mod tests {
         assert!(1.0 - steady < 0.5 * (1.0 - falling), "{steady} {falling}");
         // A note that begins keeps it.
         let softer: Vec<f32> = bands.iter().map(|band| band - 0.5).collect();
-        assert_eq!(sharp(&softer, &bands), sharp(&bands, &bands));
+        let beginning = memory(&sharp(&softer, &bands));
+        assert!((beginning - steady).abs() < 0.01, "{beginning} {steady}");
+    }
+
+    #[test]
+    fn noise_that_begins_or_ends_has_its_power_from_the_first_frame_on() {
+        let spectrum = spectrum();
+        let mut rng = Rng::new(9);
+        let mut noise = |n: usize, amplitude: f32| -> Vec<f32> { (0..n).map(|_| amplitude * rng.normal()).collect() };
+        for (before, after) in [(0.03, 0.1), (0.1, 0.1), (0.1, 0.08)] {
+            let mut mean = [0.0; 2];
+            for _ in 0..20 {
+                let sound = [noise(4096, before), noise(512, after)].concat();
+                let plan = spectrum.analyse(&sound);
+                let [old, new] = [plan.row(7).to_vec(), plan.row(8).to_vec()];
+                mean[0] += sharp(&old, &new)[0] / 20.0;
+                mean[1] += spectrum.autocorrelation(&new, 512, 1.0).unwrap()[0] / 20.0;
+            }
+            let db = |power: f64| 10.0 * (power / f64::from(after * after)).log10();
+            let [steep, alone] = mean.map(db);
+            assert!(steep.abs() < 1.2, "{before} to {after}: {steep} dB");
+            assert!(before == after || steep.abs() < alone.abs(), "{before} to {after}: {steep} dB, alone {alone}");
+        }
+    }
+
+    #[test]
+    fn one_band_alone_is_not_believed() {
+        let flat = vec![0.5f32; spectrum().n_bands()];
+        let mut one = flat.clone();
+        one[60] += 0.3;
+        let (mut planned, mut own) =
+            (one.iter().map(|&band| f64::from(band) / UNITS_PER_NEPER).collect::<Vec<_>>(), Vec::new());
+        let falls: Vec<f64> = flat.iter().zip(&one).map(|(a, b)| f64::from(a - b) / UNITS_PER_NEPER).collect();
+        let was = planned.clone();
+        steepen(&mut planned, &falls, 0.25, &mut own);
+        let most = 4.0f64.ln();
+        assert!(planned[60] - was[60] < most / 8.0 + 1e-9 && planned[60] > was[60]);
+        assert_eq!(planned[..50], was[..50]);
+        // All together are.
+        let falls = vec![-1.2; falls.len()];
+        let mut all = was.clone();
+        steepen(&mut all, &falls, 0.25, &mut own);
+        let expected = (1.0 + 3.0 * (1.0 - (-1.2f64).exp())).ln();
+        assert!(all.iter().zip(&was).all(|(a, b)| (a - b - expected).abs() < 1e-9));
     }
 
     #[test]

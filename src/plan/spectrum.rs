@@ -124,6 +124,12 @@ impl Spectrum {
         self.hop
     }
 
+    /// Of the window's energy, what lies on a frame's own samples.
+    pub(crate) fn own_share(&self) -> f64 {
+        let first = self.window.len() - self.hop;
+        self.window[first..].iter().map(|w| w * w).sum::<f64>() / self.energy
+    }
+
     /// Samples a second, Hz.
     pub fn sample_rate(&self) -> u32 {
         self.sample_rate

@@ -53,6 +53,7 @@ impl PlanGrid {
                 numbers.extend(&response.per_column);
                 numbers.extend(turns);
                 numbers.extend(weights);
+                numbers.push(spectrum.own_share());
             }
             None => {
                 numbers.extend(bins.iter().map(|_| 0.0));
