@@ -186,12 +186,9 @@ mod tests {
     fn a_grown_plan_transformer_says_what_the_small_one_said() {
         let mut large = ModelConfig::preset("base").unwrap();
         (large.plan_transformer.dim, large.plan_transformer.n_layers, large.plan_transformer.n_heads) = (448, 6, 7);
-        for (old, config, wave) in [
-            (tiny(), larger_tiny(), Fate::Kept),
-            (Checkpoint::built_in().unwrap(), large, Fate::Kept),
-        ] {
+        for (old, config) in [(tiny(), larger_tiny()), (Checkpoint::built_in().unwrap(), large)] {
             let (new, fates) = grow(&old, &config, 1).unwrap();
-            assert_eq!(fates, [(Part::Plan, Fate::Grown), (Part::Wave, wave)]);
+            assert_eq!(fates, [(Part::Plan, Fate::Grown), (Part::Wave, Fate::Kept)]);
             assert_eq!((&new.config, &new.quantizer), (&config, &old.quantizer));
             let sequence = sequence(&old, 64);
             let (before, after) = (nll(&old, &sequence), nll(&new, &sequence));
