@@ -242,7 +242,7 @@ fn worst(a: &[f32], b: &[f32]) -> f32 {
 /// components (from there on the streams are different ones).
 fn plays_like(cuda: &mut dyn Engine, cpu: &mut dyn Engine, frames: usize) -> Result<(), String> {
     let hop = cpu.config().plan.hop;
-    let mut equal = 0;
+    let (mut equal, mut jumps) = (0, 0);
     for frame in 0..frames {
         if frame > 0 {
             let state = cpu.save().map_err(|e| e.to_string())?;
@@ -257,10 +257,13 @@ fn plays_like(cuda: &mut dyn Engine, cpu: &mut dyn Engine, frames: usize) -> Res
         if worst(&[draw.surprisal, draw.entropy], &[drawn.surprisal, drawn.entropy]) > 1e-3 {
             return Err(format!("frame {frame}: {draw:?}, expected {drawn:?}"));
         }
-        equal += tokens.iter().zip(&expected).position(|(a, b)| a != b).unwrap_or(hop);
+        let differ = tokens.iter().zip(&expected).position(|(a, b)| a != b);
+        equal += differ.unwrap_or(hop);
+        // Between bins the other token is the neighbour; between components, which is rarer, it may be any.
+        jumps += usize::from(differ.is_some_and(|at| tokens[at].abs_diff(expected[at]) > 1));
     }
-    if equal <= frames * hop / 2 {
-        return Err(format!("only {equal} of {} samples are equal", frames * hop));
+    if equal <= frames * hop / 4 || jumps > frames / 2 {
+        return Err(format!("only {equal} of {} samples are equal, {jumps} frames jump", frames * hop));
     }
     Ok(())
 }
