@@ -160,6 +160,57 @@ struct MixtureNllArgs {
 };
 static_assert(sizeof(MixtureNllArgs) == 72, "MixtureNllArgs differs from src/cuda/launch");
 
+/// What attention reads of qkv [rows = batch * len, 3 * n_heads * head_dim], whose sequences begin at position 0: queries and keys,
+/// RMS-normalised and rotated (RoPE), and values; q, k, v and their gradients [batch, n_heads, len, head_dim].
+struct SplitHeadsArgs {
+  const float* qkv;
+  float* q;
+  float* k;
+  float* v;
+  const float* d_q;  // the rest: backward
+  const float* d_k;
+  const float* d_v;
+  float* d_qkv;
+  int32_t rows;
+  int32_t len;
+  int32_t n_heads;
+  int32_t head_dim;  // even
+};
+static_assert(sizeof(SplitHeadsArgs) == 80, "SplitHeadsArgs differs from src/cuda/launch");
+
+/// y = x and a row of each of the tables; x, y, d_y [rows, dim]; the tables one after the other, each [entries, dim].
+struct GatherArgs {
+  const float* x;
+  const float* table;
+  const uint32_t* codes;  // [rows, n_tables]: rows of `table`, the t-th among those of table t
+  float* y;
+  const float* d_y;       // the rest: backward
+  float* d_table_parts;   // [n_parts, n_tables * entries, dim]: sums over rows_per_part rows each
+  int32_t rows;
+  int32_t dim;
+  int32_t n_tables;
+  int32_t entries;
+  int32_t rows_per_part;
+  int32_t reserved;
+};
+static_assert(sizeof(GatherArgs) == 72, "GatherArgs differs from src/cuda/launch");
+
+/// A step of AdamW on n weights; what the factors are, src/train/optimizer.rs says.
+struct AdamwArgs {
+  float* weights;
+  const float* gradients;
+  float* means;
+  float* squares;
+  float* averages;
+  int32_t n;
+  float gradient;
+  float rate;
+  float square;
+  float decay;
+  float average;
+};
+static_assert(sizeof(AdamwArgs) == 64, "AdamwArgs differs from src/cuda/launch");
+
 // ---- generation ----------------------------------------------------------------------------------------------------
 
 /// A linear map: weights [n_in, stride] row-major, where stride is n_out or, if that is odd, one more.

@@ -1,9 +1,11 @@
-// The training step's other operations, each fused, forward and backward: RMSNorm, SwiGLU, cross-entropy, and the negative
-// log-likelihood of the mixture head (src/model/head.rs). Elements f32 or bf16, arithmetic in f32, no atomics.
+// The training step's other operations, each fused, forward and backward: RMSNorm, SwiGLU, cross-entropy, the negative
+// log-likelihood of the mixture head (src/model/head.rs), queries and keys made ready for attention, embeddings; and the
+// optimizer's step. Elements f32 or (the first three) bf16, arithmetic in f32, no atomics.
 //
 // Geometry: RMSNorm and cross-entropy one warp per row, 4 a block; the gain's gradient blocks of 32 columns by 8 rows over (columns,
-// parts of the rows), then column sums; SwiGLU one thread per output; mixture one thread per sample, its head outputs through
-// shared memory. Layouts in args.cuh; dynamic shared memory: see src/cuda/launch.
+// parts of the rows), then column sums; SwiGLU, embeddings and AdamW one thread per output; mixture one thread per sample, its head
+// outputs through shared memory; heads one warp per row and head; embeddings' gradient one block per (table, 64 columns, part of the
+// rows), whose threads each sum their column of the whole table in shared memory, then column sums. Layouts in args.cuh; dynamic shared memory: see src/cuda/launch.
 // Oracles: tests/kernels/training.rs.
 #include "common.cuh"
 
@@ -15,6 +17,9 @@ constexpr int SUM_ROWS = 8;
 constexpr int SUM_THREADS = WARP * SUM_ROWS;
 /// NORM_EPS of src/model/block.rs.
 constexpr float NORM_EPS = 1e-6f;
+/// As in src/model/ops/plain.rs.
+constexpr double ROPE_BASE = 10000.;
+constexpr int GATHER_COLUMNS = 64;
 /// As in src/sampler.rs and src/model/head.rs.
 constexpr int N_FORECASTS = 2;
 constexpr float MAX_OFFSET = 4.f, MAX_LOG_SCALE = 2.5f, LEAST_BIN = 1e-6f;
@@ -252,6 +257,151 @@ __device__ void mixture_nll_backward(const MixtureNllArgs& a) {
   copy_rows<true>(a.d_head + size_t(first) * width, heads, n, width, stride);
 }
 
+// ---- kernels: queries, keys and values -----------------------------------------------------------------------------
+
+/// A row and head of qkv, for a warp.
+struct Head {
+  const float *q, *k, *v;
+  size_t in_qkv, dim;  // where the query begins, and how far key and value lie behind it and each other
+  size_t in_heads;     // where it begins in q, k, v
+  int position;
+
+  __device__ Head(const SplitHeadsArgs& a, int item) {
+    const int row = item / a.n_heads, head = item % a.n_heads;
+    dim = size_t(a.n_heads) * a.head_dim;
+    in_qkv = row * 3 * dim + head * a.head_dim;
+    position = row % a.len;
+    in_heads = ((size_t(row / a.len) * a.n_heads + head) * a.len + position) * a.head_dim;
+    q = a.qkv + in_qkv;
+    k = q + dim;
+    v = k + dim;
+  }
+};
+
+/// Cosine and sine of what feature i of the first half and its partner are turned by.
+struct Turn {
+  float cosine, sine;
+  __device__ Turn(int position, int i, int head_dim) {
+    // In f64, so that late positions are as exact as early ones.
+    const double angle = position * pow(ROPE_BASE, -2. * i / head_dim);
+    cosine = float(cos(angle));
+    sine = float(sin(angle));
+  }
+};
+
+/// Of a vector that a warp has in memory: 1 / its root mean square.
+__device__ float inverse_rms(const float* x, int n) {
+  float power = 0.f;
+  for (int i = lane(); i < n; i += WARP) power += x[i] * x[i];
+  return 1.f / sqrtf(lanes_sum<WARP>(power) / n + NORM_EPS);
+}
+
+__device__ void split_heads_forward(const SplitHeadsArgs& a) {
+  const int item = warp_row();
+  if (item >= a.rows * a.n_heads) return;  // the whole warp
+  const Head from(a, item);
+  const int half = a.head_dim / 2;
+  const float scale_q = inverse_rms(from.q, a.head_dim), scale_k = inverse_rms(from.k, a.head_dim);
+  auto rotate = [&](const float* x, float scale, float* y, int i, const Turn& turn) {
+    const float low = x[i] * scale, high = x[i + half] * scale;
+    y[i] = low * turn.cosine - high * turn.sine;
+    y[i + half] = low * turn.sine + high * turn.cosine;
+  };
+  for (int i = lane(); i < half; i += WARP) {
+    const Turn turn(from.position, i, a.head_dim);
+    rotate(from.q, scale_q, a.q + from.in_heads, i, turn);
+    rotate(from.k, scale_k, a.k + from.in_heads, i, turn);
+  }
+  for (int i = lane(); i < a.head_dim; i += WARP) a.v[from.in_heads + i] = from.v[i];
+}
+
+/// With n = x / rms(x) and g = d_y turned back: d_x = (g - n * mean(g * n)) / rms(x)
+__device__ void split_heads_backward(const SplitHeadsArgs& a) {
+  const int item = warp_row();
+  if (item >= a.rows * a.n_heads) return;  // the whole warp
+  const Head from(a, item);
+  const int half = a.head_dim / 2;
+  const float* const inputs[2] = {from.q, from.k};
+  const float* const gradients[2] = {a.d_q + from.in_heads, a.d_k + from.in_heads};
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+    const float* const x = inputs[part];
+    const float* const d_y = gradients[part];
+    float* const d_x = a.d_qkv + from.in_qkv + part * from.dim;
+    const float scale = inverse_rms(x, a.head_dim);
+    float sum = 0.f;
+    for (int i = lane(); i < half; i += WARP) {
+      const Turn turn(from.position, i, a.head_dim);
+      const float low = d_y[i] * turn.cosine + d_y[i + half] * turn.sine;
+      const float high = d_y[i + half] * turn.cosine - d_y[i] * turn.sine;
+      sum += low * x[i] + high * x[i + half];
+    }
+    const float mean = lanes_sum<WARP>(sum) * scale / a.head_dim;
+    for (int i = lane(); i < half; i += WARP) {
+      const Turn turn(from.position, i, a.head_dim);
+      const float low = d_y[i] * turn.cosine + d_y[i + half] * turn.sine;
+      const float high = d_y[i + half] * turn.cosine - d_y[i] * turn.sine;
+      d_x[i] = (low - x[i] * scale * mean) * scale;
+      d_x[i + half] = (high - x[i + half] * scale * mean) * scale;
+    }
+  }
+  for (int i = lane(); i < a.head_dim; i += WARP) a.d_qkv[from.in_qkv + 2 * from.dim + i] = a.d_v[from.in_heads + i];
+}
+
+// ---- kernels: embeddings -------------------------------------------------------------------------------------------
+
+/// y = x + the rows of its codes
+__device__ void gather_forward(const GatherArgs& a) {
+  const size_t i = size_t(blockIdx.x) * THREADS + threadIdx.x;
+  if (i >= size_t(a.rows) * a.dim) return;
+  const uint32_t* const codes = a.codes + i / a.dim * a.n_tables;
+  float y = a.x[i];
+  for (int t = 0; t < a.n_tables; ++t) y += a.table[size_t(codes[t]) * a.dim + i % a.dim];
+  a.y[i] = y;
+}
+
+/// The other way for a table, some columns and a part of the rows. Shared: those columns of the table.
+__device__ void gather_backward(const GatherArgs& a) {
+  constexpr int AHEAD = 8;
+  SHARED_MEMORY(float, sums);
+  const int t = blockIdx.x % a.n_tables, column = blockIdx.x / a.n_tables * GATHER_COLUMNS + threadIdx.x;
+  if (column >= a.dim) return;  // no thread reads another's sums
+  float* const mine = sums + threadIdx.x;
+  for (int entry = 0; entry < a.entries; ++entry) mine[entry * GATHER_COLUMNS] = 0.f;
+  const int first = blockIdx.y * a.rows_per_part, end = min(a.rows, first + a.rows_per_part);
+  for (int row = first; row < end; row += AHEAD) {
+    int entries[AHEAD];
+    float values[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      const bool there = row + i < end;
+      entries[i] = there ? a.codes[size_t(row + i) * a.n_tables + t] - t * a.entries : 0;
+      values[i] = there ? a.d_y[size_t(row + i) * a.dim + column] : 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) mine[entries[i] * GATHER_COLUMNS] += values[i];
+  }
+  float* const part = a.d_table_parts + (size_t(blockIdx.y) * a.n_tables + t) * a.entries * a.dim + column;
+  for (int entry = 0; entry < a.entries; ++entry) part[size_t(entry) * a.dim] = mine[entry * GATHER_COLUMNS];
+}
+
+// ---- kernels: AdamW ------------------------------------------------------------------------------------------------
+
+/// As `Slot::update` of src/train/optimizer.rs.
+__device__ void adamw(const AdamwArgs& a) {
+  constexpr float BETA_1 = 0.9f, BETA_2 = 0.95f, EPSILON = 1e-8f;
+  const int i = blockIdx.x * THREADS + threadIdx.x;
+  if (i >= a.n) return;
+  const float gradient = a.gradients[i] * a.gradient;
+  const float mean = a.means[i] + (1.f - BETA_1) * (gradient - a.means[i]);
+  const float square = a.squares[i] + (1.f - BETA_2) * (gradient * gradient - a.squares[i]);
+  const float weight = a.weights[i] * a.decay - a.rate * mean / (sqrtf(square * a.square) + EPSILON);
+  a.means[i] = mean;
+  a.squares[i] = square;
+  a.weights[i] = weight;
+  a.averages[i] += a.average * (weight - a.averages[i]);
+}
+
 // ---- entry points --------------------------------------------------------------------------------------------------
 
 #define ENTRIES(name, T)                                                                                \
@@ -268,6 +418,11 @@ ENTRIES(bf16, bf16)
 KERNEL(training_column_sums, ColumnSumsArgs, SUM_THREADS, column_sums)
 KERNEL(training_mixture_nll_forward, MixtureNllArgs, THREADS, mixture_nll_forward)
 KERNEL(training_mixture_nll_backward, MixtureNllArgs, THREADS, mixture_nll_backward)
+KERNEL(training_split_heads_forward, SplitHeadsArgs, THREADS, split_heads_forward)
+KERNEL(training_split_heads_backward, SplitHeadsArgs, THREADS, split_heads_backward)
+KERNEL(training_gather_forward, GatherArgs, THREADS, gather_forward)
+KERNEL(training_gather_backward, GatherArgs, GATHER_COLUMNS, gather_backward)
+KERNEL(training_adamw, AdamwArgs, THREADS, adamw)
 
 #undef ENTRIES
 

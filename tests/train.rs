@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use candle_core::Device;
 use wavegen::checkpoint::{Checkpoint, Precision};
 use wavegen::engine::reference::ReferenceEngine;
 use wavegen::engine::{Engine, UNIFORMS_PER_SAMPLE};
@@ -44,6 +45,7 @@ fn settings(directory: &Path, steps: usize) -> TrainSettings {
         precision: Precision::F32,
         budget: Budget::Steps(steps),
         seed: 1,
+        device: Device::Cpu,
         threads: 2,
         plan_batch: 4,
         wave_batch: 2,

@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # run.sh [OUTPUT]: all that a GPU is needed for, from the folder that bundle.sh made: tests on the GPU, the same under
 # compute-sanitizer, benches, peers. Every step has a time limit, a log in OUTPUT (default: the folder's `out`) and a line at the end.
-# PART=check or PART=time runs half of it.
+# PART=tests, PART=sanitize or PART=time runs one of the three.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=${1:-$here/out}
 part=${PART:-all}
 mkdir -p "$out"
 cd "$out" || exit 1
-for program in wavegen kernels-test; do
-    [[ -x $here/$program ]] || { gunzip -k "$here/$program.gz" && chmod +x "$here/$program"; } || exit 1
-done
+# By Python, which has what torch needs; xz may be missing.
+[[ -x $here/wavegen ]] || python3 -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2])' \
+    "$here/programs.tar.xz" "$here" || exit 1
+# Where torch keeps CUDA's libraries, if it has any.
+WAVEGEN_CUDA_LIBS=${WAVEGEN_CUDA_LIBS:-$(python3 -c 'import nvidia; print(list(nvidia.__path__)[0] + "/cu13/lib")' 2>/dev/null)}
+export WAVEGEN_CUDA_LIBS
 
 if ! nvidia-smi >nvidia-smi.log 2>&1; then
     echo "no CUDA device: nothing was run"
@@ -50,10 +53,12 @@ long_play() {
 export WAVEGEN_REQUIRE_CUDA=1 RUST_BACKTRACE=0
 # Errors are planted in the emulator only, which wants the sources and a compiler.
 native=(--test-threads 1 --skip left_out --skip shared_memory_is_noticed)
-if [[ $part != time ]]; then
+if [[ $part == all || $part == tests ]]; then
     step info 30 "$here/wavegen" info
     step tests-training 120 "$here/kernels-test" "${native[@]}" --skip decode
     step tests-decode 240 "$here/kernels-test" "${native[@]}" decode
+fi
+if [[ $part == all || $part == sanitize ]]; then
     for tool in memcheck racecheck synccheck; do
         step "sanitizer-$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 1 "$here/kernels-test" "${native[@]}" \
             --skip decode --skip presets --skip every_schedule
@@ -61,13 +66,13 @@ if [[ $part != time ]]; then
             states_go_to_other_engines
     done
 fi
-if [[ $part != check ]]; then
+if [[ $part == all || $part == time ]]; then
     step bench-kernels 120 "$here/wavegen" bench kernels --json
     step bench-decode 300 "$here/wavegen" bench decode --engine cuda --rounds 5 --json
     step peer-attention 200 python3 "$here/attention.py"
     step peer-decode 300 python3 "$here/decode.py"
     step long-play 240 bash -c "$(declare -f long_play); long_play '$here'"
 fi
-cat ./*.log | grep -E "^test |samples/s|TFLOP|us" | tail -n 80
+cat ./*.log | grep -E "^test .*FAILED|samples/s|TFLOP|us" | tail -n 80
 printf '%s\n' "commit $(cat "$here/commit")" "${summary[@]}"
 exit "$failed"

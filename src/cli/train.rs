@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use candle_core::Device;
 use indicatif::ProgressBar;
 use serde::Serialize;
 use wavegen::audio::AudioError;
@@ -87,6 +88,9 @@ pub struct Args {
     /// How the learning rates move after the warm-up
     #[arg(long, value_enum, default_value = "cosine")]
     schedule: Rates,
+    /// What computes; `cuda` needs a program built for it and an NVIDIA GPU, and wants batches of 16 or more
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: DeviceKind,
     /// Contexts of 16 s per step of the plan transformer, dealt to the threads of all processes; memory depends on --threads
     /// only
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=65_536))]
@@ -126,6 +130,28 @@ pub struct Args {
     note: Vec<(String, String)>,
     #[command(flatten)]
     talk: Talk,
+}
+
+/// What trains.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum DeviceKind {
+    Cpu,
+    /// The first NVIDIA GPU; --threads then draw excerpts for it
+    Cuda,
+}
+
+impl DeviceKind {
+    fn open(self) -> Result<Device> {
+        match self {
+            Self::Cpu => Ok(Device::Cpu),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => Ok(wavegen::cuda::training_device()?),
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda => {
+                Err(Usage("--device cuda: this program was built without the feature `cuda`".into()).into())
+            }
+        }
+    }
 }
 
 /// How matrices are stored.
@@ -275,6 +301,7 @@ fn run_in(group: &dyn Group, args: &Args) -> Result<Outcome> {
         precision: args.store.into(),
         budget,
         seed: args.seed,
+        device: args.device.open()?,
         threads,
         plan_batch: args.plan_batch as usize,
         wave_batch: args.wave_batch as usize,

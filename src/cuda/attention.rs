@@ -1,18 +1,9 @@
 //! Causal sliding-window attention of tensors, with gradients, by kernels/attention_window.cu.
 
-use std::sync::{Mutex, PoisonError};
+use candle_core::{Error, Result, Tensor, bail};
 
-use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceRepr};
-use candle_core::cuda_backend::{CudaDType, WrapErr};
-use candle_core::op::BackpropOp;
-use candle_core::{
-    CpuStorage, CudaDevice, CudaStorage, CustomOp3, DType, Error, Layout, Result, Shape, Storage, Tensor, bail,
-};
-use half::bf16;
-
-use super::kernels::Kernels;
-use super::launch::{AttentionShape, Element};
+use super::launch::{AttentionShape, Element, HeadsShape};
+use super::memory::{Fresh, address, element, gpu, launch, of_one, of_three};
 
 const NAME: &str = "attention_window";
 
@@ -22,177 +13,98 @@ const NAME: &str = "attention_window";
 /// # Errors
 /// When the tensors are not on a CUDA device, or no kernel serves their shapes or type.
 pub fn attention_window(q: &Tensor, k: &Tensor, v: &Tensor, window: usize) -> Result<Tensor> {
-    let op = AttentionWindow { window, lse: Mutex::new(None) };
-    q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
+    let heads = Heads { q: q.contiguous()?, k: k.contiguous()?, v: v.contiguous()?, window };
+    let (o, lse) = heads.forward()?;
+    let [q, k, v] = [heads.q.clone(), heads.k.clone(), heads.v.clone()];
+    of_three(NAME, [&q, &k, &v], o, move |o, d_o| Ok(heads.backward(o, &lse, d_o)?.map(Fresh::tensor)))
 }
 
-struct AttentionWindow {
+/// Queries, keys and values `[batch, len, 3 * dim]` of `n_heads`, heads side by side in each -> `[batch, len, dim]`: QK-norm, RoPE from
+/// position 0, causal attention of each position to the last `window` with its own; f32.
+///
+/// # Errors
+/// Likewise.
+pub fn attention(qkv: &Tensor, n_heads: usize, window: usize) -> Result<Tensor> {
+    let qkv = qkv.contiguous()?;
+    let (batch, len, width) = qkv.dims3()?;
+    let device = gpu(&qkv)?.clone();
+    let (dim, head_dim) = (width / 3, width / 3 / n_heads);
+    let shape = HeadsShape { batch, len, n_heads, head_dim };
+    let mut args = shape.args().map_err(Error::wrap)?;
+    args.qkv = address(&qkv)?;
+    let heads = || Fresh::new((batch, n_heads, len, head_dim), Element::F32, &device);
+    let [q, k, v] = [heads()?, heads()?, heads()?];
+    (args.q, args.k, args.v) = (q.address()?, k.address()?, v.address()?);
+    // SAFETY: the sizes are those of `shape`.
+    unsafe { launch(&device, &shape.forward(), &args) }?;
+    let heads = Heads { q: q.tensor(), k: k.tensor(), v: v.tensor(), window };
+    let (o, lse) = heads.forward()?;
+    let o = o.tensor();
+    let joined = Fresh::copy(&o.transpose(1, 2)?, (batch, len, dim))?;
+    let input = qkv.clone();
+    of_one("attention", &input, joined, move |_, d| {
+        let d_o = d.reshape((batch, len, n_heads, head_dim))?.transpose(1, 2)?.contiguous()?;
+        let [d_q, d_k, d_v] = heads.backward(&o, &lse, &d_o)?;
+        let d_qkv = Fresh::new((batch, len, width), Element::F32, &device)?;
+        let mut args = args;
+        args.qkv = address(&qkv)?;
+        (args.d_q, args.d_k, args.d_v) = (d_q.address()?, d_k.address()?, d_v.address()?);
+        args.d_qkv = d_qkv.address()?;
+        // SAFETY: as above.
+        unsafe { launch(&device, &shape.backward(), &args) }?;
+        Ok(d_qkv.tensor())
+    })
+}
+
+/// What attention is computed of; contiguous.
+struct Heads {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     window: usize,
-    /// `[batch, n_heads, len]`, which forward leaves for backward.
-    lse: Mutex<Option<CudaSlice<f32>>>,
 }
 
-/// What the kernels are compiled for.
-trait KernelElement: CudaDType + DeviceRepr {
-    const ELEMENT: Element;
-}
-impl KernelElement for f32 {
-    const ELEMENT: Element = Element::F32;
-}
-impl KernelElement for bf16 {
-    const ELEMENT: Element = Element::Bf16;
-}
-
-/// The part of a storage that a contiguous tensor is.
-fn view<'a, T: KernelElement>(storage: &'a CudaStorage, layout: &Layout) -> Result<CudaView<'a, T>> {
-    let Some((begin, end)) = layout.contiguous_offsets() else { bail!("{NAME}: a tensor is not contiguous") };
-    Ok(storage.as_cuda_slice::<T>()?.slice(begin..end))
-}
-
-/// Memory that a kernel is about to write.
-fn room<T: KernelElement>(device: &CudaDevice, n: usize) -> Result<CudaSlice<T>> {
-    // SAFETY: whatever bits are there are numbers, and the kernels write every element before it is read.
-    unsafe { device.alloc::<T>(n) }
-}
-
-fn tensor<T: KernelElement>(values: CudaSlice<T>, shape: &Shape, device: &CudaDevice) -> Tensor {
-    let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(values, device.clone()));
-    Tensor::from_storage(storage, shape.clone(), BackpropOp::none(), false)
-}
-
-impl AttentionWindow {
-    fn shape(&self, q: &Shape, k: &Shape, v: &Shape) -> Result<AttentionShape> {
+impl Heads {
+    fn shape(&self) -> Result<AttentionShape> {
+        let Self { q, k, v, window } = self;
         let (batch, n_heads, len, head_dim) = q.dims4()?;
         let (k_batch, n_kv_heads, k_len, k_dim) = k.dims4()?;
-        if k.dims() != v.dims() || (k_batch, k_len, k_dim) != (batch, len, head_dim) {
+        if k.dims() != v.dims() || (k_batch, k_len, k_dim) != (batch, len, head_dim) || k.dtype() != q.dtype() {
             bail!("{NAME}: queries {q:?}, keys {k:?} and values {v:?} do not go together");
         }
-        Ok(AttentionShape { batch, n_heads, n_kv_heads, len, head_dim, window: self.window })
+        Ok(AttentionShape { batch, n_heads, n_kv_heads, len, head_dim, window: *window })
     }
 
-    fn forward<T: KernelElement>(&self, q: Part, k: Part, v: Part) -> Result<(CudaStorage, Shape)> {
-        let shape = self.shape(q.1.shape(), k.1.shape(), v.1.shape())?;
-        let device = q.0.device();
-        let kernels = Kernels::of(device)?;
-        let stream = kernels.stream();
+    /// The output and the log-sum-exp of each query's scores, `[batch, n_heads, len]`.
+    fn forward(&self) -> Result<(Fresh, Tensor)> {
+        let shape = self.shape()?;
+        let (device, element) = (gpu(&self.q)?, element(&self.q)?);
         let mut args = shape.args().map_err(Error::wrap)?;
-        let (q_values, k, v) = (view::<T>(q.0, q.1)?, view::<T>(k.0, k.1)?, view::<T>(v.0, v.1)?);
-        let mut o = room::<T>(device, q.1.shape().elem_count())?;
-        let mut lse = room::<f32>(device, shape.batch * shape.n_heads * shape.len)?;
-        {
-            // Each guard tells the stream's order to whoever uses the memory from another stream.
-            let (q, _q) = q_values.device_ptr(stream);
-            let (k, _k) = k.device_ptr(stream);
-            let (v, _v) = v.device_ptr(stream);
-            let (o, _o) = o.device_ptr_mut(stream);
-            let (lse, _lse) = lse.device_ptr_mut(stream);
-            (args.q, args.k, args.v, args.o, args.lse) = (q, k, v, o, lse);
-            // SAFETY: the sizes follow from `shape`, which the tensors have; freeing waits for the stream.
-            unsafe { kernels.launch(&shape.forward(T::ELEMENT), &args) }.w()?;
-        }
-        *self.lse.lock().unwrap_or_else(PoisonError::into_inner) = Some(lse);
-        Ok((CudaStorage::wrap_cuda_slice(o, device.clone()), q.1.shape().clone()))
+        let o = Fresh::new(self.q.shape(), element, device)?;
+        let lse = Fresh::new((shape.batch, shape.n_heads, shape.len), Element::F32, device)?;
+        (args.q, args.k, args.v) = (address(&self.q)?, address(&self.k)?, address(&self.v)?);
+        (args.o, args.lse) = (o.address()?, lse.address()?);
+        // SAFETY: the sizes follow from `shape`, which the tensors have.
+        unsafe { launch(device, &shape.forward(element), &args) }?;
+        Ok((o, lse.tensor()))
     }
 
-    fn backward<T: KernelElement>(&self, [q, k, v, o, d_o]: [Part; 5]) -> Result<[Tensor; 3]> {
-        let (q_shape, k_shape) = (q.1.shape(), k.1.shape());
-        let shape = self.shape(q_shape, k_shape, v.1.shape())?;
-        let device = q.0.device();
-        let kernels = Kernels::of(device)?;
-        let stream = kernels.stream();
+    /// Gradients of queries, keys and values from the output's.
+    fn backward(&self, o: &Tensor, lse: &Tensor, d_o: &Tensor) -> Result<[Fresh; 3]> {
+        let shape = self.shape()?;
+        let (device, element) = (gpu(&self.q)?, element(&self.q)?);
         let mut args = shape.args().map_err(Error::wrap)?;
-        let lse = self.lse.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(lse) = lse.as_ref() else { bail!("{NAME}: backward before forward") };
-        let [q, k, v, o, d_o] =
-            [view::<T>(q.0, q.1)?, view(k.0, k.1)?, view(v.0, v.1)?, view(o.0, o.1)?, view(d_o.0, d_o.1)?];
-        let mut delta = room::<f32>(device, lse.len())?;
-        let mut dq = room::<T>(device, q_shape.elem_count())?;
-        let mut dk = room::<T>(device, k_shape.elem_count())?;
-        let mut dv = room::<T>(device, k_shape.elem_count())?;
-        {
-            let (q, _q) = q.device_ptr(stream);
-            let (k, _k) = k.device_ptr(stream);
-            let (v, _v) = v.device_ptr(stream);
-            let (o, _o) = o.device_ptr(stream);
-            let (lse, _lse) = lse.device_ptr(stream);
-            let (d_o, _d_o) = d_o.device_ptr(stream);
-            let (delta, _delta) = delta.device_ptr_mut(stream);
-            let (dq, _dq) = dq.device_ptr_mut(stream);
-            let (dk, _dk) = dk.device_ptr_mut(stream);
-            let (dv, _dv) = dv.device_ptr_mut(stream);
-            (args.q, args.k, args.v, args.o, args.lse, args.d_o) = (q, k, v, o, lse, d_o);
-            (args.delta, args.dq, args.dk, args.dv) = (delta, dq, dk, dv);
-            for launch in [shape.backward_queries(T::ELEMENT), shape.backward_keys(T::ELEMENT)] {
-                // SAFETY: as in forward.
-                unsafe { kernels.launch(&launch, &args) }.w()?;
-            }
+        let delta = Fresh::new(lse.shape(), Element::F32, device)?;
+        let gradients = [&self.q, &self.k, &self.v].map(|x| Fresh::new(x.shape(), element, device));
+        let [dq, dk, dv] = gradients;
+        let (dq, dk, dv) = (dq?, dk?, dv?);
+        (args.q, args.k, args.v) = (address(&self.q)?, address(&self.k)?, address(&self.v)?);
+        (args.o, args.lse, args.d_o) = (address(o)?, address(lse)?, address(d_o)?);
+        (args.delta, args.dq, args.dk, args.dv) = (delta.address()?, dq.address()?, dk.address()?, dv.address()?);
+        for backward in [shape.backward_queries(element), shape.backward_keys(element)] {
+            // SAFETY: as in forward.
+            unsafe { launch(device, &backward, &args) }?;
         }
-        Ok([tensor(dq, q_shape, device), tensor(dk, k_shape, device), tensor(dv, k_shape, device)])
-    }
-}
-
-/// A tensor on the GPU.
-type Part<'a> = (&'a CudaStorage, &'a Layout);
-
-fn no_kernel(dtype: DType) -> Error {
-    Error::UnsupportedDTypeForOp(dtype, NAME).bt()
-}
-
-impl CustomOp3 for AttentionWindow {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        bail!("{NAME}: the tensors are on the CPU, the kernel is the GPU's")
-    }
-
-    fn cuda_fwd(
-        &self,
-        q: &CudaStorage,
-        q_layout: &Layout,
-        k: &CudaStorage,
-        k_layout: &Layout,
-        v: &CudaStorage,
-        v_layout: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        let (q, k, v) = ((q, q_layout), (k, k_layout), (v, v_layout));
-        match q.0.dtype() {
-            DType::F32 => self.forward::<f32>(q, k, v),
-            DType::BF16 => self.forward::<bf16>(q, k, v),
-            other => Err(no_kernel(other)),
-        }
-    }
-
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        o: &Tensor,
-        d_o: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let d_o = d_o.contiguous()?;
-        let parts = [q, k, v, o, &d_o].map(Tensor::storage_and_layout);
-        let mut on_gpu = Vec::with_capacity(5);
-        for (storage, layout) in &parts {
-            let Storage::Cuda(storage) = &**storage else { bail!("{NAME}: a tensor is not on the GPU") };
-            on_gpu.push((storage, *layout));
-        }
-        let Ok(on_gpu) = <[Part; 5]>::try_from(on_gpu) else { bail!("{NAME}: five tensors expected") };
-        let [dq, dk, dv] = match q.dtype() {
-            DType::F32 => self.backward::<f32>(on_gpu)?,
-            DType::BF16 => self.backward::<bf16>(on_gpu)?,
-            other => return Err(no_kernel(other)),
-        };
-        Ok((Some(dq), Some(dk), Some(dv)))
+        Ok([dq, dk, dv])
     }
 }

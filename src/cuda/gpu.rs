@@ -1,10 +1,15 @@
 //! The first GPU: as a device for tensors, and as the machine that the CUDA engine plays on.
 
+use std::fmt::Display;
 use std::sync::Arc;
 
 use candle_core::Device;
-use candle_core::cuda_backend::cudarc::driver::sys::{CUdevice_attribute_enum as Attribute, cudaError_enum as Code};
-use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DriverError};
+use candle_core::cuda_backend::cudarc::driver::sys::{
+    self, CUdevice_attribute_enum as Attribute, cudaError_enum as Code,
+};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaContext, CudaSlice, CudaStream, DevicePtr, DriverError, result,
+};
 
 use super::kernels::Kernels;
 use super::launch::{DecodeArgs, DecodeLimits, Launch, N_POINTERS};
@@ -23,7 +28,38 @@ pub struct NoDevice {
 /// Where there is none, no driver, or one too old.
 pub fn device() -> Result<Device, NoDevice> {
     // A CUDA error carries a stack trace; its first line says it all.
-    Device::new_cuda(0).map_err(|e| NoDevice { reason: e.to_string().lines().next().unwrap_or_default().to_string() })
+    let first_line = |e: &dyn Display| NoDevice { reason: e.to_string().lines().next().unwrap_or_default().to_string() };
+    let device = Device::new_cuda_with_stream(0).map_err(|e| first_line(&e))?;
+    if let Device::Cuda(device) = &device {
+        let stream = device.cuda_stream();
+        let context = stream.context();
+        // SAFETY: a tensor is used on this one stream only, in whose order everything happens to it. Events would tell other streams,
+        // two for every tensor.
+        unsafe { context.disable_event_tracking() };
+        keep_memory(context).map_err(|e| first_line(&e))?;
+    }
+    Ok(device)
+}
+
+/// [`device`] for training: products of f32 matrices may round their factors to 10 bits (TF32), ten times as fast.
+///
+/// # Errors
+/// Likewise.
+pub fn training_device() -> Result<Device, NoDevice> {
+    let device = device()?;
+    candle_core::cuda::set_gemm_reduced_precision_f32(true);
+    Ok(device)
+}
+
+/// Lets the driver keep memory that is freed: a training step frees and takes gigabytes.
+fn keep_memory(context: &CudaContext) -> Result<(), DriverError> {
+    let mut most = u64::MAX;
+    // SAFETY: the pool is the device's own, and the attribute takes a 64-bit number, which is copied.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device())?;
+        let threshold = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        sys::cuMemPoolSetAttribute(pool, threshold, (&raw mut most).cast()).result()
+    }
 }
 
 /// The first GPU, for the CUDA engine.

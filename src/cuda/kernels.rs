@@ -12,8 +12,9 @@ use candle_core::cuda_backend::cudarc::driver::{CudaModule, CudaStream, DeviceRe
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 
 use super::launch::{
-    AttentionArgs, ColumnSumsArgs, CrossEntropyArgs, DecodeArgs, Launch, LevinsonArgs, MixtureNllArgs,
-    PastAutocorrelationArgs, PlannedAutocorrelationArgs, PredictArgs, RmsNormArgs, SwigluArgs,
+    AdamwArgs, AttentionArgs, ColumnSumsArgs, CrossEntropyArgs, DecodeArgs, GatherArgs, Launch, LevinsonArgs,
+    MixtureNllArgs, PastAutocorrelationArgs, PlannedAutocorrelationArgs, PredictArgs, RmsNormArgs, SplitHeadsArgs,
+    SwigluArgs,
 };
 
 /// Machine code for sm_90a and PTX, made by kernels/build.rs.
@@ -39,6 +40,9 @@ passed_by_value!(
     SwigluArgs,
     CrossEntropyArgs,
     MixtureNllArgs,
+    SplitHeadsArgs,
+    GatherArgs,
+    AdamwArgs,
     DecodeArgs
 );
 

@@ -114,17 +114,34 @@ impl Excerpt {
         self.past_codes.len()
     }
 
-    /// As a batch of one.
+    /// As a batch of one, on the CPU.
     pub fn inputs(&self) -> candle_core::Result<WaveInputs> {
-        let device = &Device::Cpu;
-        let time = self.past_codes.len();
-        let frames = time / self.hop + PLAN_FRAMES - 1;
+        Self::batch(std::slice::from_ref(self), &Device::Cpu)
+    }
+
+    /// Excerpts of the same length, for a model on `device`.
+    pub fn batch(excerpts: &[Self], device: &Device) -> candle_core::Result<WaveInputs> {
+        let n = excerpts.len();
+        let joined = |part: fn(&Self) -> &[f32], dims: (usize, usize)| {
+            let values: Vec<f32> = excerpts.iter().flat_map(part).copied().collect();
+            Tensor::from_vec(values, (n, dims.0, dims.1), device)
+        };
+        let codes = |part: fn(&Self) -> &[u32]| {
+            let codes: Vec<u32> = excerpts.iter().flat_map(part).copied().collect();
+            Tensor::from_vec(codes, (n, ()), &Device::Cpu)
+        };
+        let (time, hop) = excerpts.first().map_or((0, 1), |first| (first.n_samples(), first.hop));
+        if excerpts.iter().any(|excerpt| excerpt.n_samples() != time) {
+            candle_core::bail!("a batch of excerpts that differ in length");
+        }
+        let frames = time / hop + PLAN_FRAMES - 1;
+        let n_bands = excerpts.first().map_or(0, |first| first.plan.len()) / frames.max(1);
         Ok(WaveInputs {
-            tokens: Tensor::from_slice(&self.tokens, (1, self.tokens.len()), device)?,
-            features: Tensor::from_slice(&self.features, (1, time, N_FEATURES), device)?,
-            past_codes: Tensor::from_slice(&self.past_codes, (1, time), device)?,
-            residual_codes: Tensor::from_slice(&self.residual_codes[..time], (1, time), device)?,
-            plan: Tensor::from_slice(&self.plan, (1, frames, self.plan.len() / frames.max(1)), device)?,
+            tokens: codes(|e| &e.tokens)?,
+            features: joined(|e| &e.features, (time, N_FEATURES))?,
+            past_codes: codes(|e| &e.past_codes)?,
+            residual_codes: codes(|e| &e.residual_codes[..e.n_samples()])?,
+            plan: joined(|e| &e.plan, (frames, n_bands))?,
         })
     }
 }

@@ -5,7 +5,7 @@
 use candle_core::{Result, Tensor};
 
 use super::config::N_FORECASTS;
-use super::ops::FUSED;
+use super::ops;
 use crate::codec::{Codec, Token};
 use crate::sampler::unit_scale;
 
@@ -22,6 +22,18 @@ pub struct Targets {
 }
 
 impl Targets {
+    /// Of several excerpts, one after the other.
+    pub fn joined<'a>(all: impl Iterator<Item = &'a Self>) -> Self {
+        let mut joined = Self::default();
+        for targets in all {
+            joined.forecasts.extend(&targets.forecasts);
+            joined.units.extend(&targets.units);
+            joined.low.extend(&targets.low);
+            joined.high.extend(&targets.high);
+        }
+        joined
+    }
+
     /// Appends one sample.
     pub fn push(&mut self, token: Token, forecasts: [f32; N_FORECASTS], log_scale: f32, codec: &Codec) {
         self.forecasts.extend(forecasts);
@@ -36,5 +48,5 @@ pub(super) const LEAST_BIN: f32 = 1e-6;
 
 /// Head outputs `[..., 3 * n_components]` of n samples -> -ln P(token), `[n]`, in nats.
 pub fn nll(head: &Tensor, targets: &Targets) -> Result<Tensor> {
-    (FUSED.nll)(head, targets)
+    (ops::of(head.device()).nll)(head, targets)
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::ops::{FUSED, Ops, PLAIN};
+use super::ops::{self, FUSED, Ops, PLAIN};
 use crate::rng::Rng;
 
 /// How a new tensor begins.
@@ -48,17 +48,32 @@ pub struct Params {
     source: Source,
     prefix: Vec<String>,
     ops: &'static Ops,
+    device: Device,
 }
 
 impl Params {
     /// New trainable tensors, a pure function of `seed`.
     pub fn new(seed: u64) -> Self {
-        Self { source: Source::New { rng: Rng::new(seed), vars: BTreeMap::new() }, prefix: Vec::new(), ops: &FUSED }
+        Self::from(Source::New { rng: Rng::new(seed), vars: BTreeMap::new() })
     }
 
     /// The tensors of a checkpoint.
     pub fn stored(tensors: BTreeMap<String, Tensor>) -> Self {
-        Self { source: Source::Stored { tensors }, prefix: Vec::new(), ops: &FUSED }
+        Self::from(Source::Stored { tensors })
+    }
+
+    fn from(source: Source) -> Self {
+        Self { source, prefix: Vec::new(), ops: &FUSED, device: Device::Cpu }
+    }
+
+    /// New tensors lie on this device, and the model that is built computes there.
+    pub fn on(self, device: &Device) -> Self {
+        Self { ops: ops::of(device), device: device.clone(), ..self }
+    }
+
+    /// Where the model that is built computes.
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// The model that is built computes by [`PLAIN`], for comparisons.
@@ -73,7 +88,7 @@ impl Params {
 
     /// No tensors, only a check that those of a checkpoint have the model's names and `shapes`.
     pub fn check(shapes: BTreeMap<String, Vec<usize>>) -> Self {
-        Self { source: Source::Shapes { shapes }, prefix: Vec::new(), ops: &FUSED }
+        Self::from(Source::Shapes { shapes })
     }
 
     /// Runs `build` with `name` added to the prefix.
@@ -93,7 +108,7 @@ impl Params {
         path.push_str(name);
         match &mut self.source {
             Source::New { rng, vars } => {
-                let var = Var::from_tensor(&Tensor::from_vec(initial(init, shape, rng), shape, &Device::Cpu)?)?;
+                let var = Var::from_tensor(&Tensor::from_vec(initial(init, shape, rng), shape, &self.device)?)?;
                 let tensor = var.as_tensor().clone();
                 vars.insert(path, var);
                 Ok(tensor)

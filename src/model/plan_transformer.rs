@@ -1,6 +1,6 @@
 //! The plan transformer: a causal language model over plan frames; the tokens of a frame come one after the other.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 
 use super::block::{Block, KvCache, Linear, RmsNorm};
 use super::config::{ModelConfig, PlanTransformerConfig};
@@ -51,7 +51,12 @@ impl PlanTransformer {
         })
     }
 
-    /// Tokens `[batch, frames, n_codebooks]` (u32) and centred decoded bands `[batch, frames, n_bands]` -> `[batch,
+    /// Where it computes.
+    pub fn device(&self) -> &Device {
+        self.norm.gain.device()
+    }
+
+    /// Tokens `[batch, frames, n_codebooks]` (u32, on the CPU) and centred decoded bands `[batch, frames, n_bands]` -> `[batch,
     /// frames, dim]`.
     fn embed(&self, tokens: &Tensor, bands: &Tensor) -> Result<Tensor> {
         let table = (Tensor::cat(&self.embeddings, 0)? * 0.5)?;

@@ -4,7 +4,7 @@
 //! Tier i makes one step per `hop_i` samples, sees the samples before its step and the plan frame that it lies in, and
 //! hands a vector per sub-step down to tier i + 1. The last tier has hop 1 and feeds the mixture head.
 
-use candle_core::{D, Device, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 
 use super::block::{Block, KvCache, Linear, RmsNorm, matrix};
 use super::config::{ModelConfig, WaveTransformerConfig};
@@ -43,7 +43,7 @@ pub struct WaveTransformer {
     ops: &'static Ops,
 }
 
-/// Inputs of a batch of excerpts; all tokens are u32.
+/// Inputs of a batch of excerpts; all tokens are u32 and lie on the CPU, the others where the model computes.
 pub struct WaveInputs {
     /// `[batch, history + time]`: [`WaveTransformer::history`] tokens before the excerpt, then its own.
     pub tokens: Tensor,
@@ -136,7 +136,7 @@ impl WaveTransformer {
             plan_hop: config.plan.hop,
             silence: config.codec.silence(),
             token_embedding: params.get("token_embedding", &[levels, wave.token_dim], Init::Normal(0.3))?,
-            token_values: token_values(&config.codec)?,
+            token_values: token_values(&config.codec)?.to_device(params.device())?,
             plan_mlp: [
                 biased(params, "plan_mlp.0", PLAN_FRAMES * n_bands, wave.plan_dim)?,
                 biased(params, "plan_mlp.1", wave.plan_dim, wave.plan_dim)?,
@@ -171,6 +171,11 @@ impl WaveTransformer {
     /// Tokens before a step that some tier reads.
     pub fn history(&self) -> usize {
         self.config.history()
+    }
+
+    /// Where it computes.
+    pub fn device(&self) -> &Device {
+        self.token_embedding.device()
     }
 
     fn token_table(&self) -> Result<Tensor> {
@@ -261,8 +266,10 @@ impl WaveTransformer {
             }
             let mut z = spread(&common, steps)?;
             if tier.hop > 1 {
-                let codes = inputs.tokens.narrow(1, self.history() - tier.hop, time)?.flatten_all()?;
-                let seen = self.token_table()?.index_select(&codes, 0)?.reshape((batch, steps, ()))?;
+                let codes = inputs.tokens.narrow(1, self.history() - tier.hop, time)?.flatten_all()?.to_vec1()?;
+                let table = self.token_table()?;
+                let nothing = Tensor::zeros((codes.len(), table.dim(1)?), DType::F32, table.device())?;
+                let seen = gather_add(&nothing, &table, &codes)?.reshape((batch, steps, ()))?;
                 z = add_linear(&z, &seen, &tier.input)?;
             } else {
                 z = gather_add(&z, &self.code_table(&tier.input)?, &self.codes(inputs)?)?;

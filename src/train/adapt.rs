@@ -196,7 +196,7 @@ fn adapt_to(
         seed: settings.seed,
         end: End::of(settings.budget, begun, PLAN_SHARE),
         draw: &|rng| plan::draw(data, quantizer, &config.plan_transformer, 0.0, rng),
-        loss: &|(tokens, bands, mask)| model.plan.nll(tokens, bands, mask.as_ref())?.mean_all(),
+        loss: &|context| plan::nll(&model.plan, std::slice::from_ref(context))?.mean_all(),
         judge: &|workers| {
             let scored = workers.map(&judged, |tail| {
                 let frames = tail.first.saturating_sub(plan::CONTEXT)..tail.end().min(tail.first + plan::CONTEXT);
@@ -224,10 +224,11 @@ fn adapt_to(
         seed: settings.seed,
         end: if going.is_break() { End::Steps(0) } else { End::of(settings.budget, begun, 1.0) },
         draw: &|rng| maker.draw(rng),
-        loss: &|excerpt| wave::nll(&model.wave, excerpt)?.mean_all(),
+        loss: &|excerpt| wave::nll(&model.wave, std::slice::from_ref(excerpt))?.mean_all(),
         judge: &|workers| {
             let means = workers.map(&tail_excerpts, |excerpt: &Excerpt| {
-                let scored = wave::nll(&model.wave, excerpt)?.narrow(0, warm, excerpt.n_samples() - warm)?;
+                let scored = wave::nll(&model.wave, std::slice::from_ref(excerpt))?;
+                let scored = scored.narrow(0, warm, excerpt.n_samples() - warm)?;
                 Ok(f64::from(scored.mean_all()?.to_scalar::<f32>()?))
             })?;
             Ok(means.iter().sum::<f64>() / means.len().max(1) as f64)
@@ -407,7 +408,7 @@ impl<T> Study<'_, T> {
                 stale += 1;
                 if judged < best {
                     (best, stale) = (judged, 0);
-                    weights = optimizer.averages().map(|(name, average)| (name.clone(), average)).collect();
+                    weights = optimizer.averages()?.into_iter().collect();
                 }
                 if observe(AdaptEvent::Judged { part, step: steps, bits: judged / LN_2 }).is_break() {
                     going = ControlFlow::Break(());
@@ -430,7 +431,7 @@ impl<T> Study<'_, T> {
         let mut nats = 0.0;
         for (loss, gradients) in results {
             nats += loss / BATCH as f64;
-            optimizer.add(&gradients)?;
+            optimizer.add(&gradients, 1)?;
         }
         let rate = self.learning_rate * ((steps + 1) as f64 / WARM_UP as f64).min(1.0);
         Ok((nats, optimizer.step(rate, nats.is_finite())?))

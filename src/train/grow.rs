@@ -218,7 +218,7 @@ mod tests {
                 let sums = sizes.entry(name).or_insert_with(|| vec![0.0; gradient.len()]);
                 sums.iter_mut().zip(gradient).for_each(|(sum, g): (_, f32)| *sum += g.abs());
             }
-            optimizer.add(&gradients).unwrap();
+            optimizer.add(&gradients, 1).unwrap();
             optimizer.step(1e-3, true).unwrap();
         }
         for (name, sizes) in sizes {

@@ -39,8 +39,8 @@ pub struct Lesson<'a, T> {
     pub validate_every: usize,
     /// The item that a generator draws; every item has a generator of its own.
     pub draw: &'a (dyn Fn(&mut Rng) -> Result<T, TrainError> + Sync),
-    /// Mean loss of an item in nats per unit, a scalar.
-    pub loss: &'a (dyn Fn(&T) -> candle_core::Result<Tensor> + Sync),
+    /// Mean loss of items in nats per unit, a scalar.
+    pub loss: &'a (dyn Fn(&[T]) -> candle_core::Result<Tensor> + Sync),
     /// Units (frames, samples) of an item.
     pub units: fn(&T) -> usize,
     /// On held-out pieces, under the averaged weights.
@@ -63,8 +63,12 @@ impl<T: Send + Sync> Lesson<'_, T> {
         // Drawn ahead on threads of their own; which item is which depends on the seed and its number alone. One of every
         // `size` items is this rank's.
         let (size, first) = (group.size(), group.next_mine(progress.step * self.batch));
-        let feeders = lone_threads(settings.threads.div_ceil(FED_BY_ONE))?;
-        let most = 2 * self.batch.div_ceil(size).min(settings.threads.max(1));
+        // A GPU computes, and all threads draw for it.
+        let (n_feeders, most) = match settings.device.is_cpu() {
+            true => (settings.threads.div_ceil(FED_BY_ONE), 2 * self.batch.div_ceil(size).min(settings.threads.max(1))),
+            false => (settings.threads, 2 * self.batch.div_ceil(size)),
+        };
+        let feeders = lone_threads(n_feeders)?;
         let (draw, seed) = (self.draw, settings.seed);
         let make = |n| draw(&mut generator(seed, part, first + n * size));
         ahead(&feeders, most, 0..usize::MAX, make, |next| self.learn(run, optimizer, progress, next))
@@ -79,7 +83,8 @@ impl<T: Send + Sync> Lesson<'_, T> {
         next: &mut Next<T>,
     ) -> Result<ControlFlow<()>, TrainError> {
         let (part, settings, folder, group) = (self.part, run.settings, run.folder, run.group);
-        let workers = Workers::new(settings.threads)?;
+        // One thread tells a GPU what to do.
+        let workers = Workers::new(if settings.device.is_cpu() { settings.threads } else { 1 })?;
         let mut clock = Clock::resume(settings.budget, settings.schedule, settings.share(part), &progress);
         let (mut saved, mut begun_at) = (Instant::now(), (progress.units, clock.elapsed()));
         let mut going = ControlFlow::Continue(());
@@ -140,7 +145,8 @@ impl<T: Send + Sync> Lesson<'_, T> {
 
     /// One step by the mean gradient of a batch over all ranks; gives its bits per unit and the gradient's norm.
     ///
-    /// Only as many items as there are threads are in memory at a time.
+    /// On the CPU each thread computes the loss of one item at a time, and only so many are in memory; a GPU that of all
+    /// together.
     fn step(
         &self,
         run: &Run,
@@ -150,29 +156,35 @@ impl<T: Send + Sync> Lesson<'_, T> {
         next: &mut Next<T>,
         learning_rate: f64,
     ) -> Result<(f64, f64), TrainError> {
-        let (group, threads) = (run.group, run.settings.threads.max(1));
+        let (group, settings) = (run.group, run.settings);
+        let (at_once, together) = match settings.device.is_cpu() {
+            true => (settings.threads.max(1), 1),
+            false => (self.batch, self.batch),
+        };
         let first = progress.step * self.batch;
         let (mut nats, mut units) = (0.0, 0);
         let mut left = group.mine(first..first + self.batch).len();
         while left > 0 {
-            let items: Vec<T> = std::iter::from_fn(&mut *next).take(left.min(threads)).collect::<Result<_, _>>()?;
+            let items: Vec<T> = std::iter::from_fn(&mut *next).take(left.min(at_once)).collect::<Result<_, _>>()?;
             if items.is_empty() {
                 return Err(TrainError::NoItems);
             }
             left -= items.len();
-            let results = workers.map(&items, |item| {
-                let loss = (self.loss)(item)?;
-                Ok(((self.units)(item), loss.to_scalar::<f32>()?, loss.backward()?))
+            let chunks: Vec<&[T]> = items.chunks(together).collect();
+            let results = workers.map(&chunks, |items| {
+                let loss = (self.loss)(items)?;
+                let gradients = loss.backward()?;
+                Ok((items.len(), items.iter().map(self.units).sum::<usize>(), loss.to_scalar::<f32>()?, gradients))
             })?;
-            for (n, loss, gradients) in results {
-                units += n;
-                nats += f64::from(loss);
-                optimizer.add(&gradients)?;
+            for (n, n_units, loss, gradients) in results {
+                units += n_units;
+                nats += n as f64 * f64::from(loss);
+                optimizer.add(&gradients, n)?;
             }
         }
         let mut sums = [nats, units as f64];
         group.sum_f64(&mut sums);
-        optimizer.all_sum(group);
+        optimizer.all_sum(group)?;
         progress.units += sums[1] as u64;
         let bits = sums[0] / self.batch as f64 / LN_2;
         let norm = optimizer.step(learning_rate, bits.is_finite())?;

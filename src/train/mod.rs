@@ -24,6 +24,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use candle_core::Device;
 use serde::Serialize;
 
 use crate::checkpoint::{Checkpoint, CheckpointError, Precision};
@@ -105,6 +106,8 @@ pub struct TrainSettings {
     pub precision: Precision,
     pub budget: Budget,
     pub seed: u64,
+    /// What computes: the CPU or a GPU (feature `cuda`), which the threads then draw excerpts for.
+    pub device: Device,
     /// Worker threads; each computes its share of every batch.
     pub threads: usize,
     /// Contexts or excerpts per step, over all processes.
@@ -327,7 +330,7 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
     checkpoint.notes.extend(settings.notes.clone());
     let error_db = data.encode_plans(&checkpoint.quantizer)?;
     let _ = observe(TrainEvent::Codebooks { error_db });
-    let mut params = Params::new(settings.seed);
+    let mut params = Params::new(settings.seed).on(&settings.device);
     let model = Model::new(&mut params, config, spectrum.n_bands())?;
     let vars = params.into_vars();
     let quantizer = checkpoint.quantizer.clone();
@@ -361,7 +364,7 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
             Part::Plan => plan::train(&mut run, &mut optimizer)?,
             Part::Wave => wave::train(&mut run, &mut optimizer)?,
         };
-        checkpoint.take(&optimizer);
+        checkpoint.take(&optimizer)?;
         if going.is_break() {
             break;
         }
@@ -434,8 +437,9 @@ fn compare(group: &dyn Group, identity: &Identity) -> Result<(), TrainError> {
 }
 
 impl Checkpoint {
-    fn take(&mut self, optimizer: &AdamW) {
-        self.weights.extend(optimizer.averages().map(|(name, average)| (name.clone(), average)));
+    fn take(&mut self, optimizer: &AdamW) -> Result<(), TrainError> {
+        self.weights.extend(optimizer.averages()?);
+        Ok(())
     }
 }
 
@@ -453,7 +457,7 @@ pub struct Keeper<'a> {
 impl Keeper<'_> {
     /// Takes the averaged weights, which are the best so far; rank 0 writes the model.
     pub fn keep(&mut self, optimizer: &AdamW) -> Result<(), TrainError> {
-        self.checkpoint.take(optimizer);
+        self.checkpoint.take(optimizer)?;
         match self.group.is_first() {
             true => Ok(self.checkpoint.save(&self.settings.output, self.settings.precision)?),
             false => Ok(()),
@@ -474,7 +478,7 @@ impl Keeper<'_> {
         let Some(watch) = self.watch else { return Ok(None) };
         watch.draw_losses(self.plan, self.wave)?;
         let mut now = self.checkpoint.clone();
-        now.take(optimizer);
+        now.take(optimizer)?;
         watch.listen(&now, part, step)
     }
 }

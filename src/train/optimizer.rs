@@ -1,10 +1,11 @@
-//! AdamW (Loshchilov and Hutter, 2019) with clipping by global norm and a moving average of the weights, on plain slices.
+//! AdamW (Loshchilov and Hutter, 2019) with clipping by global norm and a moving average of the weights: on plain slices, or
+//! where the weights are on a GPU, by its kernel.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Tensor, Var};
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Tensor, Var};
 use ndarray::{ArrayD, IxDyn};
 use rayon::prelude::*;
 
@@ -20,15 +21,57 @@ const MAX_NORM: f64 = 1.0;
 /// Share of the average that a step keeps, once it has seen enough steps.
 const AVERAGE: f64 = 0.998;
 
-/// One tensor of weights and what the optimizer keeps of it; all slices are row-major and as long as the tensor.
+/// One tensor of weights and what the optimizer keeps of it, where they are.
 struct Slot {
     var: Var,
     decays: bool,
     /// Sum over the items seen since the last step.
-    gradient: Vec<f32>,
-    mean: Vec<f32>,
-    square: Vec<f32>,
-    average: Vec<f32>,
+    gradient: Kept,
+    mean: Kept,
+    square: Kept,
+    average: Kept,
+}
+
+/// As many values as a tensor of weights has, row-major.
+enum Kept {
+    Host(Vec<f32>),
+    /// f32, contiguous.
+    Gpu(Tensor),
+}
+
+impl Kept {
+    /// The values of a tensor.
+    fn of(tensor: &Tensor) -> Result<Self> {
+        let flat = tensor.flatten_all()?;
+        Ok(if tensor.device().is_cpu() { Self::Host(flat.to_vec1()?) } else { Self::Gpu(flat.copy()?) })
+    }
+
+    fn zeros(like: &Tensor) -> Result<Self> {
+        Self::of(&Tensor::zeros(like.elem_count(), DType::F32, like.device())?)
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::Host(values) => values.len(),
+            Self::Gpu(values) => values.elem_count(),
+        }
+    }
+
+    fn to_vec(&self) -> Result<Vec<f32>> {
+        match self {
+            Self::Host(values) => Ok(values.clone()),
+            Self::Gpu(values) => values.to_vec1(),
+        }
+    }
+
+    /// Takes other values, as many.
+    fn set(&mut self, to: Vec<f32>) -> Result<()> {
+        match self {
+            Self::Host(values) => *values = to,
+            Self::Gpu(values) => *values = Tensor::from_vec(to, values.elem_count(), values.device())?,
+        }
+        Ok(())
+    }
 }
 
 /// Weights with their optimizer state, by name.
@@ -51,11 +94,10 @@ impl AdamW {
         let slots = vars
             .into_iter()
             .map(|(name, var)| {
-                let n = var.elem_count();
                 let decays = var.rank() > 1 && name.ends_with(".weight");
-                let average = var.flatten_all()?.to_vec1()?;
-                let zeros = || vec![0.0; n];
-                Ok((name, Slot { var, decays, gradient: zeros(), mean: zeros(), square: zeros(), average }))
+                let average = Kept::of(&var)?;
+                let [gradient, mean, square] = [Kept::zeros(&var)?, Kept::zeros(&var)?, Kept::zeros(&var)?];
+                Ok((name, Slot { var, decays, gradient, mean, square, average }))
             })
             .collect::<Result<_>>()?;
         Ok(Self { slots, step: 0, items: 0 })
@@ -67,56 +109,75 @@ impl AdamW {
     }
 
     /// The averaged weights, by name.
-    pub fn averages(&self) -> impl Iterator<Item = (&String, ArrayD<f32>)> {
-        self.slots.iter().map(|(name, slot)| {
-            let average = ArrayD::from_shape_vec(IxDyn(slot.var.dims()), slot.average.clone());
-            (name, average.unwrap_or_default())
-        })
+    pub fn averages(&self) -> Result<Vec<(String, ArrayD<f32>)>> {
+        let average = |(name, slot): (&String, &Slot)| {
+            let average = ArrayD::from_shape_vec(IxDyn(slot.var.dims()), slot.average.to_vec()?);
+            Ok((name.clone(), average.map_err(candle_core::Error::wrap)?))
+        };
+        self.slots.iter().map(average).collect()
     }
 
-    /// Adds an item's gradients to those of the coming step.
-    pub fn add(&mut self, gradients: &GradStore) -> Result<()> {
-        self.items += 1;
+    /// Adds the gradients of the mean loss of `n` items to those of the coming step.
+    pub fn add(&mut self, gradients: &GradStore, n: usize) -> Result<()> {
+        self.items += n;
         self.slots.par_iter_mut().try_for_each(|(_, slot)| {
             let Some(gradient) = gradients.get(slot.var.as_tensor()) else { return Ok(()) };
-            let gradient = gradient.flatten_all()?.contiguous()?;
-            let (storage, layout) = gradient.storage_and_layout();
-            let candle_core::Storage::Cpu(storage) = &*storage else {
-                candle_core::bail!("a gradient is not on the CPU");
-            };
-            let values = &storage.as_slice::<f32>()?[layout.start_offset()..][..slot.gradient.len()];
-            slot.gradient.iter_mut().zip(values).for_each(|(sum, g)| *sum += g);
-            Ok(())
+            slot.add(&gradient.flatten_all()?.contiguous()?, n)
         })
     }
 
     /// Adds up what all ranks have added since the last step, all gradients in one exchange.
-    pub fn all_sum(&mut self, group: &dyn Group) {
+    pub fn all_sum(&mut self, group: &dyn Group) -> Result<()> {
         if group.size() == 1 {
-            return;
+            return Ok(());
         }
-        let gradients = self.slots.values().flat_map(|slot| &slot.gradient).copied();
+        let gradients = self.slots.values().map(|slot| slot.gradient.to_vec()).collect::<Result<Vec<_>>>()?;
+        let mut flat = gradients.concat();
         // Numbers of items are whole and far below 2^24.
-        let mut flat: Vec<f32> = gradients.chain([self.items as f32]).collect();
+        flat.push(self.items as f32);
         group.sum_f32(&mut flat);
         let mut rest = &flat[..];
         for slot in self.slots.values_mut() {
             let (sums, others) = rest.split_at(slot.gradient.len());
-            slot.gradient.copy_from_slice(sums);
+            slot.gradient.set(sums.to_vec())?;
             rest = others;
         }
         self.items = rest[0] as usize;
+        Ok(())
+    }
+
+    /// Sum of squares of all gradients.
+    fn power(&self) -> Result<f64> {
+        let on_gpu: Vec<Tensor> = self
+            .slots
+            .values()
+            .filter_map(|slot| match &slot.gradient {
+                Kept::Gpu(gradient) => Some(gradient.sqr().and_then(|squares| squares.sum_all())),
+                Kept::Host(_) => None,
+            })
+            .collect::<Result<_>>()?;
+        if !on_gpu.is_empty() {
+            return Ok(Tensor::stack(&on_gpu, 0)?.to_vec1::<f32>()?.into_iter().map(f64::from).sum());
+        }
+        let powers: Vec<f64> = self
+            .slots
+            .par_iter()
+            .map(|(_, slot)| match &slot.gradient {
+                Kept::Host(gradient) => power(gradient),
+                Kept::Gpu(_) => 0.0,
+            })
+            .collect();
+        Ok(powers.iter().sum())
     }
 
     /// One step by the mean of the gradients added since the last one. Returns their norm before clipping; if that is
     /// not finite, or `usable` is false, nothing changes but that they are forgotten.
     pub fn step(&mut self, learning_rate: f64, usable: bool) -> Result<f64> {
         let share = 1.0 / self.items.max(1) as f64;
-        let powers: Vec<f64> = self.slots.par_iter().map(|(_, slot)| power(&slot.gradient)).collect();
-        let norm = powers.iter().sum::<f64>().sqrt() * share;
+        let norm = self.power()?.sqrt() * share;
         self.items = 0;
         if !usable || !norm.is_finite() {
-            self.slots.values_mut().for_each(|slot| slot.gradient.fill(0.0));
+            self.slots.values_mut().try_for_each(Slot::forget)?;
             return Ok(norm);
         }
         self.step += 1;
@@ -136,9 +197,14 @@ impl AdamW {
 
     /// Exchanges the weights and their averages, for an evaluation of the averages.
     pub fn swap(&mut self) -> Result<()> {
-        self.slots.par_iter_mut().try_for_each(|(_, slot)| {
-            let average = &mut slot.average;
-            in_place(&slot.var, |weights| weights.swap_with_slice(average))
+        self.slots.par_iter_mut().try_for_each(|(_, slot)| match &mut slot.average {
+            Kept::Host(average) => in_place(&slot.var, |weights| weights.swap_with_slice(average)),
+            Kept::Gpu(average) => {
+                let weights = slot.var.flatten_all()?.copy()?;
+                slot.var.set(&average.reshape(slot.var.shape())?)?;
+                *average = weights;
+                Ok(())
+            }
         })
     }
 
@@ -147,7 +213,7 @@ impl AdamW {
         let mut entries = Vec::with_capacity(STATE.len() * self.slots.len());
         for (name, slot) in &self.slots {
             let weights = slot.var.flatten_all()?.to_vec1()?;
-            let contents = [weights, slot.mean.clone(), slot.square.clone(), slot.average.clone()];
+            let contents = [weights, slot.mean.to_vec()?, slot.square.to_vec()?, slot.average.to_vec()?];
             for (kind, values) in STATE.iter().zip(contents) {
                 entries.push((format!("{name}.{kind}"), slot.var.dims().to_vec(), values));
             }
@@ -172,8 +238,10 @@ impl AdamW {
             if [&weights, &mean, &square, &average].iter().any(|values| values.len() != slot.mean.len()) {
                 return Err(name.clone());
             }
-            in_place(&slot.var, |old| old.copy_from_slice(&weights)).map_err(|_| name.clone())?;
-            (slot.mean, slot.square, slot.average) = (mean, square, average);
+            slot.set_weights(weights).map_err(|_| name.clone())?;
+            for (kept, values) in [(&mut slot.mean, mean), (&mut slot.square, square), (&mut slot.average, average)] {
+                kept.set(values).map_err(|_| name.clone())?;
+            }
         }
         self.step = steps;
         Ok(())
@@ -186,43 +254,79 @@ impl AdamW {
     pub fn begin_from(&mut self, weights: &BTreeMap<String, ArrayD<f32>>) -> std::result::Result<(), String> {
         for (name, slot) in &mut self.slots {
             let given = weights.get(name).filter(|w| w.shape() == slot.var.dims()).ok_or_else(|| name.clone())?;
-            slot.average = given.iter().copied().collect();
-            let average = &slot.average;
-            in_place(&slot.var, |old| old.copy_from_slice(average)).map_err(|_| name.clone())?;
+            let given: Vec<f32> = given.iter().copied().collect();
+            slot.average.set(given.clone()).map_err(|_| name.clone())?;
+            slot.set_weights(given).map_err(|_| name.clone())?;
         }
         Ok(())
     }
 }
 
 /// Factors of one step, the same for every weight.
-struct Update {
+#[derive(Clone, Copy)]
+pub(crate) struct Update {
     /// On the summed gradient: mean over items, clipping.
-    gradient: f32,
+    pub gradient: f32,
     /// Learning rate over the first moment's correction.
-    rate: f32,
+    pub rate: f32,
     /// Second moment's correction.
-    square: f32,
+    pub square: f32,
     /// What decay leaves of a weight.
-    decay: f32,
+    pub decay: f32,
     /// Share of the new weight in the average.
-    average: f32,
+    pub average: f32,
 }
 
 impl Slot {
+    /// Adds `n` times a gradient, flat and contiguous.
+    fn add(&mut self, gradient: &Tensor, n: usize) -> Result<()> {
+        match &mut self.gradient {
+            Kept::Gpu(sum) => *sum = (&*sum + (gradient * n as f64)?)?,
+            Kept::Host(sum) => {
+                let (storage, layout) = gradient.storage_and_layout();
+                let candle_core::Storage::Cpu(storage) = &*storage else {
+                    candle_core::bail!("a gradient is not on the CPU");
+                };
+                let values = &storage.as_slice::<f32>()?[layout.start_offset()..][..sum.len()];
+                sum.iter_mut().zip(values).for_each(|(sum, g)| *sum += n as f32 * g);
+            }
+        }
+        Ok(())
+    }
+
+    /// Leaves the gradient at zero.
+    fn forget(&mut self) -> Result<()> {
+        self.gradient.set(vec![0.0; self.gradient.len()])
+    }
+
+    fn set_weights(&self, to: Vec<f32>) -> Result<()> {
+        self.var.set(&Tensor::from_vec(to, self.var.shape(), self.var.device())?)
+    }
+
     /// One pass over weights, moments and average; leaves the gradient at zero.
     fn update(&mut self, factors: &Update) -> Result<()> {
-        let decay = if self.decays { factors.decay } else { 1.0 };
-        let moments = self.mean.iter_mut().zip(&mut self.square);
-        let rest = self.gradient.iter_mut().zip(&mut self.average).zip(moments);
-        in_place(&self.var, |weights| {
-            for (w, ((g, average), (mean, square))) in weights.iter_mut().zip(rest) {
-                let gradient = std::mem::take(g) * factors.gradient;
-                *mean += (1.0 - BETA_1) * (gradient - *mean);
-                *square += (1.0 - BETA_2) * (gradient * gradient - *square);
-                *w = *w * decay - factors.rate * *mean / ((*square * factors.square).sqrt() + EPSILON);
-                *average += factors.average * (*w - *average);
+        let by = Update { decay: if self.decays { factors.decay } else { 1.0 }, ..*factors };
+        match (&mut self.gradient, &mut self.mean, &mut self.square, &mut self.average) {
+            (Kept::Host(gradient), Kept::Host(mean), Kept::Host(square), Kept::Host(average)) => {
+                let rest = gradient.iter_mut().zip(average).zip(mean.iter_mut().zip(square));
+                in_place(&self.var, |weights| {
+                    for (w, ((g, average), (mean, square))) in weights.iter_mut().zip(rest) {
+                        let gradient = std::mem::take(g) * by.gradient;
+                        *mean += (1.0 - BETA_1) * (gradient - *mean);
+                        *square += (1.0 - BETA_2) * (gradient * gradient - *square);
+                        *w = *w * by.decay - by.rate * *mean / ((*square * by.square).sqrt() + EPSILON);
+                        *average += by.average * (*w - *average);
+                    }
+                })
             }
-        })
+            #[cfg(feature = "cuda")]
+            (Kept::Gpu(gradient), Kept::Gpu(mean), Kept::Gpu(square), Kept::Gpu(average)) => {
+                crate::cuda::adamw(&self.var, gradient, [mean, square, average], &by)?;
+                *gradient = gradient.zeros_like()?;
+                Ok(())
+            }
+            _ => candle_core::bail!("the optimizer's state is not where the weights are"),
+        }
     }
 }
 
@@ -282,7 +386,7 @@ mod tests {
         let x = var(&[3.0, -2.0]);
         let mut optimizer = AdamW::new([("x".to_owned(), x.clone())].into()).unwrap();
         for _ in 0..500 {
-            optimizer.add(&bowl(&x, &[1.0, 0.5])).unwrap();
+            optimizer.add(&bowl(&x, &[1.0, 0.5]), 1).unwrap();
             optimizer.step(0.05, true).unwrap();
         }
         let found = values(&x);
@@ -302,7 +406,7 @@ mod tests {
         let (mut mean, mut square, mut average, mut w) = ([0.0f64; 2], [0.0f64; 2], [1.0, -2.0], [1.0f64, -2.0]);
         for step in 1..=5 {
             let loss = matrix.as_tensor().sqr().unwrap().sum_all().unwrap();
-            optimizer.add(&loss.backward().unwrap()).unwrap();
+            optimizer.add(&loss.backward().unwrap(), 1).unwrap();
             let norm = optimizer.step(0.1, true).unwrap();
             let gradient = w.map(|w| 2.0 * w);
             let expected = (gradient[0].powi(2) + gradient[1].powi(2)).sqrt();
@@ -320,7 +424,7 @@ mod tests {
         let close = |got: f32, expected: f64| (f64::from(got) - expected).abs() < 1e-5;
         let got = matrix.as_tensor().flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert!(close(got[0], w[0]) && close(got[1], w[1]), "{got:?} {w:?}");
-        let (_, got) = optimizer.averages().next().unwrap();
+        let (_, got) = optimizer.averages().unwrap().remove(0);
         assert!(close(got[[0, 0]], average[0]) && close(got[[0, 1]], average[1]), "{got} {average:?}");
     }
 
@@ -332,9 +436,9 @@ mod tests {
         let mut accumulated = AdamW::new([("x".to_owned(), parts.clone())].into()).unwrap();
         for _ in 0..3 {
             let mean = [0, 1].map(|i| goals.iter().map(|goal| goal[i]).sum::<f32>() / 4.0);
-            whole.add(&bowl(&one, &mean)).unwrap();
+            whole.add(&bowl(&one, &mean), 1).unwrap();
             for goal in &goals {
-                accumulated.add(&bowl(&parts, goal)).unwrap();
+                accumulated.add(&bowl(&parts, goal), 1).unwrap();
             }
             let norms = [whole.step(0.1, true).unwrap(), accumulated.step(0.1, true).unwrap()];
             assert!((norms[0] - norms[1]).abs() < 1e-5, "{norms:?}");
@@ -348,13 +452,13 @@ mod tests {
         let x = var(&[1.0]);
         let mut optimizer = AdamW::new([("x".to_owned(), x.clone())].into()).unwrap();
         let loss = (x.as_tensor() * f64::NAN).unwrap().sum_all().unwrap();
-        optimizer.add(&loss.backward().unwrap()).unwrap();
+        optimizer.add(&loss.backward().unwrap(), 1).unwrap();
         assert!(optimizer.step(0.1, true).unwrap().is_nan());
-        optimizer.add(&bowl(&x, &[0.0])).unwrap();
+        optimizer.add(&bowl(&x, &[0.0]), 1).unwrap();
         optimizer.step(0.1, false).unwrap();
         assert_eq!((values(&x), optimizer.steps()), (vec![1.0], 0));
         // And nothing of it is left in the next step.
-        optimizer.add(&bowl(&x, &[0.0])).unwrap();
+        optimizer.add(&bowl(&x, &[0.0]), 1).unwrap();
         assert!((optimizer.step(0.1, true).unwrap() - 2.0).abs() < 1e-6);
     }
 
@@ -364,7 +468,7 @@ mod tests {
         let mut saved = AdamW::new([("x".to_owned(), a.clone())].into()).unwrap();
         let mut restored = AdamW::new([("x".to_owned(), b.clone())].into()).unwrap();
         let teach = |optimizer: &mut AdamW, x: &Var| {
-            optimizer.add(&bowl(x, &[1.0, 0.5])).unwrap();
+            optimizer.add(&bowl(x, &[1.0, 0.5]), 1).unwrap();
             optimizer.step(0.05, true).unwrap();
         };
         (0..7).for_each(|_| teach(&mut saved, &a));

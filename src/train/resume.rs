@@ -193,8 +193,9 @@ impl<'a> StateFolder<'a> {
             return Ok(());
         }
         let entries: Vec<Entry> = optimizer
-            .averages()
-            .map(|(name, array)| (name.clone(), array.shape().to_vec(), array.into_raw_vec_and_offset().0))
+            .averages()?
+            .into_iter()
+            .map(|(name, array)| (name, array.shape().to_vec(), array.into_raw_vec_and_offset().0))
             .collect();
         write_whole(&self.path.join(best_name(part)), &self.encode(&entries, "")?).map_err(|source| self.io(source))
     }
@@ -305,7 +306,7 @@ mod tests {
         let mut taken = optimizer(0.0);
         let folder = StateFolder::open(&Alone, &output, &identity("1"), false).unwrap();
         assert_eq!(folder.load(Part::Wave, &mut taken).unwrap().step, 12);
-        assert_eq!(taken.averages().next().unwrap().1[[0]], 12.0);
+        assert_eq!(taken.averages().unwrap()[0].1[[0]], 12.0);
         assert_eq!(folder.best(Part::Wave).unwrap()["x"][[0]], 99.0);
         assert_eq!(folder.load(Part::Plan, &mut taken).unwrap(), Progress::default());
         // A damaged file costs the steps since the one before it.

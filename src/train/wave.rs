@@ -13,7 +13,7 @@ use crate::codec::Token;
 use crate::forecast::{PastForecast, PlannedForecast};
 use crate::model::config::ModelConfig;
 use crate::model::excerpt::{Excerpt, Piece};
-use crate::model::head;
+use crate::model::head::{self, Targets};
 use crate::model::wave_transformer::WaveTransformer;
 use crate::plan::ResidualQuantizer;
 use crate::rng::Rng;
@@ -44,19 +44,19 @@ pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, Tr
     };
     let held_out = maker.held_out()?;
     let warm = WARM * config.plan.hop;
-    let nll = |excerpt: &Excerpt| nll(model, excerpt);
+    let nll = |excerpts: &[Excerpt]| nll(model, excerpts);
     let lesson = Lesson {
         part: Part::Wave,
         learning_rate: run.settings.wave_learning_rate,
         batch: run.settings.wave_batch,
         validate_every: VALIDATE,
         draw: &|rng| maker.draw(rng),
-        loss: &|excerpt| nll(excerpt)?.mean_all(),
+        loss: &|excerpts| nll(excerpts)?.mean_all(),
         units: Excerpt::n_samples,
         validate: &|workers, group| {
             let means = workers.map(&group.mine(0..held_out.len()), |&place| {
-                let excerpt = &held_out[place];
-                let scored = nll(excerpt)?.narrow(0, warm, excerpt.n_samples() - warm)?;
+                let excerpt = &held_out[place..=place];
+                let scored = nll(excerpt)?.narrow(0, warm, excerpt[0].n_samples() - warm)?;
                 Ok(f64::from(scored.mean_all()?.to_scalar::<f32>()?))
             })?;
             Ok((means.iter().sum(), means.len()))
@@ -65,9 +65,10 @@ pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, Tr
     lesson.teach(run, optimizer)
 }
 
-/// -ln P of an excerpt's samples, `[n_samples]`, in nats.
-pub(super) fn nll(model: &WaveTransformer, excerpt: &Excerpt) -> candle_core::Result<Tensor> {
-    head::nll(&model.forward(&excerpt.inputs()?)?, &excerpt.targets)
+/// -ln P of the samples of excerpts of the same length, one excerpt after the other, in nats.
+pub(super) fn nll(model: &WaveTransformer, excerpts: &[Excerpt]) -> candle_core::Result<Tensor> {
+    let targets = Targets::joined(excerpts.iter().map(|excerpt| &excerpt.targets));
+    head::nll(&model.forward(&Excerpt::batch(excerpts, model.device())?)?, &targets)
 }
 
 /// Makes excerpts of recordings.

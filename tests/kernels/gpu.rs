@@ -1,11 +1,20 @@
 //! Runs launches on the machine's GPU, and the tensor operations built on them.
 
+use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
 use candle_core::cuda_backend::cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr};
 use candle_core::{D, DType, Device, Tensor, Var};
 use wavegen::cuda::attention_window;
 use wavegen::cuda::kernels::Kernels;
+use wavegen::model::Model;
+use wavegen::model::config::ModelConfig;
+use wavegen::model::features::N_FEATURES;
+use wavegen::model::head::{self, Targets};
+use wavegen::model::params::Params;
+use wavegen::model::wave_transformer::{PLAN_FRAMES, WaveInputs};
+use wavegen::rng::Rng;
+use wavegen::train::optimizer::AdamW;
 
 use crate::launch::Launch;
 
@@ -100,4 +109,100 @@ fn attention_on_the_cpu_is_refused() {
     let x = Tensor::zeros((1, 1, 4, 32), DType::F32, &Device::Cpu).unwrap();
     let error = attention_window(&x, &x, &x, 4).unwrap_err().to_string();
     assert!(error.contains("the tensors are on the CPU"), "{error}");
+}
+
+/// Bits per sample and per frame, and the gradients of all weights, of a model on `device`.
+fn losses_and_gradients(config: &ModelConfig, device: &Device) -> ([f32; 2], BTreeMap<String, Vec<f32>>) {
+    let mut rng = Rng::new(3);
+    let (n_bands, frames, batch) = (148, 4, 3);
+    let time = frames * config.plan.hop;
+    let mut params = Params::new(1).on(device);
+    let model = Model::new(&mut params, config, n_bands).unwrap();
+    let vars = params.into_vars();
+    let mut normal = |shape: &[usize]| {
+        let values = (0..shape.iter().product()).map(|_| 0.1 * rng.normal()).collect();
+        Tensor::from_vec(values, shape, device).unwrap()
+    };
+    for var in vars.values() {
+        // Heads begin at zero, and no gradient passes them.
+        var.set(&(var.as_tensor() + normal(var.dims())).unwrap()).unwrap();
+    }
+    let features = normal(&[batch, time, N_FEATURES]);
+    let plan = normal(&[batch, PLAN_FRAMES - 1 + frames, n_bands]);
+    let (plan_bands, dropout) = (normal(&[batch, 70, n_bands]), normal(&[batch, 69, config.plan_transformer.dim]));
+    let mut codes = |shape: &[usize], below: usize| {
+        let values = (0..shape.iter().product()).map(|_| rng.below(below) as u32).collect();
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    };
+    let levels = config.codec.levels();
+    let inputs = WaveInputs {
+        tokens: codes(&[batch, model.wave.history() + time], levels),
+        features,
+        past_codes: codes(&[batch, time], levels),
+        residual_codes: codes(&[batch, time], levels),
+        plan,
+    };
+    let plan_tokens = codes(&[batch, 70, config.plan.n_codebooks], config.plan.n_entries);
+    let mut targets = Targets::default();
+    for _ in 0..batch * time {
+        let forecasts = [0.3 * rng.uniform(), -0.2 * rng.uniform()];
+        targets.push(rng.below(levels) as u16, forecasts, -3.0, &config.codec);
+    }
+    let wave = head::nll(&model.wave.forward(&inputs).unwrap(), &targets).unwrap().mean_all().unwrap();
+    let plan = model.plan.nll(&plan_tokens, &plan_bands, Some(&dropout)).unwrap().mean_all().unwrap();
+    let gradients = (&wave + &plan).unwrap().backward().unwrap();
+    let of = |var: &Var| gradients.get(var.as_tensor()).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+    let gradients = vars.iter().map(|(name, var)| (name.clone(), of(var))).collect();
+    ([wave, plan].map(|loss| loss.to_scalar().unwrap()), gradients)
+}
+
+#[test]
+fn models_on_the_gpu_have_the_losses_and_gradients_of_those_on_the_cpu() {
+    let Some(device) = device() else { return };
+    for preset in ["tiny", "base"] {
+        let config = ModelConfig::preset(preset).unwrap();
+        let (losses, gradients) = losses_and_gradients(&config, device);
+        let (expected_losses, expected) = losses_and_gradients(&config, &Device::Cpu);
+        for (a, b) in losses.iter().zip(expected_losses) {
+            assert!((a / b - 1.0).abs() < 1e-5, "{preset}: {losses:?} for {expected_losses:?}");
+        }
+        for (name, expected) in &expected {
+            let largest = expected.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+            for (a, b) in gradients[name].iter().zip(expected) {
+                assert!((a - b).abs() <= 2e-3 * largest, "{preset}, {name}: {a} for {b}, the largest is {largest}");
+            }
+        }
+        let again = losses_and_gradients(&config, device);
+        assert!(again == (losses, gradients), "{preset}: other bits the second time");
+    }
+}
+
+#[test]
+fn the_optimizer_steps_on_the_gpu_as_on_the_cpu() {
+    let Some(device) = device() else { return };
+    let weights_after = |device: &Device| {
+        let mut rng = Rng::new(4);
+        let mut draw = |rows: usize, columns: usize| {
+            let values: Vec<f32> = (0..rows * columns).map(|_| rng.normal()).collect();
+            Tensor::from_vec(values, (rows, columns), device).unwrap()
+        };
+        let var = Var::from_tensor(&draw(40, 30)).unwrap();
+        let mut optimizer = AdamW::new([("x.weight".to_owned(), var.clone())].into()).unwrap();
+        for i in 0..5 {
+            let goal = draw(40, 30);
+            for n in [1, 3] {
+                let loss = (var.as_tensor() - &goal).unwrap().sqr().unwrap().sum_all().unwrap();
+                optimizer.add(&loss.backward().unwrap(), n).unwrap();
+            }
+            // The third step changes nothing.
+            optimizer.step(0.05, i != 2).unwrap();
+        }
+        optimizer.swap().unwrap();
+        let averages = optimizer.averages().unwrap().remove(0).1.into_raw_vec_and_offset().0;
+        (var.flatten_all().unwrap().to_vec1::<f32>().unwrap(), averages)
+    };
+    let (got, expected) = (weights_after(device), weights_after(&Device::Cpu));
+    for (got, expected) in [(&got.0, &expected.0), (&got.1, &expected.1)] {
+        assert!(got.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-5), "{got:?} for {expected:?}");
+    }
 }

@@ -8,8 +8,8 @@ use wavegen::sampler::{MAX_LOG_SCALE, MAX_OFFSET};
 
 use crate::emulator::{Emulator, Schedule, close, from_bytes, named, normal, to_bytes, unwritten};
 use crate::launch::{
-    ColumnSumsArgs, CrossEntropyArgs, CrossEntropyShape, Element, LaunchError, MixtureNllArgs, MixtureShape, NormShape,
-    RmsNormArgs, SwigluArgs, SwigluShape,
+    AdamwArgs, ColumnSumsArgs, CrossEntropyArgs, CrossEntropyShape, Element, GatherArgs, GatherShape, HeadsShape,
+    LaunchError, MixtureNllArgs, MixtureShape, NormShape, RmsNormArgs, SplitHeadsArgs, SwigluArgs, SwigluShape, adamw,
 };
 
 const FILE: &str = "training.cu";
@@ -314,6 +314,143 @@ fn mixture_likelihood_equals_the_models() {
     let expected: Vec<f64> = expected.into_iter().map(f64::from).collect();
     let [nll, _] = mixtures.emulated(&emulator, Schedule::seeded(1)).unwrap();
     close("nll", &nll, &expected, 1e-4).unwrap();
+}
+
+// Queries, keys and values -------------------------------------------------------------------------------------------
+
+/// A vector, RMS-normalised and turned to a position.
+fn rotated(x: &[f64], position: usize) -> Vec<f64> {
+    let (n, half) = (rms_norm(x, None), x.len() / 2);
+    let turn = |i: usize| (position as f64 * 10_000f64.powf(-2.0 * i as f64 / x.len() as f64)).sin_cos();
+    let low = (0..half).map(|i| n[i] * turn(i).1 - n[i + half] * turn(i).0);
+    let high = (0..half).map(|i| n[i] * turn(i).0 + n[i + half] * turn(i).1);
+    low.chain(high).collect()
+}
+
+#[test]
+fn heads_are_split_normalised_and_rotated() {
+    let Some(emulator) = Emulator::of(FILE) else { return };
+    let mut rng = Rng::new(87);
+    for round in 0..8 {
+        let shape = HeadsShape {
+            batch: 1 + rng.below(3),
+            len: 1 + rng.below(7),
+            n_heads: 1 + rng.below(4),
+            head_dim: 2 * (1 + rng.below(48)),
+        };
+        let HeadsShape { batch, len, n_heads, head_dim } = shape;
+        let dim = n_heads * head_dim;
+        let qkv = normal(batch * len * 3 * dim, Element::F32, &mut rng);
+        let d: Vec<Vec<f64>> = (0..3).map(|_| normal(batch * len * dim, Element::F32, &mut rng)).collect();
+        let empty = |n| unwritten(n, Element::F32);
+        let wide = |x: &[f64]| to_bytes(x, Element::F32);
+        let mut buffers = [
+            wide(&qkv),
+            empty(batch * len * dim),
+            empty(batch * len * dim),
+            empty(batch * len * dim),
+            wide(&d[0]),
+            wide(&d[1]),
+            wide(&d[2]),
+            empty(qkv.len()),
+        ];
+        let args = shape.args().unwrap();
+        let args = SplitHeadsArgs { qkv: 1, q: 2, k: 3, v: 4, d_q: 5, d_k: 6, d_v: 7, d_qkv: 8, ..args };
+        for launch in [shape.forward(), shape.backward()] {
+            emulator.run(&launch, &args, 8, &mut buffers, Schedule::seeded(round)).unwrap();
+        }
+        let got = |i: usize| from_bytes(&buffers[i], Element::F32);
+        let mut expected = vec![vec![0.0; batch * len * dim]; 3];
+        let mut d_qkv = vec![0.0; qkv.len()];
+        for (row, part, head) in
+            (0..batch * len).flat_map(|row| (0..3).flat_map(move |p| (0..n_heads).map(move |h| (row, p, h))))
+        {
+            let from = row * 3 * dim + part * dim + head * head_dim;
+            let to = (((row / len) * n_heads + head) * len + row % len) * head_dim;
+            let (x, d) = (&qkv[from..from + head_dim], &d[part][to..to + head_dim]);
+            let of = |x: &[f64]| if part < 2 { rotated(x, row % len) } else { x.to_vec() };
+            expected[part][to..to + head_dim].copy_from_slice(&of(x));
+            d_qkv[from..from + head_dim].copy_from_slice(&slopes(x, |x| dot(&of(x), d)));
+        }
+        for (i, expected) in expected.iter().enumerate() {
+            close("q, k, v", &got(1 + i), expected, 2e-5).unwrap_or_else(|e| panic!("{shape:?}, {i}: {e}"));
+        }
+        close("d_qkv", &got(7), &d_qkv, 2e-5).unwrap_or_else(|e| panic!("{shape:?}: {e}"));
+    }
+}
+
+// Embeddings ---------------------------------------------------------------------------------------------------------
+
+#[test]
+fn embeddings_are_added_and_their_gradients_gathered() {
+    let Some(emulator) = Emulator::of(FILE) else { return };
+    let mut rng = Rng::new(88);
+    let shapes = (0..6).map(|_| [1 + rng.below(40), 1 + rng.below(90), 1 + rng.below(4), 1 + rng.below(20)]);
+    // Several parts.
+    let shapes: Vec<_> = shapes.chain([[1100, 3, 2, 5]]).collect();
+    for [rows, dim, n_tables, entries] in shapes {
+        let shape = GatherShape { rows, dim, n_tables, entries };
+        let x = normal(rows * dim, Element::F32, &mut rng);
+        let table = normal(shape.table_len(), Element::F32, &mut rng);
+        let d_y = normal(rows * dim, Element::F32, &mut rng);
+        let codes: Vec<usize> =
+            (0..rows * n_tables).map(|i| i % n_tables * entries + rng.below(entries)).collect();
+        let mut buffers = [
+            to_bytes(&x, Element::F32),
+            to_bytes(&table, Element::F32),
+            codes.iter().flat_map(|&code| (code as u32).to_le_bytes()).collect(),
+            unwritten(rows * dim, Element::F32),
+            to_bytes(&d_y, Element::F32),
+            unwritten(shape.parts() * shape.table_len(), Element::F32),
+            unwritten(shape.table_len(), Element::F32),
+        ];
+        let args = shape.args().unwrap();
+        let args = GatherArgs { x: 1, table: 2, codes: 3, y: 4, d_y: 5, d_table_parts: 6, ..args };
+        for launch in [shape.forward(), shape.backward().unwrap()] {
+            emulator.run(&launch, &args, 6, &mut buffers, Schedule::seeded(rows as u64)).unwrap();
+        }
+        let (launch, sums) = shape.sum_parts();
+        let sums = ColumnSumsArgs { parts: 6, sums: 7, ..sums };
+        emulator.run(&launch, &sums, 2, &mut buffers, Schedule::default()).unwrap();
+        let (mut y, mut d_table) = (x, vec![0.0; shape.table_len()]);
+        for (i, &code) in codes.iter().enumerate() {
+            for column in 0..dim {
+                y[i / n_tables * dim + column] += table[code * dim + column];
+                d_table[code * dim + column] += d_y[i / n_tables * dim + column];
+            }
+        }
+        close("y", &from_bytes(&buffers[3], Element::F32), &y, 2e-6)
+            .and_then(|()| close("d_table", &from_bytes(&buffers[6], Element::F32), &d_table, 2e-6))
+            .unwrap_or_else(|e| panic!("{shape:?}: {e}"));
+    }
+}
+
+// AdamW --------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_step_of_the_optimizer_is_that_of_the_paper() {
+    let Some(emulator) = Emulator::of(FILE) else { return };
+    let mut rng = Rng::new(89);
+    let n = 300;
+    let [weights, gradients, means, averages] = [(); 4].map(|()| normal(n, Element::F32, &mut rng));
+    let squares: Vec<f64> = normal(n, Element::F32, &mut rng).iter().map(|x| f64::from((x * x) as f32)).collect();
+    let (launch, args) = adamw(n).unwrap();
+    let args = AdamwArgs { gradient: 0.5, rate: 0.01, square: 1.5, decay: 0.9, average: 0.25, ..args };
+    let args = AdamwArgs { weights: 1, gradients: 2, means: 3, squares: 4, averages: 5, ..args };
+    let mut buffers = [&weights, &gradients, &means, &squares, &averages].map(|x| to_bytes(x, Element::F32));
+    emulator.run(&launch, &args, 5, &mut buffers, Schedule::default()).unwrap();
+    let mut expected = [vec![], vec![], vec![], vec![]];
+    for i in 0..n {
+        let gradient = 0.5 * gradients[i];
+        let mean = 0.9 * means[i] + 0.1 * gradient;
+        let square = 0.95 * squares[i] + 0.05 * gradient * gradient;
+        let weight = 0.9 * weights[i] - 0.01 * mean / ((1.5 * square).sqrt() + 1e-8);
+        let average = 0.75 * averages[i] + 0.25 * weight;
+        expected.iter_mut().zip([weight, mean, square, average]).for_each(|(all, x)| all.push(x));
+    }
+    for (at, expected) in [0, 2, 3, 4].into_iter().zip(expected) {
+        close("weights, means, squares, averages", &from_bytes(&buffers[at], Element::F32), &expected, 1e-5).unwrap();
+    }
 }
 
 // All ----------------------------------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ impl<'a> Case<'a> {
                 Ok(self.learner.gradients(&item)?.1)
             })?;
             for gradients in results {
-                self.optimizer.add(&gradients)?;
+                self.optimizer.add(&gradients, 1)?;
             }
         }
         self.optimizer.step(1e-4, true)?;

@@ -85,6 +85,62 @@ pub struct MixtureNllArgs {
 }
 const _: () = assert!(size_of::<MixtureNllArgs>() == 72);
 
+/// Arguments of `training_split_heads_*`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SplitHeadsArgs {
+    pub qkv: u64,
+    pub q: u64,
+    pub k: u64,
+    pub v: u64,
+    pub d_q: u64,
+    pub d_k: u64,
+    pub d_v: u64,
+    pub d_qkv: u64,
+    pub rows: i32,
+    pub len: i32,
+    pub n_heads: i32,
+    pub head_dim: i32,
+}
+const _: () = assert!(size_of::<SplitHeadsArgs>() == 80);
+
+/// Arguments of `training_gather_*`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct GatherArgs {
+    pub x: u64,
+    pub table: u64,
+    pub codes: u64,
+    pub y: u64,
+    pub d_y: u64,
+    pub d_table_parts: u64,
+    pub rows: i32,
+    pub dim: i32,
+    pub n_tables: i32,
+    pub entries: i32,
+    pub rows_per_part: i32,
+    pub reserved: i32,
+}
+const _: () = assert!(size_of::<GatherArgs>() == 72);
+
+/// Arguments of `training_adamw`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AdamwArgs {
+    pub weights: u64,
+    pub gradients: u64,
+    pub means: u64,
+    pub squares: u64,
+    pub averages: u64,
+    pub n: i32,
+    pub gradient: f32,
+    pub rate: f32,
+    pub square: f32,
+    pub decay: f32,
+    pub average: f32,
+}
+const _: () = assert!(size_of::<AdamwArgs>() == 64);
+
 /// Launch with `blocks` blocks of 128 threads.
 fn simple(kernel: String, blocks: usize) -> Launch {
     Launch { kernel, grid: [blocks as u32, 1, 1], threads: THREADS as u32, shared_bytes: 0, cluster: 0 }
@@ -234,4 +290,110 @@ impl MixtureShape {
     pub fn backward(&self) -> Result<Launch, LaunchError> {
         self.launch("backward")
     }
+}
+
+/// What attention reads of `batch` sequences of `len` positions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadsShape {
+    pub batch: usize,
+    pub len: usize,
+    pub n_heads: usize,
+    pub head_dim: usize,
+}
+
+impl HeadsShape {
+    fn items(&self) -> usize {
+        self.batch.saturating_mul(self.len).saturating_mul(self.n_heads)
+    }
+
+    pub fn args(&self) -> Result<SplitHeadsArgs, LaunchError> {
+        within("rows of all heads", self.items(), MAX_ROWS)?;
+        let Self { batch, len, n_heads, head_dim } = *self;
+        if !head_dim.is_multiple_of(2) {
+            return Err(LaunchError::HeadDim(head_dim));
+        }
+        let (n_heads, head_dim) = (within("heads", n_heads, MAX_ROWS)?, within("head_dim", head_dim, MAX_ROWS)?);
+        Ok(SplitHeadsArgs { rows: (batch * len) as i32, len: len as i32, n_heads, head_dim, ..SplitHeadsArgs::default() })
+    }
+
+    /// qkv -> q, k, v.
+    pub fn forward(&self) -> Launch {
+        simple("training_split_heads_forward".to_string(), self.items().div_ceil(WARPS))
+    }
+
+    /// qkv, d_q, d_k, d_v -> d_qkv.
+    pub fn backward(&self) -> Launch {
+        simple("training_split_heads_backward".to_string(), self.items().div_ceil(WARPS))
+    }
+}
+
+/// Rows of `n_tables` tables added to each of `rows` vectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GatherShape {
+    pub rows: usize,
+    pub dim: usize,
+    pub n_tables: usize,
+    /// Rows of each table.
+    pub entries: usize,
+}
+
+const GATHER_COLUMNS: usize = 64;
+/// Rows that one block sums a table's gradient over, at least, and most parts.
+const GATHER_ROWS: usize = 512;
+const GATHER_PARTS: usize = 64;
+
+impl GatherShape {
+    fn rows_per_part(&self) -> usize {
+        GATHER_ROWS.max(self.rows.div_ceil(GATHER_PARTS))
+    }
+
+    /// Parts that the tables' gradient is summed in.
+    pub fn parts(&self) -> usize {
+        self.rows.div_ceil(self.rows_per_part())
+    }
+
+    /// Values of all tables.
+    pub fn table_len(&self) -> usize {
+        self.n_tables * self.entries * self.dim
+    }
+
+    pub fn args(&self) -> Result<GatherArgs, LaunchError> {
+        within("number of outputs", self.rows.saturating_mul(self.dim), THREADS * MAX_ROWS)?;
+        within("tables' values", self.n_tables.saturating_mul(self.entries).saturating_mul(self.dim), MAX_ROWS)?;
+        let (rows, dim) = (within("rows", self.rows, MAX_ROWS)?, within("dim", self.dim, MAX_ROWS)?);
+        let (n_tables, entries) = (self.n_tables as i32, self.entries as i32);
+        let rows_per_part = self.rows_per_part() as i32;
+        Ok(GatherArgs { rows, dim, n_tables, entries, rows_per_part, ..GatherArgs::default() })
+    }
+
+    /// x, table, codes -> y.
+    pub fn forward(&self) -> Launch {
+        simple("training_gather_forward".to_string(), (self.rows * self.dim).div_ceil(THREADS))
+    }
+
+    /// codes, d_y -> d_table_parts, `[parts, tables' values]`.
+    pub fn backward(&self) -> Result<Launch, LaunchError> {
+        let blocks = self.dim.div_ceil(GATHER_COLUMNS) * self.n_tables;
+        let bytes = size_of::<f32>() * GATHER_COLUMNS * self.entries;
+        Ok(Launch {
+            kernel: "training_gather_backward".to_string(),
+            grid: [blocks as u32, self.parts() as u32, 1],
+            threads: GATHER_COLUMNS as u32,
+            shared_bytes: shared("embeddings", bytes)?,
+            cluster: 0,
+        })
+    }
+
+    /// d_table_parts -> d_table.
+    pub fn sum_parts(&self) -> (Launch, ColumnSumsArgs) {
+        let (rows, dim) = (self.parts() as i32, self.table_len() as i32);
+        let args = ColumnSumsArgs { rows, dim, ..ColumnSumsArgs::default() };
+        (sums("training_column_sums".to_string(), self.table_len(), 1), args)
+    }
+}
+
+/// One step of the optimizer on `n` weights.
+pub fn adamw(n: usize) -> Result<(Launch, AdamwArgs), LaunchError> {
+    let args = AdamwArgs { n: within("number of weights", n, MAX_ROWS)?, ..AdamwArgs::default() };
+    Ok((simple("training_adamw".to_string(), n.div_ceil(THREADS)), args))
 }

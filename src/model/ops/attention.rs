@@ -15,21 +15,7 @@ use crate::simd::{portable, wide_loop};
 
 /// [`super::Ops::attention`]
 pub fn attention(qkv: &Tensor, n_heads: usize, window: usize) -> Result<Tensor> {
-    if !qkv.device().is_cpu() {
-        return on_gpu(qkv, n_heads, window);
-    }
     qkv.contiguous()?.apply_op1(Attention { n_heads, window })
-}
-
-#[cfg(feature = "cuda")]
-fn on_gpu(qkv: &Tensor, n_heads: usize, window: usize) -> Result<Tensor> {
-    let [q, k, v] = plain::split_heads(qkv, n_heads, 0)?;
-    plain::join_heads(&crate::cuda::attention_window(&q, &k, &v, window)?)
-}
-
-#[cfg(not(feature = "cuda"))]
-fn on_gpu(qkv: &Tensor, n_heads: usize, window: usize) -> Result<Tensor> {
-    plain::attention(qkv, n_heads, window)
 }
 
 /// Cosines and sines of each position, `[len, head_dim]`: [`plain::rope_table`] side by side. Kept from call to call.

@@ -2,14 +2,11 @@
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
-use super::{Values, gradient, plain, values};
+use super::{Values, gradient, values};
 use crate::simd::{portable, wide_loop};
 
 /// [`super::Ops::bound_scales`]
 pub fn bound_scales(head: &Tensor, bias: &Tensor, planned: &Tensor, limit: f32) -> Result<Tensor> {
-    if !head.device().is_cpu() {
-        return plain::bound_scales(head, bias, planned, limit);
-    }
     head.contiguous()?.apply_op3(&bias.contiguous()?, &planned.contiguous()?, BoundScales { limit })
 }
 

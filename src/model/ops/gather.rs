@@ -2,14 +2,11 @@
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
-use super::{Values, by_rows, gradient, plain, values, width};
+use super::{Values, by_rows, gradient, values, width};
 use crate::simd::wide_loop;
 
 /// [`super::Ops::gather_add`]
 pub fn gather_add(x: &Tensor, table: &Tensor, codes: &[u32]) -> Result<Tensor> {
-    if !x.device().is_cpu() {
-        return plain::gather_add(x, table, codes);
-    }
     x.contiguous()?.apply_op2(&table.contiguous()?, GatherAdd { codes: codes.to_vec() })
 }
 

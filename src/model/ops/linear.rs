@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use super::matmul::{Matrix, MatrixMut, multiply, multiply_add};
-use super::{ROWS, Values, by_rows, gradient, plain, values, width};
+use super::{ROWS, Values, by_rows, gradient, values, width};
 use crate::simd::{portable, wide_loop};
 
 wide_loop! {
@@ -34,25 +34,16 @@ wide_loop! {
 
 /// [`super::Ops::linear`]
 pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    if !x.device().is_cpu() {
-        return plain::linear(x, weight, bias);
-    }
     x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, Linear { silu: false })
 }
 
 /// [`super::Ops::silu_linear`]
 pub fn silu_linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    if !x.device().is_cpu() {
-        return plain::silu_linear(x, weight, bias);
-    }
     x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, Linear { silu: true })
 }
 
 /// [`super::Ops::add_linear`]
 pub fn add_linear(residual: &Tensor, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    if !x.device().is_cpu() {
-        return plain::add_linear(residual, x, weight);
-    }
     residual.contiguous()?.apply_op3(&x.contiguous()?, &weight.contiguous()?, AddLinear)
 }
 

@@ -5,15 +5,12 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::super::config::N_FORECASTS;
 use super::super::head::{LEAST_BIN, Targets};
-use super::{Values, gradient, plain, values, width};
+use super::{Values, gradient, values, width};
 use crate::sampler::{MAX_LOG_SCALE, MAX_OFFSET};
 use crate::simd::{portable, wide_loop};
 
 /// [`super::Ops::nll`]
 pub fn nll(head: &Tensor, targets: &Targets) -> Result<Tensor> {
-    if !head.device().is_cpu() {
-        return plain::nll(head, targets);
-    }
     head.contiguous()?.apply_op1(MixtureNll { targets: targets.clone() })
 }
 

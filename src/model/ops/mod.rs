@@ -1,8 +1,8 @@
 //! The operations that both transformers are made of, each with its gradient: fused on plain slices, and as they read.
 //!
-//! [`FUSED`] is what everything computes with: one candle operation each, that works on rows while they lie in the cache and
-//! leaves no more behind than its result. [`plain`] composes the same of candle's own operations, is their specification,
-//! and the oracle of every test; [`PLAIN`] builds a whole model of it. Tensors that are not on the CPU take it too.
+//! [`FUSED`] is what everything computes with on the CPU: one candle operation each, that works on rows while they lie in the cache
+//! and leaves no more behind than its result. [`plain`] composes the same of candle's own operations, is their specification, and the
+//! oracle of every test; [`PLAIN`] builds a whole model of it. Models on a GPU take the table of `cuda`.
 //!
 //! Training runs one excerpt per thread, so backward passes use one; forward passes share rows among a pool's threads. The
 //! results are the same bits for any number of them.
@@ -21,7 +21,7 @@ mod swiglu;
 
 use std::ops::{Deref, Range};
 
-use candle_core::{CpuStorage, Layout, Result, Storage, StorageRef, Tensor, bail};
+use candle_core::{CpuStorage, Device, Layout, Result, Storage, StorageRef, Tensor, bail};
 use rayon::prelude::*;
 
 use super::head::Targets;
@@ -89,6 +89,16 @@ pub static PLAIN: Ops = Ops {
     nll: plain::nll,
     cross_entropy: plain::cross_entropy,
 };
+
+/// What a model on this device computes with.
+pub fn of(device: &Device) -> &'static Ops {
+    match device {
+        Device::Cpu => &FUSED,
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => &crate::cuda::OPS,
+        _ => &PLAIN,
+    }
+}
 
 /// Rows that are worked on at a time: their activations lie in the level-2 cache, and products of so many are efficient.
 const ROWS: usize = 128;

@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use super::matmul::{Matrix, MatrixMut, multiply, multiply_add};
-use super::{ROWS, Values, by_rows, gradient, plain, values, width};
+use super::{ROWS, Values, by_rows, gradient, values, width};
 use crate::simd::{portable, wide_loop};
 
 wide_loop! {
@@ -39,17 +39,11 @@ wide_loop! {
 
 /// [`super::Ops::rms_norm`]
 pub fn rms_norm(x: &Tensor, gain: &Tensor) -> Result<Tensor> {
-    if !x.device().is_cpu() {
-        return plain::rms_norm(x, gain);
-    }
     x.contiguous()?.apply_op2(&gain.contiguous()?, RmsNorm)
 }
 
 /// [`super::Ops::norm_linear`]
 pub fn norm_linear(x: &Tensor, gain: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    if !x.device().is_cpu() {
-        return plain::norm_linear(x, gain, weight);
-    }
     x.contiguous()?.apply_op3(&gain.contiguous()?, &weight.contiguous()?, NormLinear)
 }
 

@@ -19,7 +19,7 @@ pub fn rms_norm(x: &Tensor, gain: &Tensor) -> Result<Tensor> {
 }
 
 /// `x weight` for any leading dimensions.
-fn matmul(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+pub fn matmul(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (inputs, outputs) = weight.dims2()?;
     let mut shape = x.dims().to_vec();
     if let Some(last) = shape.last_mut() {
@@ -113,7 +113,7 @@ pub fn attention(qkv: &Tensor, n_heads: usize, window: usize) -> Result<Tensor> 
         |t: &Tensor| -> Result<Tensor> { t.pad_with_zeros(2, 0, padding)?.reshape((rows, n_blocks, window, head_dim)) };
     let (q, k, v) = (blocks(&q)?, blocks(&k)?, blocks(&v)?);
     let attended = if n_blocks == 1 {
-        attend(&q, &k, &v, &mask(window, window, |i, j| j <= i)?)?
+        attend(&q, &k, &v, &mask(window, window, |i, j| j <= i)?.to_device(qkv.device())?)?
     } else {
         let with_previous = |t: &Tensor| -> Result<Tensor> {
             let previous = t.narrow(1, 0, n_blocks - 1)?.pad_with_zeros(1, 1, 0)?;
@@ -124,7 +124,7 @@ pub fn attention(qkv: &Tensor, n_heads: usize, window: usize) -> Result<Tensor> 
         let later = mask(window, 2 * window, |i, j| j > i && j <= i + window)?;
         let later = later.unsqueeze(0)?.broadcast_as((n_blocks - 1, window, 2 * window))?.contiguous()?;
         let masks = Tensor::cat(&[first.unsqueeze(0)?, later], 0)?;
-        attend(&q, &with_previous(&k)?, &with_previous(&v)?, &masks)?
+        attend(&q, &with_previous(&k)?, &with_previous(&v)?, &masks.to_device(qkv.device())?)?
     };
     join_heads(&attended.reshape((batch, n_heads, n_blocks * window, head_dim))?.narrow(2, 0, len)?)
 }

@@ -2,13 +2,10 @@
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
-use super::{Values, gradient, plain, values};
+use super::{Values, gradient, values};
 
 /// [`super::Ops::spread`]
 pub fn spread(table: &Tensor, len: usize) -> Result<Tensor> {
-    if !table.device().is_cpu() {
-        return plain::spread(table, len);
-    }
     table.contiguous()?.apply_op1(Spread { len })
 }
 

@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use super::matmul::{Matrix, MatrixMut, multiply, multiply_add};
-use super::{ROWS, Values, by_rows, gradient, plain, values, width};
+use super::{ROWS, Values, by_rows, gradient, values, width};
 use crate::simd::{portable, wide_loop};
 
 wide_loop! {
@@ -34,9 +34,6 @@ wide_loop! {
 
 /// [`super::Ops::add_swiglu_linear`]
 pub fn add_swiglu_linear(residual: &Tensor, up: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    if !up.device().is_cpu() {
-        return plain::add_swiglu_linear(residual, up, weight);
-    }
     residual.contiguous()?.apply_op3(&up.contiguous()?, &weight.contiguous()?, AddSwigluLinear)
 }
 

@@ -138,9 +138,9 @@ mod tests {
                 for item in group.mine(0..goals.len()) {
                     let goal = Tensor::new(&goals[item], &Device::Cpu).unwrap();
                     let loss = (x.as_tensor() - &goal).unwrap().sqr().unwrap().sum_all().unwrap();
-                    optimizer.add(&loss.backward().unwrap()).unwrap();
+                    optimizer.add(&loss.backward().unwrap(), 1).unwrap();
                 }
-                optimizer.all_sum(group);
+                optimizer.all_sum(group).unwrap();
                 norms.push(optimizer.step(0.1, true).unwrap() as f32);
             }
             (norms, x.as_tensor().to_vec1::<f32>().unwrap())
@@ -187,6 +187,7 @@ mod tests {
             precision: Precision::F32,
             budget: Budget::Steps(steps),
             seed: 1,
+            device: Device::Cpu,
             threads: 1,
             plan_batch: 3,
             wave_batch: 3,

@@ -1,0 +1,213 @@
+//! The operations that both transformers are made of, on a GPU, by kernels/training.cu and attention_window.cu; what has no kernel is
+//! composed of candle's operations. f32, sums in one order: the same bits every time.
+
+use candle_core::{D, DType, Error, Result, Tensor, bail};
+
+use super::attention::attention;
+use super::launch::{
+    self, AdamwArgs, CrossEntropyShape, Element, GatherShape, HEAD_DIMS, MixtureShape, NormShape, SwigluShape,
+};
+use super::memory::{Fresh, address, gpu, launch, of_one, of_two};
+use crate::model::head::Targets;
+use crate::model::ops::{Ops, plain};
+use crate::train::optimizer::Update;
+
+/// For models whose tensors are on a GPU.
+pub(crate) static OPS: Ops = Ops {
+    rms_norm,
+    norm_linear: |x, gain, weight| plain::matmul(&rms_norm(x, gain)?, weight),
+    linear: plain::linear,
+    silu_linear: plain::silu_linear,
+    add_linear: plain::add_linear,
+    add_swiglu_linear: |residual, up, weight| plain::add_linear(residual, &swiglu(up)?, weight),
+    attention: |qkv, n_heads, window| match HEAD_DIMS.contains(&(qkv.dim(D::Minus1)? / 3 / n_heads)) {
+        true => attention(qkv, n_heads, window),
+        false => plain::attention(qkv, n_heads, window),
+    },
+    spread: plain::spread,
+    gather_add,
+    bound_scales: plain::bound_scales,
+    nll,
+    cross_entropy,
+};
+
+/// Rows and width of the last dimension.
+fn rows(x: &Tensor) -> Result<(usize, usize)> {
+    let width = x.dim(D::Minus1)?;
+    Ok((x.elem_count() / width.max(1), width))
+}
+
+fn rms_norm(x: &Tensor, gain: &Tensor) -> Result<Tensor> {
+    const F32: Element = Element::F32;
+    let (x, gain) = (x.contiguous()?, gain.contiguous()?);
+    let device = gpu(&x)?.clone();
+    let (n, dim) = rows(&x)?;
+    let shape = NormShape { rows: n, dim };
+    let mut args = shape.args().map_err(Error::wrap)?;
+    let (y, inverse_rms) = (Fresh::new(x.shape(), F32, &device)?, Fresh::new(n, F32, &device)?);
+    (args.x, args.gain, args.y) = (address(&x)?, address(&gain)?, y.address()?);
+    args.inverse_rms = inverse_rms.address()?;
+    // SAFETY: the sizes are those of `shape`; so below.
+    unsafe { launch(&device, &shape.forward(F32), &args) }?;
+    let inverse_rms = inverse_rms.tensor();
+    of_two("rms_norm", [&x.clone(), &gain.clone()], y, move |_, d_y| {
+        let (d_x, d_gain) = (Fresh::new(x.shape(), F32, &device)?, Fresh::new(dim, F32, &device)?);
+        let parts = Fresh::new((shape.parts(), dim), F32, &device)?;
+        let mut args = args;
+        (args.x, args.gain, args.inverse_rms) = (address(&x)?, address(&gain)?, address(&inverse_rms)?);
+        (args.d_y, args.d_x, args.d_gain_parts) = (address(d_y)?, d_x.address()?, parts.address()?);
+        let (sum, mut sums) = shape.sum_parts();
+        (sums.parts, sums.sums) = (parts.address()?, d_gain.address()?);
+        // SAFETY: as above.
+        unsafe {
+            launch(&device, &shape.backward(F32), &args)?;
+            launch(&device, &shape.backward_gain(F32), &args)?;
+            launch(&device, &sum, &sums)?;
+        }
+        Ok([d_x.tensor(), d_gain.tensor()])
+    })
+}
+
+/// `silu(gate) value` of up `[.., 2 * hidden]`.
+fn swiglu(up: &Tensor) -> Result<Tensor> {
+    let up = up.contiguous()?;
+    let device = gpu(&up)?.clone();
+    let (rows, width) = rows(&up)?;
+    let shape = SwigluShape { rows, hidden: width / 2 };
+    let mut args = shape.args().map_err(Error::wrap)?;
+    let y = Fresh::new((rows, width / 2), Element::F32, &device)?;
+    (args.up, args.y) = (address(&up)?, y.address()?);
+    // SAFETY: the sizes are those of `shape`; so below.
+    unsafe { launch(&device, &shape.forward(Element::F32), &args) }?;
+    of_one("swiglu", &up.clone(), y, move |_, d_y| {
+        let d_up = Fresh::new(up.shape(), Element::F32, &device)?;
+        let mut args = args;
+        (args.up, args.d_y, args.d_up) = (address(&up)?, address(d_y)?, d_up.address()?);
+        // SAFETY: as above.
+        unsafe { launch(&device, &shape.backward(Element::F32), &args) }?;
+        Ok(d_up.tensor())
+    })
+}
+
+/// The codes of each row belong to tables of equal size that lie one after the other, in order.
+fn gather_add(x: &Tensor, table: &Tensor, codes: &[u32]) -> Result<Tensor> {
+    let (x, table) = (x.contiguous()?, table.contiguous()?);
+    let device = gpu(&x)?.clone();
+    let ((n, dim), (entries, _)) = (rows(&x)?, table.dims2()?);
+    let n_tables = codes.len() / n.max(1);
+    let shape = GatherShape { rows: n, dim, n_tables, entries: entries / n_tables.max(1) };
+    let (mut args, backward) = (shape.args().map_err(Error::wrap)?, shape.backward().map_err(Error::wrap)?);
+    if codes.len() != n * n_tables || shape.table_len() != table.elem_count() {
+        bail!("gather_add: {} codes for {:?} from {:?}", codes.len(), x.shape(), table.shape());
+    }
+    let in_table = |(i, &code): (usize, &u32)| code as usize / shape.entries == i % n_tables;
+    if !codes.iter().enumerate().all(in_table) {
+        bail!("gather_add: a code lies in another table than that of its place");
+    }
+    let codes = Tensor::new(codes, x.device())?;
+    let y = Fresh::new(x.shape(), Element::F32, &device)?;
+    (args.x, args.table, args.codes, args.y) = (address(&x)?, address(&table)?, address(&codes)?, y.address()?);
+    // SAFETY: the sizes are those of `shape`, the codes those of its tables; so below.
+    unsafe { launch(&device, &shape.forward(), &args) }?;
+    let table_shape = table.shape().clone();
+    of_two("gather_add", [&x, &table], y, move |_, d_y| {
+        let parts = Fresh::new((shape.parts(), shape.table_len()), Element::F32, &device)?;
+        let d_table = Fresh::new(&table_shape, Element::F32, &device)?;
+        let mut args = args;
+        (args.codes, args.d_y, args.d_table_parts) = (address(&codes)?, address(d_y)?, parts.address()?);
+        let (sum, mut sums) = shape.sum_parts();
+        (sums.parts, sums.sums) = (parts.address()?, d_table.address()?);
+        // SAFETY: as above.
+        unsafe {
+            launch(&device, &backward, &args)?;
+            launch(&device, &sum, &sums)?;
+        }
+        Ok([d_y.clone(), d_table.tensor()])
+    })
+}
+
+fn nll(head: &Tensor, targets: &Targets) -> Result<Tensor> {
+    let head = head.contiguous()?;
+    let device = gpu(&head)?.clone();
+    let (n, width) = rows(&head)?;
+    let shape = MixtureShape { n, components: width / 3 };
+    let (mut args, forward) = (shape.args().map_err(Error::wrap)?, shape.forward().map_err(Error::wrap)?);
+    let backward = shape.backward().map_err(Error::wrap)?;
+    if targets.low.len() != n {
+        bail!("nll: {} targets for {:?}", targets.low.len(), head.shape());
+    }
+    let given = [&targets.forecasts, &targets.units, &targets.low, &targets.high]
+        .map(|values| Tensor::new(values.as_slice(), head.device()));
+    let [forecasts, units, low, high] = given;
+    let given = [forecasts?, units?, low?, high?];
+    let nll = Fresh::new(n, Element::F32, &device)?;
+    (args.head, args.nll) = (address(&head)?, nll.address()?);
+    (args.forecasts, args.units) = (address(&given[0])?, address(&given[1])?);
+    (args.low, args.high) = (address(&given[2])?, address(&given[3])?);
+    // SAFETY: the sizes are those of `shape`; so below.
+    unsafe { launch(&device, &forward, &args) }?;
+    of_one("nll", &head.clone(), nll, move |_, d_nll| {
+        let d_head = Fresh::new(head.shape(), Element::F32, &device)?;
+        let mut args = args;
+        (args.forecasts, args.units) = (address(&given[0])?, address(&given[1])?);
+        (args.low, args.high) = (address(&given[2])?, address(&given[3])?);
+        (args.head, args.d_nll, args.d_head) = (address(&head)?, address(d_nll)?, d_head.address()?);
+        // SAFETY: as above.
+        unsafe { launch(&device, &backward, &args) }?;
+        Ok(d_head.tensor())
+    })
+}
+
+fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
+    const F32: Element = Element::F32;
+    let logits = logits.contiguous()?;
+    let device = gpu(&logits)?.clone();
+    let (rows, classes) = rows(&logits)?;
+    let shape = CrossEntropyShape { rows, classes };
+    let mut args = shape.args().map_err(Error::wrap)?;
+    if targets.len() != rows {
+        bail!("cross_entropy: {} targets for {:?}", targets.len(), logits.shape());
+    }
+    let targets = Tensor::new(targets, logits.device())?;
+    let (nll, lse) = (Fresh::new(rows, F32, &device)?, Fresh::new(rows, F32, &device)?);
+    (args.logits, args.targets, args.nll, args.lse) =
+        (address(&logits)?, address(&targets)?, nll.address()?, lse.address()?);
+    // SAFETY: the sizes are those of `shape`; so below.
+    unsafe { launch(&device, &shape.forward(F32), &args) }?;
+    let lse = lse.tensor();
+    of_one("cross_entropy", &logits.clone(), nll, move |_, d_nll| {
+        let d_logits = Fresh::new(logits.shape(), F32, &device)?;
+        let mut args = args;
+        (args.logits, args.targets, args.lse) = (address(&logits)?, address(&targets)?, address(&lse)?);
+        (args.d_nll, args.d_logits) = (address(d_nll)?, d_logits.address()?);
+        // SAFETY: as above.
+        unsafe { launch(&device, &shape.backward(F32), &args) }?;
+        Ok(d_logits.tensor())
+    })
+}
+
+/// One step of the optimizer, in place: weights, means, squares and averages by the gradients; all f32, as many values each.
+pub(crate) fn adamw(weights: &Tensor, gradients: &Tensor, moments: [&Tensor; 3], by: &Update) -> Result<()> {
+    let [means, squares, averages] = moments;
+    let n = weights.elem_count();
+    let all = [weights, gradients, means, squares, averages];
+    if let Some(odd) = all.into_iter().find(|t| t.elem_count() != n || t.dtype() != DType::F32) {
+        bail!("adamw: {odd:?} for weights {:?}", weights.shape());
+    }
+    let (step, args) = launch::adamw(n).map_err(Error::wrap)?;
+    let args = AdamwArgs {
+        weights: address(weights)?,
+        gradients: address(gradients)?,
+        means: address(means)?,
+        squares: address(squares)?,
+        averages: address(averages)?,
+        gradient: by.gradient,
+        rate: by.rate,
+        square: by.square,
+        decay: by.decay,
+        average: by.average,
+        ..args
+    };
+    // SAFETY: each has `n` values; nothing else reads or writes them meanwhile, as one stream runs everything in order.
+    unsafe { launch(gpu(weights)?, &step, &args) }
+}
