@@ -10,7 +10,7 @@ use super::lesson::Lesson;
 use super::optimizer::AdamW;
 use super::{Part, Run, TrainError};
 use crate::codec::Token;
-use crate::forecast::{PastForecast, PlannedForecast};
+use crate::forecast::{CpuForecaster, Forecaster};
 use crate::model::config::ModelConfig;
 use crate::model::excerpt::{Excerpt, Piece};
 use crate::model::head;
@@ -35,10 +35,12 @@ const VALIDATE: usize = 250;
 pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, TrainError> {
     let model = &run.model.wave;
     let config = run.settings.config();
+    let forecaster = CpuForecaster { spectrum: &run.data.spectrum, config: &config.forecast };
     let maker = Maker {
         config,
         data: run.data,
         quantizer: run.quantizer,
+        forecaster: &forecaster,
         history: model.history(),
         speed_variation: run.settings.speed_variation,
     };
@@ -75,6 +77,8 @@ pub(super) struct Maker<'a> {
     pub config: &'a ModelConfig,
     pub data: &'a Dataset,
     pub quantizer: &'a ResidualQuantizer,
+    /// By the dataset's spectrum and the model's settings.
+    pub forecaster: &'a dyn Forecaster,
     pub history: usize,
     pub speed_variation: f64,
 }
@@ -134,10 +138,9 @@ impl Maker<'_> {
         if quantised {
             plan = self.quantizer.decode_all(self.quantizer.encode_all(plan.view())?.view())?;
         }
-        let piece = Piece { tokens, heard, plan: plan.view(), spectrum };
-        let forecast = &self.config.forecast;
-        let (mut past, mut planned) = (PastForecast::new(forecast)?, PlannedForecast::new(forecast)?);
         let frames = self.run_up()..plan.nrows();
-        Ok(Excerpt::read(self.config, self.history, &piece, frames, &mut past, &mut planned)?)
+        let forecasts = self.forecaster.forecasts(&self.config.codec.decode_all(heard), frames.start, plan.view())?;
+        let piece = Piece { tokens, heard, plan: plan.view(), spectrum };
+        Ok(Excerpt::of(self.config, self.history, &piece, frames, &forecasts))
     }
 }
