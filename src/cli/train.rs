@@ -147,9 +147,7 @@ impl DeviceKind {
             #[cfg(feature = "cuda")]
             Self::Cuda => Ok(wavegen::cuda::training_device()?),
             #[cfg(not(feature = "cuda"))]
-            Self::Cuda => {
-                Err(Usage("--device cuda: this program was built without the feature `cuda`".into()).into())
-            }
+            Self::Cuda => Err(Usage("--device cuda: this program was built without the feature `cuda`".into()).into()),
         }
     }
 }

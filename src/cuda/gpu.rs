@@ -5,11 +5,9 @@ use std::sync::Arc;
 
 use candle_core::Device;
 use candle_core::cuda_backend::cudarc::driver::sys::{
-    self, CUdevice_attribute_enum as Attribute, cudaError_enum as Code,
+    CUdevice_attribute_enum as Attribute, CUmemPool_attribute, cudaError_enum as Code,
 };
-use candle_core::cuda_backend::cudarc::driver::{
-    CudaContext, CudaSlice, CudaStream, DevicePtr, DriverError, result,
-};
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DriverError, result};
 
 use super::kernels::Kernels;
 use super::launch::{DecodeArgs, DecodeLimits, Launch, N_POINTERS};
@@ -28,7 +26,8 @@ pub struct NoDevice {
 /// Where there is none, no driver, or one too old.
 pub fn device() -> Result<Device, NoDevice> {
     // A CUDA error carries a stack trace; its first line says it all.
-    let first_line = |e: &dyn Display| NoDevice { reason: e.to_string().lines().next().unwrap_or_default().to_string() };
+    let first_line =
+        |e: &dyn Display| NoDevice { reason: e.to_string().lines().next().unwrap_or_default().to_string() };
     let device = Device::new_cuda_with_stream(0).map_err(|e| first_line(&e))?;
     if let Device::Cuda(device) = &device {
         let stream = device.cuda_stream();
@@ -36,7 +35,7 @@ pub fn device() -> Result<Device, NoDevice> {
         // SAFETY: a tensor is used on this one stream only, in whose order everything happens to it. Events would tell other streams,
         // two for every tensor.
         unsafe { context.disable_event_tracking() };
-        keep_memory(context).map_err(|e| first_line(&e))?;
+        keep_freed_memory(context).map_err(|e| first_line(&e))?;
     }
     Ok(device)
 }
@@ -51,14 +50,18 @@ pub fn training_device() -> Result<Device, NoDevice> {
     Ok(device)
 }
 
-/// Lets the driver keep memory that is freed: a training step frees and takes gigabytes.
-fn keep_memory(context: &CudaContext) -> Result<(), DriverError> {
+/// Lets the device's pool keep what is freed. It would give all of it back whenever a thread has waited for anything, which
+/// threads that draw excerpts do all the time, and tensors would have to be given new memory at every operation.
+fn keep_freed_memory(context: &CudaContext) -> Result<(), DriverError> {
+    if !context.has_async_alloc() {
+        return Ok(());
+    }
     let mut most = u64::MAX;
-    // SAFETY: the pool is the device's own, and the attribute takes a 64-bit number, which is copied.
+    // SAFETY: the device is the context's, the pool the device's, and this attribute is a u64.
     unsafe {
-        let pool = result::device::get_default_mem_pool(context.cu_device())?;
-        let threshold = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-        sys::cuMemPoolSetAttribute(pool, threshold, (&raw mut most).cast()).result()
+        let pool = result::device::get_mem_pool(context.cu_device())?;
+        let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        result::mem_pool::set_attribute(pool, attribute, std::ptr::from_mut(&mut most).cast())
     }
 }
 

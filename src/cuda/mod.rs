@@ -1,5 +1,5 @@
 //! NVIDIA GPUs: the launches of the kernels in kernels/ as plain data and, with the feature `cuda`, what runs them: tensor
-//! operations with gradients for training, and the machine that the CUDA engine plays on.
+//! operations with gradients and forecasts for training, and the machine that the CUDA engine plays on.
 //!
 //! A program built with the feature starts on machines without CUDA: `device` then says why there is none. The kernels are tested
 //! in an emulator and, where there is one, on a GPU (tests/kernels.rs).
@@ -7,6 +7,9 @@
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 mod attention;
+#[cfg(feature = "cuda")]
+#[allow(unsafe_code)]
+mod forecast;
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 mod gpu;
@@ -23,6 +26,8 @@ mod ops;
 
 #[cfg(feature = "cuda")]
 pub use attention::attention_window;
+#[cfg(feature = "cuda")]
+pub use forecast::GpuForecaster;
 #[cfg(feature = "cuda")]
 pub use gpu::{Gpu, NoDevice, device, training_device};
 #[cfg(feature = "cuda")]

@@ -100,8 +100,14 @@ fn gather_add(x: &Tensor, table: &Tensor, codes: &[u32]) -> Result<Tensor> {
     if codes.len() != n * n_tables || shape.table_len() != table.elem_count() {
         bail!("gather_add: {} codes for {:?} from {:?}", codes.len(), x.shape(), table.shape());
     }
-    let in_table = |(i, &code): (usize, &u32)| code as usize / shape.entries == i % n_tables;
-    if !codes.iter().enumerate().all(in_table) {
+    let ends: Vec<u32> = (1..=n_tables).map(|t| (t * shape.entries) as u32).collect();
+    let in_tables = |codes: &[u32]| {
+        codes
+            .iter()
+            .zip(&ends)
+            .fold(true, |all, (code, end)| all & (code.wrapping_add(shape.entries as u32) >= *end && code < end))
+    };
+    if !codes.chunks_exact(n_tables.max(1)).all(in_tables) {
         bail!("gather_add: a code lies in another table than that of its place");
     }
     let codes = Tensor::new(codes, x.device())?;

@@ -4,6 +4,7 @@
 //! `planned`: prediction with the coefficients of the spectrum that the plan frame describes, which `sharp` makes as
 //! sharp as the sound was. Neither is trained.
 
+mod forecaster;
 mod history;
 mod lpc;
 mod past;
@@ -15,6 +16,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::plan::{PlanConfig, PlanError, Spectrum};
 
+#[cfg(feature = "cuda")]
+pub(crate) use forecaster::check_frames;
+pub(crate) use forecaster::listen;
+pub use forecaster::{CpuForecaster, Forecaster};
 pub use lpc::{Prediction, autocorrelation, levinson};
 pub use past::PastForecast;
 pub use planned::PlannedForecast;
@@ -62,7 +67,8 @@ impl ForecastConfig {
         Ok(())
     }
 
-    fn validate_alone(&self) -> Result<(), ForecastError> {
+    /// Checks the settings against each other.
+    pub(crate) fn validate_alone(&self) -> Result<(), ForecastError> {
         let Self { order, past_window, past_hop, planned_order, lag_window_hz, deconvolution } = *self;
         if order == 0 || order >= past_window {
             return Err(ForecastError::Order { order, past_window });
@@ -148,6 +154,12 @@ pub enum ForecastError {
         /// Its length.
         got: usize,
     },
+    /// The GPU, or what it can do, does not suffice.
+    #[error("forecasts on the GPU: {reason}")]
+    Gpu {
+        /// In the words of the driver, or of the launch that cannot be.
+        reason: String,
+    },
     /// The plan does not serve for prediction.
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -181,29 +193,7 @@ pub fn forecasts(
     spectrum: &Spectrum,
     config: &ForecastConfig,
 ) -> Result<Forecasts, ForecastError> {
-    let expected = samples.len().div_ceil(spectrum.hop());
-    if plan.nrows() < expected {
-        return Err(ForecastError::FrameCount { expected, got: plan.nrows(), n_samples: samples.len() });
-    }
-    let (mut past, mut planned) = (PastForecast::new(config)?, PlannedForecast::new(config)?);
-    let mut out = Forecasts::default();
-    out.past.reserve_exact(samples.len());
-    out.planned.reserve_exact(samples.len());
-    out.log_scale.reserve_exact(samples.len());
-    let mut before = spectrum.silent_frame();
-    for (samples, bands) in samples.chunks(spectrum.hop()).zip(plan.outer_iter()) {
-        let bands = bands.to_vec();
-        planned.begin_frame(spectrum, &before, &bands)?;
-        before = bands;
-        for &sample in samples {
-            out.past.push(past.forecast());
-            out.planned.push(planned.forecast());
-            past.push(sample);
-            planned.push(sample);
-        }
-        out.log_scale.resize(out.past.len(), planned.log_scale());
-    }
-    Ok(out)
+    CpuForecaster { spectrum, config }.forecasts(samples, 0, plan)
 }
 
 #[cfg(test)]
@@ -267,6 +257,21 @@ mod tests {
         assert_eq!(bits(&whole.past), bits(&streamed.past));
         assert_eq!(bits(&whole.planned), bits(&streamed.planned));
         assert_eq!(bits(&whole.log_scale), bits(&streamed.log_scale));
+    }
+
+    #[test]
+    fn what_is_only_listened_to_changes_no_forecast_after_it() {
+        let (samples, plan) = excerpt(2000);
+        let (spectrum, config) = (spectrum(), config());
+        let forecaster = CpuForecaster { spectrum: &spectrum, config: &config };
+        let whole = forecaster.forecasts(&samples, 0, plan.view()).unwrap();
+        for first in [1, 6, 15, 16, 99] {
+            let part = forecaster.forecasts(&samples, first, plan.view()).unwrap();
+            let begin = samples.len().min(128 * first);
+            assert_eq!(bits(&whole.past[begin..]), bits(&part.past), "from frame {first}");
+            assert_eq!(bits(&whole.planned[begin..]), bits(&part.planned), "from frame {first}");
+            assert_eq!(bits(&whole.log_scale[begin..]), bits(&part.log_scale), "from frame {first}");
+        }
     }
 
     #[test]

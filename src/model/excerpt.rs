@@ -4,14 +4,14 @@
 use std::ops::Range;
 
 use candle_core::{Device, Tensor};
-use ndarray::ArrayView2;
+use ndarray::{ArrayView2, s};
 
 use super::config::{ModelConfig, N_FORECASTS};
 use super::features::{N_FEATURES, features, residual_code};
 use super::head::Targets;
 use super::wave_transformer::{PLAN_FRAMES, WaveInputs};
 use crate::codec::Token;
-use crate::forecast::{ForecastError, PastForecast, PlannedForecast};
+use crate::forecast::{ForecastError, Forecasts, PastForecast, PlannedForecast, listen};
 use crate::plan::Spectrum;
 
 /// A whole piece of music, as long as its plan.
@@ -50,10 +50,32 @@ impl Excerpt {
         past: &mut PastForecast,
         planned: &mut PlannedForecast,
     ) -> Result<Self, ForecastError> {
+        let hop = config.plan.hop;
+        // Before the excerpt only the forecasts listen, until the past one has heard its window.
+        let begin = frames.start.saturating_sub(config.forecast.past_window.div_ceil(hop));
+        let heard = config.codec.decode_all(&piece.heard[begin * hop..frames.end * hop]);
+        let plan = piece.plan.slice(s![begin..frames.end, ..]);
+        let forecasts = listen(past, planned, piece.spectrum, &heard, frames.start - begin, plan)?;
+        Ok(Self::of(config, history, piece, frames, &forecasts))
+    }
+
+    /// The plan frames `frames` of a piece, with the `forecasts` of their samples; `history` is the wave transformer's.
+    ///
+    /// # Panics
+    /// When there are more or fewer forecasts than samples.
+    pub fn of(
+        config: &ModelConfig,
+        history: usize,
+        piece: &Piece,
+        frames: Range<usize>,
+        forecasts: &Forecasts,
+    ) -> Self {
         let codec = &config.codec;
         let hop = config.plan.hop;
         let heard = piece.heard;
         let time = frames.len() * hop;
+        let Forecasts { past, planned, log_scale } = forecasts;
+        assert_eq!([past.len(), planned.len(), log_scale.len()], [time; 3], "forecasts of {time} samples");
         let begin = frames.start * hop;
         let silence = codec.silence();
         let before = (0..history).map(|i| (begin + i).checked_sub(history).map_or(silence, |at| heard[at]));
@@ -73,35 +95,18 @@ impl Excerpt {
                 None => excerpt.plan.extend(&silent_frame),
             }
         }
-        // Before the excerpt only the forecasts listen, until the past one has heard its window.
-        let run_up = config.forecast.past_window.div_ceil(hop);
         let mut residual = 0;
-        for frame in frames.start.saturating_sub(run_up)..frames.end {
-            let inside = frames.contains(&frame);
-            if inside {
-                let before =
-                    frame.checked_sub(1).map_or(silent_frame.clone(), |before| piece.plan.row(before).to_vec());
-                planned.begin_frame(piece.spectrum, &before, &piece.plan.row(frame).to_vec())?;
-            }
-            let range = frame * hop..(frame + 1) * hop;
-            for (&token, &heard) in piece.tokens[range.clone()].iter().zip(&heard[range]) {
-                if inside {
-                    let forecasts: [f32; N_FORECASTS] = [past.forecast(), planned.forecast()];
-                    let log_scale = planned.log_scale();
-                    let (values, past_code) = features(forecasts, log_scale, codec);
-                    excerpt.features.extend(values);
-                    excerpt.past_codes.push(past_code.into());
-                    excerpt.residual_codes.push(u32::from(residual));
-                    excerpt.targets.push(token, forecasts, log_scale, codec);
-                    residual = residual_code(heard, past_code, codec);
-                }
-                let sample = codec.decode(heard);
-                past.push(sample);
-                planned.push(sample);
-            }
+        for n in 0..time {
+            let forecasts: [f32; N_FORECASTS] = [past[n], planned[n]];
+            let (values, past_code) = features(forecasts, log_scale[n], codec);
+            excerpt.features.extend(values);
+            excerpt.past_codes.push(past_code.into());
+            excerpt.residual_codes.push(u32::from(residual));
+            excerpt.targets.push(piece.tokens[begin + n], forecasts, log_scale[n], codec);
+            residual = residual_code(heard[begin + n], past_code, codec);
         }
         excerpt.residual_codes.push(u32::from(residual));
-        Ok(excerpt)
+        excerpt
     }
 
     /// Residual code of the excerpt's last sample.
@@ -143,5 +148,37 @@ impl Excerpt {
             residual_codes: codes(|e| &e.residual_codes[..e.n_samples()])?,
             plan: joined(|e| &e.plan, (frames, n_bands))?,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::forecast::{CpuForecaster, Forecaster};
+    use crate::rng::Rng;
+
+    #[test]
+    fn an_excerpt_is_the_same_with_forecasts_from_elsewhere() {
+        let config = ModelConfig::preset("tiny").unwrap();
+        let spectrum = Spectrum::new(config.codec.sample_rate, &config.plan).unwrap();
+        let mut rng = Rng::new(31);
+        let samples: Vec<f32> =
+            (0..14 * config.plan.hop).map(|n| 0.3 * (n as f32 * 0.13).sin() + 0.01 * rng.normal()).collect();
+        let tokens = config.codec.encode_all(&samples);
+        let heard: Vec<Token> =
+            tokens.iter().map(|&token| token.saturating_add(rng.below(2) as Token).min(255)).collect();
+        let plan = spectrum.analyse(&samples);
+        let piece = Piece { tokens: &tokens, heard: &heard, plan: plan.view(), spectrum: &spectrum };
+        let forecaster = CpuForecaster { spectrum: &spectrum, config: &config.forecast };
+        for frames in [0..3, 2..14, 11..14] {
+            let (mut past, mut planned) =
+                (PastForecast::new(&config.forecast).unwrap(), PlannedForecast::new(&config.forecast).unwrap());
+            let read = Excerpt::read(&config, 40, &piece, frames.clone(), &mut past, &mut planned).unwrap();
+            // All that came before is listened to, not only what the forecasts need.
+            let heard = config.codec.decode_all(&heard[..frames.end * config.plan.hop]);
+            let forecasts = forecaster.forecasts(&heard, frames.start, plan.view()).unwrap();
+            let made = Excerpt::of(&config, 40, &piece, frames.clone(), &forecasts);
+            assert!(format!("{made:?}") == format!("{read:?}"), "frames {frames:?}");
+        }
     }
 }

@@ -24,6 +24,7 @@ use crate::audio::AudioSource;
 use crate::checkpoint::Checkpoint;
 use crate::codec::Codec;
 use crate::corpus::piece;
+use crate::forecast::CpuForecaster;
 use crate::model::Model;
 use crate::model::config::ModelConfig;
 use crate::model::excerpt::Excerpt;
@@ -213,7 +214,9 @@ fn adapt_to(
     let (plan, best, going) = study.run(&workers, weights_of(Part::Plan)?, observe)?;
     adapted.weights.extend(best);
 
-    let maker = wave::Maker { config, data, quantizer, history: model.wave.history(), speed_variation: 0.0 };
+    let forecaster = CpuForecaster { spectrum: &data.spectrum, config: &config.forecast };
+    let history = model.wave.history();
+    let maker = wave::Maker { config, data, quantizer, forecaster: &forecaster, history, speed_variation: 0.0 };
     let places = places(&tails);
     let tail_excerpts =
         workers.map(&places, |(tail, first)| maker.clean(tail.piece, first - wave::WARM..first + wave::EXCERPT))?;

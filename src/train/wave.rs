@@ -2,7 +2,7 @@
 
 use std::ops::{ControlFlow, Range};
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 use super::dataset::{Dataset, Pick, Recording};
@@ -10,12 +10,12 @@ use super::lesson::Lesson;
 use super::optimizer::AdamW;
 use super::{Part, Run, TrainError};
 use crate::codec::Token;
-use crate::forecast::{PastForecast, PlannedForecast};
+use crate::forecast::{CpuForecaster, ForecastConfig, ForecastError, Forecaster};
 use crate::model::config::ModelConfig;
 use crate::model::excerpt::{Excerpt, Piece};
 use crate::model::head::{self, Targets};
 use crate::model::wave_transformer::WaveTransformer;
-use crate::plan::ResidualQuantizer;
+use crate::plan::{ResidualQuantizer, Spectrum};
 use crate::rng::Rng;
 
 /// Plan frames of an excerpt; about a second.
@@ -35,10 +35,12 @@ const VALIDATE: usize = 250;
 pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, TrainError> {
     let model = &run.model.wave;
     let config = run.settings.config();
+    let forecaster = forecaster(&run.settings.device, &run.data.spectrum, &config.forecast)?;
     let maker = Maker {
         config,
         data: run.data,
         quantizer: run.quantizer,
+        forecaster: &*forecaster,
         history: model.history(),
         speed_variation: run.settings.speed_variation,
     };
@@ -65,6 +67,19 @@ pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, Tr
     lesson.teach(run, optimizer)
 }
 
+/// Makes the forecasts where the model is trained.
+fn forecaster<'a>(
+    device: &Device,
+    spectrum: &'a Spectrum,
+    config: &'a ForecastConfig,
+) -> Result<Box<dyn Forecaster + 'a>, ForecastError> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => Ok(Box::new(crate::cuda::GpuForecaster::new(device, spectrum, config)?)),
+        _ => Ok(Box::new(CpuForecaster { spectrum, config })),
+    }
+}
+
 /// -ln P of the samples of excerpts of the same length, one excerpt after the other, in nats.
 pub(super) fn nll(model: &WaveTransformer, excerpts: &[Excerpt]) -> candle_core::Result<Tensor> {
     let targets = Targets::joined(excerpts.iter().map(|excerpt| &excerpt.targets));
@@ -76,6 +91,8 @@ pub(super) struct Maker<'a> {
     pub config: &'a ModelConfig,
     pub data: &'a Dataset,
     pub quantizer: &'a ResidualQuantizer,
+    /// By the dataset's spectrum and the model's settings.
+    pub forecaster: &'a dyn Forecaster,
     pub history: usize,
     pub speed_variation: f64,
 }
@@ -135,10 +152,9 @@ impl Maker<'_> {
         if quantised {
             plan = self.quantizer.decode_all(self.quantizer.encode_all(plan.view())?.view())?;
         }
-        let piece = Piece { tokens, heard, plan: plan.view(), spectrum };
-        let forecast = &self.config.forecast;
-        let (mut past, mut planned) = (PastForecast::new(forecast)?, PlannedForecast::new(forecast)?);
         let frames = self.run_up()..plan.nrows();
-        Ok(Excerpt::read(self.config, self.history, &piece, frames, &mut past, &mut planned)?)
+        let forecasts = self.forecaster.forecasts(&self.config.codec.decode_all(heard), frames.start, plan.view())?;
+        let piece = Piece { tokens, heard, plan: plan.view(), spectrum };
+        Ok(Excerpt::of(self.config, self.history, &piece, frames, &forecasts))
     }
 }

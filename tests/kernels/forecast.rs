@@ -15,9 +15,9 @@ const FILE: &str = "forecast.cu";
 const BATCH: usize = 2;
 
 /// Chords that begin somewhere, in noise; their plan, one frame per hop, also for the last piece of a hop, which is planned too soft.
-struct Excerpt {
-    samples: Vec<f32>,
-    plan: Array2<f32>,
+pub struct Excerpt {
+    pub samples: Vec<f32>,
+    pub plan: Array2<f32>,
 }
 
 /// What is forecast, and from which hop of the plan on.
@@ -36,7 +36,7 @@ impl Case {
     }
 }
 
-fn excerpt(len: usize, spectrum: &Spectrum, rng: &mut Rng) -> Excerpt {
+pub fn excerpt(len: usize, spectrum: &Spectrum, rng: &mut Rng) -> Excerpt {
     let (onset, hz, noise) = (rng.below(len), 100.0 + 900.0 * rng.uniform(), 0.03 * rng.uniform());
     let tone = |n: usize, hz: f32| (n as f32 * hz * std::f32::consts::TAU / 16_000.0).sin();
     let mut samples: Vec<f32> = (0..len.next_multiple_of(spectrum.hop()))
@@ -147,20 +147,23 @@ fn solved(
     Ok((single(&buffers[2]), single(&log_scale)))
 }
 
+/// Forecasts against those `expected` of an excerpt's samples from sample `begin` on.
+pub fn compare(got: &Forecasts, expected: &Forecasts, begin: usize) -> Result<(), String> {
+    let pairs = [
+        ("past", &got.past, &expected.past),
+        ("planned", &got.planned, &expected.planned),
+        ("log scale", &got.log_scale, &expected.log_scale),
+    ];
+    let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+    pairs.into_iter().try_for_each(|(what, got, expected)| close(what, &wide(got), &wide(&expected[begin..]), 3e-6))
+}
+
 fn check(emulator: &Emulator, case: &Case, schedule: Schedule) -> Result<(), String> {
     let got = emulated(emulator, case, schedule)?;
     let Case { spectrum, config, excerpts, first } = case;
     for (excerpt, got) in excerpts.iter().zip(&got) {
         let expected = forecasts(&excerpt.samples, excerpt.plan.view(), spectrum, config).unwrap();
-        let pairs = [
-            ("past", &got.past, &expected.past),
-            ("planned", &got.planned, &expected.planned),
-            ("log scale", &got.log_scale, &expected.log_scale),
-        ];
-        for (what, got, expected) in pairs {
-            let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
-            close(what, &wide(got), &wide(&expected[first * spectrum.hop()..]), 3e-6)?;
-        }
+        compare(got, &expected, first * spectrum.hop())?;
     }
     Ok(())
 }

@@ -2,20 +2,24 @@
 
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
+use std::time::Instant;
 
 use candle_core::cuda_backend::cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr};
 use candle_core::{D, DType, Device, Tensor, Var};
-use wavegen::cuda::attention_window;
 use wavegen::cuda::kernels::Kernels;
+use wavegen::cuda::{GpuForecaster, attention_window};
+use wavegen::forecast::{CpuForecaster, ForecastConfig, Forecaster, Forecasts};
 use wavegen::model::Model;
 use wavegen::model::config::ModelConfig;
 use wavegen::model::features::N_FEATURES;
 use wavegen::model::head::{self, Targets};
 use wavegen::model::params::Params;
 use wavegen::model::wave_transformer::{PLAN_FRAMES, WaveInputs};
+use wavegen::plan::Spectrum;
 use wavegen::rng::Rng;
 use wavegen::train::optimizer::AdamW;
 
+use crate::forecast::{Excerpt, compare, excerpt};
 use crate::launch::Launch;
 
 /// What a kernel takes.
@@ -205,4 +209,97 @@ fn the_optimizer_steps_on_the_gpu_as_on_the_cpu() {
     for (got, expected) in [(&got.0, &expected.0), (&got.1, &expected.1)] {
         assert!(got.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-5), "{got:?} for {expected:?}");
     }
+}
+
+/// As training has it.
+fn base() -> (Spectrum, ForecastConfig) {
+    let config = ModelConfig::preset("base").unwrap();
+    (Spectrum::new(config.codec.sample_rate, &config.plan).unwrap(), config.forecast)
+}
+
+/// Plan frames that an excerpt is only listened to for.
+const FIRST: usize = 8;
+
+fn bits(forecasts: &Forecasts) -> Vec<u32> {
+    let Forecasts { past, planned, log_scale } = forecasts;
+    [past, planned, log_scale].into_iter().flatten().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn forecasts_at_the_presets_settings_are_those_of_the_cpu_from_four_threads_at_once() {
+    let Some(device) = device() else { return };
+    let (spectrum, sharp) = base();
+    let blunt = ForecastConfig { deconvolution: 0, ..sharp.clone() };
+    for config in [&sharp, &blunt] {
+        let on_gpu = GpuForecaster::new(device, &spectrum, config).unwrap();
+        let on_cpu = CpuForecaster { spectrum: &spectrum, config };
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let (on_gpu, spectrum) = (&on_gpu, &spectrum);
+                scope.spawn(move || {
+                    let mut rng = Rng::new(80 + thread);
+                    for round in 0..4 {
+                        // From the beginning, or from the middle; of any length.
+                        let (first, frames) = ([0, FIRST][round % 2], FIRST + 1 + rng.below(20));
+                        let Excerpt { samples, plan } =
+                            excerpt(frames * spectrum.hop() - rng.below(spectrum.hop()), spectrum, &mut rng);
+                        let got = on_gpu.forecasts(&samples, first, plan.view()).unwrap();
+                        let expected = on_cpu.forecasts(&samples, first, plan.view()).unwrap();
+                        compare(&got, &expected, 0).unwrap_or_else(|e| {
+                            panic!("thread {thread}, round {round}, {} samples from frame {first}: {e}", samples.len())
+                        });
+                        let again = on_gpu.forecasts(&samples, first, plan.view()).unwrap();
+                        assert!(bits(&got) == bits(&again), "thread {thread}, round {round}: other bits");
+                    }
+                });
+            }
+        });
+    }
+}
+
+#[test]
+fn excerpts_that_cannot_be_forecast_are_refused_as_on_the_cpu() {
+    let Some(device) = device() else { return };
+    let (spectrum, config) = base();
+    let on_gpu = GpuForecaster::new(device, &spectrum, &config).unwrap();
+    let on_cpu = CpuForecaster { spectrum: &spectrum, config: &config };
+    let Excerpt { samples, plan } = excerpt(3 * spectrum.hop(), &spectrum, &mut Rng::new(79));
+    let (short, narrow) = (plan.slice(ndarray::s![1.., ..]), plan.slice(ndarray::s![.., 1..]));
+    for (first, plan) in [(0, short), (1, narrow), (3, plan.view()), (9, plan.view())] {
+        assert_eq!(on_gpu.forecasts(&samples, first, plan), on_cpu.forecasts(&samples, first, plan), "from {first}");
+    }
+    let odd = ForecastConfig { past_hop: 100, ..config };
+    assert!(GpuForecaster::new(device, &spectrum, &odd).is_err());
+}
+
+#[test]
+fn forecasting_at_the_presets_settings_tells_how_many_samples_a_second_it_does() {
+    let Some(device) = device() else { return };
+    let (spectrum, config) = base();
+    let on_gpu = GpuForecaster::new(device, &spectrum, &config).unwrap();
+    let Excerpt { samples, plan } = excerpt((FIRST + 32) * spectrum.hop(), &spectrum, &mut Rng::new(78));
+    for threads in [1, 8] {
+        const CALLS: usize = 50;
+        let work = |calls: usize| {
+            std::thread::scope(|scope| {
+                for _ in 0..threads {
+                    scope.spawn(|| {
+                        (0..calls).for_each(|_| drop(on_gpu.forecasts(&samples, FIRST, plan.view()).unwrap()))
+                    });
+                }
+            });
+        };
+        work(2);
+        let begun = Instant::now();
+        work(CALLS);
+        let forecasts = (threads * CALLS * 32 * spectrum.hop()) as f64;
+        println!("forecasts from {threads} threads: {:.0} samples/s", forecasts / begun.elapsed().as_secs_f64());
+    }
+}
+
+#[test]
+fn forecasts_on_the_cpu_are_refused() {
+    let (spectrum, config) = base();
+    let error = GpuForecaster::new(&Device::Cpu, &spectrum, &config).err().unwrap().to_string();
+    assert!(error.contains("the device is the CPU"), "{error}");
 }

@@ -393,8 +393,7 @@ fn embeddings_are_added_and_their_gradients_gathered() {
         let x = normal(rows * dim, Element::F32, &mut rng);
         let table = normal(shape.table_len(), Element::F32, &mut rng);
         let d_y = normal(rows * dim, Element::F32, &mut rng);
-        let codes: Vec<usize> =
-            (0..rows * n_tables).map(|i| i % n_tables * entries + rng.below(entries)).collect();
+        let codes: Vec<usize> = (0..rows * n_tables).map(|i| i % n_tables * entries + rng.below(entries)).collect();
         let mut buffers = [
             to_bytes(&x, Element::F32),
             to_bytes(&table, Element::F32),

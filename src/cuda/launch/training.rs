@@ -313,7 +313,13 @@ impl HeadsShape {
             return Err(LaunchError::HeadDim(head_dim));
         }
         let (n_heads, head_dim) = (within("heads", n_heads, MAX_ROWS)?, within("head_dim", head_dim, MAX_ROWS)?);
-        Ok(SplitHeadsArgs { rows: (batch * len) as i32, len: len as i32, n_heads, head_dim, ..SplitHeadsArgs::default() })
+        Ok(SplitHeadsArgs {
+            rows: (batch * len) as i32,
+            len: len as i32,
+            n_heads,
+            head_dim,
+            ..SplitHeadsArgs::default()
+        })
     }
 
     /// qkv -> q, k, v.
