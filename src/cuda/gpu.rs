@@ -152,6 +152,14 @@ impl Machine for Gpu {
         self.stream().memcpy_htod(bytes, &mut part).map_err(named)
     }
 
+    fn clear(&self, buffer: &mut Self::Buffer, at: usize, bytes: usize) -> Result<(), MachineError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let mut part = buffer.try_slice_mut(at..at + bytes).ok_or_else(|| beyond(at, bytes))?;
+        self.stream().memset_zeros(&mut part).map_err(named)
+    }
+
     fn read(&self, buffer: &Self::Buffer, at: usize, bytes: &mut [u8]) -> Result<(), MachineError> {
         if bytes.is_empty() {
             return Ok(());

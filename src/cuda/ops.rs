@@ -110,7 +110,7 @@ fn gather_add(x: &Tensor, table: &Tensor, codes: &[u32]) -> Result<Tensor> {
     if !codes.chunks_exact(n_tables.max(1)).all(in_tables) {
         bail!("gather_add: a code lies in another table than that of its place");
     }
-    let codes = Tensor::new(codes, x.device())?;
+    let codes = Tensor::from_slice(codes, codes.len(), x.device())?;
     let y = Fresh::new(x.shape(), Element::F32, &device)?;
     (args.x, args.table, args.codes, args.y) = (address(&x)?, address(&table)?, address(&codes)?, y.address()?);
     // SAFETY: the sizes are those of `shape`, the codes those of its tables; so below.
@@ -143,7 +143,7 @@ fn nll(head: &Tensor, targets: &Targets) -> Result<Tensor> {
         bail!("nll: {} targets for {:?}", targets.low.len(), head.shape());
     }
     let given = [&targets.forecasts, &targets.units, &targets.low, &targets.high]
-        .map(|values| Tensor::new(values.as_slice(), head.device()));
+        .map(|values| Tensor::from_slice(values, values.len(), head.device()));
     let [forecasts, units, low, high] = given;
     let given = [forecasts?, units?, low?, high?];
     let nll = Fresh::new(n, Element::F32, &device)?;
@@ -174,7 +174,7 @@ fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
     if targets.len() != rows {
         bail!("cross_entropy: {} targets for {:?}", targets.len(), logits.shape());
     }
-    let targets = Tensor::new(targets, logits.device())?;
+    let targets = Tensor::from_slice(targets, rows, logits.device())?;
     let (nll, lse) = (Fresh::new(rows, F32, &device)?, Fresh::new(rows, F32, &device)?);
     (args.logits, args.targets, args.nll, args.lse) =
         (address(&logits)?, address(&targets)?, nll.address()?, lse.address()?);

@@ -119,17 +119,17 @@ impl Excerpt {
         self.past_codes.len()
     }
 
-    /// As a batch of one, on the CPU.
+    /// As a batch of one.
     pub fn inputs(&self) -> candle_core::Result<WaveInputs> {
-        Self::batch(std::slice::from_ref(self), &Device::Cpu)
+        Self::batch(std::slice::from_ref(self))
     }
 
-    /// Excerpts of the same length, for a model on `device`.
-    pub fn batch(excerpts: &[Self], device: &Device) -> candle_core::Result<WaveInputs> {
+    /// Excerpts of the same length.
+    pub fn batch(excerpts: &[Self]) -> candle_core::Result<WaveInputs> {
         let n = excerpts.len();
         let joined = |part: fn(&Self) -> &[f32], dims: (usize, usize)| {
             let values: Vec<f32> = excerpts.iter().flat_map(part).copied().collect();
-            Tensor::from_vec(values, (n, dims.0, dims.1), device)
+            Tensor::from_vec(values, (n, dims.0, dims.1), &Device::Cpu)
         };
         let codes = |part: fn(&Self) -> &[u32]| {
             let codes: Vec<u32> = excerpts.iter().flat_map(part).copied().collect();

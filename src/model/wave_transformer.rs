@@ -43,7 +43,7 @@ pub struct WaveTransformer {
     ops: &'static Ops,
 }
 
-/// Inputs of a batch of excerpts; all tokens are u32 and lie on the CPU, the others where the model computes.
+/// Inputs of a batch of excerpts, on the CPU; all tokens are u32.
 pub struct WaveInputs {
     /// `[batch, history + time]`: [`WaveTransformer::history`] tokens before the excerpt, then its own.
     pub tokens: Tensor,
@@ -219,8 +219,8 @@ impl WaveTransformer {
         Tensor::cat(&[&by_tap, &self.past_code_in, &self.residual_code_in], 0)
     }
 
-    /// Rows of [`WaveTransformer::code_table`] for each sample, in order of batch and time.
-    fn codes(&self, inputs: &WaveInputs) -> Result<Vec<u32>> {
+    /// Rows of the table of all codes that the sample tier adds up for each sample, in order of batch and time.
+    pub fn codes(&self, inputs: &WaveInputs) -> Result<Vec<u32>> {
         let (history, taps) = (self.history(), self.config.taps);
         let levels = self.token_embedding.dim(0)? as u32;
         let tokens = inputs.tokens.to_vec2::<u32>()?;
@@ -237,20 +237,26 @@ impl WaveTransformer {
 
     /// Whole excerpts: head outputs `[batch, time, 3 * n_components]`; time is a multiple of the plan's hop.
     pub fn forward(&self, inputs: &WaveInputs) -> Result<Tensor> {
-        self.run(inputs, None)
+        self.forward_coded(inputs, &self.codes(inputs)?)
+    }
+
+    /// [`WaveTransformer::forward`] with the codes looked up before.
+    pub fn forward_coded(&self, inputs: &WaveInputs, codes: &[u32]) -> Result<Tensor> {
+        self.run(inputs, codes, None)
     }
 
     /// Reads an excerpt (batch 1) as a new stream's first samples: head outputs as [`WaveTransformer::forward`] gives
     /// them, and the state as `time` steps would leave it. `tokens` and `residual_code` are the caller's to set.
     pub fn prefill(&self, inputs: &WaveInputs, state: &mut WaveState) -> Result<Tensor> {
         state.n = inputs.features.dim(1)? as u64;
-        self.run(inputs, Some(&mut state.caches))
+        self.run(inputs, &self.codes(inputs)?, Some(&mut state.caches))
     }
 
-    fn run(&self, inputs: &WaveInputs, mut caches: Option<&mut Vec<Vec<KvCache>>>) -> Result<Tensor> {
+    fn run(&self, inputs: &WaveInputs, codes: &[u32], mut caches: Option<&mut Vec<Vec<KvCache>>>) -> Result<Tensor> {
         let Ops { add_linear, spread, gather_add, .. } = self.ops;
         let (batch, time, _) = inputs.features.dims3()?;
-        let planned = self.planned(&inputs.plan)?;
+        let planned = self.planned(&inputs.plan.to_device(self.device())?)?;
+        let features = inputs.features.to_device(self.device())?;
         let mut x: Option<Tensor> = None;
         let mut above: Option<(&Tier, &Linear)> = None;
         for (i, (tier, plan)) in self.tiers.iter().zip(&planned.tiers).enumerate() {
@@ -272,8 +278,8 @@ impl WaveTransformer {
                 let seen = gather_add(&nothing, &table, &codes)?.reshape((batch, steps, ()))?;
                 z = add_linear(&z, &seen, &tier.input)?;
             } else {
-                z = gather_add(&z, &self.code_table(&tier.input)?, &self.codes(inputs)?)?;
-                z = add_linear(&z, &inputs.features, &self.feature_in.weight)?;
+                z = gather_add(&z, &self.code_table(&tier.input)?, codes)?;
+                z = add_linear(&z, &features, &self.feature_in.weight)?;
             }
             if let (Some(x), Some((_, down))) = (&x, above) {
                 z = add_linear(&z, x, &down.weight)?;
@@ -285,7 +291,7 @@ impl WaveTransformer {
             x = Some(z);
         }
         let Some(x) = x else { candle_core::bail!("a wave transformer without tiers") };
-        self.finish(&x, &inputs.features, &planned.scales)
+        self.finish(&x, &features, &planned.scales)
     }
 
     /// Width of the tier below the one with this hop.

@@ -197,7 +197,7 @@ fn adapt_to(
         seed: settings.seed,
         end: End::of(settings.budget, begun, PLAN_SHARE),
         draw: &|rng| plan::draw(data, quantizer, &config.plan_transformer, 0.0, rng),
-        loss: &|context| plan::nll(&model.plan, std::slice::from_ref(context))?.mean_all(),
+        loss: &|context| plan::nll(&model.plan, context)?.mean_all(),
         judge: &|workers| {
             let scored = workers.map(&judged, |tail| {
                 let frames = tail.first.saturating_sub(plan::CONTEXT)..tail.end().min(tail.first + plan::CONTEXT);
@@ -227,11 +227,10 @@ fn adapt_to(
         seed: settings.seed,
         end: if going.is_break() { End::Steps(0) } else { End::of(settings.budget, begun, 1.0) },
         draw: &|rng| maker.draw(rng),
-        loss: &|excerpt| wave::nll(&model.wave, std::slice::from_ref(excerpt))?.mean_all(),
+        loss: &|excerpt| wave::nll(&model.wave, excerpt)?.mean_all(),
         judge: &|workers| {
             let means = workers.map(&tail_excerpts, |excerpt: &Excerpt| {
-                let scored = wave::nll(&model.wave, std::slice::from_ref(excerpt))?;
-                let scored = scored.narrow(0, warm, excerpt.n_samples() - warm)?;
+                let scored = wave::nll(&model.wave, excerpt)?.narrow(0, warm, excerpt.n_samples() - warm)?;
                 Ok(f64::from(scored.mean_all()?.to_scalar::<f32>()?))
             })?;
             Ok(means.iter().sum::<f64>() / means.len().max(1) as f64)

@@ -23,14 +23,21 @@ const MOST_SKIPPED: usize = 5;
 /// Threads that compute on items for each one that draws them.
 const FED_BY_ONE: usize = 4;
 
-/// Hands out the items of the coming steps in order.
-type Next<'a, T> = dyn FnMut() -> Option<Result<T, TrainError>> + 'a;
+/// Items that one loss is computed of, and how many they are: one on the CPU, where every thread computes its own, and on a GPU all
+/// that this rank has in a step.
+struct Bundle<B> {
+    n: usize,
+    items: B,
+}
+
+/// Hands out the bundles of the coming steps in order.
+type Next<'a, B> = dyn FnMut() -> Option<Result<Bundle<B>, TrainError>> + 'a;
 
 /// Scores one rank's share of held-out pieces: nats, and what their sum over all ranks is to be divided by.
 pub type Validate<'a> = dyn Fn(&Workers, &dyn Group) -> Result<(f64, usize), TrainError> + Sync + 'a;
 
 /// What one part of the model is taught, and how.
-pub struct Lesson<'a, T> {
+pub struct Lesson<'a, T, B> {
     pub part: Part,
     pub learning_rate: f64,
     /// Items per step, over all processes.
@@ -39,15 +46,17 @@ pub struct Lesson<'a, T> {
     pub validate_every: usize,
     /// The item that a generator draws; every item has a generator of its own.
     pub draw: &'a (dyn Fn(&mut Rng) -> Result<T, TrainError> + Sync),
-    /// Mean loss of items in nats per unit, a scalar.
-    pub loss: &'a (dyn Fn(&[T]) -> candle_core::Result<Tensor> + Sync),
-    /// Units (frames, samples) of an item.
-    pub units: fn(&T) -> usize,
+    /// Items, one or more, as the loss wants them.
+    pub join: &'a (dyn Fn(Vec<T>) -> Result<B, TrainError> + Sync),
+    /// Mean loss of joined items in nats per unit, a scalar.
+    pub loss: &'a (dyn Fn(&B) -> candle_core::Result<Tensor> + Sync),
+    /// Units (frames, samples) of joined items.
+    pub units: fn(&B) -> usize,
     /// On held-out pieces, under the averaged weights.
     pub validate: &'a Validate<'a>,
 }
 
-impl<T: Send + Sync> Lesson<'_, T> {
+impl<T, B: Send + Sync> Lesson<'_, T, B> {
     /// Trains until the budget is spent, validation has stopped to gain, or the observer breaks; the optimizer's averages
     /// then hold the result, the best one that was validated. Goes on from the folder's state.
     pub fn teach(self, run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, TrainError> {
@@ -62,16 +71,25 @@ impl<T: Send + Sync> Lesson<'_, T> {
         }
         // Drawn ahead on threads of their own; which item is which depends on the seed and its number alone. One of every
         // `size` items is this rank's.
-        let (size, first) = (group.size(), group.next_mine(progress.step * self.batch));
-        // A GPU computes, and all threads draw for it.
-        let (n_feeders, most) = match settings.device.is_cpu() {
-            true => (settings.threads.div_ceil(FED_BY_ONE), 2 * self.batch.div_ceil(size).min(settings.threads.max(1))),
-            false => (settings.threads, 2 * self.batch.div_ceil(size)),
+        let (size, rank, batch) = (group.size(), group.rank(), self.batch);
+        let (step, first) = (progress.step, group.next_mine(progress.step * batch));
+        let (draw, join, seed) = (self.draw, self.join, settings.seed);
+        let bundle = |numbers: &mut dyn Iterator<Item = usize>| {
+            let items = numbers.map(|n| draw(&mut generator(seed, part, n))).collect::<Result<Vec<T>, _>>()?;
+            Ok(Bundle { n: items.len(), items: join(items)? })
         };
-        let feeders = lone_threads(n_feeders)?;
-        let (draw, seed) = (self.draw, settings.seed);
-        let make = |n| draw(&mut generator(seed, part, first + n * size));
-        ahead(&feeders, most, 0..usize::MAX, make, |next| self.learn(run, optimizer, progress, next))
+        let learn = |next: &mut Next<B>| self.learn(run, optimizer, progress, next);
+        if settings.device.is_cpu() {
+            let feeders = lone_threads(settings.threads.div_ceil(FED_BY_ONE))?;
+            let most = 2 * batch.div_ceil(size).min(settings.threads.max(1));
+            let one = |n| bundle(&mut std::iter::once(first + n * size));
+            ahead(&feeders, most, 0..usize::MAX, one, learn)
+        } else {
+            // A GPU computes, and all threads draw for it, each for a step of its own.
+            let feeders = lone_threads(settings.threads)?;
+            let all = |n| bundle(&mut ((step + n) * batch..(step + n + 1) * batch).filter(|item| item % size == rank));
+            ahead(&feeders, settings.threads, 0..usize::MAX, all, learn)
+        }
     }
 
     /// The steps that are left.
@@ -80,7 +98,7 @@ impl<T: Send + Sync> Lesson<'_, T> {
         run: &mut Run,
         optimizer: &mut AdamW,
         mut progress: Progress,
-        next: &mut Next<T>,
+        next: &mut Next<B>,
     ) -> Result<ControlFlow<()>, TrainError> {
         let (part, settings, folder, group) = (self.part, run.settings, run.folder, run.group);
         // One thread tells a GPU what to do.
@@ -145,36 +163,32 @@ impl<T: Send + Sync> Lesson<'_, T> {
 
     /// One step by the mean gradient of a batch over all ranks; gives its bits per unit and the gradient's norm.
     ///
-    /// On the CPU each thread computes the loss of one item at a time, and only so many are in memory; a GPU that of all
-    /// together.
+    /// Only as many bundles as there are threads are in memory at a time.
     fn step(
         &self,
         run: &Run,
         workers: &Workers,
         optimizer: &mut AdamW,
         progress: &mut Progress,
-        next: &mut Next<T>,
+        next: &mut Next<B>,
         learning_rate: f64,
     ) -> Result<(f64, f64), TrainError> {
-        let (group, settings) = (run.group, run.settings);
-        let (at_once, together) = match settings.device.is_cpu() {
-            true => (settings.threads.max(1), 1),
-            false => (self.batch, self.batch),
-        };
+        let (group, threads) = (run.group, run.settings.threads.max(1));
         let first = progress.step * self.batch;
         let (mut nats, mut units) = (0.0, 0);
         let mut left = group.mine(first..first + self.batch).len();
         while left > 0 {
-            let items: Vec<T> = std::iter::from_fn(&mut *next).take(left.min(at_once)).collect::<Result<_, _>>()?;
-            if items.is_empty() {
+            let most = if run.settings.device.is_cpu() { left.min(threads) } else { 1 };
+            let bundles: Vec<_> = std::iter::from_fn(&mut *next).take(most).collect::<Result<_, _>>()?;
+            let n: usize = bundles.iter().map(|bundle| bundle.n).sum();
+            if n == 0 {
                 return Err(TrainError::NoItems);
             }
-            left -= items.len();
-            let chunks: Vec<&[T]> = items.chunks(together).collect();
-            let results = workers.map(&chunks, |items| {
+            left -= n.min(left);
+            let results = workers.map(&bundles, |Bundle { n, items }| {
                 let loss = (self.loss)(items)?;
                 let gradients = loss.backward()?;
-                Ok((items.len(), items.iter().map(self.units).sum::<usize>(), loss.to_scalar::<f32>()?, gradients))
+                Ok((*n, (self.units)(items), loss.to_scalar::<f32>()?, gradients))
             })?;
             for (n, n_units, loss, gradients) in results {
                 units += n_units;

@@ -22,7 +22,7 @@ pub(super) const CONTEXT: usize = 512;
 const VALIDATE: usize = 100;
 const JUDGES: usize = 48;
 
-/// A context's tokens, centred bands and dropout.
+/// Tokens, centred bands and dropout of contexts, each `[contexts, frames, ..]`, on the CPU.
 pub(super) type Context = (Tensor, Tensor, Option<Tensor>);
 
 /// Trains until the budget is spent; the averages then hold the result.
@@ -36,24 +36,28 @@ pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, Tr
         batch: run.settings.plan_batch,
         validate_every: VALIDATE,
         draw: &|rng| draw(data, quantizer, config, variation, rng),
-        loss: &|contexts| nll(model, contexts)?.mean_all(),
-        units: |(tokens, ..): &Context| tokens.dims()[1],
+        join: &join,
+        loss: &|context| nll(model, context)?.mean_all(),
+        units: |(tokens, ..): &Context| tokens.dims()[0] * tokens.dims()[1],
         validate: &|workers, group| validate(workers, group, data, quantizer, model),
     };
     lesson.teach(run, optimizer)
 }
 
-/// -ln P of the frames of contexts of the same length, `[contexts, frames - 1]`, in nats.
-pub(super) fn nll(model: &PlanTransformer, contexts: &[Context]) -> candle_core::Result<Tensor> {
+/// -ln P of the frames of contexts, `[contexts, frames - 1]`, in nats.
+pub(super) fn nll(model: &PlanTransformer, (tokens, bands, mask): &Context) -> candle_core::Result<Tensor> {
     let device = model.device();
-    let joined = |of: fn(&Context) -> Option<&Tensor>| -> candle_core::Result<Option<Tensor>> {
-        let all: Vec<&Tensor> = contexts.iter().filter_map(of).collect();
-        if all.is_empty() { Ok(None) } else { Tensor::cat(&all, 0).map(Some) }
-    };
-    let (tokens, bands) = (joined(|c| Some(&c.0))?, joined(|c| Some(&c.1))?);
-    let (Some(tokens), Some(bands)) = (tokens, bands) else { candle_core::bail!("no contexts") };
-    let mask = joined(|c| c.2.as_ref())?.map(|mask| mask.to_device(device)).transpose()?;
-    model.nll(&tokens, &bands.to_device(device)?, mask.as_ref())
+    let mask = mask.as_ref().map(|mask| mask.to_device(device)).transpose()?;
+    model.nll(tokens, &bands.to_device(device)?, mask.as_ref())
+}
+
+/// Contexts of the same length as one.
+fn join(contexts: Vec<Context>) -> Result<Context, TrainError> {
+    let tokens: Vec<&Tensor> = contexts.iter().map(|context| &context.0).collect();
+    let bands: Vec<&Tensor> = contexts.iter().map(|context| &context.1).collect();
+    let masks: Vec<&Tensor> = contexts.iter().filter_map(|context| context.2.as_ref()).collect();
+    let mask = (!masks.is_empty()).then(|| Tensor::cat(&masks, 0)).transpose()?;
+    Ok((Tensor::cat(&tokens, 0)?, Tensor::cat(&bands, 0)?, mask))
 }
 
 /// A training context of any piece and speed.
@@ -121,7 +125,7 @@ fn validate(
         let recording = judges[i];
         let n = recording.plan_tokens.nrows().min(CONTEXT);
         let (tokens, bands) = tensors(quantizer, recording.plan_tokens.slice(s![..n, ..]))?;
-        Ok((f64::from(nll(model, &[(tokens, bands, None)])?.sum_all()?.to_scalar::<f32>()?), n - 1))
+        Ok((f64::from(nll(model, &(tokens, bands, None))?.sum_all()?.to_scalar::<f32>()?), n - 1))
     })?;
     Ok(scored.iter().fold((0.0, 0), |(nats, frames), (x, n)| (nats + x, frames + n)))
 }

@@ -14,7 +14,7 @@ use crate::forecast::{CpuForecaster, ForecastConfig, ForecastError, Forecaster};
 use crate::model::config::ModelConfig;
 use crate::model::excerpt::{Excerpt, Piece};
 use crate::model::head::{self, Targets};
-use crate::model::wave_transformer::WaveTransformer;
+use crate::model::wave_transformer::{WaveInputs, WaveTransformer};
 use crate::plan::{ResidualQuantizer, Spectrum};
 use crate::rng::Rng;
 
@@ -46,19 +46,19 @@ pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, Tr
     };
     let held_out = maker.held_out()?;
     let warm = WARM * config.plan.hop;
-    let nll = |excerpts: &[Excerpt]| nll(model, excerpts);
     let lesson = Lesson {
         part: Part::Wave,
         learning_rate: run.settings.wave_learning_rate,
         batch: run.settings.wave_batch,
         validate_every: VALIDATE,
         draw: &|rng| maker.draw(rng),
-        loss: &|excerpts| nll(excerpts)?.mean_all(),
-        units: Excerpt::n_samples,
+        join: &|excerpts| Ok(Batch::of(&excerpts, model)?),
+        loss: &|batch| batch.nll(model)?.mean_all(),
+        units: |batch| batch.targets.low.len(),
         validate: &|workers, group| {
             let means = workers.map(&group.mine(0..held_out.len()), |&place| {
-                let excerpt = &held_out[place..=place];
-                let scored = nll(excerpt)?.narrow(0, warm, excerpt[0].n_samples() - warm)?;
+                let excerpt = &held_out[place];
+                let scored = nll(model, excerpt)?.narrow(0, warm, excerpt.n_samples() - warm)?;
                 Ok(f64::from(scored.mean_all()?.to_scalar::<f32>()?))
             })?;
             Ok((means.iter().sum(), means.len()))
@@ -80,10 +80,29 @@ fn forecaster<'a>(
     }
 }
 
-/// -ln P of the samples of excerpts of the same length, one excerpt after the other, in nats.
-pub(super) fn nll(model: &WaveTransformer, excerpts: &[Excerpt]) -> candle_core::Result<Tensor> {
-    let targets = Targets::joined(excerpts.iter().map(|excerpt| &excerpt.targets));
-    head::nll(&model.forward(&Excerpt::batch(excerpts, model.device())?)?, &targets)
+/// Excerpts of the same length, on the CPU.
+struct Batch {
+    inputs: WaveInputs,
+    codes: Vec<u32>,
+    targets: Targets,
+}
+
+impl Batch {
+    fn of(excerpts: &[Excerpt], model: &WaveTransformer) -> candle_core::Result<Self> {
+        let inputs = Excerpt::batch(excerpts)?;
+        let codes = model.codes(&inputs)?;
+        Ok(Self { inputs, codes, targets: Targets::joined(excerpts.iter().map(|excerpt| &excerpt.targets)) })
+    }
+
+    /// -ln P of the samples, one excerpt after the other, in nats.
+    fn nll(&self, model: &WaveTransformer) -> candle_core::Result<Tensor> {
+        head::nll(&model.forward_coded(&self.inputs, &self.codes)?, &self.targets)
+    }
+}
+
+/// -ln P of an excerpt's samples, `[n_samples]`, in nats.
+pub(super) fn nll(model: &WaveTransformer, excerpt: &Excerpt) -> candle_core::Result<Tensor> {
+    Batch::of(std::slice::from_ref(excerpt), model)?.nll(model)
 }
 
 /// Makes excerpts of recordings.

@@ -131,8 +131,9 @@ fn losses_and_gradients(config: &ModelConfig, device: &Device) -> ([f32; 2], BTr
         // Heads begin at zero, and no gradient passes them.
         var.set(&(var.as_tensor() + normal(var.dims())).unwrap()).unwrap();
     }
-    let features = normal(&[batch, time, N_FEATURES]);
-    let plan = normal(&[batch, PLAN_FRAMES - 1 + frames, n_bands]);
+    let cpu = |tensor: Tensor| tensor.to_device(&Device::Cpu).unwrap();
+    let features = cpu(normal(&[batch, time, N_FEATURES]));
+    let plan = cpu(normal(&[batch, PLAN_FRAMES - 1 + frames, n_bands]));
     let (plan_bands, dropout) = (normal(&[batch, 70, n_bands]), normal(&[batch, 69, config.plan_transformer.dim]));
     let mut codes = |shape: &[usize], below: usize| {
         let values = (0..shape.iter().product()).map(|_| rng.below(below) as u32).collect();

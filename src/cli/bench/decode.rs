@@ -57,10 +57,9 @@ pub struct Args {
     /// Instruction sets [default: all that this machine has but `scalar`, which takes minutes]
     #[arg(long, value_name = "NAMES", value_delimiter = ',', value_parser = isa)]
     isas: Option<Vec<Isa>>,
-    /// Streams that are played together
-    #[arg(long, value_name = "NUMBERS", value_delimiter = ',', default_value = "1,8",
-          value_parser = clap::value_parser!(u16).range(1..=256))]
-    batches: Vec<u16>,
+    /// Streams that are played together [default: 1,8; on a GPU 1,16,256,2048]
+    #[arg(long, value_name = "NUMBERS", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=4096))]
+    batches: Option<Vec<u16>>,
     /// Seconds of sound that a stream plays in a round
     #[arg(long, default_value = "0.5", value_parser = super::super::common::seconds)]
     seconds: f64,
@@ -169,8 +168,8 @@ struct Case {
 
 pub fn run(args: &Args) -> Result<Outcome> {
     if args.engine == Engines::Cuda {
-        let Args { model, rounds, talk, .. } = args;
-        return gpu::generation(&gpu::Generation { model, rounds: *rounds, talk });
+        let Args { model, batches, rounds, talk, .. } = args;
+        return gpu::generation(&gpu::Generation { model, batches: batches.as_deref(), rounds: *rounds, talk });
     }
     let mut models = vec![args.model.load()?];
     for name in args.presets.iter().filter(|name| *name != "none") {
@@ -217,14 +216,15 @@ fn measure_model(args: &Args, checkpoint: &Checkpoint, isas: &[Isa], machine: &M
         Streams::Cpu(_) => Vec::new(),
     };
     reference.prefill(&prompt)?;
+    let batches = args.batches.as_deref().unwrap_or(&[1, 8]);
     let mut cases = Vec::new();
     for precision in [Precision::Int8, Precision::F32] {
-        let most_streams = args.batches.iter().copied().max().unwrap_or(1).into();
+        let most_streams = batches.iter().copied().max().unwrap_or(1).into();
         let mut scalar = Case::cpu(checkpoint, Isa::Scalar, precision, most_streams)?;
         scalar.prefill(&prompt)?;
         let expected = scalar.alone()?;
         for &isa in isas {
-            for &batch in &args.batches {
+            for &batch in batches {
                 if interrupted() {
                     return Ok(None);
                 }

@@ -23,6 +23,8 @@ pub struct Args {
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub struct Generation<'a> {
     pub model: &'a ModelArgs,
+    /// Streams that are played together.
+    pub batches: Option<&'a [u16]>,
     pub rounds: u16,
     pub talk: &'a Talk,
 }
@@ -84,7 +86,7 @@ mod measured {
     const SIDE: usize = 8192;
     const COPIED: usize = 1 << 30;
     /// Streams played together.
-    const STREAMS: [usize; 4] = [1, 16, 256, 2048];
+    const STREAMS: [u16; 4] = [1, 16, 256, 2048];
     /// Samples that a launch plays, all streams together, at least a frame of each.
     const LAUNCH: usize = 1 << 17;
     /// Most that distributions may differ from the CPU engine's, mean absolute bits per sample.
@@ -272,6 +274,35 @@ mod measured {
         passed: bool,
     }
 
+    impl Check {
+        fn line(&self) -> String {
+            let verdict = if self.passed { "ok" } else { "FAILED" };
+            let Distance { bits, mean_abs_bits } = self.distance;
+            format!("{}, {}: {bits:+.5} bits, {mean_abs_bits:.5} absolute: {verdict}", self.model, self.element)
+        }
+    }
+
+    impl Case {
+        fn line(&self) -> String {
+            format!(
+                "{:<14} {:<4} {:>5} streams, groups of {}{}: {:>10.0} samples/s ({:.0} to {:.0}), {:7.2} x real time, {:8.1} \
+                 streams at real time, {:3.0} % of the weights on chip{}",
+                self.model,
+                self.element,
+                self.streams,
+                self.group_size,
+                if self.overlapped { ", overlapped" } else { "" },
+                self.samples_per_s,
+                self.samples_per_s_range[0],
+                self.samples_per_s_range[1],
+                self.x_real_time,
+                self.streams_at_real_time,
+                100.0 * self.resident,
+                if self.as_alone == Some(false) { " NOT AS ALONE" } else { "" }
+            )
+        }
+    }
+
     fn uniforms(streams: usize, kind: Kind, n: usize) -> Vec<f32> {
         (0..streams as u32).flat_map(|s| (0..n as u64).map(move |t| uniform(0, s, kind, t))).collect()
     }
@@ -331,7 +362,20 @@ mod measured {
         let base = ModelConfig::preset("base").context("the preset base")?;
         let base = Checkpoint::untrained(ModelConfig { name: "base, random".into(), ..base }, 1)?;
         let peaks = peaks(&gpu, &device()?, args.rounds)?;
-        let (mut checks, mut cases) = (Vec::new(), Vec::new());
+        // Told as they come: some take a while.
+        let tell = |line: String| {
+            if args.talk.json {
+                args.talk.note(&line);
+                return Ok(());
+            }
+            print(&line)
+        };
+        tell(format!(
+            "{}: copies {:.0} GB/s, bf16 products {:.0} TFLOP/s; medians of {}",
+            peaks.gpu, peaks.copy_gb_s, peaks.gemm_tflop_s, args.rounds
+        ))?;
+        let batches = args.batches.unwrap_or(&STREAMS);
+        let (mut checks, mut cases): (Vec<Check>, Vec<Case>) = (Vec::new(), Vec::new());
         for checkpoint in [args.model.load()?, base] {
             let config = &checkpoint.config;
             let tokens: Vec<Token> = chords(&config.codec, 32 * config.plan.hop);
@@ -343,49 +387,30 @@ mod measured {
                 let mut engine = CudaEngine::over(model.clone(), model.geometry(1))?;
                 let distance = Distance::between(&exact, &costs(&mut engine, &tokens)?);
                 let passed = distance.mean_abs_bits <= most;
-                checks.push(Check { model: config.name.clone(), element: name, distance, passed });
+                let check = Check { model: config.name.clone(), element: name, distance, passed };
+                tell(check.line())?;
+                checks.push(check);
+                let mut measure = |n: usize, geometry: DecodeGeometry| -> Result<()> {
+                    // A GPU without room for so many streams says so, and the others still count.
+                    match case(&model, name, n, geometry, args.rounds) {
+                        Ok(case) => {
+                            tell(case.line())?;
+                            cases.push(case);
+                        }
+                        Err(e) => args.talk.warn(&format!("{n} streams of {}: {e:#}", config.name)),
+                    }
+                    Ok(())
+                };
                 let one = model.geometry(1);
                 let alone = DecodeGeometry { overlapped: false, group_size: 1, ..one };
                 let shared = GROUP_SIZES.map(|group_size| DecodeGeometry { group_size, overlapped: true, ..one });
-                for geometry in [alone].into_iter().chain(shared) {
-                    cases.push(case(&model, name, 1, geometry, args.rounds)?);
-                }
-                for n in STREAMS.into_iter().filter(|&n| n > 1) {
-                    // A GPU without room for so many streams says so, and the others still count.
-                    match case(&model, name, n, model.geometry(n), args.rounds) {
-                        Ok(case) => cases.push(case),
-                        Err(e) => args.talk.warn(&format!("{n} streams of {}: {e:#}", config.name)),
+                for n in batches.iter().map(|&n| usize::from(n)) {
+                    if n > 1 {
+                        measure(n, model.geometry(n))?;
+                    } else {
+                        [alone].into_iter().chain(shared).try_for_each(|geometry| measure(1, geometry))?;
                     }
                 }
-            }
-        }
-        if !args.talk.json {
-            print(&format!(
-                "{}: copies {:.0} GB/s, bf16 products {:.0} TFLOP/s; medians of {}",
-                peaks.gpu, peaks.copy_gb_s, peaks.gemm_tflop_s, args.rounds
-            ))?;
-            for c in &checks {
-                let verdict = if c.passed { "ok" } else { "FAILED" };
-                let Distance { bits, mean_abs_bits } = c.distance;
-                print(&format!("{}, {}: {bits:+.5} bits, {mean_abs_bits:.5} absolute: {verdict}", c.model, c.element))?;
-            }
-            for c in &cases {
-                print(&format!(
-                    "{:<14} {:<4} {:>5} streams, groups of {}{}: {:>10.0} samples/s ({:.0} to {:.0}), {:7.2} x real time, {:8.1} \
-                     streams at real time, {:3.0} % of the weights on chip{}",
-                    c.model,
-                    c.element,
-                    c.streams,
-                    c.group_size,
-                    if c.overlapped { ", overlapped" } else { "" },
-                    c.samples_per_s,
-                    c.samples_per_s_range[0],
-                    c.samples_per_s_range[1],
-                    c.x_real_time,
-                    c.streams_at_real_time,
-                    100.0 * c.resident,
-                    if c.as_alone == Some(false) { " NOT AS ALONE" } else { "" }
-                ))?;
             }
         }
         let passed = checks.iter().all(|c| c.passed) && cases.iter().all(|c| c.as_alone != Some(false));

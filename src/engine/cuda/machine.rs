@@ -36,6 +36,14 @@ pub trait Machine: Send + Sync {
     /// When the machine fails, or the buffer ends before.
     fn write(&self, buffer: &mut Self::Buffer, at: usize, bytes: &[u8]) -> Result<(), MachineError>;
 
+    /// Writes zeros.
+    ///
+    /// # Errors
+    /// When the machine fails, or the buffer ends before.
+    fn clear(&self, buffer: &mut Self::Buffer, at: usize, bytes: usize) -> Result<(), MachineError> {
+        self.write(buffer, at, &vec![0; bytes])
+    }
+
     /// Reads `bytes` from byte `at` of a buffer on, after whatever was launched.
     ///
     /// # Errors

@@ -269,7 +269,8 @@ impl<M: Machine> Streams<M> {
         for (place, token) in places(sizes.n_tokens, *n, tokens.len()).zip(tokens) {
             ring[place] = i32::from(*token);
         }
-        let mut caches = vec![0.0f32; sizes.cache_stride as usize];
+        let cache_bytes = WORD * sizes.cache_stride as usize;
+        let mut caches = vec![0.0f32; if saved.caches.is_empty() { 0 } else { sizes.cache_stride as usize }];
         for (stack, block, name) in self.stacks() {
             let Some(SavedCache { shape: [n_heads, window, head_dim], keys, values }) = saved.caches.get(&name) else {
                 continue;
@@ -287,7 +288,11 @@ impl<M: Machine> Streams<M> {
         put(&mut self.state.counters, counters.to_bytes())?;
         put(&mut self.state.ring_tokens, ring.to_bytes())?;
         put(&mut self.state.memory, memory.to_bytes())?;
-        put(&mut self.state.caches, caches.to_bytes())?;
+        if saved.caches.is_empty() {
+            machine.clear(&mut self.state.caches, stream * cache_bytes, cache_bytes)?;
+        } else {
+            put(&mut self.state.caches, caches.to_bytes())?;
+        }
         Ok(())
     }
 
