@@ -195,6 +195,14 @@ struct GatherArgs {
 };
 static_assert(sizeof(GatherArgs) == 72, "GatherArgs differs from src/cuda/launch");
 
+/// Sum of n values, in place.
+struct AddArgs {
+  const float* x;
+  float* y;
+  int64_t n;
+};
+static_assert(sizeof(AddArgs) == 24, "AddArgs differs from src/cuda/launch");
+
 /// A step of AdamW on n weights; what the factors are, src/train/optimizer.rs says.
 struct AdamwArgs {
   float* weights;

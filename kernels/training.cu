@@ -18,7 +18,8 @@ constexpr int SUM_THREADS = WARP * SUM_ROWS;
 /// NORM_EPS of src/model/block.rs.
 constexpr float NORM_EPS = 1e-6f;
 /// As in src/model/ops/plain.rs.
-constexpr double ROPE_BASE = 10000.;
+constexpr double LOG2_ROPE_BASE = 13.287712379549449391;  // of 10,000
+constexpr double TAU = 6.2831853071795864769;
 constexpr int GATHER_COLUMNS = 64;
 /// As in src/sampler.rs and src/model/head.rs.
 constexpr int N_FORECASTS = 2;
@@ -282,10 +283,11 @@ struct Head {
 struct Turn {
   float cosine, sine;
   __device__ Turn(int position, int i, int head_dim) {
-    // In f64, so that late positions are as exact as early ones.
-    const double angle = position * pow(ROPE_BASE, -2. * i / head_dim);
-    cosine = float(cos(angle));
-    sine = float(sin(angle));
+    // Whole turns are taken off in f64, so that late positions are as exact as early ones.
+    const double turns = position * exp2(-2. * i / head_dim * LOG2_ROPE_BASE) / TAU;
+    const float angle = float((turns - rint(turns)) * TAU);
+    cosine = cosf(angle);
+    sine = sinf(angle);
   }
 };
 
@@ -335,14 +337,13 @@ __device__ void split_heads_backward(const SplitHeadsArgs& a) {
       const float low = d_y[i] * turn.cosine + d_y[i + half] * turn.sine;
       const float high = d_y[i + half] * turn.cosine - d_y[i] * turn.sine;
       sum += low * x[i] + high * x[i + half];
+      d_x[i] = low;
+      d_x[i + half] = high;
     }
     const float mean = lanes_sum<WARP>(sum) * scale / a.head_dim;
     for (int i = lane(); i < half; i += WARP) {
-      const Turn turn(from.position, i, a.head_dim);
-      const float low = d_y[i] * turn.cosine + d_y[i + half] * turn.sine;
-      const float high = d_y[i + half] * turn.cosine - d_y[i] * turn.sine;
-      d_x[i] = (low - x[i] * scale * mean) * scale;
-      d_x[i + half] = (high - x[i + half] * scale * mean) * scale;
+      d_x[i] = (d_x[i] - x[i] * scale * mean) * scale;
+      d_x[i + half] = (d_x[i + half] - x[i + half] * scale * mean) * scale;
     }
   }
   for (int i = lane(); i < a.head_dim; i += WARP) a.d_qkv[from.in_qkv + 2 * from.dim + i] = a.d_v[from.in_heads + i];
@@ -385,6 +386,14 @@ __device__ void gather_backward(const GatherArgs& a) {
   for (int entry = 0; entry < a.entries; ++entry) part[size_t(entry) * a.dim] = mine[entry * GATHER_COLUMNS];
 }
 
+// ---- kernels: sums -------------------------------------------------------------------------------------------------
+
+/// y += x
+__device__ void add(const AddArgs& a) {
+  const size_t i = size_t(blockIdx.x) * THREADS + threadIdx.x;
+  if (i < size_t(a.n)) a.y[i] += a.x[i];
+}
+
 // ---- kernels: AdamW ------------------------------------------------------------------------------------------------
 
 /// As `Slot::update` of src/train/optimizer.rs.
@@ -422,6 +431,7 @@ KERNEL(training_split_heads_forward, SplitHeadsArgs, THREADS, split_heads_forwar
 KERNEL(training_split_heads_backward, SplitHeadsArgs, THREADS, split_heads_backward)
 KERNEL(training_gather_forward, GatherArgs, THREADS, gather_forward)
 KERNEL(training_gather_backward, GatherArgs, GATHER_COLUMNS, gather_backward)
+KERNEL(training_add, AddArgs, THREADS, add)
 KERNEL(training_adamw, AdamwArgs, THREADS, adamw)
 
 #undef ENTRIES

@@ -58,6 +58,8 @@ def main():
         print("nothing measured: no CUDA device", file=sys.stderr)
         return
     torch.manual_seed(0)
+    # Beyond the limit of 8 it would quietly run uncompiled.
+    torch._dynamo.config.recompile_limit = 64
     compiled = torch.compile(flex_attention, dynamic=False)
     for hop, heads, head_dim, window in TIERS:
         length = EXCERPT // hop

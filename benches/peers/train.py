@@ -1,8 +1,9 @@
-"""What PyTorch, eager in f32 on the CPU, does with the training steps that `wavegen bench train` measures: forward, backward and AdamW of
-the wave transformer and of the plan transformer in the shapes of a preset. Same layers; features, plans and tokens are random
-tensors of the right shapes, so drawing an excerpt (forecasts, spectra) costs nothing here, which favours torch.
+"""What PyTorch does with the training steps that `wavegen bench train` measures: forward, backward and AdamW of the wave transformer
+and of the plan transformer in the shapes of a preset; eager in f32 on the CPU, or compiled in bf16 on a GPU. Same layers; features,
+plans and tokens are random tensors of the right shapes, so drawing an excerpt (forecasts, spectra) costs nothing here, which favours
+torch.
 
-    python3 benches/peers/train.py [--preset base|small] [--threads 1] [--rounds 5] [--part wave|plan]
+    python3 benches/peers/train.py [--preset base|small] [--threads 1] [--rounds 5] [--part wave|plan] [--device cuda [--batch 16]]
 
 One JSON object per part on stdout: units (samples, frames) per second and microseconds of processor time per unit, median, least, most."""
 
@@ -23,7 +24,7 @@ except ImportError as reason:
 
 # src/model/config.rs and models/*.toml. Tiers: hop, dim, layers, heads, window.
 PRESETS = {
-    "base": dict(tiers=[(64, 256, 4, 4, 128), (8, 192, 3, 3, 128), (1, 96, 2, 2, 32)], plan_dim=384, shortcut=96,
+    "base": dict(tiers=[(64, 256, 4, 4, 128), (8, 160, 3, 5, 128), (1, 96, 2, 2, 32)], plan_dim=384, shortcut=96,
                  plan=(384, 5, 6)),
     "small": dict(tiers=[(64, 192, 3, 4, 128), (8, 128, 2, 4, 128), (1, 64, 2, 2, 32)], plan_dim=256, shortcut=64,
                   plan=(256, 4, 4)),
@@ -140,12 +141,12 @@ class Wave(nn.Module):
         mass = F.logsigmoid(b) + F.logsigmoid(-a) + torch.log(-torch.expm1((a - b).clamp(max=-1e-6)))
         return -torch.logsumexp(F.log_softmax(weights, -1) + mass, -1).mean()
 
-    def draw(self):
+    def draw(self, n):
         time_ = WAVE_FRAMES * HOP
-        codes = lambda n: torch.randint(LEVELS, (1, n))
-        low = torch.rand(1, time_) * 1.8 - 0.9
-        return (codes(64 + time_), (codes(time_), codes(time_)), torch.randn(1, time_, FEATURES), torch.randn(1, WAVE_FRAMES + 2, BANDS),
-                low[..., None] + 0.05 * torch.randn(1, time_, FORECASTS), torch.full((1, time_, FORECASTS), 0.05), low, low + 0.02)
+        codes = lambda length: torch.randint(LEVELS, (n, length))
+        low = torch.rand(n, time_) * 1.8 - 0.9
+        return (codes(64 + time_), (codes(time_), codes(time_)), torch.randn(n, time_, FEATURES), torch.randn(n, WAVE_FRAMES + 2, BANDS),
+                low[..., None] + 0.05 * torch.randn(n, time_, FORECASTS), torch.full((n, time_, FORECASTS), 0.05), low, low + 0.02)
 
 
 class Plan(nn.Module):
@@ -170,8 +171,8 @@ class Plan(nn.Module):
             total = total + F.cross_entropy(head(hidden).flatten(0, 1), following[..., q].flatten())
         return total
 
-    def draw(self):
-        return torch.randint(ENTRIES, (1, PLAN_FRAMES, CODEBOOKS)), torch.randn(1, PLAN_FRAMES, BANDS)
+    def draw(self, n):
+        return torch.randint(ENTRIES, (n, PLAN_FRAMES, CODEBOOKS)), torch.randn(n, PLAN_FRAMES, BANDS)
 
 
 def measure(part, args):
@@ -179,19 +180,28 @@ def measure(part, args):
     batch, units = {"wave": (WAVE_BATCH, WAVE_FRAMES * HOP), "plan": (PLAN_BATCH, PLAN_FRAMES)}[part]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
     walls, cpus = [], []
-    for _ in range(args.rounds + 1):
+    gpu, at_once, warm_up = args.device == "cuda", 1, 1
+    loss = model.loss
+    if gpu:
+        batch = at_once = args.batch or batch
+        loss, warm_up = torch.compile(loss, dynamic=False), 3
+    for _ in range(args.rounds + warm_up):
         begun, cpu = time.perf_counter(), sum(os.times()[:2])
         optimizer.zero_grad(set_to_none=True)
-        for _ in range(batch):
-            (model.loss(*model.draw()) / batch).backward()
+        for _ in range(batch // at_once):
+            with torch.autocast("cuda", torch.bfloat16, enabled=gpu):
+                value = loss(*model.draw(at_once)) * at_once / batch
+            value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        if gpu:
+            torch.cuda.synchronize()
         walls.append(time.perf_counter() - begun)
         cpus.append(sum(os.times()[:2]) - cpu)
-    walls, cpus = walls[1:], cpus[1:]
+    walls, cpus = walls[warm_up:], cpus[warm_up:]
     spread = lambda values: {"median": statistics.median(values), "least": min(values), "most": max(values)}
     print(json.dumps({
-        "peer": f"torch {torch.__version__}, eager f32", "part": part, "preset": args.preset, "threads": torch.get_num_threads(),
+        "peer": f"torch {torch.__version__}, " + ("compiled bf16" if gpu else "eager f32"), "batch": batch, "part": part, "preset": args.preset, "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()), "load": os.getloadavg()[0],
         "units_per_s": spread([batch * units / wall for wall in walls]),
         "cpu_us": spread([1e6 * cpu / units / batch for cpu in cpus]),
@@ -204,7 +214,14 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--part", choices=["wave", "plan"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--batch", type=int)
     args = parser.parse_args()
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            sys.exit("nothing measured: no CUDA device")
+        torch.set_default_device("cuda")
+        torch.set_float32_matmul_precision("high")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     for part in [args.part] if args.part else ["wave", "plan"]:

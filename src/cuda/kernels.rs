@@ -12,7 +12,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaModule, CudaStream, DeviceRe
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 
 use super::launch::{
-    AdamwArgs, AttentionArgs, ColumnSumsArgs, CrossEntropyArgs, DecodeArgs, GatherArgs, Launch, LevinsonArgs,
+    AdamwArgs, AddArgs, AttentionArgs, ColumnSumsArgs, CrossEntropyArgs, DecodeArgs, GatherArgs, Launch, LevinsonArgs,
     MixtureNllArgs, PastAutocorrelationArgs, PlannedAutocorrelationArgs, PredictArgs, RmsNormArgs, SplitHeadsArgs,
     SwigluArgs,
 };
@@ -42,6 +42,7 @@ passed_by_value!(
     MixtureNllArgs,
     SplitHeadsArgs,
     GatherArgs,
+    AddArgs,
     AdamwArgs,
     DecodeArgs
 );

@@ -13,7 +13,7 @@ use candle_core::{
 use half::bf16;
 
 use super::kernels::Kernels;
-use super::launch::{Element, Launch};
+use super::launch::{AddArgs, Element, Launch};
 
 /// What the elements of a tensor are to the kernels.
 pub fn element(tensor: &Tensor) -> Result<Element> {
@@ -60,6 +60,29 @@ impl Fresh {
         let Storage::Cuda(storage) = &*storage else { bail!("a tensor is not on the GPU: {of:?}") };
         storage.copy_strided_src(&mut copy.storage, 0, layout)?;
         Ok(copy)
+    }
+
+    /// `a [.., k]` times `b [k, n]`, f32, as `shape`.
+    pub fn product(a: &Tensor, b: &Tensor, shape: impl Into<Shape>) -> Result<Self> {
+        let (k, n) = b.dims2()?;
+        let m = a.elem_count() / k;
+        let a = if a.rank() == 2 { a.clone() } else { a.reshape((m, k))? };
+        let ((a, a_layout), (b, b_layout)) = (a.storage_and_layout(), b.storage_and_layout());
+        let (Storage::Cuda(a), Storage::Cuda(b)) = (&*a, &*b) else { bail!("a factor is not on the GPU") };
+        Ok(Self { storage: a.matmul(b, (1, m, n, k), a_layout, b_layout)?, shape: shape.into() })
+    }
+
+    /// Adds as many values of a contiguous f32 tensor.
+    pub fn add(self, x: &Tensor) -> Result<Self> {
+        let n = self.shape.elem_count();
+        if x.elem_count() != n {
+            bail!("{:?} added to {:?}", x.shape(), self.shape);
+        }
+        let (add, args) = super::launch::add(n).map_err(candle_core::Error::wrap)?;
+        let args = AddArgs { x: address(x)?, y: self.address()?, ..args };
+        // SAFETY: both have `n` values.
+        unsafe { launch(gpu(x)?, &add, &args) }?;
+        Ok(self)
     }
 
     pub fn address(&self) -> Result<u64> {

@@ -5,21 +5,24 @@ use candle_core::{D, DType, Error, Result, Tensor, bail};
 
 use super::attention::attention;
 use super::launch::{
-    self, AdamwArgs, CrossEntropyShape, Element, GatherShape, HEAD_DIMS, MixtureShape, NormShape, SwigluShape,
+    self, AdamwArgs, CrossEntropyShape, Element, GatherShape, HEAD_DIMS, MixtureShape, NormShape, SwigluArgs,
+    SwigluShape,
 };
-use super::memory::{Fresh, address, gpu, launch, of_one, of_two};
+use super::memory::{Fresh, address, gpu, launch, of_one, of_three, of_two};
 use crate::model::head::Targets;
 use crate::model::ops::{Ops, plain};
 use crate::train::optimizer::Update;
 
+const F32: Element = Element::F32;
+
 /// For models whose tensors are on a GPU.
 pub(crate) static OPS: Ops = Ops {
     rms_norm,
-    norm_linear: |x, gain, weight| plain::matmul(&rms_norm(x, gain)?, weight),
+    norm_linear,
     linear: plain::linear,
     silu_linear: plain::silu_linear,
-    add_linear: plain::add_linear,
-    add_swiglu_linear: |residual, up, weight| plain::add_linear(residual, &swiglu(up)?, weight),
+    add_linear,
+    add_swiglu_linear,
     attention: |qkv, n_heads, window| match HEAD_DIMS.contains(&(qkv.dim(D::Minus1)? / 3 / n_heads)) {
         true => attention(qkv, n_heads, window),
         false => plain::attention(qkv, n_heads, window),
@@ -37,55 +40,124 @@ fn rows(x: &Tensor) -> Result<(usize, usize)> {
     Ok((x.elem_count() / width.max(1), width))
 }
 
-fn rms_norm(x: &Tensor, gain: &Tensor) -> Result<Tensor> {
-    const F32: Element = Element::F32;
-    let (x, gain) = (x.contiguous()?, gain.contiguous()?);
-    let device = gpu(&x)?.clone();
-    let (n, dim) = rows(&x)?;
-    let shape = NormShape { rows: n, dim };
-    let mut args = shape.args().map_err(Error::wrap)?;
-    let (y, inverse_rms) = (Fresh::new(x.shape(), F32, &device)?, Fresh::new(n, F32, &device)?);
-    (args.x, args.gain, args.y) = (address(&x)?, address(&gain)?, y.address()?);
-    args.inverse_rms = inverse_rms.address()?;
-    // SAFETY: the sizes are those of `shape`; so below.
-    unsafe { launch(&device, &shape.forward(F32), &args) }?;
-    let inverse_rms = inverse_rms.tensor();
-    of_two("rms_norm", [&x.clone(), &gain.clone()], y, move |_, d_y| {
-        let (d_x, d_gain) = (Fresh::new(x.shape(), F32, &device)?, Fresh::new(dim, F32, &device)?);
-        let parts = Fresh::new((shape.parts(), dim), F32, &device)?;
-        let mut args = args;
-        (args.x, args.gain, args.inverse_rms) = (address(&x)?, address(&gain)?, address(&inverse_rms)?);
+/// A norm whose backward pass is still to come.
+struct Norm {
+    shape: NormShape,
+    x: Tensor,
+    gain: Tensor,
+    inverse_rms: Tensor,
+}
+
+impl Norm {
+    fn forward(x: &Tensor, gain: &Tensor) -> Result<(Self, Fresh)> {
+        let (x, gain) = (x.contiguous()?, gain.contiguous()?);
+        let device = gpu(&x)?;
+        let (rows, dim) = rows(&x)?;
+        let shape = NormShape { rows, dim };
+        let (y, inverse_rms) = (Fresh::new(x.shape(), F32, device)?, Fresh::new(rows, F32, device)?);
+        let mut args = shape.args().map_err(Error::wrap)?;
+        (args.x, args.gain, args.y) = (address(&x)?, address(&gain)?, y.address()?);
+        args.inverse_rms = inverse_rms.address()?;
+        // SAFETY: the sizes are those of `shape`.
+        unsafe { launch(device, &shape.forward(F32), &args) }?;
+        let inverse_rms = inverse_rms.tensor();
+        Ok((Self { shape, x, gain, inverse_rms }, y))
+    }
+
+    /// Gradients of x and gain.
+    fn backward(&self, d_y: &Tensor) -> Result<[Tensor; 2]> {
+        let Self { shape, x, gain, inverse_rms } = self;
+        let device = gpu(x)?;
+        let (d_x, d_gain) = (Fresh::new(x.shape(), F32, device)?, Fresh::new(shape.dim, F32, device)?);
+        let parts = Fresh::new((shape.parts(), shape.dim), F32, device)?;
+        let mut args = shape.args().map_err(Error::wrap)?;
+        (args.x, args.gain, args.inverse_rms) = (address(x)?, address(gain)?, address(inverse_rms)?);
         (args.d_y, args.d_x, args.d_gain_parts) = (address(d_y)?, d_x.address()?, parts.address()?);
         let (sum, mut sums) = shape.sum_parts();
         (sums.parts, sums.sums) = (parts.address()?, d_gain.address()?);
-        // SAFETY: as above.
+        // SAFETY: the sizes are those of `shape`.
         unsafe {
-            launch(&device, &shape.backward(F32), &args)?;
-            launch(&device, &shape.backward_gain(F32), &args)?;
-            launch(&device, &sum, &sums)?;
+            launch(device, &shape.backward(F32), &args)?;
+            launch(device, &shape.backward_gain(F32), &args)?;
+            launch(device, &sum, &sums)?;
         }
         Ok([d_x.tensor(), d_gain.tensor()])
+    }
+}
+
+fn rms_norm(x: &Tensor, gain: &Tensor) -> Result<Tensor> {
+    let (norm, y) = Norm::forward(x, gain)?;
+    of_two("rms_norm", [x, gain], y, move |_, d_y| norm.backward(d_y))
+}
+
+/// x's shape with another width.
+fn widened(x: &Tensor, width: usize) -> Vec<usize> {
+    let mut shape = x.dims().to_vec();
+    shape.pop();
+    shape.push(width);
+    shape
+}
+
+/// Gradients of x and weight where x weight has this one.
+fn linear_backward(x: &Tensor, weight: &Tensor, d_y: &Tensor) -> Result<[Tensor; 2]> {
+    let (inputs, outputs) = weight.dims2()?;
+    let (x_rows, d_rows) = (x.reshape(((), inputs))?, d_y.reshape(((), outputs))?);
+    let d_x = Fresh::product(&d_rows, &weight.t()?, x.shape())?;
+    Ok([d_x.tensor(), Fresh::product(&x_rows.t()?, &d_rows, weight.shape())?.tensor()])
+}
+
+fn norm_linear(x: &Tensor, gain: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (norm, normalised) = Norm::forward(x, gain)?;
+    let (normalised, weight) = (normalised.tensor(), weight.contiguous()?);
+    let y = Fresh::product(&normalised, &weight, widened(x, weight.dim(1)?))?;
+    of_three("norm_linear", [x, gain, &weight.clone()], y, move |_, d_y| {
+        let [d_normalised, d_weight] = linear_backward(&normalised, &weight, d_y)?;
+        let [d_x, d_gain] = norm.backward(&d_normalised)?;
+        Ok([d_x, d_gain, d_weight])
     })
 }
 
-/// `silu(gate) value` of up `[.., 2 * hidden]`.
-fn swiglu(up: &Tensor) -> Result<Tensor> {
-    let up = up.contiguous()?;
-    let device = gpu(&up)?.clone();
-    let (rows, width) = rows(&up)?;
+fn add_linear(residual: &Tensor, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (residual, x, weight) = (residual.contiguous()?, x.contiguous()?, weight.contiguous()?);
+    let y = Fresh::product(&x, &weight, residual.shape())?.add(&residual)?;
+    of_three("add_linear", [&residual, &x.clone(), &weight.clone()], y, move |_, d_y| {
+        let [d_x, d_weight] = linear_backward(&x, &weight, d_y)?;
+        Ok([d_y.clone(), d_x, d_weight])
+    })
+}
+
+/// `silu(gate) value` of up `[.., 2 * hidden]`, on rows of half the width.
+fn swiglu(up: &Tensor) -> Result<Fresh> {
+    let (shape, mut args) = swiglu_of(up)?;
+    let y = Fresh::new((shape.rows, shape.hidden), F32, gpu(up)?)?;
+    (args.up, args.y) = (address(up)?, y.address()?);
+    // SAFETY: the sizes are those of `shape`.
+    unsafe { launch(gpu(up)?, &shape.forward(F32), &args) }?;
+    Ok(y)
+}
+
+fn swiglu_backward(up: &Tensor, d_y: &Tensor) -> Result<Fresh> {
+    let (shape, mut args) = swiglu_of(up)?;
+    let d_up = Fresh::new(up.shape(), F32, gpu(up)?)?;
+    (args.up, args.d_y, args.d_up) = (address(up)?, address(d_y)?, d_up.address()?);
+    // SAFETY: the sizes are those of `shape`.
+    unsafe { launch(gpu(up)?, &shape.backward(F32), &args) }?;
+    Ok(d_up)
+}
+
+fn swiglu_of(up: &Tensor) -> Result<(SwigluShape, SwigluArgs)> {
+    let (rows, width) = rows(up)?;
     let shape = SwigluShape { rows, hidden: width / 2 };
-    let mut args = shape.args().map_err(Error::wrap)?;
-    let y = Fresh::new((rows, width / 2), Element::F32, &device)?;
-    (args.up, args.y) = (address(&up)?, y.address()?);
-    // SAFETY: the sizes are those of `shape`; so below.
-    unsafe { launch(&device, &shape.forward(Element::F32), &args) }?;
-    of_one("swiglu", &up.clone(), y, move |_, d_y| {
-        let d_up = Fresh::new(up.shape(), Element::F32, &device)?;
-        let mut args = args;
-        (args.up, args.d_y, args.d_up) = (address(&up)?, address(d_y)?, d_up.address()?);
-        // SAFETY: as above.
-        unsafe { launch(&device, &shape.backward(Element::F32), &args) }?;
-        Ok(d_up.tensor())
+    Ok((shape, shape.args().map_err(Error::wrap)?))
+}
+
+fn add_swiglu_linear(residual: &Tensor, up: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (residual, up, weight) = (residual.contiguous()?, up.contiguous()?, weight.contiguous()?);
+    let open = swiglu(&up)?.tensor();
+    let y = Fresh::product(&open, &weight, residual.shape())?.add(&residual)?;
+    of_three("add_swiglu_linear", [&residual, &up.clone(), &weight.clone()], y, move |_, d_y| {
+        let [d_open, d_weight] = linear_backward(&open, &weight, d_y)?;
+        Ok([d_y.clone(), swiglu_backward(&up, &d_open)?.tensor(), d_weight])
     })
 }
 
@@ -111,14 +183,14 @@ fn gather_add(x: &Tensor, table: &Tensor, codes: &[u32]) -> Result<Tensor> {
         bail!("gather_add: a code lies in another table than that of its place");
     }
     let codes = Tensor::from_slice(codes, codes.len(), x.device())?;
-    let y = Fresh::new(x.shape(), Element::F32, &device)?;
+    let y = Fresh::new(x.shape(), F32, &device)?;
     (args.x, args.table, args.codes, args.y) = (address(&x)?, address(&table)?, address(&codes)?, y.address()?);
     // SAFETY: the sizes are those of `shape`, the codes those of its tables; so below.
     unsafe { launch(&device, &shape.forward(), &args) }?;
     let table_shape = table.shape().clone();
     of_two("gather_add", [&x, &table], y, move |_, d_y| {
-        let parts = Fresh::new((shape.parts(), shape.table_len()), Element::F32, &device)?;
-        let d_table = Fresh::new(&table_shape, Element::F32, &device)?;
+        let parts = Fresh::new((shape.parts(), shape.table_len()), F32, &device)?;
+        let d_table = Fresh::new(&table_shape, F32, &device)?;
         let mut args = args;
         (args.codes, args.d_y, args.d_table_parts) = (address(&codes)?, address(d_y)?, parts.address()?);
         let (sum, mut sums) = shape.sum_parts();
@@ -146,14 +218,14 @@ fn nll(head: &Tensor, targets: &Targets) -> Result<Tensor> {
         .map(|values| Tensor::from_slice(values, values.len(), head.device()));
     let [forecasts, units, low, high] = given;
     let given = [forecasts?, units?, low?, high?];
-    let nll = Fresh::new(n, Element::F32, &device)?;
+    let nll = Fresh::new(n, F32, &device)?;
     (args.head, args.nll) = (address(&head)?, nll.address()?);
     (args.forecasts, args.units) = (address(&given[0])?, address(&given[1])?);
     (args.low, args.high) = (address(&given[2])?, address(&given[3])?);
     // SAFETY: the sizes are those of `shape`; so below.
     unsafe { launch(&device, &forward, &args) }?;
     of_one("nll", &head.clone(), nll, move |_, d_nll| {
-        let d_head = Fresh::new(head.shape(), Element::F32, &device)?;
+        let d_head = Fresh::new(head.shape(), F32, &device)?;
         let mut args = args;
         (args.forecasts, args.units) = (address(&given[0])?, address(&given[1])?);
         (args.low, args.high) = (address(&given[2])?, address(&given[3])?);
@@ -165,7 +237,6 @@ fn nll(head: &Tensor, targets: &Targets) -> Result<Tensor> {
 }
 
 fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
-    const F32: Element = Element::F32;
     let logits = logits.contiguous()?;
     let device = gpu(&logits)?.clone();
     let (rows, classes) = rows(&logits)?;

@@ -119,10 +119,11 @@ impl AdamW {
 
     /// Adds the gradients of the mean loss of `n` items to those of the coming step.
     pub fn add(&mut self, gradients: &GradStore, n: usize) -> Result<()> {
+        let first = self.items == 0;
         self.items += n;
         self.slots.par_iter_mut().try_for_each(|(_, slot)| {
             let Some(gradient) = gradients.get(slot.var.as_tensor()) else { return Ok(()) };
-            slot.add(&gradient.flatten_all()?.contiguous()?, n)
+            slot.add(&gradient.flatten_all()?.contiguous()?, n, first)
         })
     }
 
@@ -278,9 +279,10 @@ pub(crate) struct Update {
 }
 
 impl Slot {
-    /// Adds `n` times a gradient, flat and contiguous.
-    fn add(&mut self, gradient: &Tensor, n: usize) -> Result<()> {
+    /// Adds `n` times a gradient, flat and contiguous; nothing has been added to the `first`.
+    fn add(&mut self, gradient: &Tensor, n: usize, first: bool) -> Result<()> {
         match &mut self.gradient {
+            Kept::Gpu(sum) if first => *sum = (gradient * n as f64)?,
             Kept::Gpu(sum) => *sum = (&*sum + (gradient * n as f64)?)?,
             Kept::Host(sum) => {
                 let (storage, layout) = gradient.storage_and_layout();

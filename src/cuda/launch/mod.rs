@@ -15,8 +15,8 @@ pub use decode::{
 pub use forecast::{ForecastShape, LevinsonArgs, PastAutocorrelationArgs, PlannedAutocorrelationArgs, PredictArgs};
 pub use plan_grid::PlanGrid;
 pub use training::{
-    AdamwArgs, ColumnSumsArgs, CrossEntropyArgs, CrossEntropyShape, GatherArgs, GatherShape, HeadsShape,
-    MixtureNllArgs, MixtureShape, NormShape, RmsNormArgs, SplitHeadsArgs, SwigluArgs, SwigluShape, adamw,
+    AdamwArgs, AddArgs, ColumnSumsArgs, CrossEntropyArgs, CrossEntropyShape, GatherArgs, GatherShape, HeadsShape,
+    MixtureNllArgs, MixtureShape, NormShape, RmsNormArgs, SplitHeadsArgs, SwigluArgs, SwigluShape, adamw, add,
 };
 
 /// What the elements of a kernel's tensors are.

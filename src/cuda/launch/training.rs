@@ -123,6 +123,16 @@ pub struct GatherArgs {
 }
 const _: () = assert!(size_of::<GatherArgs>() == 72);
 
+/// Arguments of `training_add`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AddArgs {
+    pub x: u64,
+    pub y: u64,
+    pub n: i64,
+}
+const _: () = assert!(size_of::<AddArgs>() == 24);
+
 /// Arguments of `training_adamw`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -344,13 +354,18 @@ pub struct GatherShape {
 }
 
 const GATHER_COLUMNS: usize = 64;
-/// Rows that one block sums a table's gradient over, at least, and most parts.
+/// Rows that one block sums a table's gradient over, at least, and how many blocks keep a GPU busy.
 const GATHER_ROWS: usize = 512;
-const GATHER_PARTS: usize = 64;
+const GATHER_BLOCKS: usize = 1024;
 
 impl GatherShape {
     fn rows_per_part(&self) -> usize {
-        GATHER_ROWS.max(self.rows.div_ceil(GATHER_PARTS))
+        GATHER_ROWS.max(self.rows.div_ceil(GATHER_BLOCKS.div_ceil(self.blocks())))
+    }
+
+    /// Blocks of a part.
+    fn blocks(&self) -> usize {
+        (self.dim.div_ceil(GATHER_COLUMNS) * self.n_tables).max(1)
     }
 
     /// Parts that the tables' gradient is summed in.
@@ -379,11 +394,10 @@ impl GatherShape {
 
     /// codes, d_y -> d_table_parts, `[parts, tables' values]`.
     pub fn backward(&self) -> Result<Launch, LaunchError> {
-        let blocks = self.dim.div_ceil(GATHER_COLUMNS) * self.n_tables;
         let bytes = size_of::<f32>() * GATHER_COLUMNS * self.entries;
         Ok(Launch {
             kernel: "training_gather_backward".to_string(),
-            grid: [blocks as u32, self.parts() as u32, 1],
+            grid: [self.blocks() as u32, self.parts() as u32, 1],
             threads: GATHER_COLUMNS as u32,
             shared_bytes: shared("embeddings", bytes)?,
             cluster: 0,
@@ -396,6 +410,13 @@ impl GatherShape {
         let args = ColumnSumsArgs { rows, dim, ..ColumnSumsArgs::default() };
         (sums("training_column_sums".to_string(), self.table_len(), 1), args)
     }
+}
+
+/// `n` values added to as many others.
+pub fn add(n: usize) -> Result<(Launch, AddArgs), LaunchError> {
+    within("number of values", n.div_ceil(THREADS), MAX_ROWS)?;
+    let args = AddArgs { n: n as i64, ..AddArgs::default() };
+    Ok((simple("training_add".to_string(), n.div_ceil(THREADS)), args))
 }
 
 /// One step of the optimizer on `n` weights.

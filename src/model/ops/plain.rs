@@ -19,7 +19,7 @@ pub fn rms_norm(x: &Tensor, gain: &Tensor) -> Result<Tensor> {
 }
 
 /// `x weight` for any leading dimensions.
-pub fn matmul(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+fn matmul(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (inputs, outputs) = weight.dims2()?;
     let mut shape = x.dims().to_vec();
     if let Some(last) = shape.last_mut() {
