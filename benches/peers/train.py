@@ -45,15 +45,15 @@ class Norm(nn.Module):
 
 
 @functools.cache
-def angles(time_, dim):
-    turn = torch.arange(time_)[:, None] * 10000.0 ** (-torch.arange(0, dim, 2) / dim)
+def angles(time_, dim, device):
+    turn = torch.arange(time_, device=device)[:, None] * 10000.0 ** (-torch.arange(0, dim, 2, device=device) / dim)
     return turn.cos(), turn.sin()
 
 
 def rotate(x):
     """Normalised and rotated heads, [batch, heads, time, head_dim]."""
     x = F.rms_norm(x, x.shape[-1:])
-    cos, sin = angles(*x.shape[-2:])
+    cos, sin = angles(*x.shape[-2:], x.device)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
@@ -75,7 +75,7 @@ class Block(nn.Module):
         n = time_ // w
         q, k, v = (x.reshape(batch * heads, n, w, dim) for x in (q, k, v))
         k, v = (torch.cat((F.pad(x[:, :-1], (0, 0, 0, 0, 1, 0)), x), 2) for x in (k, v))
-        i, j = torch.arange(w)[:, None], torch.arange(2 * w)[None] - w
+        i, j = torch.arange(w, device=q.device)[:, None], torch.arange(2 * w, device=q.device)[None] - w
         seen = ((j <= i) & (j > i - w))[None].repeat(n, 1, 1)
         seen[0, :, :w] = False
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).reshape(batch, heads, time_, dim)

@@ -8,8 +8,9 @@ use wavegen::sampler::{MAX_LOG_SCALE, MAX_OFFSET};
 
 use crate::emulator::{Emulator, Schedule, close, from_bytes, named, normal, to_bytes, unwritten};
 use crate::launch::{
-    AdamwArgs, ColumnSumsArgs, CrossEntropyArgs, CrossEntropyShape, Element, GatherArgs, GatherShape, HeadsShape,
-    LaunchError, MixtureNllArgs, MixtureShape, NormShape, RmsNormArgs, SplitHeadsArgs, SwigluArgs, SwigluShape, adamw,
+    AdamwArgs, AddArgs, ColumnSumsArgs, CrossEntropyArgs, CrossEntropyShape, Element, GatherArgs, GatherShape,
+    HeadsShape, LaunchError, MixtureNllArgs, MixtureShape, NormShape, RmsNormArgs, SplitHeadsArgs, SwigluArgs,
+    SwigluShape, adamw, add,
 };
 
 const FILE: &str = "training.cu";
@@ -421,6 +422,22 @@ fn embeddings_are_added_and_their_gradients_gathered() {
         close("y", &from_bytes(&buffers[3], Element::F32), &y, 2e-6)
             .and_then(|()| close("d_table", &from_bytes(&buffers[6], Element::F32), &d_table, 2e-6))
             .unwrap_or_else(|e| panic!("{shape:?}: {e}"));
+    }
+}
+
+// Sums ---------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn values_are_added_in_place() {
+    let Some(emulator) = Emulator::of(FILE) else { return };
+    let mut rng = Rng::new(90);
+    for n in [1, 127, 300] {
+        let (x, y) = (normal(n, Element::F32, &mut rng), normal(n, Element::F32, &mut rng));
+        let mut buffers = [to_bytes(&x, Element::F32), to_bytes(&y, Element::F32)];
+        let (launch, args) = add(n).unwrap();
+        emulator.run(&launch, &AddArgs { x: 1, y: 2, ..args }, 2, &mut buffers, Schedule::default()).unwrap();
+        let sums: Vec<f64> = x.iter().zip(&y).map(|(x, y)| x + y).collect();
+        close("sums", &from_bytes(&buffers[1], Element::F32), &sums, 1e-6).unwrap();
     }
 }
 
