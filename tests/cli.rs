@@ -372,6 +372,14 @@ fn every_instruction_set_gives_the_same_bytes_and_unknown_ones_are_refused() {
 
 #[cfg(not(feature = "cuda"))]
 #[test]
+fn training_on_a_gpu_wants_a_program_that_was_built_for_it() {
+    let scene = Scene::new();
+    let args = ["train", "in.wav", "-o", "x.safetensors", "--steps", "1", "--device", "cuda"];
+    scene.refuses(scene.wavegen(&args), 2, "--device cuda: this program was built without the feature `cuda`");
+}
+
+#[cfg(not(feature = "cuda"))]
+#[test]
 fn without_a_gpu_the_cpu_plays_and_says_so() {
     let scene = Scene::new();
     scene

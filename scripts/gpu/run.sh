@@ -69,6 +69,7 @@ fi
 if [[ $part == all || $part == time ]]; then
     step bench-kernels 120 "$here/wavegen" bench kernels --json
     step bench-decode 300 "$here/wavegen" bench decode --engine cuda --rounds 5 --json
+    step peer-train 200 python3 "$here/train.py" --device cuda --batch 16 --rounds 20
     step peer-attention 200 python3 "$here/attention.py"
     step peer-decode 300 python3 "$here/decode.py"
     step long-play 240 bash -c "$(declare -f long_play); long_play '$here'"
