@@ -84,6 +84,8 @@ impl<T, B: Send + Sync> Lesson<'_, T, B> {
             let most = 2 * batch.div_ceil(size).min(settings.threads.max(1));
             let one = |n| bundle(&mut std::iter::once(first + n * size));
             ahead(&feeders, most, 0..usize::MAX, one, learn)
+        } else if batch < size {
+            Err(TrainError::Batch { batch, size })
         } else {
             // A GPU computes, and all threads draw for it, each for a step of its own.
             let feeders = lone_threads(settings.threads)?;

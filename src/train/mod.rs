@@ -74,6 +74,8 @@ pub enum TrainError {
     OtherRun { folder: PathBuf, what: String },
     #[error("{folder}: the state of training cannot be read or written ({source})", folder = folder.display())]
     State { folder: PathBuf, source: std::io::Error },
+    #[error("a batch of {batch} cannot be shared by {size} processes that train on GPUs: each needs a part of it")]
+    Batch { batch: usize, size: usize },
     #[error("the threads that draw excerpts have stopped")]
     NoItems,
     #[error("the best weights so far do not fit the model (tensor '{0}')")]
