@@ -1,5 +1,5 @@
 # What CI runs, and the shortcuts of daily work. One build profile serves all: release.
-.PHONY: check format lint test examples docs live mpi cuda
+.PHONY: check format lint test examples docs live mpi cuda cross
 
 check: format lint test examples docs
 
@@ -28,6 +28,12 @@ live:
 mpi:
 	cargo clippy --release --lib --bins --test mpi --features mpi -- -D warnings
 	cargo test --release --features mpi --test mpi
+
+# Whether it compiles for the systems that cannot be tested here.
+cross:
+	rustup target add x86_64-pc-windows-gnu aarch64-apple-darwin
+	cargo check --release --target x86_64-pc-windows-gnu --lib --bins
+	cargo check --release --target aarch64-apple-darwin --lib --bins
 
 # With the settings of `eval "$(scripts/cuda/get-toolkit.sh)"`; no GPU needed.
 cuda:
