@@ -15,14 +15,25 @@ const BLOCK: usize = 1024;
 /// Longer than this nobody waits for the end.
 const MOST_LATENCY_MS: f64 = 1000.0;
 
-/// The outputs of the default host.
+/// The outputs of the default host, but those that another program has: they cannot be asked what they take. If there are no
+/// others, that is the error.
 pub fn devices() -> Result<Vec<Device>, String> {
     hush();
     let host = cpal::default_host();
     let default = host.default_output_device().and_then(|device| device.id().ok());
     let outputs = host.output_devices().map_err(|error| error.to_string())?;
+    let mut busy = Vec::new();
     let device = |device: cpal::Device| {
-        let (id, config) = (device.id().ok()?, device.default_output_config().ok()?);
+        let id = device.id().ok()?;
+        let config = match device.default_output_config() {
+            Ok(config) => config,
+            Err(error) => {
+                if error.kind() == cpal::ErrorKind::DeviceBusy {
+                    busy.push(id.to_string());
+                }
+                return None;
+            }
+        };
         Some(Device {
             host: Host::Card,
             is_default: default.as_ref() == Some(&id),
@@ -32,7 +43,11 @@ pub fn devices() -> Result<Vec<Device>, String> {
             channels: config.channels().into(),
         })
     };
-    Ok(outputs.filter_map(device).collect())
+    let devices: Vec<Device> = outputs.filter_map(device).collect();
+    match devices.is_empty() && !busy.is_empty() {
+        true => Err(format!("another program has {}: close it", busy.join(", "))),
+        false => Ok(devices),
+    }
 }
 
 /// Opens a stream on the output of this name.
