@@ -10,7 +10,7 @@ use wavegen::model::Model;
 use wavegen::model::config::{ModelConfig, TierConfig};
 use wavegen::model::excerpt::{Excerpt, Piece};
 use wavegen::model::features::{features, residual_code};
-use wavegen::model::head;
+use wavegen::model::head::{self, Targets};
 use wavegen::model::params::Params;
 use wavegen::model::wave_transformer::WaveTransformer;
 use wavegen::plan::Spectrum;
@@ -286,6 +286,39 @@ fn the_candle_likelihood_is_that_of_the_scalar_mixture() {
         let error = (exact - f64::from(nll[t])).abs();
         assert!(error < 2e-3 * (1.0 + exact), "sample {t}: {exact} against {}", nll[t]);
     }
+}
+
+#[test]
+fn excerpts_and_contexts_have_the_likelihoods_together_that_they_have_alone() {
+    let config = ModelConfig::preset("tiny").unwrap();
+    let (model, _) = random_model(&config, 4);
+    let excerpts: Vec<Excerpt> = (1..4)
+        .map(|seed| {
+            let tokens = music(&config, 2, seed);
+            excerpt(&config, &model, &tokens, &plan_of(&config, &tokens))
+        })
+        .collect();
+    let nll = |excerpts: &[Excerpt]| {
+        let targets = Targets::joined(excerpts.iter().map(|excerpt| &excerpt.targets));
+        flat(&head::nll(&model.wave.forward(&Excerpt::batch(excerpts).unwrap()).unwrap(), &targets).unwrap())
+    };
+    let alone: Vec<f32> = excerpts.chunks(1).flat_map(nll).collect();
+    let together = nll(&excerpts);
+    assert_eq!(together.len(), alone.len());
+    assert!(together.iter().zip(&alone).all(|(a, b)| (a - b).abs() < 1e-4 * (1.0 + b.abs())));
+    let longer = music(&config, 3, 9);
+    let longer = excerpt(&config, &model, &longer, &plan_of(&config, &longer));
+    assert!(Excerpt::batch(&[excerpts[0].clone(), longer]).is_err());
+
+    let contexts = [5, 6].map(|seed| random_plan(&config, 40, seed));
+    let (tokens, bands) = (
+        Tensor::cat(&[&contexts[0].0, &contexts[1].0], 0).unwrap(),
+        Tensor::cat(&[&contexts[0].1, &contexts[1].1], 0).unwrap(),
+    );
+    let alone: Vec<f32> =
+        contexts.iter().flat_map(|(tokens, bands)| flat(&model.plan.nll(tokens, bands, None).unwrap())).collect();
+    let together = flat(&model.plan.nll(&tokens, &bands, None).unwrap());
+    assert!(together.iter().zip(&alone).all(|(a, b)| (a - b).abs() < 1e-4 * (1.0 + b.abs())));
 }
 
 /// Losses of both transformers, and the gradient of every parameter.

@@ -9,6 +9,7 @@ mod check;
 mod common;
 mod r#continue;
 mod detokenize;
+mod device;
 mod dry_run;
 mod engine;
 mod eval;

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use candle_core::Device;
 use indicatif::ProgressBar;
 use serde::Serialize;
 use wavegen::audio::AudioError;
@@ -21,6 +20,7 @@ use wavegen::train::schedule::{Budget, Schedule};
 use wavegen::train::{Part, Start, TrainError, TrainEvent, TrainSettings, train_in};
 
 use super::common::{Refused, Talk, Usage, catch_interrupt, interrupted, one_line, say, start_threads};
+use super::device::DeviceKind;
 use super::prepare::check_inputs;
 use super::{Outcome, dry_run, memory};
 
@@ -130,26 +130,6 @@ pub struct Args {
     note: Vec<(String, String)>,
     #[command(flatten)]
     talk: Talk,
-}
-
-/// What trains.
-#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum DeviceKind {
-    Cpu,
-    /// The first NVIDIA GPU; --threads then draw excerpts for it
-    Cuda,
-}
-
-impl DeviceKind {
-    fn open(self) -> Result<Device> {
-        match self {
-            Self::Cpu => Ok(Device::Cpu),
-            #[cfg(feature = "cuda")]
-            Self::Cuda => Ok(wavegen::cuda::training_device()?),
-            #[cfg(not(feature = "cuda"))]
-            Self::Cuda => Err(Usage("--device cuda: this program was built without the feature `cuda`".into()).into()),
-        }
-    }
 }
 
 /// How matrices are stored.

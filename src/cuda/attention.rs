@@ -3,7 +3,7 @@
 use candle_core::{Error, Result, Tensor, bail};
 
 use super::launch::{AttentionShape, Element, HeadsShape};
-use super::memory::{Fresh, address, element, gpu, launch, of_one, of_three};
+use super::memory::{Fresh, address, element, f32, gpu, launch, of_one, of_three};
 
 const NAME: &str = "attention_window";
 
@@ -25,8 +25,11 @@ pub fn attention_window(q: &Tensor, k: &Tensor, v: &Tensor, window: usize) -> Re
 /// # Errors
 /// Likewise.
 pub fn attention(qkv: &Tensor, n_heads: usize, window: usize) -> Result<Tensor> {
-    let qkv = qkv.contiguous()?;
+    let qkv = f32(qkv)?;
     let (batch, len, width) = qkv.dims3()?;
+    if n_heads == 0 || !width.is_multiple_of(3 * n_heads) {
+        bail!("attention: {:?} of {n_heads} heads", qkv.shape());
+    }
     let device = gpu(&qkv)?.clone();
     let (dim, head_dim) = (width / 3, width / 3 / n_heads);
     let shape = HeadsShape { batch, len, n_heads, head_dim };
@@ -69,7 +72,10 @@ impl Heads {
         let Self { q, k, v, window } = self;
         let (batch, n_heads, len, head_dim) = q.dims4()?;
         let (k_batch, n_kv_heads, k_len, k_dim) = k.dims4()?;
-        if k.dims() != v.dims() || (k_batch, k_len, k_dim) != (batch, len, head_dim) || k.dtype() != q.dtype() {
+        if k.dims() != v.dims()
+            || (k_batch, k_len, k_dim) != (batch, len, head_dim)
+            || [k.dtype(), v.dtype()] != [q.dtype(); 2]
+        {
             bail!("{NAME}: queries {q:?}, keys {k:?} and values {v:?} do not go together");
         }
         Ok(AttentionShape { batch, n_heads, n_kv_heads, len, head_dim, window: *window })

@@ -7,7 +7,7 @@ use candle_core::cuda_backend::cudarc::driver::{DevicePtr, DeviceRepr};
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CudaDevice, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape,
+    CpuStorage, CudaDevice, CudaStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, Device, Layout, Result, Shape,
     Storage, Tensor, bail,
 };
 use half::bf16;
@@ -29,6 +29,14 @@ pub fn gpu(tensor: &Tensor) -> Result<&CudaDevice> {
     match tensor.device() {
         Device::Cuda(device) => Ok(device),
         other => bail!("the tensors are on the CPU, the kernel is the GPU's ({other:?})"),
+    }
+}
+
+/// A tensor as kernels for f32 read it: contiguous.
+pub fn f32(tensor: &Tensor) -> Result<Tensor> {
+    match tensor.dtype() {
+        DType::F32 => tensor.contiguous(),
+        other => bail!("the kernels work on f32, not on {other:?}"),
     }
 }
 
@@ -62,17 +70,21 @@ impl Fresh {
         Ok(copy)
     }
 
-    /// `a [.., k]` times `b [k, n]`, f32, as `shape`.
+    /// `a [.., k]` times `b [k, n]`, f32, as `shape`, which has as many values.
     pub fn product(a: &Tensor, b: &Tensor, shape: impl Into<Shape>) -> Result<Self> {
+        let shape = shape.into();
         let (k, n) = b.dims2()?;
-        let m = a.elem_count() / k;
+        let m = a.elem_count() / k.max(1);
+        if a.dim(D::Minus1)? != k || shape.elem_count() != m * n {
+            bail!("{:?} times {:?} is not {shape:?}", a.shape(), b.shape());
+        }
         let a = if a.rank() == 2 { a.clone() } else { a.reshape((m, k))? };
         let ((a, a_layout), (b, b_layout)) = (a.storage_and_layout(), b.storage_and_layout());
         let (Storage::Cuda(a), Storage::Cuda(b)) = (&*a, &*b) else { bail!("a factor is not on the GPU") };
-        Ok(Self { storage: a.matmul(b, (1, m, n, k), a_layout, b_layout)?, shape: shape.into() })
+        Ok(Self { storage: a.matmul(b, (1, m, n, k), a_layout, b_layout)?, shape })
     }
 
-    /// Adds as many values of a contiguous f32 tensor.
+    /// Adds as many values of a tensor that [`f32`] gave.
     pub fn add(self, x: &Tensor) -> Result<Self> {
         let n = self.shape.elem_count();
         if x.elem_count() != n {

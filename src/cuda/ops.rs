@@ -8,7 +8,8 @@ use super::launch::{
     self, AdamwArgs, CrossEntropyShape, Element, GatherShape, HEAD_DIMS, MixtureShape, NormShape, SwigluArgs,
     SwigluShape,
 };
-use super::memory::{Fresh, address, gpu, launch, of_one, of_three, of_two};
+use super::memory::{Fresh, address, f32, gpu, launch, of_one, of_three, of_two};
+use crate::model::config::N_FORECASTS;
 use crate::model::head::Targets;
 use crate::model::ops::{Ops, plain};
 use crate::train::optimizer::Update;
@@ -50,9 +51,12 @@ struct Norm {
 
 impl Norm {
     fn forward(x: &Tensor, gain: &Tensor) -> Result<(Self, Fresh)> {
-        let (x, gain) = (x.contiguous()?, gain.contiguous()?);
+        let (x, gain) = (f32(x)?, f32(gain)?);
         let device = gpu(&x)?;
         let (rows, dim) = rows(&x)?;
+        if gain.elem_count() != dim {
+            bail!("rms_norm: gains {:?} for {:?}", gain.shape(), x.shape());
+        }
         let shape = NormShape { rows, dim };
         let (y, inverse_rms) = (Fresh::new(x.shape(), F32, device)?, Fresh::new(rows, F32, device)?);
         let mut args = shape.args().map_err(Error::wrap)?;
@@ -108,7 +112,7 @@ fn linear_backward(x: &Tensor, weight: &Tensor, d_y: &Tensor) -> Result<[Tensor;
 
 fn norm_linear(x: &Tensor, gain: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (norm, normalised) = Norm::forward(x, gain)?;
-    let (normalised, weight) = (normalised.tensor(), weight.contiguous()?);
+    let (normalised, weight) = (normalised.tensor(), f32(weight)?);
     let y = Fresh::product(&normalised, &weight, widened(x, weight.dim(1)?))?;
     of_three("norm_linear", [x, gain, &weight.clone()], y, move |_, d_y| {
         let [d_normalised, d_weight] = linear_backward(&normalised, &weight, d_y)?;
@@ -118,7 +122,7 @@ fn norm_linear(x: &Tensor, gain: &Tensor, weight: &Tensor) -> Result<Tensor> {
 }
 
 fn add_linear(residual: &Tensor, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let (residual, x, weight) = (residual.contiguous()?, x.contiguous()?, weight.contiguous()?);
+    let (residual, x, weight) = (f32(residual)?, f32(x)?, f32(weight)?);
     let y = Fresh::product(&x, &weight, residual.shape())?.add(&residual)?;
     of_three("add_linear", [&residual, &x.clone(), &weight.clone()], y, move |_, d_y| {
         let [d_x, d_weight] = linear_backward(&x, &weight, d_y)?;
@@ -147,12 +151,15 @@ fn swiglu_backward(up: &Tensor, d_y: &Tensor) -> Result<Fresh> {
 
 fn swiglu_of(up: &Tensor) -> Result<(SwigluShape, SwigluArgs)> {
     let (rows, width) = rows(up)?;
+    if !width.is_multiple_of(2) {
+        bail!("swiglu: {:?} is not gates and as many values", up.shape());
+    }
     let shape = SwigluShape { rows, hidden: width / 2 };
     Ok((shape, shape.args().map_err(Error::wrap)?))
 }
 
 fn add_swiglu_linear(residual: &Tensor, up: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let (residual, up, weight) = (residual.contiguous()?, up.contiguous()?, weight.contiguous()?);
+    let (residual, up, weight) = (f32(residual)?, f32(up)?, f32(weight)?);
     let open = swiglu(&up)?.tensor();
     let y = Fresh::product(&open, &weight, residual.shape())?.add(&residual)?;
     of_three("add_swiglu_linear", [&residual, &up.clone(), &weight.clone()], y, move |_, d_y| {
@@ -163,7 +170,7 @@ fn add_swiglu_linear(residual: &Tensor, up: &Tensor, weight: &Tensor) -> Result<
 
 /// The codes of each row belong to tables of equal size that lie one after the other, in order.
 fn gather_add(x: &Tensor, table: &Tensor, codes: &[u32]) -> Result<Tensor> {
-    let (x, table) = (x.contiguous()?, table.contiguous()?);
+    let (x, table) = (f32(x)?, f32(table)?);
     let device = gpu(&x)?.clone();
     let ((n, dim), (entries, _)) = (rows(&x)?, table.dims2()?);
     let n_tables = codes.len() / n.max(1);
@@ -205,17 +212,17 @@ fn gather_add(x: &Tensor, table: &Tensor, codes: &[u32]) -> Result<Tensor> {
 }
 
 fn nll(head: &Tensor, targets: &Targets) -> Result<Tensor> {
-    let head = head.contiguous()?;
+    let head = f32(head)?;
     let device = gpu(&head)?.clone();
     let (n, width) = rows(&head)?;
     let shape = MixtureShape { n, components: width / 3 };
     let (mut args, forward) = (shape.args().map_err(Error::wrap)?, shape.forward().map_err(Error::wrap)?);
     let backward = shape.backward().map_err(Error::wrap)?;
-    if targets.low.len() != n {
+    let given = [&targets.forecasts, &targets.units, &targets.low, &targets.high];
+    if given.map(Vec::len) != [N_FORECASTS * n, N_FORECASTS * n, n, n] || width % 3 != 0 {
         bail!("nll: {} targets for {:?}", targets.low.len(), head.shape());
     }
-    let given = [&targets.forecasts, &targets.units, &targets.low, &targets.high]
-        .map(|values| Tensor::from_slice(values, values.len(), head.device()));
+    let given = given.map(|values| Tensor::from_slice(values, values.len(), head.device()));
     let [forecasts, units, low, high] = given;
     let given = [forecasts?, units?, low?, high?];
     let nll = Fresh::new(n, F32, &device)?;
@@ -237,7 +244,7 @@ fn nll(head: &Tensor, targets: &Targets) -> Result<Tensor> {
 }
 
 fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
-    let logits = logits.contiguous()?;
+    let logits = f32(logits)?;
     let device = gpu(&logits)?.clone();
     let (rows, classes) = rows(&logits)?;
     let shape = CrossEntropyShape { rows, classes };

@@ -119,11 +119,10 @@ impl AdamW {
 
     /// Adds the gradients of the mean loss of `n` items to those of the coming step.
     pub fn add(&mut self, gradients: &GradStore, n: usize) -> Result<()> {
-        let first = self.items == 0;
         self.items += n;
         self.slots.par_iter_mut().try_for_each(|(_, slot)| {
             let Some(gradient) = gradients.get(slot.var.as_tensor()) else { return Ok(()) };
-            slot.add(&gradient.flatten_all()?.contiguous()?, n, first)
+            slot.add(&gradient.flatten_all()?.contiguous()?, n)
         })
     }
 
@@ -149,26 +148,17 @@ impl AdamW {
 
     /// Sum of squares of all gradients.
     fn power(&self) -> Result<f64> {
-        let on_gpu: Vec<Tensor> = self
-            .slots
-            .values()
-            .filter_map(|slot| match &slot.gradient {
-                Kept::Gpu(gradient) => Some(gradient.sqr().and_then(|squares| squares.sum_all())),
-                Kept::Host(_) => None,
-            })
-            .collect::<Result<_>>()?;
-        if !on_gpu.is_empty() {
-            return Ok(Tensor::stack(&on_gpu, 0)?.to_vec1::<f32>()?.into_iter().map(f64::from).sum());
+        let (mut sum, mut on_gpu) = (0.0, Vec::new());
+        for slot in self.slots.values() {
+            match &slot.gradient {
+                Kept::Host(gradient) => sum += power(gradient),
+                Kept::Gpu(gradient) => on_gpu.push(gradient.sqr()?.sum_all()?),
+            }
         }
-        let powers: Vec<f64> = self
-            .slots
-            .par_iter()
-            .map(|(_, slot)| match &slot.gradient {
-                Kept::Host(gradient) => power(gradient),
-                Kept::Gpu(_) => 0.0,
-            })
-            .collect();
-        Ok(powers.iter().sum())
+        if !on_gpu.is_empty() {
+            sum += Tensor::stack(&on_gpu, 0)?.to_vec1::<f32>()?.into_iter().map(f64::from).sum::<f64>();
+        }
+        Ok(sum)
     }
 
     /// One step by the mean of the gradients added since the last one. Returns their norm before clipping; if that is
@@ -279,10 +269,9 @@ pub(crate) struct Update {
 }
 
 impl Slot {
-    /// Adds `n` times a gradient, flat and contiguous; nothing has been added to the `first`.
-    fn add(&mut self, gradient: &Tensor, n: usize, first: bool) -> Result<()> {
+    /// Adds `n` times a gradient, flat and contiguous.
+    fn add(&mut self, gradient: &Tensor, n: usize) -> Result<()> {
         match &mut self.gradient {
-            Kept::Gpu(sum) if first => *sum = (gradient * n as f64)?,
             Kept::Gpu(sum) => *sum = (&*sum + (gradient * n as f64)?)?,
             Kept::Host(sum) => {
                 let (storage, layout) = gradient.storage_and_layout();
@@ -446,6 +435,24 @@ mod tests {
             assert!((norms[0] - norms[1]).abs() < 1e-5, "{norms:?}");
         }
         let (a, b) = (values(&one), values(&parts));
+        assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-5), "{a:?} {b:?}");
+    }
+
+    #[test]
+    fn the_gradient_of_a_mean_counts_for_all_of_its_items() {
+        let goals = [[1.0f32, 0.0], [0.0, 3.0], [-2.0, 1.0]];
+        let (alone, together) = (var(&[0.2, 0.1]), var(&[0.2, 0.1]));
+        let mut one = AdamW::new([("x".to_owned(), alone.clone())].into()).unwrap();
+        let mut three = AdamW::new([("x".to_owned(), together.clone())].into()).unwrap();
+        for _ in 0..3 {
+            goals.iter().for_each(|goal| one.add(&bowl(&alone, goal), 1).unwrap());
+            let mean = [0, 1].map(|i| (goals[0][i] + goals[1][i]) / 2.0);
+            three.add(&bowl(&together, &mean), 2).unwrap();
+            three.add(&bowl(&together, &goals[2]), 1).unwrap();
+            let norms = [one.step(0.1, true).unwrap(), three.step(0.1, true).unwrap()];
+            assert!((norms[0] - norms[1]).abs() < 1e-5, "{norms:?}");
+        }
+        let (a, b) = (values(&alone), values(&together));
         assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-5), "{a:?} {b:?}");
     }
 

@@ -269,8 +269,24 @@ impl<M: Machine> Streams<M> {
         for (place, token) in places(sizes.n_tokens, *n, tokens.len()).zip(tokens) {
             ring[place] = i32::from(*token);
         }
-        let cache_bytes = WORD * sizes.cache_stride as usize;
-        let mut caches = vec![0.0f32; if saved.caches.is_empty() { 0 } else { sizes.cache_stride as usize }];
+        let counters = [*n as i64, *plan_pos as i64, i64::from(*residual_code), 0];
+        let put = |buffer: &mut M::Buffer, bytes: Vec<u8>| machine.write(buffer, stream * bytes.len(), &bytes);
+        put(&mut self.state.counters, counters.to_bytes())?;
+        put(&mut self.state.ring_tokens, ring.to_bytes())?;
+        put(&mut self.state.memory, memory.to_bytes())?;
+        if saved.caches.is_empty() {
+            let bytes = WORD * sizes.cache_stride as usize;
+            machine.clear(&mut self.state.caches, stream * bytes, bytes)?;
+        } else {
+            let caches = self.caches(saved).to_bytes();
+            put(&mut self.state.caches, caches)?;
+        }
+        Ok(())
+    }
+
+    /// A saved state's caches as the kernel has them, in kernels/args.cuh.
+    fn caches(&self, saved: &SavedStream) -> Vec<f32> {
+        let mut caches = vec![0.0f32; self.model.sizes().cache_stride as usize];
         for (stack, block, name) in self.stacks() {
             let Some(SavedCache { shape: [n_heads, window, head_dim], keys, values }) = saved.caches.get(&name) else {
                 continue;
@@ -283,17 +299,7 @@ impl<M: Machine> Streams<M> {
                 to_keys[(head * head_dim + f) * window + slot] = *key;
             }
         }
-        let counters = [*n as i64, *plan_pos as i64, i64::from(*residual_code), 0];
-        let put = |buffer: &mut M::Buffer, bytes: Vec<u8>| machine.write(buffer, stream * bytes.len(), &bytes);
-        put(&mut self.state.counters, counters.to_bytes())?;
-        put(&mut self.state.ring_tokens, ring.to_bytes())?;
-        put(&mut self.state.memory, memory.to_bytes())?;
-        if saved.caches.is_empty() {
-            machine.clear(&mut self.state.caches, stream * cache_bytes, cache_bytes)?;
-        } else {
-            put(&mut self.state.caches, caches.to_bytes())?;
-        }
-        Ok(())
+        caches
     }
 
     /// One stream's state.
