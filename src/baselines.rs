@@ -108,9 +108,12 @@ pub fn noise_through_plan(
     stream: u32,
 ) -> Result<Vec<f32>, ForecastError> {
     let mut forecast = PlannedForecast::new(config)?;
-    context.iter().for_each(|&sample| forecast.push(sample));
+    let context = &context[context.len() % spectrum.hop()..];
+    let heard = spectrum.analyse(context);
+    forecast.hear(spectrum, context, heard.view())?;
     let mut samples = Vec::with_capacity(plan.nrows() * spectrum.hop());
-    let mut before = spectrum.analyse_last(context);
+    let mut before =
+        heard.rows().into_iter().next_back().map_or_else(|| spectrum.silent_frame(), |frame| frame.to_vec());
     for bands in plan.outer_iter() {
         let bands = bands.to_vec();
         forecast.begin_frame(spectrum, &before, &bands)?;

@@ -5,6 +5,7 @@ use wavegen::codec::Token;
 use wavegen::engine::cpu::{CpuEngine, CpuOptions, Precision};
 use wavegen::engine::reference::ReferenceEngine;
 use wavegen::engine::{Engine, UNIFORMS_PER_SAMPLE};
+use wavegen::forecast::ForecastConfig;
 use wavegen::model::config::{GenerationSettings, ModelConfig, TierConfig};
 use wavegen::plan::PlanFrame;
 use wavegen::rng::{Kind, Rng, uniform};
@@ -24,7 +25,9 @@ fn lively(config: ModelConfig, seed: u64) -> Checkpoint {
 }
 
 fn tiny(seed: u64) -> Checkpoint {
-    lively(ModelConfig::preset("tiny").unwrap(), seed)
+    let mut config = ModelConfig::preset("tiny").unwrap();
+    config.forecast = ForecastConfig { deconvolution: 2, tones: true, past_window: 2048, ..config.forecast };
+    lively(config, seed)
 }
 
 fn music(n: usize) -> Vec<Token> {
@@ -130,6 +133,8 @@ fn odd_sizes_have_the_reference_engines_distributions_on_every_instruction_set()
         config.plan.n_codebooks = 3;
         config.plan.n_entries = 11;
         config.forecast.deconvolution = 3 * seed;
+        config.forecast.tones = seed > 0;
+        config.forecast.past_window = 2048;
         config.validate().unwrap();
         let checkpoint = lively(config, seed as u64 + 5);
         let mut reference = ReferenceEngine::new(&checkpoint).unwrap();

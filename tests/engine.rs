@@ -4,13 +4,16 @@ use wavegen::checkpoint::Checkpoint;
 use wavegen::codec::Token;
 use wavegen::engine::reference::ReferenceEngine;
 use wavegen::engine::{Engine, UNIFORMS_PER_SAMPLE};
+use wavegen::forecast::ForecastConfig;
 use wavegen::model::config::{GenerationSettings, ModelConfig};
 use wavegen::plan::PlanFrame;
 use wavegen::rng::Rng;
 use wavegen::sampler::PlanSampling;
 
 fn engine(seed: u64) -> ReferenceEngine {
-    let checkpoint = Checkpoint::untrained(ModelConfig::preset("tiny").unwrap(), seed).unwrap();
+    let mut config = ModelConfig::preset("tiny").unwrap();
+    config.forecast = ForecastConfig { deconvolution: 2, tones: true, past_window: 2048, ..config.forecast };
+    let checkpoint = Checkpoint::untrained(config, seed).unwrap();
     ReferenceEngine::new(&checkpoint).unwrap()
 }
 

@@ -40,7 +40,7 @@ fn with_random_zeros(config: &ModelConfig, mut params: Params, seed: u64) -> (Mo
     (model, vars)
 }
 
-/// Configurations with one to four tiers and odd sizes, and one whose plan is sharpened.
+/// Configurations with one to four tiers and odd sizes, and some whose plans are sharpened, one with tones.
 fn presets() -> Vec<ModelConfig> {
     let tiny = ModelConfig::preset("tiny").unwrap();
     let tier = |hop, dim, n_layers, n_heads, window| TierConfig { hop, dim, n_layers, n_heads, window };
@@ -52,9 +52,13 @@ fn presets() -> Vec<ModelConfig> {
     };
     let mut sharp = tiny.clone();
     sharp.forecast.deconvolution = 7;
+    let mut tones = sharp.clone();
+    tones.forecast.tones = true;
+    tones.forecast.past_window = 2048;
     vec![
         tiny.clone(),
         sharp,
+        tones,
         with(vec![tier(1, 16, 2, 2, 24)]),
         with(vec![tier(128, 24, 1, 3, 5), tier(16, 16, 2, 2, 7), tier(4, 16, 1, 1, 9), tier(1, 8, 1, 2, 33)]),
     ]

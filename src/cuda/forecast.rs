@@ -84,6 +84,9 @@ impl GpuForecaster {
         if !hop.is_multiple_of(config.past_hop) {
             return Err(ForecastError::Hop { past_hop: config.past_hop, plan_hop: hop });
         }
+        if config.tones {
+            return Err(gpu("there are no kernels for tones"));
+        }
         let DeviceLocation::Cuda { gpu_id } = device.location() else { return Err(gpu("the device is the CPU")) };
         let grid = PlanGrid::new(spectrum, config.deconvolution)?;
         // The device's context under a book-keeping of its own. A second stream in the device's own would make every tensor

@@ -1,6 +1,6 @@
 //! Makes both forecasts of every sample of an excerpt that is known from beginning to end.
 
-use ndarray::ArrayView2;
+use ndarray::{ArrayView2, s};
 
 use super::{ForecastConfig, ForecastError, Forecasts, PastForecast, PlannedForecast};
 use crate::plan::Spectrum;
@@ -43,10 +43,8 @@ pub(crate) fn listen(
     let hop = spectrum.hop();
     check_frames(heard.len(), hop, plan)?;
     let (before, heard) = heard.split_at(heard.len().min(first * hop));
-    for &sample in before {
-        past.push(sample);
-        planned.push(sample);
-    }
+    before.iter().for_each(|&sample| past.push(sample));
+    planned.hear(spectrum, before, plan.slice(s![..before.len().div_ceil(hop), ..]))?;
     let mut out = Forecasts::default();
     out.past.reserve_exact(heard.len());
     out.planned.reserve_exact(heard.len());

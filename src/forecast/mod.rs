@@ -2,7 +2,7 @@
 //!
 //! `past`: backward-adaptive linear prediction, coefficients from the samples before (as ITU-T G.728 has them).
 //! `planned`: prediction with the coefficients of the spectrum that the plan frame describes, which `sharp` makes as
-//! sharp as the sound was. Neither is trained.
+//! sharp as the sound was, around the `tones` that go on from the past. Neither is trained.
 
 mod forecaster;
 mod history;
@@ -10,6 +10,7 @@ mod lpc;
 mod past;
 mod planned;
 mod sharp;
+mod tones;
 
 use ndarray::ArrayView2;
 use serde::{Deserialize, Serialize};
@@ -43,11 +44,21 @@ pub struct ForecastConfig {
     pub lag_window_hz: f64,
     /// Steps of the deconvolution that takes the analysis' blur out of the planned spectrum; 0 leaves it in.
     pub deconvolution: usize,
+    /// Whether lines of the planned spectrum go on as tones with the phases of the past, and only the rest is predicted.
+    pub tones: bool,
 }
 
 impl Default for ForecastConfig {
     fn default() -> Self {
-        Self { order: 256, past_window: 4096, past_hop: 64, planned_order: 256, lag_window_hz: 4.0, deconvolution: 0 }
+        Self {
+            order: 256,
+            past_window: 4096,
+            past_hop: 64,
+            planned_order: 256,
+            lag_window_hz: 4.0,
+            deconvolution: 0,
+            tones: false,
+        }
     }
 }
 
@@ -64,12 +75,27 @@ impl ForecastConfig {
         if self.planned_order > plan.window / 2 {
             return Err(PlanError::Order { order: self.planned_order, window: plan.window }.into());
         }
+        if self.tones && plan.window > self.past_window {
+            return Err(ForecastError::TonesWindow { past_window: self.past_window, plan_window: plan.window });
+        }
         Ok(())
+    }
+
+    /// Plan frames that have to be heard before a frame whose forecasts shall be those of a stream that has heard everything.
+    pub(crate) fn frames_before(&self, plan: &PlanConfig) -> usize {
+        let tones = if self.tones { self.tones_before(plan.hop) + plan.window.div_ceil(plan.hop) } else { 0 };
+        tones.max(self.past_window.div_ceil(plan.hop))
+    }
+
+    /// Plan frames before a frame whose tones its forecasts follow from: what tones left over of the last `planned_order` samples,
+    /// and how those of one frame more fade out.
+    fn tones_before(&self, hop: usize) -> usize {
+        if self.tones { self.planned_order.div_ceil(hop) + 1 } else { 0 }
     }
 
     /// Checks the settings against each other.
     pub(crate) fn validate_alone(&self) -> Result<(), ForecastError> {
-        let Self { order, past_window, past_hop, planned_order, lag_window_hz, deconvolution } = *self;
+        let Self { order, past_window, past_hop, planned_order, lag_window_hz, deconvolution, tones } = *self;
         if order == 0 || order >= past_window {
             return Err(ForecastError::Order { order, past_window });
         }
@@ -84,6 +110,9 @@ impl ForecastConfig {
         }
         if deconvolution > MOST_STEPS {
             return Err(ForecastError::Deconvolution { steps: deconvolution });
+        }
+        if tones && deconvolution == 0 {
+            return Err(ForecastError::Tones);
         }
         Ok(())
     }
@@ -133,6 +162,17 @@ pub enum ForecastError {
     Deconvolution {
         /// Steps given.
         steps: usize,
+    },
+    /// Lines that are too blurred to be tones.
+    #[error("tones: expected a deconvolution of the planned spectrum, got 0 steps")]
+    Tones,
+    /// Less memory than tones are found in.
+    #[error("tones: the forecast's window of {past_window} samples is shorter than the plan's of {plan_window}")]
+    TonesWindow {
+        /// Samples that the forecast from the past is computed from.
+        past_window: usize,
+        /// Samples that a plan frame is computed from.
+        plan_window: usize,
     },
     /// A plan that ends before the samples do.
     #[error("{got} plan frames for {n_samples} samples, expected {expected}")]
@@ -215,6 +255,7 @@ mod tests {
             planned_order: 40,
             lag_window_hz: 4.0,
             deconvolution: 0,
+            tones: false,
         }
     }
 
@@ -262,15 +303,17 @@ mod tests {
     #[test]
     fn what_is_only_listened_to_changes_no_forecast_after_it() {
         let (samples, plan) = excerpt(2000);
-        let (spectrum, config) = (spectrum(), config());
-        let forecaster = CpuForecaster { spectrum: &spectrum, config: &config };
-        let whole = forecaster.forecasts(&samples, 0, plan.view()).unwrap();
-        for first in [1, 6, 15, 16, 99] {
-            let part = forecaster.forecasts(&samples, first, plan.view()).unwrap();
-            let begin = samples.len().min(128 * first);
-            assert_eq!(bits(&whole.past[begin..]), bits(&part.past), "from frame {first}");
-            assert_eq!(bits(&whole.planned[begin..]), bits(&part.planned), "from frame {first}");
-            assert_eq!(bits(&whole.log_scale[begin..]), bits(&part.log_scale), "from frame {first}");
+        for config in [config(), ForecastConfig { deconvolution: 3, tones: true, ..config() }] {
+            let spectrum = spectrum();
+            let forecaster = CpuForecaster { spectrum: &spectrum, config: &config };
+            let whole = forecaster.forecasts(&samples, 0, plan.view()).unwrap();
+            for first in [1, 6, 15, 16, 99] {
+                let part = forecaster.forecasts(&samples, first, plan.view()).unwrap();
+                let begin = samples.len().min(128 * first);
+                assert_eq!(bits(&whole.past[begin..]), bits(&part.past), "from frame {first}");
+                assert_eq!(bits(&whole.planned[begin..]), bits(&part.planned), "from frame {first}");
+                assert_eq!(bits(&whole.log_scale[begin..]), bits(&part.log_scale), "from frame {first}");
+            }
         }
     }
 
@@ -337,6 +380,11 @@ mod tests {
         for (bad, said) in [
             (ForecastConfig { past_hop: 96, ..default.clone() }, "hop 96 does not divide the plan's hop 512"),
             (ForecastConfig { planned_order: 1025, ..default.clone() }, "order 1025"),
+            (ForecastConfig { tones: true, ..default.clone() }, "got 0 steps"),
+            (
+                ForecastConfig { tones: true, deconvolution: 1, past_window: 1024, ..default.clone() },
+                "the plan's of 2048",
+            ),
         ] {
             let message = bad.validate(&plan).unwrap_err().to_string();
             assert!(message.contains(said), "{message}");

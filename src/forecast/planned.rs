@@ -1,10 +1,12 @@
 //! Turns past samples and a plan frame into a forecast of the next sample, and into the size of its error.
 
+use ndarray::ArrayView2;
 use serde::{Deserialize, Serialize};
 
 use super::history::History;
 use super::lpc::{Recursion, predict};
 use super::sharp::Sharpener;
+use super::tones::{self, Tones};
 use super::{ForecastConfig, ForecastError, check_length};
 use crate::plan::{Autocorrelation, Spectrum};
 use crate::simd::Kernels;
@@ -34,7 +36,9 @@ fn damping(heard: &[f32], planned: f64) -> f32 {
 #[serde(try_from = "State", into = "State")]
 pub struct PlannedForecast {
     config: ForecastConfig,
+    /// What the tones left over of the samples.
     history: History,
+    tones: Option<Tones>,
     /// `[order]`, the latest sample's last.
     coefficients: Vec<f32>,
     log_scale: f32,
@@ -56,6 +60,7 @@ impl PlannedForecast {
         Ok(Self {
             config: config.clone(),
             history: History::new(config.planned_order),
+            tones: config.tones.then(|| Tones::new(config.past_window)),
             coefficients: vec![0.0; config.planned_order],
             log_scale: LEAST_SCALE.ln() as f32,
             recursion: Recursion::new(config.planned_order),
@@ -79,6 +84,29 @@ impl PlannedForecast {
         self.history.recent(self.history.keep(), 0)
     }
 
+    /// Hears `samples`, whole frames of `plan`, `[frames, n_bands]`, without a forecast: the plan is followed only as far as
+    /// forecasts after it follow from that.
+    ///
+    /// # Errors
+    /// As [`begin_frame`](Self::begin_frame).
+    pub(crate) fn hear(
+        &mut self,
+        spectrum: &Spectrum,
+        samples: &[f32],
+        plan: ArrayView2<f32>,
+    ) -> Result<(), ForecastError> {
+        let followed = plan.nrows().saturating_sub(self.config.tones_before(spectrum.hop()));
+        for (frame, samples) in samples.chunks(spectrum.hop()).enumerate() {
+            if frame >= followed {
+                let bands =
+                    |frame: Option<usize>| frame.map_or_else(|| spectrum.silent_frame(), |k| plan.row(k).to_vec());
+                self.begin_frame(spectrum, &bands(frame.checked_sub(1)), &bands(Some(frame)))?;
+            }
+            samples.iter().for_each(|&sample| self.push(sample));
+        }
+        Ok(())
+    }
+
     /// Computes with these kernels instead of the machine's best; the results are the same.
     pub fn with_kernels(self, kernels: &'static Kernels) -> Self {
         Self { kernels, ..self }
@@ -92,7 +120,12 @@ impl PlannedForecast {
         let ForecastConfig { planned_order: order, lag_window_hz, deconvolution, .. } = self.config;
         let (r, damping) = if deconvolution > 0 {
             let sharpener = self.sharpener.get_or_insert_with(|| Sharpener::new(spectrum, &self.config));
-            let r = sharpener.autocorrelation(spectrum, before, bands)?;
+            sharpener.sharpen(spectrum, before, bands)?;
+            if let Some(tones) = &mut self.tones {
+                tones.fits(spectrum)?;
+                tones.begin(spectrum, sharpener);
+            }
+            let r = sharpener.autocorrelation(spectrum);
             (r, damping(self.history.recent(order, 0), r[0]))
         } else {
             (spectrum.autocorrelation_into(bands, order, lag_window_hz, &mut self.autocorrelation)?, 1.0)
@@ -109,7 +142,11 @@ impl PlannedForecast {
 
     /// The forecast of the next sample, in [-1, 1].
     pub fn forecast(&mut self) -> f32 {
-        predict(&self.coefficients, self.history.recent(self.config.planned_order, 0), self.kernels)
+        let rest = predict(&self.coefficients, self.history.recent(self.config.planned_order, 0), self.kernels);
+        match &self.tones {
+            Some(tones) => (tones.next() + rest).clamp(-1.0, 1.0),
+            None => rest,
+        }
     }
 
     /// ln of the mean |residual| that the frame implies.
@@ -124,7 +161,8 @@ impl PlannedForecast {
 
     /// What the next sample was.
     pub fn push(&mut self, sample: f32) {
-        self.history.push(sample);
+        let tone = self.tones.as_mut().map_or(0.0, |tones| tones.push(sample));
+        self.history.push(sample - tone);
     }
 }
 
@@ -133,14 +171,15 @@ impl PlannedForecast {
 struct State {
     config: ForecastConfig,
     history: History,
+    tones: Option<tones::State>,
     coefficients: Vec<f32>,
     log_scale: f32,
 }
 
 impl From<PlannedForecast> for State {
     fn from(from: PlannedForecast) -> Self {
-        let PlannedForecast { config, history, coefficients, log_scale, .. } = from;
-        Self { config, history, coefficients, log_scale }
+        let PlannedForecast { config, history, tones, coefficients, log_scale, .. } = from;
+        Self { config, history, tones: tones.map(Into::into), coefficients, log_scale }
     }
 }
 
@@ -148,9 +187,15 @@ impl TryFrom<State> for PlannedForecast {
     type Error = ForecastError;
 
     fn try_from(state: State) -> Result<Self, ForecastError> {
-        let State { config, history, coefficients, log_scale } = state;
+        let State { config, history, tones, coefficients, log_scale } = state;
         check_length("samples", config.planned_order, history.keep())?;
         check_length("coefficients", config.planned_order, coefficients.len())?;
-        Ok(Self { history, coefficients, log_scale, ..Self::new(&config)? })
+        let tones = tones.map(Tones::from);
+        check_length(
+            "samples for tones",
+            if config.tones { config.past_window } else { 0 },
+            tones.as_ref().map_or(0, Tones::keep),
+        )?;
+        Ok(Self { history, tones, coefficients, log_scale, ..Self::new(&config)? })
     }
 }

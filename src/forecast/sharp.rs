@@ -34,7 +34,8 @@ pub(super) struct Sharpener {
     order: usize,
     lag_window_hz: f64,
     work: Workspace,
-    /// `[n_bands]`
+    /// `[n_bands]`: nepers, steepened, and powers.
+    bands: Vec<f64>,
     planned: Vec<f64>,
     falls: Vec<f64>,
     own: Vec<f64>,
@@ -46,6 +47,15 @@ pub(super) struct Sharpener {
     lags: Vec<f64>,
 }
 
+/// The spectrum of a plan frame.
+pub(super) struct Sharpened<'a> {
+    pub response: &'a Response,
+    /// Nepers of power, `[n_bands]`.
+    pub bands: &'a [f64],
+    /// On the grid of the response, `[n_bins]`; the prediction's, so that what is taken out is not predicted.
+    pub power: &'a mut [f64],
+}
+
 impl Sharpener {
     pub fn new(spectrum: &Spectrum, config: &ForecastConfig) -> Self {
         let response = spectrum.response();
@@ -54,6 +64,7 @@ impl Sharpener {
             steps: config.deconvolution,
             order: config.planned_order,
             lag_window_hz: config.lag_window_hz,
+            bands: Vec::with_capacity(spectrum.n_bands()),
             planned: Vec::with_capacity(spectrum.n_bands()),
             falls: Vec::with_capacity(spectrum.n_bands()),
             own: Vec::with_capacity(spectrum.n_bands()),
@@ -66,33 +77,28 @@ impl Sharpener {
         }
     }
 
-    /// Autocorrelation of the sound of the plan frame `bands` after the frame `before`, lags `0..=planned_order`, per sample:
-    /// as [`Spectrum::autocorrelation`] of the bands alone.
+    /// Finds the spectrum of the sound of the plan frame `bands` after the frame `before`: [`sharpened`](Self::sharpened).
     ///
     /// # Errors
     /// When these are no frames of `spectrum`.
-    pub fn autocorrelation(
-        &mut self,
-        spectrum: &Spectrum,
-        before: &[f32],
-        bands: &[f32],
-    ) -> Result<&[f64], ForecastError> {
+    pub fn sharpen(&mut self, spectrum: &Spectrum, before: &[f32], bands: &[f32]) -> Result<(), ForecastError> {
         for frame in [before, bands] {
             if frame.len() != spectrum.n_bands() {
                 return Err(PlanError::BandCount { expected: spectrum.n_bands(), got: frame.len() }.into());
             }
         }
-        let Self { response, work, planned, falls, own, blunt, back, .. } = self;
+        let Self { response, work, bands: steep, planned, falls, own, blunt, back, .. } = self;
         let nepers = |band: f32| f64::from(band) / UNITS_PER_NEPER;
-        planned.clear();
-        planned.extend(bands.iter().copied().map(nepers));
+        steep.clear();
+        steep.extend(bands.iter().copied().map(nepers));
         falls.clear();
-        falls.extend(before.iter().zip(&*planned).map(|(&before, now)| nepers(before) - now));
-        steepen(planned, falls, self.own_share, own);
-        for (power, ln) in work.power.iter_mut().zip(response.grid.interpolate(planned)) {
+        falls.extend(before.iter().zip(&*steep).map(|(&before, now)| nepers(before) - now));
+        steepen(steep, falls, self.own_share, own);
+        for (power, ln) in work.power.iter_mut().zip(response.grid.interpolate(steep)) {
             *power = ln.exp();
         }
-        planned.iter_mut().for_each(|ln| *ln = ln.exp());
+        planned.clear();
+        planned.extend(steep.iter().map(|ln| ln.exp()));
         for step in 0..self.steps {
             if step == BLUNT_STEPS {
                 blunt.copy_from_slice(&work.power);
@@ -105,9 +111,19 @@ impl Sharpener {
                 *power += fall * (blunt - *power);
             }
         }
-        response.grid.fourier.autocorrelation(work);
-        spectrum.lags_into(&work.block, self.order, self.lag_window_hz, &mut self.lags);
-        Ok(&self.lags)
+        Ok(())
+    }
+
+    /// What [`sharpen`](Self::sharpen) found.
+    pub fn sharpened(&mut self) -> Sharpened<'_> {
+        Sharpened { response: &self.response, bands: &self.bands, power: &mut self.work.power }
+    }
+
+    /// Autocorrelation of that spectrum, lags `0..=planned_order`, per sample: as [`Spectrum::autocorrelation`] of the bands alone.
+    pub fn autocorrelation(&mut self, spectrum: &Spectrum) -> &[f64] {
+        self.response.grid.fourier.autocorrelation(&mut self.work);
+        spectrum.lags_into(&self.work.block, self.order, self.lag_window_hz, &mut self.lags);
+        &self.lags
     }
 }
 
@@ -152,7 +168,9 @@ mod tests {
     }
 
     fn sharp(before: &[f32], bands: &[f32]) -> Vec<f64> {
-        Sharpener::new(&spectrum(), &config()).autocorrelation(&spectrum(), before, bands).unwrap().to_vec()
+        let mut sharpener = Sharpener::new(&spectrum(), &config());
+        sharpener.sharpen(&spectrum(), before, bands).unwrap();
+        sharpener.autocorrelation(&spectrum()).to_vec()
     }
 
     #[test]
@@ -252,7 +270,7 @@ mod tests {
         let (spectrum, right) = (spectrum(), vec![0.0; spectrum().n_bands()]);
         for (before, bands) in [(&right[..], &[0.0; 3][..]), (&[0.0; 3], &right)] {
             let mut sharpener = Sharpener::new(&spectrum, &config());
-            let refused = sharpener.autocorrelation(&spectrum, before, bands);
+            let refused = sharpener.sharpen(&spectrum, before, bands);
             assert!(matches!(refused, Err(ForecastError::Plan(PlanError::BandCount { got: 3, .. }))));
         }
     }

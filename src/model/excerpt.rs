@@ -51,8 +51,8 @@ impl Excerpt {
         planned: &mut PlannedForecast,
     ) -> Result<Self, ForecastError> {
         let hop = config.plan.hop;
-        // Before the excerpt only the forecasts listen, until the past one has heard its window.
-        let begin = frames.start.saturating_sub(config.forecast.past_window.div_ceil(hop));
+        // Before the excerpt only the forecasts listen, until they have heard all that they follow from.
+        let begin = frames.start.saturating_sub(config.forecast.frames_before(&config.plan));
         let heard = config.codec.decode_all(&piece.heard[begin * hop..frames.end * hop]);
         let plan = piece.plan.slice(s![begin..frames.end, ..]);
         let forecasts = listen(past, planned, piece.spectrum, &heard, frames.start - begin, plan)?;

@@ -21,7 +21,8 @@ pub(crate) struct Workspace {
     pub block: Vec<f64>,
     /// `|X|^2` of the n / 2 + 1 bins.
     pub power: Vec<f64>,
-    bins: Vec<Complex<f64>>,
+    /// X, of which `power` was taken; lost by `autocorrelation`.
+    pub bins: Vec<Complex<f64>>,
     scratch: Vec<Complex<f64>>,
 }
 

@@ -149,6 +149,16 @@ impl Spectrum {
         plan
     }
 
+    /// What the samples of a frame are multiplied with, `[window_len]`.
+    pub(crate) fn window(&self) -> &[f64] {
+        &self.window
+    }
+
+    /// Energy of the window.
+    pub(crate) fn energy(&self) -> f64 {
+        self.energy
+    }
+
     /// Samples that a frame is computed from.
     pub fn window_len(&self) -> usize {
         self.window.len()

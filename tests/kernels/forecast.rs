@@ -198,6 +198,7 @@ fn forecasts_equal_those_of_the_library_for_random_settings_and_schedules() {
             planned_order: 1 + rng.below(200),
             lag_window_hz: f64::from(rng.uniform()) * 5.0,
             deconvolution: rng.below(4) * rng.below(5),
+            tones: false,
         };
         let case = Case::new(&plan(), config, len, rng.below(len / 128), &mut rng);
         check(&emulator, &case, Schedule::seeded(round))

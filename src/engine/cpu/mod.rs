@@ -14,7 +14,7 @@ mod wave;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView2, s};
 
 use super::state::{Counters, SavedStream, plan_cache, wave_cache};
 use super::{Engine, EngineError, PlanDraw, Snapshot, UNIFORMS_PER_SAMPLE, check_tokens, expect, state_error};
@@ -431,11 +431,11 @@ impl Weights {
             let seen = &seen[frame * hop..history + (frame + 1) * hop];
             self.wave.read_frame(self.kernels, wave, seen, n_tiers, &mut work.wave);
         }
-        // The forecasts listen from where their window begins.
-        let heard = by_sample.saturating_sub(self.config.forecast.past_window.div_ceil(hop));
-        for &token in &tokens[heard * hop..by_sample * hop] {
-            stream.push(self.config.codec.decode(token));
-        }
+        // The forecasts listen from where all that they follow from begins.
+        let heard = by_sample.saturating_sub(self.config.forecast.frames_before(&self.config.plan));
+        let samples = self.config.codec.decode_all(&tokens[heard * hop..by_sample * hop]);
+        samples.iter().for_each(|&sample| stream.past.push(sample));
+        stream.planned.hear(&self.spectrum, &samples, bands.slice(s![heard..by_sample, ..])).map_err(state_error)?;
         for frame in by_sample..n_frames {
             let range = frame * hop..(frame + 1) * hop;
             self.listen(stream, &bands.row(frame).to_vec(), &tokens[range], work, |_, _| ())?;

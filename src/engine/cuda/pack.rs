@@ -179,6 +179,11 @@ impl Packed {
                 return Err(EngineError::State(format!("{got} {what}, the CUDA engine takes at most {most}")));
             }
         }
+        if forecast.tones {
+            return Err(EngineError::State(
+                "it plays tones, which the CUDA engine cannot do yet; use --engine cpu".into(),
+            ));
+        }
         let spectrum = checkpoint.spectrum()?;
         let grid = PlanGrid::new(&spectrum, forecast.deconvolution)?;
         let mut p = Packer {
