@@ -39,7 +39,13 @@ fn sound(n: usize) -> Vec<f32> {
 
 /// As the presets `small` and `base` have them.
 fn forecast_config() -> ForecastConfig {
-    ForecastConfig { planned_order: 512, lag_window_hz: 1.0, deconvolution: 20, ..ForecastConfig::default() }
+    ForecastConfig {
+        planned_order: 512,
+        lag_window_hz: 1.0,
+        deconvolution: 20,
+        tones: true,
+        ..ForecastConfig::default()
+    }
 }
 
 /// Samples between two renewals of the coefficients, one of which is counted. Items: samples.
@@ -64,16 +70,22 @@ fn forecast_from_the_past(bencher: Bencher, isa: &str) {
     bencher.counter(ItemsCount::new(64usize)).bench_local(|| hop(black_box(&mut forecast)));
 }
 
-/// The coefficients of a plan frame. Items: samples that they serve.
-#[divan::bench(args = isas())]
-fn forecast_from_the_plan_begins(bencher: Bencher, isa: &str) {
+/// Coefficients and tones of a plan frame, and the coefficients alone. Items: samples that they serve.
+#[divan::bench(args = isas(), consts = [true, false])]
+fn forecast_from_the_plan_begins<const TONES: bool>(bencher: Bencher, isa: &str) {
     let spectrum = Spectrum::new(16_000, &PlanConfig::default()).unwrap();
-    let bands: Vec<f32> = (0..spectrum.n_bands()).map(|i| (i as f32 * 0.7).sin() - 1.0).collect();
+    let samples = sound(5000);
+    let bands = spectrum.analyse_last(&samples);
     let begin = |forecast: &mut PlannedForecast| {
         forecast.begin_frame(&spectrum, &bands, &bands).unwrap();
         forecast.forecast()
     };
-    let of = |isa: &str| PlannedForecast::new(&forecast_config()).unwrap().with_kernels(kernels(isa));
+    let of = |isa: &str| {
+        let config = ForecastConfig { tones: TONES, ..forecast_config() };
+        let mut forecast = PlannedForecast::new(&config).unwrap().with_kernels(kernels(isa));
+        samples.iter().for_each(|&sample| forecast.push(sample));
+        forecast
+    };
     let mut forecast = of(isa);
     assert_eq!(begin(&mut forecast), begin(&mut of("scalar")), "{isa}");
     bencher.counter(ItemsCount::new(spectrum.hop())).bench_local(|| begin(black_box(&mut forecast)));

@@ -6,6 +6,7 @@ use std::cell::Cell;
 use wavegen::checkpoint::Checkpoint;
 use wavegen::engine::cpu::{CpuEngine, CpuOptions, Precision};
 use wavegen::engine::{Engine, UNIFORMS_PER_SAMPLE};
+use wavegen::forecast::ForecastConfig;
 use wavegen::live::ring::ring;
 use wavegen::model::config::ModelConfig;
 use wavegen::plan::PlanFrame;
@@ -52,7 +53,9 @@ fn the_callback_never_allocates_be_there_sound_or_not() {
 
 #[test]
 fn neither_samples_nor_plan_frames_allocate() {
-    let checkpoint = Checkpoint::untrained(ModelConfig::preset("tiny").unwrap(), 1).unwrap();
+    let mut config = ModelConfig::preset("tiny").unwrap();
+    config.forecast = ForecastConfig { deconvolution: 2, tones: true, past_window: 2048, ..config.forecast };
+    let checkpoint = Checkpoint::untrained(config, 1).unwrap();
     for precision in [Precision::Int8, Precision::F32] {
         for isa in Isa::available() {
             let mut engine = CpuEngine::new(&checkpoint, &CpuOptions { isa, precision }).unwrap();

@@ -118,7 +118,7 @@ fn calibration_prints_what_it_tries_and_writes_what_was_best() {
     model.save(&scene.path("tiny.safetensors"), Precision::F32).unwrap();
     let report = scene.json(&["calibrate", "tiny.safetensors", "a.wav", "--excerpts", "2", "-o", "best.safetensors"]);
     let tried = report["tried"].as_array().unwrap();
-    let error = |t: &serde_json::Value| t["adherence_db"].as_f64().unwrap().hypot(t["bias_db"].as_f64().unwrap());
+    let error = |t: &serde_json::Value| t["distance_db"].as_f64().unwrap().hypot(t["bias_db"].as_f64().unwrap());
     assert!(tried.len() >= 12 && (tried[0]["grain"].as_f64().unwrap() - 0.33).abs() < 1e-6, "{tried:?}");
     let best = tried.iter().min_by(|a, b| error(a).total_cmp(&error(b))).unwrap();
     let written = Checkpoint::load(&scene.path("best.safetensors")).unwrap();
@@ -131,7 +131,7 @@ fn calibration_prints_what_it_tries_and_writes_what_was_best() {
     let table = String::from_utf8(table.get_output().stdout.clone()).unwrap();
     assert_eq!(table.lines().count(), tried.len() + 1, "{table}");
     let marked = table.lines().find(|line| line.ends_with("best")).unwrap();
-    assert!(marked.contains(&format!("{:.2} dB", best["adherence_db"].as_f64().unwrap())), "{table}");
+    assert!(marked.contains(&format!("{:.2} dB", best["distance_db"].as_f64().unwrap())), "{table}");
     scene.wavegen(&["calibrate", "tiny.safetensors", "a.wav", "-o", "best.safetensors"]).assert().code(1);
     scene
         .wavegen(&["calibrate", "tiny.safetensors", "tiny.safetensors"])

@@ -92,15 +92,18 @@ pub fn run(args: &Args) -> Result<Outcome> {
     bar.finish_and_clear();
     refused.summarise(talk);
     if !talk.json {
-        print(&format!("{:>6} {:>6} {:>6} {:>11} {:>9}", "grain", "past", "offset", "adherence", "bias"))?;
-        for (i, Tried { settings, adherence_db, bias_db, .. }) in tried.iter().enumerate() {
+        print(&format!(
+            "{:>6} {:>6} {:>6} {:>11} {:>11} {:>9}",
+            "grain", "past", "offset", "recording", "adherence", "bias"
+        ))?;
+        for (i, Tried { settings, distance_db, adherence_db, bias_db, .. }) in tried.iter().enumerate() {
             let note = match (i, *settings == best) {
                 (_, true) => "  best",
                 (0, _) => "  what the model had",
                 _ => "",
             };
             print(&format!(
-                "{:>6.2} {:>6.2} {:>6.2} {adherence_db:>8.2} dB {bias_db:>+6.2} dB{note}",
+                "{:>6.2} {:>6.2} {:>6.2} {distance_db:>8.2} dB {adherence_db:>8.2} dB {bias_db:>+6.2} dB{note}",
                 settings.grain, settings.past, settings.offset
             ))?;
         }

@@ -75,6 +75,14 @@ pub fn music(samples: &[f32], sample_rate: u32) -> Music {
     }
 }
 
+/// How far two sounds of one length are apart: root mean square of the difference of their log-mel spectrograms, dB; 0 when they are
+/// shorter than 64 ms.
+pub fn log_mel_distance_db(a: &[f32], b: &[f32], sample_rate: u32) -> f32 {
+    let n = a.len().min(b.len());
+    let difference = log_mel(&a[..n], sample_rate) - log_mel(&b[..n], sample_rate);
+    4.343 * difference.mapv(|d| d * d).mean().unwrap_or(0.0).sqrt()
+}
+
 /// Log-mel spectrogram, nepers of power, `[n_frames, 64]`: frames of 1024 samples under a Hann window, 256 apart, triangles
 /// equally spaced in mel (O'Shaughnessy, 1987) up to half the sample rate.
 fn log_mel(samples: &[f32], sample_rate: u32) -> Array2<f32> {
@@ -348,5 +356,15 @@ mod tests {
             (0..N_MELS).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap()
         };
         assert!(loudest(200.0) < loudest(400.0) && loudest(400.0) < loudest(1600.0));
+    }
+
+    #[test]
+    fn a_sound_twice_as_loud_is_six_db_away() {
+        let mut rng = crate::rng::Rng::new(4);
+        let sound: Vec<f32> = (0..8000).map(|_| 0.1 * rng.normal()).collect();
+        let louder: Vec<f32> = sound.iter().map(|x| 2.0 * x).collect();
+        assert!((log_mel_distance_db(&sound, &louder, 16_000) - 6.02).abs() < 0.01);
+        assert_eq!(log_mel_distance_db(&sound, &sound, 16_000), 0.0);
+        assert_eq!(log_mel_distance_db(&sound[..100], &louder, 16_000), 0.0);
     }
 }

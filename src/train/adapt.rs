@@ -244,7 +244,7 @@ fn adapt_to(
         let mut candidate = checkpoint.clone();
         candidate.weights.extend(best.clone());
         let play = |model: &Checkpoint| calibrate::play(model, data, &scenes, model.generation);
-        let (before_db, after_db) = (play(checkpoint)?.rms_db, play(&candidate)?.rms_db);
+        let (before_db, after_db) = (play(checkpoint)?.0.rms_db, play(&candidate)?.0.rms_db);
         free_run = Some(FreeRun { before_db, after_db });
         if after_db.is_finite() && after_db <= before_db + MOST_WORSE_DB {
             adapted.weights.extend(best);

@@ -6,7 +6,8 @@ use super::TrainError;
 use super::dataset::{Dataset, Recording};
 use crate::codec::{Codec, Token};
 use crate::engine::{Engine, UNIFORMS_PER_SAMPLE};
-use crate::metrics::{Adherence, adherence};
+
+use crate::metrics::{Adherence, adherence, log_mel_distance_db};
 use crate::plan::{PlanFrame, ResidualQuantizer, Spectrum};
 use crate::rng::Rng;
 
@@ -14,6 +15,8 @@ use crate::rng::Rng;
 pub struct Scene {
     prompt: Vec<Token>,
     plan: Vec<PlanFrame>,
+    /// The recording's samples after the prompt.
+    sound: Vec<f32>,
     /// Analysis of the recording from the prompt's begin on, `[frames, n_bands]`.
     pub recording: Array2<f32>,
 }
@@ -33,6 +36,8 @@ pub struct Played {
     pub heard: Array2<f32>,
     /// The plan of the continuation.
     planned: Array2<f32>,
+    /// The continuation.
+    sound: Vec<f32>,
 }
 
 impl Scene {
@@ -53,14 +58,21 @@ impl Scene {
         let plan = piece.plan_tokens.slice(s![first + prompt..end, ..]);
         let plan = plan.rows().into_iter().map(frame).collect::<Result<_, TrainError>>()?;
         let mut tokens = piece.tokens(first * hop..end * hop, 1.0, &data.codec)?;
-        let recording = data.spectrum.analyse(&data.codec.decode_all(&tokens));
+        let mut sound = data.codec.decode_all(&tokens);
+        let recording = data.spectrum.analyse(&sound);
+        sound.drain(..prompt * hop);
         tokens.truncate(prompt * hop);
-        Ok(Self { prompt: tokens, plan, recording })
+        Ok(Self { prompt: tokens, plan, sound, recording })
     }
 
     /// Plan frames of the prompt.
     pub fn join(&self) -> usize {
         self.recording.nrows() - self.plan.len()
+    }
+
+    /// How far what was played lies from what the recording does, dB: [`log_mel_distance_db`].
+    pub fn distance_db(&self, played: &Played, sample_rate: u32) -> f32 {
+        log_mel_distance_db(&played.sound, &self.sound, sample_rate)
     }
 
     /// Plays on after the prompt; the same seed, the same sound.
@@ -90,7 +102,10 @@ impl Scene {
             tokens.extend_from_slice(&played);
             planned.push_row(ArrayView1::from(&frame.bands)).map_err(candle_core::Error::wrap)?;
         }
-        Ok(Played { heard: spectrum.analyse(&codec.decode_all(&tokens)), planned })
+        let mut sound = codec.decode_all(&tokens);
+        let heard = spectrum.analyse(&sound);
+        sound.drain(..self.prompt.len());
+        Ok(Played { heard, planned, sound })
     }
 }
 
