@@ -278,6 +278,7 @@ struct DecodeModel {
   int32_t order;  // of the forecast from the past
   int32_t past_window;
   int32_t past_hop;
+  int32_t plan_window_len;
   int32_t planned_order;
   int32_t deconvolution;  // steps; 0: the plan is not sharpened, and nothing is damped
   int32_t token_width;   // features of a token
@@ -308,11 +309,18 @@ struct DecodeModel {
   int32_t window;        // [past_window]
   int32_t grid_numbers;  // of a PlanGrid
   int32_t lag_window;    // [planned_order + 1]
+  int32_t plan_window;   // [plan_window_len], if there are tones
+  int32_t lobe;          // that window's transform at -1/2 ..= 1/2 bins, [65, 2], and the mean square of a line whose bins have a
+                         // power of 1 in sum
   // In a stream's memory; rings have a power of two of places, sample n lies in place n modulo that.
   int32_t samples;        // ring of what tokens decode to
   int32_t n_samples;
-  int32_t unrounded;      // ring of samples before they were rounded
-  int32_t n_unrounded;
+  int32_t heard;          // ring of samples before they were rounded
+  int32_t n_heard;        // 0: there are no tones
+  int32_t left;           // ring of what tones left over of these
+  int32_t n_left;
+  int32_t tones;          // of the frame that is played, [plan_hop]
+  int32_t rest;           // how they would go on, likewise
   int32_t plan_frames;    // the last three, oldest first, [3, n_bands]
   int32_t hidden;         // of the plan transformer after the last frame
   int32_t drive;          // mean square of what was drawn
@@ -321,17 +329,18 @@ struct DecodeModel {
   int32_t n_recent;       // places of the ring of samples in shared memory, at least `order`
   // In a frame: planned log scale, root mean square, power of a sample, and
   int32_t frame_coefficients;  // [planned_order]
+  int32_t frame_lines;         // how many, and of each its bin and the power of its bins in sum that is a tone's
   int32_t frame_scales;        // [slices, n_components]
   int32_t frame_stride;
   int32_t angle_width;  // greatest head_dim
   int32_t reserved;
   int64_t cache_stride;  // floats of a stream's caches
 };
-static_assert(sizeof(DecodeModel) == 544, "DecodeModel differs from src/cuda/launch");
+static_assert(sizeof(DecodeModel) == 576, "DecodeModel differs from src/cuda/launch");
 
 /// Regions of a block's shared memory; everything from ARENA on to RESIDENT is scratch.
 enum DecodeRegion {
-  DECODE_MODEL, DECODE_SLICES, DECODE_ROWS, DECODE_SAMPLES, DECODE_UNROUNDED, DECODE_TOKENS, DECODE_PAST, DECODE_PLANNED,
+  DECODE_MODEL, DECODE_SLICES, DECODE_ROWS, DECODE_SAMPLES, DECODE_LEFT, DECODE_TOKENS, DECODE_PAST, DECODE_PLANNED,
   DECODE_FEATURES, DECODE_HEAD, DECODE_SHORTCUT, DECODE_HIGH, DECODE_ANGLES,
   DECODE_X, DECODE_WIDE, DECODE_ATTENDED, DECODE_SCRATCH, DECODE_RESIDENT, DECODE_REGIONS
 };

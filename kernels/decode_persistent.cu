@@ -51,8 +51,7 @@ __device__ void recall(Room<W, ROWS>& room) {
     for (int i = threadIdx.x; i < m.n_recent; i += blockDim.x)
       room.samples[r * m.n_recent + int((first + i) & (m.n_recent - 1))] =
           memory[m.samples + int((first + i) & (m.n_samples - 1))];
-    for (int i = threadIdx.x; i < m.n_unrounded; i += blockDim.x)
-      room.unrounded[r * m.n_unrounded + i] = memory[m.unrounded + i];
+    for (int i = threadIdx.x; i < m.n_left; i += blockDim.x) room.left[r * m.n_left + i] = memory[m.left + i];
     for (int i = threadIdx.x; i < m.n_tokens; i += blockDim.x)
       room.tokens[r * m.n_tokens + i] = room.a.ring_tokens[int64_t(room.rows[r].stream) * m.n_tokens + i];
   }
@@ -66,12 +65,12 @@ __device__ void fetch(Room<W, ROWS>& room, bool new_frame, int slot) {
   for (int i = threadIdx.x; i < room.n_rows * m.order; i += blockDim.x)
     room.past[i] = room.a.past[int64_t(room.rows[i / m.order].stream) * m.order + i % m.order];
   if (new_frame) {
-    const int order = m.planned_order, mask = m.n_unrounded - 1;
+    const int order = m.planned_order, mask = m.n_left - 1;
     for (int r = warp(); r < room.n_rows; r += n_warps()) {
       const float* const frame = room.frame(r, slot);
       double damping = 0.0;
       if (m.deconvolution > 0) {
-        const float* const ring = room.unrounded + r * m.n_unrounded;
+        const float* const ring = room.left + r * m.n_left;
         const int latest = int((room.rows[r].n - 1) & mask);
         double heard = 0.0;
         for (int i = lane(); i < order; i += WARP) {
@@ -112,6 +111,7 @@ __device__ void play(Room<W, ROWS>& room, uint32_t* flags, bool alone) {
         if (alone) {
           double* const lags = past_lags(room, 0);
           renew_past(room, lags, 0);
+          if (in_frame == 0 && m.n_heard > 0) begin_tones(room, k % SLOTS, 0);
         } else {
           // All blocks of the group have started, and played what came before (no emulated schedule shows it: the helpers
           // would have to overtake a block within a barrier's time).
@@ -138,7 +138,8 @@ __device__ void play(Room<W, ROWS>& room, uint32_t* flags, bool alone) {
   }
 }
 
-/// Renews the coefficients of the forecast from the past: what is known of the next window is summed while it is played.
+/// Renews what follows from the past: the coefficients of the forecast from it (what is known of the next window is summed while it
+/// is played), and the tones of a frame that begins.
 template <class W, int ROWS>
 __device__ void renew(Room<W, ROWS>& room, uint32_t* flags) {
   const DecodeModel& m = room.m;
@@ -149,6 +150,12 @@ __device__ void renew(Room<W, ROWS>& room, uint32_t* flags) {
     if (threadIdx.x == 0) WAIT_FOR(&flags[PLAYED], uint32_t(played));
     __syncthreads();  // the samples are there
     renew_past(room, lags, played);
+    if (played % m.plan_hop == 0 && m.n_heard > 0) {
+      const int k = played / m.plan_hop;
+      if (threadIdx.x == 0) WAIT_FOR(&flags[PLANNED], uint32_t(k + 1));
+      __syncthreads();  // the frame is there
+      begin_tones(room, k % SLOTS, played);
+    }
     if (threadIdx.x == 0) store_release(&flags[RENEWED], uint32_t(block + 1));
   }
 }

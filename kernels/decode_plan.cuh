@@ -2,7 +2,7 @@
 // forecast from the past gets new coefficients. One block, all rows of a set of streams.
 #pragma once
 #include "decode_step.cuh"
-#include "planned_spectrum.cuh"
+#include "tones.cuh"
 
 namespace decode {
 
@@ -178,7 +178,8 @@ __device__ void forecast_frame(Room<W, ROWS>& room, int slot) {
   double* const lags = lags_of(room, spectrum.size(m.n_bins, m.n_bands), order);
   for (int r = 0; r < room.n_rows; ++r) {
     const float* const before = room.memory(r) + m.plan_frames + m.n_bands;
-    spectrum.make(before, before + m.n_bands, m.deconvolution);
+    float* const lines = m.n_heard > 0 ? room.frame(r, slot) + m.frame_lines : nullptr;
+    spectrum.make(before, before + m.n_bands, m.deconvolution, lines);
     for (int lag = threadIdx.x; lag <= order; lag += blockDim.x)
       lags[r * (order + 1) + lag] = prediction::with_noise(
           spectrum.autocorrelation(lag) * a.doubles[m.lag_window + lag], lag, PLANNED_WHITE);
@@ -281,6 +282,34 @@ __device__ void renew_past(Room<W, ROWS>& room, double* lags, int64_t played) {
       room, lags, order, [&](int r, int i, float c) { a.past[int64_t(room.rows[r].stream) * order + i] = c; },
       [](int, double) {});
   __syncthreads();  // publishes the coefficients to this block, and the scratch is free
+}
+
+/// The tones of the frame in slot `slot`, which begins `played` samples after the rows' positions. Scratch: the transform's block, and
+/// the tones.
+template <class W, int ROWS>
+__device__ void begin_tones(Room<W, ROWS>& room, int slot, int64_t played) {
+  const DecodeArgs& a = room.a;
+  const DecodeModel& m = room.m;
+  const prediction::PlanGrid grid(m.n_bands, m.n_bins, a.places, a.doubles + m.grid_numbers);
+  const fourier::Transform transform{2 * (m.n_bins - 1), reinterpret_cast<const double2*>(grid.turns),
+                                     reinterpret_cast<double2*>(room.doubles())};
+  const tones::Past past{transform, m.plan_window_len, a.doubles + m.lobe};
+  tones::Tone* const found = reinterpret_cast<tones::Tone*>(room.doubles() + transform.n);
+  for (int r = 0; r < room.n_rows; ++r) {
+    float* const memory = room.memory(r);
+    const float* const lines = room.frame(r, slot) + m.frame_lines;
+    const int64_t first = room.rows[r].n + played - m.plan_window_len;
+    for (int i = threadIdx.x; i < transform.n; i += blockDim.x)
+      transform.value(i) = i < m.plan_window_len ? double(memory[m.heard + int((first + i) & (m.n_heard - 1))]) *
+                                                       a.doubles[m.plan_window + i]
+                                                 : 0.0;
+    __syncthreads();  // publishes the samples
+    fourier::run(transform);
+    tones::find(past, lines + 1, int(lines[0]), found);
+    __syncthreads();  // publishes what was found, and the transform was read
+    tones::sing(found, int(lines[0]), m.plan_hop, memory + m.tones, memory + m.rest);
+    __syncthreads();  // publishes the tones to this block, and the scratch is free
+  }
 }
 
 }  // namespace decode

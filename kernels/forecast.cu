@@ -40,7 +40,7 @@ __device__ void planned_autocorrelation(const PlannedAutocorrelationArgs& a) {
   const prediction::PlanGrid grid(a.n_bands, a.n_bins, a.places, a.numbers);
   const prediction::PlannedSpectrum spectrum(room, grid);
   const float* const before = a.bands + (size_t(blockIdx.y) * (a.n_blocks + 1) + blockIdx.x) * a.n_bands;
-  spectrum.make(before, before + a.n_bands, a.deconvolution);
+  spectrum.make(before, before + a.n_bands, a.deconvolution, nullptr);
   double* const r = a.r + (size_t(blockIdx.y) * a.n_blocks + blockIdx.x) * (a.order + 1);
   for (int lag = threadIdx.x; lag <= a.order; lag += blockDim.x)
     r[lag] = prediction::with_noise(spectrum.autocorrelation(lag) * a.lag_window[lag], lag,

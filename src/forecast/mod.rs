@@ -24,6 +24,8 @@ pub use forecaster::{CpuForecaster, Forecaster};
 pub use lpc::{Prediction, autocorrelation, levinson};
 pub use past::PastForecast;
 pub use planned::PlannedForecast;
+pub(crate) use planned::PlannedPast;
+pub(crate) use tones::lobe as tones_lobe;
 
 /// Place of the forecast from the plan where both are listed: `[past, planned]`.
 pub const PLANNED: usize = 1;
