@@ -55,6 +55,7 @@ struct PlannedAutocorrelationArgs {
   const double* numbers;     // likewise
   const double* lag_window;  // [order + 1]
   double* r;
+  float* lines;  // [batch, n_blocks, n_bins]: how many lines were taken out, and of each its bin and the power taken; null: none is
   double white_relative;
   double white_absolute;
   int32_t n_blocks;
@@ -64,7 +65,42 @@ struct PlannedAutocorrelationArgs {
   int32_t deconvolution;  // steps; 0: the bands alone
   int32_t reserved;
 };
-static_assert(sizeof(PlannedAutocorrelationArgs) == 80, "PlannedAutocorrelationArgs differs from src/cuda/launch");
+static_assert(sizeof(PlannedAutocorrelationArgs) == 88, "PlannedAutocorrelationArgs differs from src/cuda/launch");
+
+/// The tones that lines go on as, in their block and, if they went on, in the next: now, later [batch, n_blocks, hop].
+struct TonesArgs {
+  const float* samples;   // [batch, len]
+  const float* lines;     // as above
+  const int32_t* places;  // of a PlanGrid
+  const double* numbers;  // likewise
+  const double* window;   // [window_len]: the plan's
+  const double* lobe;     // as in DecodeModel
+  float* now;
+  float* later;
+  int32_t len;
+  int32_t hop;
+  int32_t first_block;  // block b follows sample (first_block + b) * hop; before sample 0 there is silence
+  int32_t n_blocks;
+  int32_t n_bands;
+  int32_t n_bins;
+  int32_t window_len;
+  int32_t reserved;
+};
+static_assert(sizeof(TonesArgs) == 96, "TonesArgs differs from src/cuda/launch");
+
+/// The tones of all samples, 0 before the first block, and what they leave over: samples, tones, left [batch, len].
+struct LeftArgs {
+  const float* samples;
+  const float* now;
+  const float* later;
+  float* tones;
+  float* left;
+  int32_t len;
+  int32_t hop;
+  int32_t first_block;
+  int32_t n_blocks;
+};
+static_assert(sizeof(LeftArgs) == 56, "LeftArgs differs from src/cuda/launch");
 
 /// Levinson-Durbin recursion: r [batch * n_blocks, order + 1] -> coefficients [batch * n_blocks, order], the latest sample's first; log_scale
 /// [batch * n_blocks].
@@ -86,6 +122,7 @@ static_assert(sizeof(LevinsonArgs) == 56, "LevinsonArgs differs from src/cuda/la
 struct PredictArgs {
   const float* samples;
   const float* coefficients;  // [batch, n_blocks, order]
+  const float* tones;         // [batch, len]: added to what is predicted; or null
   float* forecasts;
   int32_t len;
   int32_t hop;
@@ -94,7 +131,7 @@ struct PredictArgs {
   int32_t order;
   int32_t reserved;
 };
-static_assert(sizeof(PredictArgs) == 48, "PredictArgs differs from src/cuda/launch");
+static_assert(sizeof(PredictArgs) == 56, "PredictArgs differs from src/cuda/launch");
 
 /// RMSNorm of x [rows, dim]; y, d_y, d_x likewise.
 struct RmsNormArgs {

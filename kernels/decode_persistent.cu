@@ -91,10 +91,11 @@ __device__ void fetch(Room<W, ROWS>& room, bool new_frame, int slot) {
 }
 
 // ---- roles ---------------------------------------------------------------------------------------------------------
+// Inlined by force: functions of their own get half the registers.
 
 /// Plays a set of streams; with `alone`, makes plan and coefficients as well.
 template <class W, int ROWS>
-__device__ void play(Room<W, ROWS>& room, uint32_t* flags, bool alone) {
+__device__ __forceinline__ void play(Room<W, ROWS>& room, uint32_t* flags, bool alone) {
   const DecodeArgs& a = room.a;
   const DecodeModel& m = room.m;
   if (a.make_wave) recall(room);
@@ -119,7 +120,6 @@ __device__ void play(Room<W, ROWS>& room, uint32_t* flags, bool alone) {
           if (threadIdx.x == 0) {
             if (room.rank == 0) store_release(&flags[PLAYED], uint32_t(t));
             WAIT_FOR(&flags[RENEWED], uint32_t(t / m.past_hop + 1));
-            WAIT_FOR(&flags[PLANNED], uint32_t(k + 1));
           }
           __syncthreads();  // coefficients and frame are there
         }
@@ -141,7 +141,7 @@ __device__ void play(Room<W, ROWS>& room, uint32_t* flags, bool alone) {
 /// Renews what follows from the past: the coefficients of the forecast from it (what is known of the next window is summed while it
 /// is played), and the tones of a frame that begins.
 template <class W, int ROWS>
-__device__ void renew(Room<W, ROWS>& room, uint32_t* flags) {
+__device__ __forceinline__ void renew(Room<W, ROWS>& room, uint32_t* flags) {
   const DecodeModel& m = room.m;
   const int n_blocks = room.a.n_frames * (m.plan_hop / m.past_hop);
   for (int block = 0; block < n_blocks; ++block) {
@@ -150,11 +150,11 @@ __device__ void renew(Room<W, ROWS>& room, uint32_t* flags) {
     if (threadIdx.x == 0) WAIT_FOR(&flags[PLAYED], uint32_t(played));
     __syncthreads();  // the samples are there
     renew_past(room, lags, played);
-    if (played % m.plan_hop == 0 && m.n_heard > 0) {
+    if (played % m.plan_hop == 0) {
       const int k = played / m.plan_hop;
+      // For those who play as well: what they wait for comes after it. The first barrier below tells the others of this block.
       if (threadIdx.x == 0) WAIT_FOR(&flags[PLANNED], uint32_t(k + 1));
-      __syncthreads();  // the frame is there
-      begin_tones(room, k % SLOTS, played);
+      if (m.n_heard > 0) begin_tones(room, k % SLOTS, played);
     }
     if (threadIdx.x == 0) store_release(&flags[RENEWED], uint32_t(block + 1));
   }
@@ -162,7 +162,7 @@ __device__ void renew(Room<W, ROWS>& room, uint32_t* flags) {
 
 /// Makes the plan's frames, as far ahead as there are slots.
 template <class W, int ROWS>
-__device__ void plan(Room<W, ROWS>& room, uint32_t* flags) {
+__device__ __forceinline__ void plan(Room<W, ROWS>& room, uint32_t* flags) {
   const DecodeArgs& a = room.a;
   for (int k = 0; k < a.n_frames; ++k) {
     if (a.make_plan) plan_frame(room, k);
@@ -177,7 +177,7 @@ __device__ void plan(Room<W, ROWS>& room, uint32_t* flags) {
 }
 
 template <class W, int ROWS>
-__device__ void persistent(const DecodeArgs& a) {
+__device__ __forceinline__ void persistent(const DecodeArgs& a) {
   const int cluster = blockIdx.x / a.group_size, rank = blockIdx.x % a.group_size, roles = a.overlapped ? 3 : 1;
   const int role = cluster % roles, sets = (a.streams + ROWS - 1) / ROWS;
   if (role != PLAY && rank > 0) return;

@@ -284,32 +284,28 @@ __device__ void renew_past(Room<W, ROWS>& room, double* lags, int64_t played) {
   __syncthreads();  // publishes the coefficients to this block, and the scratch is free
 }
 
-/// The tones of the frame in slot `slot`, which begins `played` samples after the rows' positions. Scratch: the transform's block, and
-/// the tones.
+/// The tones of the frame in slot `slot`, which begins `played` samples after the rows' positions.
 template <class W, int ROWS>
-__device__ void begin_tones(Room<W, ROWS>& room, int slot, int64_t played) {
+__device__ __forceinline__ void begin_tones(Room<W, ROWS>& room, int slot, int64_t played) {
   const DecodeArgs& a = room.a;
   const DecodeModel& m = room.m;
+  const int hop = m.plan_hop;
   const prediction::PlanGrid grid(m.n_bands, m.n_bins, a.places, a.doubles + m.grid_numbers);
-  const fourier::Transform transform{2 * (m.n_bins - 1), reinterpret_cast<const double2*>(grid.turns),
-                                     reinterpret_cast<double2*>(room.doubles())};
-  const tones::Past past{transform, m.plan_window_len, a.doubles + m.lobe};
-  tones::Tone* const found = reinterpret_cast<tones::Tone*>(room.doubles() + transform.n);
+  const tones::Past past(room.doubles(), grid, m.plan_window_len, a.doubles + m.plan_window, a.doubles + m.lobe);
   for (int r = 0; r < room.n_rows; ++r) {
     float* const memory = room.memory(r);
-    const float* const lines = room.frame(r, slot) + m.frame_lines;
     const int64_t first = room.rows[r].n + played - m.plan_window_len;
-    for (int i = threadIdx.x; i < transform.n; i += blockDim.x)
-      transform.value(i) = i < m.plan_window_len ? double(memory[m.heard + int((first + i) & (m.n_heard - 1))]) *
-                                                       a.doubles[m.plan_window + i]
-                                                 : 0.0;
-    __syncthreads();  // publishes the samples
-    fourier::run(transform);
-    tones::find(past, lines + 1, int(lines[0]), found);
-    __syncthreads();  // publishes what was found, and the transform was read
-    tones::sing(found, int(lines[0]), m.plan_hop, memory + m.tones, memory + m.rest);
-    __syncthreads();  // publishes the tones to this block, and the scratch is free
+    const auto heard = [&](int i) { return memory[m.heard + int((first + i) & (m.n_heard - 1))]; };
+    const int n_tones = past.find_all(heard, room.frame(r, slot) + m.frame_lines);
+    for (int t = threadIdx.x; t < hop; t += blockDim.x) {
+      const tones::Sound sound = tones::sing(past.tones, n_tones, t, hop);
+      memory[m.tones + t] = tones::joined(sound.now, memory[m.rest + t], t, hop);
+      memory[m.rest + t] = float(sound.later);
+    }
   }
+  // Publishes the tones to this block, and the scratch is free (no emulated schedule leaves a thread behind for as long as it takes
+  // until its sample is played).
+  __syncthreads();  // unseen
 }
 
 }  // namespace decode

@@ -23,9 +23,6 @@ __device__ __forceinline__ double log_sigmoid(double x) {
   return x >= 0.0 ? -log1p(exp(-x)) : x - log1p(exp(x));
 }
 
-/// Held to -1..1.
-__device__ __forceinline__ float held(float x) { return fminf(fmaxf(x, -1.f), 1.f); }
-
 /// Both forecasts of every row's sample in_frame of a frame, a warp each.
 template <class W, int ROWS>
 __device__ void predict(Room<W, ROWS>& room, int in_frame) {
@@ -41,7 +38,7 @@ __device__ void predict(Room<W, ROWS>& room, int in_frame) {
     for (int i = lane(); i < order; i += WARP) sum += c[i] * ring[(latest - i) & mask];
     sum = lanes_sum<WARP>(sum);
     if (lane() != 0) continue;
-    room.rows[r].forecasts[which] = held(tone + (sum == sum ? held(sum) : 0.f));
+    room.rows[r].forecasts[which] = prediction::held(tone + (sum == sum ? prediction::held(sum) : 0.f));
     if (which) room.rows[r].tone = tone;
   }
 }
@@ -201,7 +198,7 @@ __device__ void draw(Room<W, ROWS>& room, int r, int t) {
     const float innovation = drawn - row.forecasts[1], ratio = innovation / row.rms;
     mean_square += (fminf(ratio * ratio, MOST_SQUARE) - mean_square) / DRIVE_SAMPLES;
     const float factor = fminf(fmaxf(1.f / sqrtf(mean_square), LEAST_DRIVE), MOST_DRIVE);
-    sample = held(row.forecasts[1] + innovation * factor * a.grain);
+    sample = prediction::held(row.forecasts[1] + innovation * factor * a.grain);
     // Codec::encode: the number of edges that are not above it; what is no number is silence.
     int below = 0;
     for (int i = lane(); i < LEVELS - 1; i += WARP) below += edges[i] <= sample;

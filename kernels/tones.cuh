@@ -27,11 +27,36 @@ static_assert(sizeof(Tone) == 24, "Tone differs from src/cuda/launch");
 /// From 0 to 1 over n samples as the square of a sine, and 1 from there on.
 __device__ __forceinline__ double quarter_turn(int t, int n) { return t < n ? 0.5 - 0.5 * cospi((t + 0.5) / n) : 1.0; }
 
-/// The past under the plan's window, transformed.
+/// The past under the plan's window. Room: the transform's block, and a tone for every other bin.
 struct Past {
   fourier::Transform transform;
+  Tone* tones;
   int window_len;
-  const double* lobe;  // as DecodeModel has it
+  const double *window, *lobe;  // as DecodeModel has them
+
+  __device__ Past(double* room, const prediction::PlanGrid& grid, int window_len, const double* window, const double* lobe)
+      : transform{2 * (grid.n_bins - 1), reinterpret_cast<const double2*>(grid.turns), reinterpret_cast<double2*>(room)},
+        tones(reinterpret_cast<Tone*>(room + transform.n)),
+        window_len(window_len),
+        window(window),
+        lobe(lobe) {}
+
+  /// Leaves in `tones` those of the lines of a frame (as `PlannedSpectrum::list` has them), before which `sample(i)` was heard, the
+  /// last window_len samples; gives their number. Ends in a barrier.
+  template <class Sample>
+  __device__ int find_all(Sample sample, const float* lines) const {
+    for (int i = threadIdx.x; i < transform.n; i += blockDim.x)
+      transform.value(i) = i < window_len ? double(sample(i)) * window[i] : 0.0;
+    __syncthreads();  // publishes the samples
+    fourier::run(transform);
+    const int n_lines = int(lines[0]);
+    for (int i = threadIdx.x / WARP; i < n_lines; i += blockDim.x / WARP) {
+      const Tone tone = find(int(lines[1 + 2 * i]), lines[2 + 2 * i]);
+      if (threadIdx.x % WARP == 0) tones[i] = tone;
+    }
+    __syncthreads();  // publishes the tones, and the transform was read
+    return n_lines;
+  }
 
   __device__ static double square(double2 x) { return x.x * x.x + x.y * x.y; }
   __device__ double power(int bin) const { return square(transform.bin(bin)); }
@@ -45,8 +70,9 @@ struct Past {
     return {low[0] * (1.0 - weight) + low[2] * weight, low[1] * (1.0 - weight) + low[3] * weight};
   }
 
-  /// The tone of a line of the plan whose bins have the power `of_bins` in sum; by a warp, the same in all lanes.
-  __device__ Tone find(int peak, double of_bins) const {
+  /// The tone of a line of the plan whose bins have the power `of_bins` in sum; by a warp, the same in all lanes. No part of
+  /// its callers' code, so that it takes none of their registers.
+  __device__ NO_INLINE Tone find(int peak, double of_bins) const {
     const double planned = of_bins * lobe[2 * (2 * STEPS + 1)];
     const double of_peak = 2.0 / square({lobe[2 * STEPS], lobe[2 * STEPS + 1]});
     const int n_bins = transform.n / 2 + 1;
@@ -65,8 +91,8 @@ struct Past {
     }
     double offset = 0.0;
     const double before = power(bin - 1), after = power(bin + 1);
-    if (at < HEARD * planned / of_peak || at < before || at < after || before <= 0.0 || after <= 0.0) {
-      bin = peak;
+    if (!(at >= HEARD * planned / of_peak && at >= before && at >= after && before > 0.0 && after > 0.0)) {
+      bin = peak;  // likewise where nothing is a number
     } else {
       // The vertex of a parabola through the logarithms.
       const double rise = log(at) - log(before), fall = log(at) - log(after), bend = rise + fall;
@@ -81,29 +107,25 @@ struct Past {
   }
 };
 
-/// The tones of `n_lines` lines, in room for them; a barrier after it is the caller's. No part of its callers' code, so that it takes
-/// none of their registers.
-__device__ NO_INLINE void find(const Past& past, const float* lines, int n_lines, Tone* tones) {
-  for (int i = threadIdx.x / WARP; i < n_lines; i += blockDim.x / WARP) {
-    const Tone tone = past.find(int(lines[2 * i]), lines[2 * i + 1]);
-    if (threadIdx.x % WARP == 0) tones[i] = tone;
+/// What tones sound like at a time t, and would a frame later.
+struct Sound {
+  double now, later;
+};
+
+/// All tones together at a time of the frame in which they begin. No part of its callers' code, likewise.
+__device__ NO_INLINE Sound sing(const Tone* tones, int n_tones, int t, int hop) {
+  double steady = 0.0, rising = 0.0, later = 0.0;
+  for (int i = 0; i < n_tones; ++i) {
+    const double now = tones[i].at(t);
+    (tones[i].rises ? rising : steady) += now;
+    later += tones[i].at(hop + t);
   }
+  return {steady * quarter_turn(t, hop) + rising * quarter_turn(t, RISE), later};
 }
 
-/// What they sound like for `hop` samples, the tones before, which would go on as `rest`, fading out; leaves in `rest` how these would
-/// go on.
-__device__ NO_INLINE void sing(const Tone* tones, int n_tones, int hop, float* ahead, float* rest) {
-  for (int t = threadIdx.x; t < hop; t += blockDim.x) {
-    double steady = 0.0, rising = 0.0, later = 0.0;
-    for (int i = 0; i < n_tones; ++i) {
-      const double now = tones[i].at(t);
-      (tones[i].rises ? rising : steady) += now;
-      later += tones[i].at(hop + t);
-    }
-    const double fade = quarter_turn(t, hop);
-    ahead[t] = float(steady * fade + rest[t] * (1.0 - fade) + rising * quarter_turn(t, RISE));
-    rest[t] = float(later);
-  }
+/// That, and the tones of the frame before, which would go on as `rest`, fading out.
+__device__ __forceinline__ float joined(double now, float rest, int t, int hop) {
+  return float(now + rest * (1.0 - quarter_turn(t, hop)));
 }
 
 }  // namespace tones

@@ -91,7 +91,7 @@ impl ForecastConfig {
 
     /// Plan frames before a frame whose tones its forecasts follow from: what tones left over of the last `planned_order` samples,
     /// and how those of one frame more fade out.
-    fn tones_before(&self, hop: usize) -> usize {
+    pub(crate) fn tones_before(&self, hop: usize) -> usize {
         if self.tones { self.planned_order.div_ceil(hop) + 1 } else { 0 }
     }
 

@@ -253,7 +253,9 @@ fn heard_near(power: &[f64], peak: usize, least: f64) -> Option<(usize, f64)> {
     let last = ((peak as f64 + reach).ceil() as usize).min(power.len() - 2);
     let loudest = (first..=last).reduce(|best, bin| if power[bin] > power[best] { bin } else { best })?;
     let [before, at, after] = [loudest - 1, loudest, loudest + 1].map(|bin| power[bin]);
-    if at < least || at < before || at < after || before <= 0.0 || after <= 0.0 {
+    // What is no number is not heard either.
+    let heard = at >= least && at >= before && at >= after && before > 0.0 && after > 0.0;
+    if !heard {
         return None;
     }
     // The vertex of a parabola through the logarithms.

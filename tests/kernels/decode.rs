@@ -374,6 +374,7 @@ fn odd_sizes_have_the_cpu_engines_distributions_over_many_ring_wraps() {
 fn the_built_in_model_has_the_cpu_engines_distributions_and_tokens() {
     let mut checkpoint = Checkpoint::built_in().unwrap();
     checkpoint.config.forecast.deconvolution = 20;
+    checkpoint.config.forecast.tones = true;
     let geometry = DecodeGeometry { group_size: 2, threads: 256, ..OVERLAPPED };
     let Some(machine) = machine(Schedule::default()) else { return };
     assert_scores_like(&machine, &checkpoint, geometry, 2, "built-in");

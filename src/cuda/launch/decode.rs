@@ -1,5 +1,6 @@
 //! Launches of kernels/decode_persistent.cu: argument structs, and how a model lies in a block's shared memory.
 
+use super::tones::tones_room;
 use super::{Element, Launch, LaunchError, PlanGrid, SHARED_BYTES, WARP, shared};
 
 /// Tiers that a model may have.
@@ -22,8 +23,6 @@ const PART: usize = 32;
 /// Of `prediction::Window`.
 const QUAD: usize = 4;
 const PARTS: usize = 4;
-/// Bytes of `Tone` in kernels/tones.cuh.
-const TONE_BYTES: usize = 24;
 
 /// Plain numbers as the bytes of device memory.
 pub trait Words {
@@ -400,8 +399,7 @@ impl DecodeGeometry {
         let solved = |order: i32, room: usize| room.max(rows * n(order)) + rows * (n(order) + 1);
         let past = solved(m.order, QUAD * (quads + lag_quads + 1) + PARTS * lag_quads * QUAD);
         let planned = solved(m.planned_order, PlanGrid::room(n(m.n_bins), n(m.n_bands)));
-        // The past, transformed, and a tone for every other bin at most.
-        let tones = if m.n_heard > 0 { (2 * F64 + TONE_BYTES / 2) * (n(m.n_bins) - 1) } else { 0 };
+        let tones = if m.n_heard > 0 { tones_room(n(m.n_bins)) } else { 0 };
         let helped = played
             .max(attention(&m.plan))
             .max(n(m.n_entries) * (F64 + F32))

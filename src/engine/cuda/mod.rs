@@ -187,7 +187,7 @@ impl<M: Machine> Engine for CudaEngine<M> {
             let seen = &tokens[(first * hop).saturating_sub(history)..first * hop];
             counters.tokens.splice(..seen.len(), []);
             counters.tokens.extend_from_slice(seen);
-            // As fresh forecasts, for the wave is still at its beginning.
+            // The wave is still at its beginning, and so are its forecasts.
             let heard = first.saturating_sub(config.forecast.frames_before(&config.plan));
             let samples = config.codec.decode_all(&tokens[heard * hop..first * hop]);
             samples.iter().for_each(|&sample| counters.past.push(sample));

@@ -5,9 +5,11 @@ use ndarray::ArrayD;
 
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
-use crate::cuda::launch::{DecodeLinear, DecodeModel, DecodeStack, DecodeTier, Element, MAX_TIERS, PlanGrid, Words};
+use crate::cuda::launch::{
+    DecodeLinear, DecodeModel, DecodeStack, DecodeTier, Element, MAX_TIERS, PlanGrid, ToneTables, Words,
+};
 use crate::engine::EngineError;
-use crate::forecast::{PastForecast, tones_lobe};
+use crate::forecast::PastForecast;
 use crate::model::config::N_FORECASTS;
 use crate::model::wave_transformer::PLAN_FRAMES;
 
@@ -304,10 +306,9 @@ impl Packed {
         m.grid_numbers = p.doubles(grid.numbers);
         m.lag_window = p.doubles(spectrum.lag_window(forecast.planned_order, forecast.lag_window_hz));
         if forecast.tones {
-            let n = 2 * (grid.n_bins - 1);
-            m.plan_window = p.doubles(spectrum.window().iter().copied());
-            let lobe = tones_lobe(spectrum.window(), n);
-            m.lobe = p.doubles(lobe.iter().flat_map(|z| [z.re, z.im]).chain([2.0 / (spectrum.energy() * n as f64)]));
+            let tables = ToneTables::new(&spectrum, grid.n_bins);
+            m.plan_window = p.doubles(tables.window);
+            m.lobe = p.doubles(tables.lobe);
         }
         m.n_linears = p.linears.len() as i32;
         let stacks = std::iter::once(m.plan).chain(m.tiers[..n_tiers].iter().map(|tier| tier.stack));
