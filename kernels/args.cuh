@@ -55,6 +55,7 @@ struct PlannedAutocorrelationArgs {
   const double* numbers;     // likewise
   const double* lag_window;  // [order + 1]
   double* r;
+  float* lines;  // [batch, n_blocks, n_bins]: how many lines were taken out, and of each its bin and the power taken; null: none is
   double white_relative;
   double white_absolute;
   int32_t n_blocks;
@@ -64,7 +65,42 @@ struct PlannedAutocorrelationArgs {
   int32_t deconvolution;  // steps; 0: the bands alone
   int32_t reserved;
 };
-static_assert(sizeof(PlannedAutocorrelationArgs) == 80, "PlannedAutocorrelationArgs differs from src/cuda/launch");
+static_assert(sizeof(PlannedAutocorrelationArgs) == 88, "PlannedAutocorrelationArgs differs from src/cuda/launch");
+
+/// The tones that lines go on as, in their block and, if they went on, in the next: now, later [batch, n_blocks, hop].
+struct TonesArgs {
+  const float* samples;   // [batch, len]
+  const float* lines;     // as above
+  const int32_t* places;  // of a PlanGrid
+  const double* numbers;  // likewise
+  const double* window;   // [window_len]: the plan's
+  const double* lobe;     // as in DecodeModel
+  float* now;
+  float* later;
+  int32_t len;
+  int32_t hop;
+  int32_t first_block;  // block b follows sample (first_block + b) * hop; before sample 0 there is silence
+  int32_t n_blocks;
+  int32_t n_bands;
+  int32_t n_bins;
+  int32_t window_len;
+  int32_t reserved;
+};
+static_assert(sizeof(TonesArgs) == 96, "TonesArgs differs from src/cuda/launch");
+
+/// The tones of all samples, 0 before the first block, and what they leave over: samples, tones, left [batch, len].
+struct LeftArgs {
+  const float* samples;
+  const float* now;
+  const float* later;
+  float* tones;
+  float* left;
+  int32_t len;
+  int32_t hop;
+  int32_t first_block;
+  int32_t n_blocks;
+};
+static_assert(sizeof(LeftArgs) == 56, "LeftArgs differs from src/cuda/launch");
 
 /// Levinson-Durbin recursion: r [batch * n_blocks, order + 1] -> coefficients [batch * n_blocks, order], the latest sample's first; log_scale
 /// [batch * n_blocks].
@@ -86,6 +122,7 @@ static_assert(sizeof(LevinsonArgs) == 56, "LevinsonArgs differs from src/cuda/la
 struct PredictArgs {
   const float* samples;
   const float* coefficients;  // [batch, n_blocks, order]
+  const float* tones;         // [batch, len]: added to what is predicted; or null
   float* forecasts;
   int32_t len;
   int32_t hop;
@@ -94,7 +131,7 @@ struct PredictArgs {
   int32_t order;
   int32_t reserved;
 };
-static_assert(sizeof(PredictArgs) == 48, "PredictArgs differs from src/cuda/launch");
+static_assert(sizeof(PredictArgs) == 56, "PredictArgs differs from src/cuda/launch");
 
 /// RMSNorm of x [rows, dim]; y, d_y, d_x likewise.
 struct RmsNormArgs {
@@ -278,6 +315,7 @@ struct DecodeModel {
   int32_t order;  // of the forecast from the past
   int32_t past_window;
   int32_t past_hop;
+  int32_t plan_window_len;
   int32_t planned_order;
   int32_t deconvolution;  // steps; 0: the plan is not sharpened, and nothing is damped
   int32_t token_width;   // features of a token
@@ -308,11 +346,18 @@ struct DecodeModel {
   int32_t window;        // [past_window]
   int32_t grid_numbers;  // of a PlanGrid
   int32_t lag_window;    // [planned_order + 1]
+  int32_t plan_window;   // [plan_window_len], if there are tones
+  int32_t lobe;          // that window's transform at -1/2 ..= 1/2 bins, [65, 2], and the mean square of a line whose bins have a
+                         // power of 1 in sum
   // In a stream's memory; rings have a power of two of places, sample n lies in place n modulo that.
   int32_t samples;        // ring of what tokens decode to
   int32_t n_samples;
-  int32_t unrounded;      // ring of samples before they were rounded
-  int32_t n_unrounded;
+  int32_t heard;          // ring of samples before they were rounded
+  int32_t n_heard;        // 0: there are no tones
+  int32_t left;           // ring of what tones left over of these
+  int32_t n_left;
+  int32_t tones;          // of the frame that is played, [plan_hop]
+  int32_t rest;           // how they would go on, likewise
   int32_t plan_frames;    // the last three, oldest first, [3, n_bands]
   int32_t hidden;         // of the plan transformer after the last frame
   int32_t drive;          // mean square of what was drawn
@@ -321,17 +366,18 @@ struct DecodeModel {
   int32_t n_recent;       // places of the ring of samples in shared memory, at least `order`
   // In a frame: planned log scale, root mean square, power of a sample, and
   int32_t frame_coefficients;  // [planned_order]
+  int32_t frame_lines;         // how many, and of each its bin and the power of its bins in sum that is a tone's
   int32_t frame_scales;        // [slices, n_components]
   int32_t frame_stride;
   int32_t angle_width;  // greatest head_dim
   int32_t reserved;
   int64_t cache_stride;  // floats of a stream's caches
 };
-static_assert(sizeof(DecodeModel) == 544, "DecodeModel differs from src/cuda/launch");
+static_assert(sizeof(DecodeModel) == 576, "DecodeModel differs from src/cuda/launch");
 
 /// Regions of a block's shared memory; everything from ARENA on to RESIDENT is scratch.
 enum DecodeRegion {
-  DECODE_MODEL, DECODE_SLICES, DECODE_ROWS, DECODE_SAMPLES, DECODE_UNROUNDED, DECODE_TOKENS, DECODE_PAST, DECODE_PLANNED,
+  DECODE_MODEL, DECODE_SLICES, DECODE_ROWS, DECODE_SAMPLES, DECODE_LEFT, DECODE_TOKENS, DECODE_PAST, DECODE_PLANNED,
   DECODE_FEATURES, DECODE_HEAD, DECODE_SHORTCUT, DECODE_HIGH, DECODE_ANGLES,
   DECODE_X, DECODE_WIDE, DECODE_ATTENDED, DECODE_SCRATCH, DECODE_RESIDENT, DECODE_REGIONS
 };

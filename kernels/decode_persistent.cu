@@ -51,8 +51,7 @@ __device__ void recall(Room<W, ROWS>& room) {
     for (int i = threadIdx.x; i < m.n_recent; i += blockDim.x)
       room.samples[r * m.n_recent + int((first + i) & (m.n_recent - 1))] =
           memory[m.samples + int((first + i) & (m.n_samples - 1))];
-    for (int i = threadIdx.x; i < m.n_unrounded; i += blockDim.x)
-      room.unrounded[r * m.n_unrounded + i] = memory[m.unrounded + i];
+    for (int i = threadIdx.x; i < m.n_left; i += blockDim.x) room.left[r * m.n_left + i] = memory[m.left + i];
     for (int i = threadIdx.x; i < m.n_tokens; i += blockDim.x)
       room.tokens[r * m.n_tokens + i] = room.a.ring_tokens[int64_t(room.rows[r].stream) * m.n_tokens + i];
   }
@@ -66,12 +65,12 @@ __device__ void fetch(Room<W, ROWS>& room, bool new_frame, int slot) {
   for (int i = threadIdx.x; i < room.n_rows * m.order; i += blockDim.x)
     room.past[i] = room.a.past[int64_t(room.rows[i / m.order].stream) * m.order + i % m.order];
   if (new_frame) {
-    const int order = m.planned_order, mask = m.n_unrounded - 1;
+    const int order = m.planned_order, mask = m.n_left - 1;
     for (int r = warp(); r < room.n_rows; r += n_warps()) {
       const float* const frame = room.frame(r, slot);
       double damping = 0.0;
       if (m.deconvolution > 0) {
-        const float* const ring = room.unrounded + r * m.n_unrounded;
+        const float* const ring = room.left + r * m.n_left;
         const int latest = int((room.rows[r].n - 1) & mask);
         double heard = 0.0;
         for (int i = lane(); i < order; i += WARP) {
@@ -92,10 +91,11 @@ __device__ void fetch(Room<W, ROWS>& room, bool new_frame, int slot) {
 }
 
 // ---- roles ---------------------------------------------------------------------------------------------------------
+// Inlined by force: functions of their own get half the registers.
 
 /// Plays a set of streams; with `alone`, makes plan and coefficients as well.
 template <class W, int ROWS>
-__device__ void play(Room<W, ROWS>& room, uint32_t* flags, bool alone) {
+__device__ __forceinline__ void play(Room<W, ROWS>& room, uint32_t* flags, bool alone) {
   const DecodeArgs& a = room.a;
   const DecodeModel& m = room.m;
   if (a.make_wave) recall(room);
@@ -112,6 +112,7 @@ __device__ void play(Room<W, ROWS>& room, uint32_t* flags, bool alone) {
         if (alone) {
           double* const lags = past_lags(room, 0);
           renew_past(room, lags, 0);
+          if (in_frame == 0 && m.n_heard > 0) begin_tones(room, k % SLOTS, 0);
         } else {
           // All blocks of the group have started, and played what came before (no emulated schedule shows it: the helpers
           // would have to overtake a block within a barrier's time).
@@ -119,7 +120,6 @@ __device__ void play(Room<W, ROWS>& room, uint32_t* flags, bool alone) {
           if (threadIdx.x == 0) {
             if (room.rank == 0) store_release(&flags[PLAYED], uint32_t(t));
             WAIT_FOR(&flags[RENEWED], uint32_t(t / m.past_hop + 1));
-            WAIT_FOR(&flags[PLANNED], uint32_t(k + 1));
           }
           __syncthreads();  // coefficients and frame are there
         }
@@ -138,9 +138,10 @@ __device__ void play(Room<W, ROWS>& room, uint32_t* flags, bool alone) {
   }
 }
 
-/// Renews the coefficients of the forecast from the past: what is known of the next window is summed while it is played.
+/// Renews what follows from the past: the coefficients of the forecast from it (what is known of the next window is summed while it
+/// is played), and the tones of a frame that begins.
 template <class W, int ROWS>
-__device__ void renew(Room<W, ROWS>& room, uint32_t* flags) {
+__device__ __forceinline__ void renew(Room<W, ROWS>& room, uint32_t* flags) {
   const DecodeModel& m = room.m;
   const int n_blocks = room.a.n_frames * (m.plan_hop / m.past_hop);
   for (int block = 0; block < n_blocks; ++block) {
@@ -149,13 +150,19 @@ __device__ void renew(Room<W, ROWS>& room, uint32_t* flags) {
     if (threadIdx.x == 0) WAIT_FOR(&flags[PLAYED], uint32_t(played));
     __syncthreads();  // the samples are there
     renew_past(room, lags, played);
+    if (played % m.plan_hop == 0) {
+      const int k = played / m.plan_hop;
+      // For those who play as well: what they wait for comes after it. The first barrier below tells the others of this block.
+      if (threadIdx.x == 0) WAIT_FOR(&flags[PLANNED], uint32_t(k + 1));
+      if (m.n_heard > 0) begin_tones(room, k % SLOTS, played);
+    }
     if (threadIdx.x == 0) store_release(&flags[RENEWED], uint32_t(block + 1));
   }
 }
 
 /// Makes the plan's frames, as far ahead as there are slots.
 template <class W, int ROWS>
-__device__ void plan(Room<W, ROWS>& room, uint32_t* flags) {
+__device__ __forceinline__ void plan(Room<W, ROWS>& room, uint32_t* flags) {
   const DecodeArgs& a = room.a;
   for (int k = 0; k < a.n_frames; ++k) {
     if (a.make_plan) plan_frame(room, k);
@@ -170,7 +177,7 @@ __device__ void plan(Room<W, ROWS>& room, uint32_t* flags) {
 }
 
 template <class W, int ROWS>
-__device__ void persistent(const DecodeArgs& a) {
+__device__ __forceinline__ void persistent(const DecodeArgs& a) {
   const int cluster = blockIdx.x / a.group_size, rank = blockIdx.x % a.group_size, roles = a.overlapped ? 3 : 1;
   const int role = cluster % roles, sets = (a.streams + ROWS - 1) / ROWS;
   if (role != PLAY && rank > 0) return;

@@ -2,7 +2,7 @@
 // forecast from the past gets new coefficients. One block, all rows of a set of streams.
 #pragma once
 #include "decode_step.cuh"
-#include "planned_spectrum.cuh"
+#include "tones.cuh"
 
 namespace decode {
 
@@ -178,7 +178,8 @@ __device__ void forecast_frame(Room<W, ROWS>& room, int slot) {
   double* const lags = lags_of(room, spectrum.size(m.n_bins, m.n_bands), order);
   for (int r = 0; r < room.n_rows; ++r) {
     const float* const before = room.memory(r) + m.plan_frames + m.n_bands;
-    spectrum.make(before, before + m.n_bands, m.deconvolution);
+    float* const lines = m.n_heard > 0 ? room.frame(r, slot) + m.frame_lines : nullptr;
+    spectrum.make(before, before + m.n_bands, m.deconvolution, lines);
     for (int lag = threadIdx.x; lag <= order; lag += blockDim.x)
       lags[r * (order + 1) + lag] = prediction::with_noise(
           spectrum.autocorrelation(lag) * a.doubles[m.lag_window + lag], lag, PLANNED_WHITE);
@@ -281,6 +282,30 @@ __device__ void renew_past(Room<W, ROWS>& room, double* lags, int64_t played) {
       room, lags, order, [&](int r, int i, float c) { a.past[int64_t(room.rows[r].stream) * order + i] = c; },
       [](int, double) {});
   __syncthreads();  // publishes the coefficients to this block, and the scratch is free
+}
+
+/// The tones of the frame in slot `slot`, which begins `played` samples after the rows' positions.
+template <class W, int ROWS>
+__device__ __forceinline__ void begin_tones(Room<W, ROWS>& room, int slot, int64_t played) {
+  const DecodeArgs& a = room.a;
+  const DecodeModel& m = room.m;
+  const int hop = m.plan_hop;
+  const prediction::PlanGrid grid(m.n_bands, m.n_bins, a.places, a.doubles + m.grid_numbers);
+  const tones::Past past(room.doubles(), grid, m.plan_window_len, a.doubles + m.plan_window, a.doubles + m.lobe);
+  for (int r = 0; r < room.n_rows; ++r) {
+    float* const memory = room.memory(r);
+    const int64_t first = room.rows[r].n + played - m.plan_window_len;
+    const auto heard = [&](int i) { return memory[m.heard + int((first + i) & (m.n_heard - 1))]; };
+    const int n_tones = past.find_all(heard, room.frame(r, slot) + m.frame_lines);
+    for (int t = threadIdx.x; t < hop; t += blockDim.x) {
+      const tones::Sound sound = tones::sing(past.tones, n_tones, t, hop);
+      memory[m.tones + t] = tones::joined(sound.now, memory[m.rest + t], t, hop);
+      memory[m.rest + t] = float(sound.later);
+    }
+  }
+  // Publishes the tones to this block, and the scratch is free (no emulated schedule leaves a thread behind for as long as it takes
+  // until its sample is played).
+  __syncthreads();  // unseen
 }
 
 }  // namespace decode

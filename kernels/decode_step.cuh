@@ -37,6 +37,7 @@ struct Row {
   float log_scale, rms;  // of the frame
   float forecasts[2], uniforms[2];
   int stream, residual_code, past_code;
+  float tone;  // in the sample
 };
 static_assert(sizeof(Row) == 72, "Row differs from src/cuda/launch");
 
@@ -112,7 +113,7 @@ struct Room {
   const DecodeModel& m;
   Slice* slices;
   Row* rows;
-  float *samples, *unrounded;  // rings [ROWS][n_recent], [ROWS][n_unrounded]
+  float *samples, *left;       // rings [ROWS][n_recent], [ROWS][n_left]
   int32_t* tokens;             // ring [ROWS][n_tokens]
   float *past, *planned;       // coefficients [ROWS][order], the latest sample's first
   float* features;             // [N_FEATURES][ROWS]
@@ -137,7 +138,7 @@ struct Room {
         slices(at<Slice>(a, DECODE_SLICES)),
         rows(at<Row>(a, DECODE_ROWS)),
         samples(at<float>(a, DECODE_SAMPLES)),
-        unrounded(at<float>(a, DECODE_UNROUNDED)),
+        left(at<float>(a, DECODE_LEFT)),
         tokens(at<int32_t>(a, DECODE_TOKENS)),
         past(at<float>(a, DECODE_PAST)),
         planned(at<float>(a, DECODE_PLANNED)),

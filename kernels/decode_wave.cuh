@@ -23,20 +23,23 @@ __device__ __forceinline__ double log_sigmoid(double x) {
   return x >= 0.0 ? -log1p(exp(-x)) : x - log1p(exp(x));
 }
 
-/// Both forecasts of every row, a warp each.
+/// Both forecasts of every row's sample in_frame of a frame, a warp each.
 template <class W, int ROWS>
-__device__ void predict(Room<W, ROWS>& room) {
+__device__ void predict(Room<W, ROWS>& room, int in_frame) {
   const DecodeModel& m = room.m;
   for (int task = warp(); task < 2 * room.n_rows; task += n_warps()) {
     const int r = task / 2, which = task % 2;
-    const int order = which ? m.planned_order : m.order, mask = (which ? m.n_unrounded : m.n_recent) - 1;
+    const int order = which ? m.planned_order : m.order, mask = (which ? m.n_left : m.n_recent) - 1;
     const float* const c = which ? room.planned + r * m.planned_order : room.past + r * m.order;
-    const float* const ring = which ? room.unrounded + r * m.n_unrounded : room.samples + r * m.n_recent;
+    const float* const ring = which ? room.left + r * m.n_left : room.samples + r * m.n_recent;
+    const float tone = which && m.n_heard > 0 ? room.memory(r)[m.tones + in_frame] : 0.f;
     const int latest = int((room.rows[r].n - 1) & mask);
     float sum = 0.f;
     for (int i = lane(); i < order; i += WARP) sum += c[i] * ring[(latest - i) & mask];
     sum = lanes_sum<WARP>(sum);
-    if (lane() == 0) room.rows[r].forecasts[which] = sum == sum ? fminf(fmaxf(sum, -1.f), 1.f) : 0.f;
+    if (lane() != 0) continue;
+    room.rows[r].forecasts[which] = prediction::held(tone + (sum == sum ? prediction::held(sum) : 0.f));
+    if (which) room.rows[r].tone = tone;
   }
 }
 
@@ -195,7 +198,7 @@ __device__ void draw(Room<W, ROWS>& room, int r, int t) {
     const float innovation = drawn - row.forecasts[1], ratio = innovation / row.rms;
     mean_square += (fminf(ratio * ratio, MOST_SQUARE) - mean_square) / DRIVE_SAMPLES;
     const float factor = fminf(fmaxf(1.f / sqrtf(mean_square), LEAST_DRIVE), MOST_DRIVE);
-    sample = fminf(fmaxf(row.forecasts[1] + innovation * factor * a.grain, -1.f), 1.f);
+    sample = prediction::held(row.forecasts[1] + innovation * factor * a.grain);
     // Codec::encode: the number of edges that are not above it; what is no number is silence.
     int below = 0;
     for (int i = lane(); i < LEVELS - 1; i += WARP) below += edges[i] <= sample;
@@ -216,7 +219,7 @@ __device__ void draw(Room<W, ROWS>& room, int r, int t) {
   if (lane() == 0) {
     const int64_t now = row.n;
     room.samples[r * m.n_recent + int(now & (m.n_recent - 1))] = heard;
-    room.unrounded[r * m.n_unrounded + int(now & (m.n_unrounded - 1))] = sample;
+    room.left[r * m.n_left + int(now & (m.n_left - 1))] = sample - row.tone;
     room.tokens[r * m.n_tokens + int(now & (m.n_tokens - 1))] = token;
     row.mean_square = mean_square;
     row.residual_code = (token + LEVELS - row.past_code) % LEVELS;
@@ -224,7 +227,8 @@ __device__ void draw(Room<W, ROWS>& room, int r, int t) {
     if (room.rank == 0) {
       float* const memory = room.memory(r);
       memory[m.samples + int(now & (m.n_samples - 1))] = heard;
-      memory[m.unrounded + int(now & (m.n_unrounded - 1))] = sample;
+      memory[m.left + int(now & (m.n_left - 1))] = sample - row.tone;
+      if (m.n_heard > 0) memory[m.heard + int(now & (m.n_heard - 1))] = sample;
       a.ring_tokens[int64_t(row.stream) * m.n_tokens + int(now & (m.n_tokens - 1))] = token;
       if (a.wave_uniforms) a.tokens[place] = token;
     }
@@ -243,10 +247,10 @@ __device__ void step(Room<W, ROWS>& room, int t, int slot) {
       Row& row = room.rows[i / 2];
       row.uniforms[i % 2] = a.wave_uniforms[2 * (int64_t(row.stream) * a.n_frames * m.plan_hop + t) + i % 2];
     }
-  predict(room);
+  const int in_frame = t % m.plan_hop;
+  predict(room, in_frame);
   __syncthreads();  // publishes the forecasts
   describe(room);  // published by the first barrier of the tiers, of which the last always runs
-  const int in_frame = t % m.plan_hop;
   for (int tier = 0; tier < m.n_tiers; ++tier)
     if (in_frame % m.tiers[tier].hop == 0) step_tier(room, tier, slot);
   room.fresh = false;

@@ -1,10 +1,11 @@
 // The linear forecasts of src/forecast for batches of training excerpts: autocorrelations (of past samples under a window,
-// or of a plan frame's sharpened spectrum), the Levinson-Durbin recursion, and the predictions. f64 up to the coefficients, as there.
+// or of a plan frame's sharpened spectrum), the tones of its lines, the Levinson-Durbin recursion, and the predictions. f64 up to the
+// coefficients, as there.
 //
-// Geometry: autocorrelations one block per (block of samples, excerpt) or per frame; the recursion one warp per problem;
-// predictions one thread per sample. Dynamic shared memory: see src/cuda/launch.
+// Geometry: autocorrelations one block per (block of samples, excerpt) or per frame, and so tones; the recursion one warp per
+// problem; predictions one thread per sample. Dynamic shared memory: see src/cuda/launch.
 // Oracle: wavegen::forecast::forecasts itself, in tests/kernels/forecast.rs.
-#include "planned_spectrum.cuh"
+#include "tones.cuh"
 
 namespace forecast {
 
@@ -40,11 +41,43 @@ __device__ void planned_autocorrelation(const PlannedAutocorrelationArgs& a) {
   const prediction::PlanGrid grid(a.n_bands, a.n_bins, a.places, a.numbers);
   const prediction::PlannedSpectrum spectrum(room, grid);
   const float* const before = a.bands + (size_t(blockIdx.y) * (a.n_blocks + 1) + blockIdx.x) * a.n_bands;
-  spectrum.make(before, before + a.n_bands, a.deconvolution);
-  double* const r = a.r + (size_t(blockIdx.y) * a.n_blocks + blockIdx.x) * (a.order + 1);
+  const size_t block = size_t(blockIdx.y) * a.n_blocks + blockIdx.x;
+  spectrum.make(before, before + a.n_bands, a.deconvolution, a.lines ? a.lines + block * a.n_bins : nullptr);
+  double* const r = a.r + block * (a.order + 1);
   for (int lag = threadIdx.x; lag <= a.order; lag += blockDim.x)
     r[lag] = prediction::with_noise(spectrum.autocorrelation(lag) * a.lag_window[lag], lag,
                                     {a.white_relative, a.white_absolute});
+}
+
+/// Shared: a tones::Past.
+__device__ void find_tones(const TonesArgs& a) {
+  SHARED_MEMORY(double, room);
+  const prediction::PlanGrid grid(a.n_bands, a.n_bins, a.places, a.numbers);
+  const tones::Past past(room, grid, a.window_len, a.window, a.lobe);
+  const float* const samples = a.samples + size_t(blockIdx.y) * a.len;
+  const int first = (a.first_block + int(blockIdx.x)) * a.hop - a.window_len;
+  const auto heard = [&](int i) { return first + i >= 0 ? samples[first + i] : 0.f; };
+  const size_t block = size_t(blockIdx.y) * a.n_blocks + blockIdx.x;
+  const int n_tones = past.find_all(heard, a.lines + block * a.n_bins);
+  for (int t = threadIdx.x; t < a.hop; t += blockDim.x) {
+    const tones::Sound sound = tones::sing(past.tones, n_tones, t, a.hop);
+    a.now[block * a.hop + t] = float(sound.now);
+    a.later[block * a.hop + t] = float(sound.later);
+  }
+}
+
+/// One sample per thread.
+__device__ void leave(const LeftArgs& a) {
+  const int n = blockIdx.x * PREDICT_THREADS + threadIdx.x, block = n / a.hop - a.first_block, t = n % a.hop;
+  if (n >= a.len) return;
+  float tone = 0.f;
+  if (block >= 0) {
+    const size_t at = (size_t(blockIdx.y) * a.n_blocks + block) * a.hop + t;
+    tone = tones::joined(a.now[at], block > 0 ? a.later[at - a.hop] : 0.f, t, a.hop);
+  }
+  const size_t at = size_t(blockIdx.y) * a.len + n;
+  a.tones[at] = tone;
+  a.left[at] = a.samples[at] - tone;
 }
 
 /// One problem per warp. Shared, per warp: r, coefficients.
@@ -93,13 +126,17 @@ __device__ void predict(const PredictArgs& a) {
     for (int j = 0; j < 4; ++j) sums[j] += c[i + j] * latest[-(i + j)];
   for (; i < a.order; ++i) sums[0] += c[i] * latest[-i];
   const float sum = sums[0] + sums[1] + (sums[2] + sums[3]);
-  a.forecasts[size_t(blockIdx.y) * (a.len - begin) + n] = sum == sum ? fminf(fmaxf(sum, -1.f), 1.f) : 0.f;
+  float forecast = sum == sum ? prediction::held(sum) : 0.f;
+  if (a.tones) forecast = prediction::held(forecast + a.tones[size_t(blockIdx.y) * a.len + begin + n]);
+  a.forecasts[size_t(blockIdx.y) * (a.len - begin) + n] = forecast;
 }
 
 // ---- entry points --------------------------------------------------------------------------------------------------
 
 KERNEL(forecast_past_autocorrelation, PastAutocorrelationArgs, MAX_THREADS, past_autocorrelation)
 KERNEL(forecast_planned_autocorrelation, PlannedAutocorrelationArgs, PLANNED_THREADS, planned_autocorrelation)
+KERNEL(forecast_tones, TonesArgs, PLANNED_THREADS, find_tones)
+KERNEL(forecast_left, LeftArgs, PREDICT_THREADS, leave)
 KERNEL(forecast_levinson, LevinsonArgs, LEVINSON_THREADS, levinson)
 KERNEL(forecast_predict, PredictArgs, PREDICT_THREADS, predict)
 

@@ -94,6 +94,9 @@ __device__ __forceinline__ int levinson(const double* r, double* a, int order, d
   return k;
 }
 
+/// Held to what a sample may be.
+__device__ __forceinline__ float held(float x) { return fminf(fmaxf(x, -1.f), 1.f); }
+
 /// ln of the mean |residual| of a prediction.
 __device__ __forceinline__ float log_scale(double power) { return float(log(sqrt(power) * MEAN_TO_RMS + LEAST_SCALE)); }
 

@@ -11,6 +11,9 @@ constexpr int BLUNT_STEPS = 1;
 constexpr double FALL = 0.4, FALL_OVER = 1.0;
 constexpr double LEAST_OWN_POWER = 0.5, MOST_OWN_POWER = 4.0;
 constexpr int AGREEING = 7;
+/// As in src/forecast/tones.rs.
+constexpr double LEFT = 0.03, STANDS_OUT = 0.46, STANDS_OUT_OVER = 1.84;
+constexpr int SURROUNDINGS = 6, LINE_REACH = 7;
 /// As in src/forecast/planned.rs.
 constexpr double TOO_LOUD = 0.7, LOUDEST = 8.0, DAMPING_TIME = 170.0;
 /// exp(band * this) is the power; 1 / UNITS_PER_NEPER of src/plan/spectrum.rs.
@@ -64,7 +67,7 @@ struct PlanGrid {
 };
 
 /// Room: powers [n_bins]; the transform's block [2 * (n_bins - 1)], in whose place lie, until the powers go there, the blunt powers
-/// [n_bins] and two values per band.
+/// [n_bins] (then what is left of each bin's) and two values per band.
 struct PlannedSpectrum {
   const PlanGrid& grid;
   fourier::Transform transform;
@@ -86,8 +89,9 @@ struct PlannedSpectrum {
         missed(planned + grid.n_bands) {}
 
   /// The spectrum of a frame [n_bands], sharpened in `steps` steps (0: the bands alone) where it does not fall from the frame
-  /// `before`. A barrier before it is the caller's; it ends in one, after which `autocorrelation` may be asked for.
-  __device__ void make(const float* before, const float* frame, int steps) const {
+  /// `before`. `lines`, if not null: its lines' power is taken out, and goes there (as `list` has it). A barrier before it is the
+  /// caller's; it ends in one, after which `autocorrelation` may be asked for.
+  __device__ void make(const float* before, const float* frame, int steps, float* lines) const {
     const auto nepers = [&](int band) { return double(frame[band]) * NEPERS_PER_UNIT; };
     const auto fall = [&](int band) { return double(before[band]) * NEPERS_PER_UNIT - nepers(band); };
     if (steps > 0) {
@@ -102,11 +106,16 @@ struct PlannedSpectrum {
       for (int bin = threadIdx.x; bin < grid.n_bins; bin += blockDim.x) powers[bin] = exp(grid.between(bin, nepers));
     }
     const auto falls = [&](int band) { return clamped((fall(band) - FALL) / FALL_OVER, 0.0, 1.0); };
-    // Powers are real and even, so their transform is, but for 1 / n, the inverse one. A bin's thread has read its blunt power when
-    // it writes there; what else lay in this place nobody reads any more.
+    // A bin's thread has read its blunt power when it writes there.
     for (int bin = threadIdx.x; bin < grid.n_bins; bin += blockDim.x) {
-      double power = powers[bin];
-      if (steps > BLUNT_STEPS) power += grid.between(bin, falls) * (blunt[bin] - power);
+      if (steps > BLUNT_STEPS) powers[bin] += grid.between(bin, falls) * (blunt[bin] - powers[bin]);
+      blunt[bin] = 1.0;
+    }
+    if (lines) take_out(lines);
+    // Powers are real and even, so their transform is, but for 1 / n, the inverse one. What else lay in this place nobody reads any
+    // more.
+    for (int bin = threadIdx.x; bin < grid.n_bins; bin += blockDim.x) {
+      const double power = powers[bin] * blunt[bin];
       transform.value(bin) = power;
       if (bin > 0) transform.value(transform.n - bin) = power;
     }
@@ -146,6 +155,75 @@ struct PlannedSpectrum {
       powers[bin] *= grid.back(bin, missed);
     }
     __syncthreads();  // publishes the powers, and what the bands miss was read
+  }
+
+  /// Lowers in `blunt` what is left of the bins of lines, and lists them.
+  __device__ void take_out(float* lines) const {
+    double* const surroundings = missed;
+    for (int band = threadIdx.x; band < grid.n_bands; band += blockDim.x) surroundings[band] = log(median(band));
+    __syncthreads();  // publishes powers and surroundings
+    for (int bin = threadIdx.x; bin < grid.n_bins; bin += blockDim.x) {
+      if (!is_peak(bin)) continue;
+      const double around = grid.between(bin, [&](int band) { return surroundings[band]; });
+      const double stands_out = (log(powers[bin]) - around - STANDS_OUT) / STANDS_OUT_OVER;
+      if (!(stands_out > 0.0)) continue;
+      const Line line = line_of(bin);
+      for (int i = line.first; i < line.end; ++i) blunt[i] = 1.0 - fmin(stands_out, 1.0) * (1.0 - LEFT);
+    }
+    __syncthreads();  // publishes what is left
+    list(lines);
+    __syncthreads();  // powers and what is left were read
+  }
+
+  /// The number of lines, and of each its peak and the power that was taken, by rising peaks: [1 + 2 * lines].
+  __device__ void list(float* lines) const {
+    const auto is_line = [&](int bin) { return blunt[bin] < 1.0 && is_peak(bin); };
+    for (int bin = threadIdx.x; bin < grid.n_bins; bin += blockDim.x) {
+      const bool is_last = bin == grid.n_bins - 1;
+      if (!is_last && !is_line(bin)) continue;
+      int below = 0;
+      for (int other = 0; other < bin; ++other) below += is_line(other);
+      if (is_last) {
+        lines[0] = float(below);
+        continue;
+      }
+      const Line line = line_of(bin);
+      double power = 0.0;
+      for (int i = line.first; i < line.end; ++i) power += powers[i];
+      lines[1 + 2 * below] = float(bin);
+      lines[2 + 2 * below] = float((1.0 - blunt[bin]) * power);
+    }
+  }
+
+  __device__ bool is_peak(int bin) const {
+    return 0 < bin && bin < grid.n_bins - 1 && powers[bin] > powers[bin - 1] && powers[bin] >= powers[bin + 1];
+  }
+
+  /// Bins `first..end` around a peak that fall to both sides, the lowest on its left included; no other line has one of them.
+  struct Line {
+    int first, end;
+  };
+  __device__ Line line_of(int peak) const {
+    int first = peak, end = peak + 1;
+    while (first > 0 && peak - first < LINE_REACH && powers[first - 1] < powers[first]) --first;
+    while (end + 1 < grid.n_bins && end - peak < LINE_REACH && powers[end] < powers[end - 1] && powers[end + 1] < powers[end])
+      ++end;
+    return {first, end};
+  }
+
+  /// Of the planned powers around a band, itself among them; beyond the ends all is as there.
+  __device__ double median(int band) const {
+    const auto around = [&](int d) { return planned[min(max(band + d, 0), grid.n_bands - 1)]; };
+    for (int d = -SURROUNDINGS; d <= SURROUNDINGS; ++d) {
+      const double one = around(d);
+      int below = 0, equal = 0;
+      for (int e = -SURROUNDINGS; e <= SURROUNDINGS; ++e) {
+        below += around(e) < one;
+        equal += around(e) == one;
+      }
+      if (below <= SURROUNDINGS && SURROUNDINGS < below + equal) return one;
+    }
+    return planned[band];  // among what is no number
   }
 
   /// f64::MIN_POSITIVE of Rust.

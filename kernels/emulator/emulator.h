@@ -303,6 +303,7 @@ T* peer(T* mine, int rank) {
 inline void store_release(uint32_t* flag, uint32_t value) { *flag = value; }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
+inline float cospif(float x) { return float(std::cos(3.14159265358979323846 * x)); }
 inline double cospi(double x) { return std::cos(3.14159265358979323846 * x); }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 using std::isfinite;

@@ -12,8 +12,8 @@ use ndarray::ArrayView2;
 
 use super::kernels::Kernels;
 use super::launch::{
-    ForecastShape, LaunchError, LevinsonArgs, PastAutocorrelationArgs, PlanGrid, PlannedAutocorrelationArgs,
-    PredictArgs,
+    ForecastShape, LaunchError, LeftArgs, LevinsonArgs, PastAutocorrelationArgs, PlanGrid, PlannedAutocorrelationArgs,
+    PredictArgs, ToneTables, TonesArgs,
 };
 use crate::forecast::{ForecastConfig, ForecastError, Forecaster, Forecasts, PastForecast, check_frames};
 use crate::plan::{PlanError, Spectrum};
@@ -38,6 +38,8 @@ struct Tables {
     numbers: CudaSlice<f64>,
     window: CudaSlice<f64>,
     lag_window: CudaSlice<f64>,
+    /// The plan's window and what [`ToneTables`] says of it, if there are tones.
+    tones: Option<[CudaSlice<f64>; 2]>,
 }
 
 /// A stream and its memory; of one thread at a time.
@@ -49,6 +51,7 @@ struct Lane {
     bands: CudaSlice<f32>,
     past: Room,
     planned: Room,
+    tones: TonesRoom,
 }
 
 /// What a forecast goes through, block by block; layouts in kernels/args.cuh.
@@ -57,6 +60,15 @@ struct Room {
     coefficients: CudaSlice<f32>,
     log_scale: CudaSlice<f32>,
     forecasts: CudaSlice<f32>,
+}
+
+/// What the tones of a plan go through; layouts in kernels/args.cuh.
+struct TonesRoom {
+    lines: CudaSlice<f32>,
+    now: CudaSlice<f32>,
+    later: CudaSlice<f32>,
+    tones: CudaSlice<f32>,
+    left: CudaSlice<f32>,
 }
 
 impl From<DriverError> for ForecastError {
@@ -84,8 +96,9 @@ impl GpuForecaster {
         if !hop.is_multiple_of(config.past_hop) {
             return Err(ForecastError::Hop { past_hop: config.past_hop, plan_hop: hop });
         }
-        if config.tones {
-            return Err(gpu("there are no kernels for tones"));
+        let (past_window, plan_window) = (config.past_window, spectrum.window_len());
+        if config.tones && plan_window > past_window {
+            return Err(ForecastError::TonesWindow { past_window, plan_window });
         }
         let DeviceLocation::Cuda { gpu_id } = device.location() else { return Err(gpu("the device is the CPU")) };
         let grid = PlanGrid::new(spectrum, config.deconvolution)?;
@@ -98,7 +111,14 @@ impl GpuForecaster {
         let lane = Lane::new(&context)?;
         let stream = lane.kernels.stream();
         let lag_window: Vec<f64> = spectrum.lag_window(config.planned_order, config.lag_window_hz).collect();
+        let tones = if config.tones {
+            let ToneTables { window, lobe } = ToneTables::new(spectrum, grid.n_bins);
+            Some([stream.clone_htod(&window)?, stream.clone_htod(&lobe)?])
+        } else {
+            None
+        };
         let tables = Tables {
+            tones,
             places: stream.clone_htod(&grid.places)?,
             numbers: stream.clone_htod(&grid.numbers)?,
             window: stream.clone_htod(&PastForecast::window(config.past_window))?,
@@ -149,9 +169,12 @@ impl Forecaster for GpuForecaster {
             hop: config.past_hop,
             order: config.order,
         };
-        let planned = ForecastShape { first_block: first, hop: self.hop, order: config.planned_order, ..past };
+        // Tones are followed through some frames more.
+        let before = first.min(config.tones_before(self.hop));
+        let first_block = first - before;
+        let planned = ForecastShape { first_block, hop: self.hop, order: config.planned_order, ..past };
         // With the frame before the first.
-        let bands = self.silent_frame.iter().chain(plan.iter()).skip(first * n_bands);
+        let bands = self.silent_frame.iter().chain(plan.iter()).skip(first_block * n_bands);
         let bands: Vec<f32> = bands.take((planned.n_blocks() + 1) * n_bands).copied().collect();
         let mut lane = self.lane()?;
         let queued = lane.queue(&self.tables, config, [&past, &planned], heard, &bands);
@@ -159,16 +182,16 @@ impl Forecaster for GpuForecaster {
         let waited = lane.wait();
         queued?;
         waited?;
-        let read = |room: &Room| -> Result<Vec<f32>, DriverError> {
-            lane.kernels.stream().clone_dtoh(&room.forecasts.slice(..past.n_forecasts()))
+        let read = |room: &Room, skip: usize| -> Result<Vec<f32>, DriverError> {
+            lane.kernels.stream().clone_dtoh(&room.forecasts.slice(skip..skip + past.n_forecasts()))
         };
-        let forecasts = [read(&lane.past), read(&lane.planned)];
+        let forecasts = [read(&lane.past, 0), read(&lane.planned, before * self.hop)];
         let log_scale = lane.kernels.stream().clone_dtoh(&lane.planned.log_scale.slice(..planned.n_blocks()));
         lane.kernels.stream().synchronize()?;
         self.give_back(lane);
         let [past, planned] = forecasts;
         let (past, planned, log_scale) = (past?, planned?, log_scale?);
-        let log_scale = (0..past.len()).map(|n| log_scale[n / self.hop]).collect();
+        let log_scale = (0..past.len()).map(|n| log_scale[before + n / self.hop]).collect();
         Ok(Forecasts { past, planned, log_scale })
     }
 }
@@ -183,6 +206,7 @@ impl Lane {
             bands: stream.alloc_zeros(1)?,
             past: Room::new(&stream)?,
             planned: Room::new(&stream)?,
+            tones: TonesRoom::new(&stream)?,
             kernels: Kernels::on(stream)?,
         })
     }
@@ -196,7 +220,8 @@ impl Lane {
         heard: &[f32],
         bands: &[f32],
     ) -> Result<(), ForecastError> {
-        let Self { kernels, heard: on_gpu, bands: bands_on_gpu, past: past_room, planned: planned_room, .. } = self;
+        let Self { kernels, heard: on_gpu, bands: bands_on_gpu, past: past_room, planned: planned_room, tones, .. } =
+            self;
         let stream = kernels.stream();
         write(stream, heard, on_gpu)?;
         write(stream, bands, bands_on_gpu)?;
@@ -210,8 +235,11 @@ impl Lane {
         // SAFETY: the sizes are those of the shape, by `write`, `make` and `GpuForecaster::new`; the caller waits for the stream
         // before any of it is freed.
         unsafe { kernels.launch(&launch, &args) }?;
-        past_room.solve(kernels, past, samples, false)?;
+        past_room.solve(kernels, past, samples, 0, false)?;
 
+        if tables.tones.is_some() {
+            tones.make(planned, tables.grid.n_bins)?;
+        }
         let (launch, args) = planned.planned_autocorrelation(&tables.grid, config.deconvolution, Spectrum::WHITE)?;
         let args = PlannedAutocorrelationArgs {
             bands: at.of(bands_on_gpu),
@@ -219,12 +247,17 @@ impl Lane {
             numbers: at.of(&tables.numbers),
             lag_window: at.of(&tables.lag_window),
             r: at.of(&planned_room.r),
+            lines: if tables.tones.is_some() { at.of(&tones.lines) } else { 0 },
             ..args
         };
         // SAFETY: likewise.
         unsafe { kernels.launch(&launch, &args) }?;
+        let (left, of_tones) = match &tables.tones {
+            Some(of_window) => tones.find(kernels, planned, tables, of_window, samples)?,
+            None => (samples, 0),
+        };
         // Sharp lines ring on; what was heard too loud is damped.
-        planned_room.solve(kernels, planned, samples, config.deconvolution > 0)
+        planned_room.solve(kernels, planned, left, of_tones, config.deconvolution > 0)
     }
 
     /// Waits for the stream, asleep: whoever draws excerpts has other work for the core.
@@ -251,8 +284,15 @@ impl Room {
         grow(&mut self.forecasts, shape.n_forecasts())
     }
 
-    /// Autocorrelations -> forecasts, and log scales of all blocks.
-    fn solve(&self, kernels: &Kernels, shape: &ForecastShape, samples: u64, damped: bool) -> Result<(), ForecastError> {
+    /// Autocorrelations -> forecasts, `tones` (if not 0) added, and log scales of all blocks.
+    fn solve(
+        &self,
+        kernels: &Kernels,
+        shape: &ForecastShape,
+        samples: u64,
+        tones: u64,
+        damped: bool,
+    ) -> Result<(), ForecastError> {
         let at = Addresses(kernels.stream());
         let coefficients = at.of(&self.coefficients);
         let (launch, args) = shape.levinson()?;
@@ -266,10 +306,62 @@ impl Room {
         // SAFETY: as in `Lane::queue`.
         unsafe { kernels.launch(&launch, &args) }?;
         let (launch, args) = shape.predict()?;
-        let args = PredictArgs { samples, coefficients, forecasts: at.of(&self.forecasts), ..args };
+        let args = PredictArgs { samples, coefficients, tones, forecasts: at.of(&self.forecasts), ..args };
         // SAFETY: likewise.
         unsafe { kernels.launch(&launch, &args) }?;
         Ok(())
+    }
+}
+
+impl TonesRoom {
+    fn new(stream: &Arc<CudaStream>) -> Result<Self, DriverError> {
+        Ok(Self {
+            lines: stream.alloc_zeros(1)?,
+            now: stream.alloc_zeros(1)?,
+            later: stream.alloc_zeros(1)?,
+            tones: stream.alloc_zeros(1)?,
+            left: stream.alloc_zeros(1)?,
+        })
+    }
+
+    fn make(&mut self, shape: &ForecastShape, n_bins: usize) -> Result<(), DriverError> {
+        grow(&mut self.lines, shape.n_blocks() * n_bins)?;
+        grow(&mut self.now, shape.n_blocks() * shape.hop)?;
+        grow(&mut self.later, shape.n_blocks() * shape.hop)?;
+        grow(&mut self.tones, shape.len)?;
+        grow(&mut self.left, shape.len)
+    }
+
+    /// Lines -> what tones leave over of the samples, and the tones: where they lie.
+    fn find(
+        &self,
+        kernels: &Kernels,
+        shape: &ForecastShape,
+        tables: &Tables,
+        [window, lobe]: &[CudaSlice<f64>; 2],
+        samples: u64,
+    ) -> Result<(u64, u64), ForecastError> {
+        let at = Addresses(kernels.stream());
+        let [now, later, tones, left] = [&self.now, &self.later, &self.tones, &self.left].map(|memory| at.of(memory));
+        let (launch, args) = shape.tones(&tables.grid, window.len())?;
+        let args = TonesArgs {
+            samples,
+            lines: at.of(&self.lines),
+            places: at.of(&tables.places),
+            numbers: at.of(&tables.numbers),
+            window: at.of(window),
+            lobe: at.of(lobe),
+            now,
+            later,
+            ..args
+        };
+        // SAFETY: as in `Lane::queue`.
+        unsafe { kernels.launch(&launch, &args) }?;
+        let (launch, args) = shape.left()?;
+        let args = LeftArgs { samples, now, later, tones, left, ..args };
+        // SAFETY: likewise.
+        unsafe { kernels.launch(&launch, &args) }?;
+        Ok((left, tones))
     }
 }
 

@@ -12,9 +12,9 @@ use candle_core::cuda_backend::cudarc::driver::{CudaModule, CudaStream, DeviceRe
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 
 use super::launch::{
-    AdamwArgs, AddArgs, AttentionArgs, ColumnSumsArgs, CrossEntropyArgs, DecodeArgs, GatherArgs, Launch, LevinsonArgs,
-    MixtureNllArgs, PastAutocorrelationArgs, PlannedAutocorrelationArgs, PredictArgs, RmsNormArgs, SplitHeadsArgs,
-    SwigluArgs,
+    AdamwArgs, AddArgs, AttentionArgs, ColumnSumsArgs, CrossEntropyArgs, DecodeArgs, GatherArgs, Launch, LeftArgs,
+    LevinsonArgs, MixtureNllArgs, PastAutocorrelationArgs, PlannedAutocorrelationArgs, PredictArgs, RmsNormArgs,
+    SplitHeadsArgs, SwigluArgs, TonesArgs,
 };
 
 /// Machine code for sm_90a and PTX, made by kernels/build.rs.
@@ -33,6 +33,8 @@ passed_by_value!(
     AttentionArgs,
     PastAutocorrelationArgs,
     PlannedAutocorrelationArgs,
+    TonesArgs,
+    LeftArgs,
     LevinsonArgs,
     PredictArgs,
     RmsNormArgs,

@@ -24,6 +24,8 @@ pub use forecaster::{CpuForecaster, Forecaster};
 pub use lpc::{Prediction, autocorrelation, levinson};
 pub use past::PastForecast;
 pub use planned::PlannedForecast;
+pub(crate) use planned::PlannedPast;
+pub(crate) use tones::lobe as tones_lobe;
 
 /// Place of the forecast from the plan where both are listed: `[past, planned]`.
 pub const PLANNED: usize = 1;
@@ -89,7 +91,7 @@ impl ForecastConfig {
 
     /// Plan frames before a frame whose tones its forecasts follow from: what tones left over of the last `planned_order` samples,
     /// and how those of one frame more fade out.
-    fn tones_before(&self, hop: usize) -> usize {
+    pub(crate) fn tones_before(&self, hop: usize) -> usize {
         if self.tones { self.planned_order.div_ceil(hop) + 1 } else { 0 }
     }
 

@@ -70,18 +70,24 @@ impl PlannedForecast {
         })
     }
 
-    /// A forecast that has heard `samples`, the last ones of a stream; [`begin_frame`](Self::begin_frame) comes next.
+    /// A forecast after a past; [`begin_frame`](Self::begin_frame) comes next.
     ///
     /// # Errors
     /// When the settings cannot be, or there are more or fewer samples.
-    pub(crate) fn after(config: &ForecastConfig, samples: Vec<f32>) -> Result<Self, ForecastError> {
-        check_length("samples", config.planned_order, samples.len())?;
-        Ok(Self { history: samples.into(), ..Self::new(config)? })
+    pub(crate) fn after(config: &ForecastConfig, past: PlannedPast) -> Result<Self, ForecastError> {
+        let PlannedPast { left, heard, rest } = past;
+        let tones = config.tones.then(|| tones::State { heard: heard.into(), rest });
+        let Self { coefficients, log_scale, .. } = Self::new(config)?;
+        State { config: config.clone(), history: left.into(), tones, coefficients, log_scale }.try_into()
     }
 
     /// What [`after`](Self::after) takes.
-    pub(crate) fn heard(&self) -> &[f32] {
-        self.history.recent(self.history.keep(), 0)
+    pub(crate) fn heard(&self) -> PlannedPast {
+        let (heard, rest) = self.tones.clone().map_or_else(Default::default, |tones| {
+            let tones::State { heard, rest } = tones.into();
+            (heard.into(), rest)
+        });
+        PlannedPast { left: self.history.clone().into(), heard, rest }
     }
 
     /// Hears `samples`, whole frames of `plan`, `[frames, n_bands]`, without a forecast: the plan is followed only as far as
@@ -164,6 +170,16 @@ impl PlannedForecast {
         let tone = self.tones.as_mut().map_or(0.0, |tones| tones.push(sample));
         self.history.push(sample - tone);
     }
+}
+
+/// What a [`PlannedForecast`] remembers between two plan frames.
+pub(crate) struct PlannedPast {
+    /// What the tones left over of the last samples, `[planned_order]`.
+    pub left: Vec<f32>,
+    /// The last samples, `[past_window]`; nothing without tones.
+    pub heard: Vec<f32>,
+    /// How the tones would go on, `[hop]`; nothing without tones or before the first frame.
+    pub rest: Vec<f32>,
 }
 
 /// What a [`PlannedForecast`] is saved as.

@@ -57,9 +57,9 @@ pub(super) struct Tones {
 /// What a stream of tones remembers between two frames.
 #[derive(Clone, Serialize, Deserialize)]
 pub(super) struct State {
-    heard: History,
+    pub heard: History,
     /// How the tones of the frame before would go on, `[hop]`; nothing before the first.
-    rest: Vec<f32>,
+    pub rest: Vec<f32>,
 }
 
 /// Tables, and room to work in.
@@ -158,7 +158,9 @@ impl Tones {
             let (bin, offset) = heard_near(&work.power, peak, HEARD * planned / of_peak).unwrap_or((peak, 0.0));
             let heard = work.bins[bin] / lobe_at(lobe, offset);
             let turn = TAU * (bin as f64 + offset) / work.block.len() as f64;
-            let phase = (heard.arg() + turn * window.len() as f64) % TAU;
+            // Of nothing, zeros of either sign, too.
+            let angle = if heard.norm_sqr() > 0.0 { heard.arg() } else { 0.0 };
+            let phase = (angle + turn * window.len() as f64) % TAU;
             let begins = planned > BEGINS.exp() * 2.0 * heard.norm_sqr();
             let choir = if begins { &mut *rising } else { &mut *steady };
             choir.tones.push(Tone { amplitude: (2.0 * planned).sqrt(), turn, phase });
@@ -195,11 +197,7 @@ impl From<Tones> for State {
 impl Room {
     fn new(window: &[f64], response: &Response) -> Self {
         let work = response.grid.fourier.workspace();
-        let at = |step: usize| {
-            let turn = TAU * (step as f64 - STEPS as f64) / (2 * STEPS * work.block.len()) as f64;
-            window.iter().enumerate().map(|(t, w)| Complex::from_polar(*w, -turn * t as f64)).sum()
-        };
-        let lobe = (0..=2 * STEPS).map(at).collect();
+        let lobe = lobe(window, work.block.len());
         // Every other bin is a peak at most.
         let most = work.power.len() / 2;
         let choir = || Choir { tones: Vec::with_capacity(most), sound: Vec::new() };
@@ -255,7 +253,9 @@ fn heard_near(power: &[f64], peak: usize, least: f64) -> Option<(usize, f64)> {
     let last = ((peak as f64 + reach).ceil() as usize).min(power.len() - 2);
     let loudest = (first..=last).reduce(|best, bin| if power[bin] > power[best] { bin } else { best })?;
     let [before, at, after] = [loudest - 1, loudest, loudest + 1].map(|bin| power[bin]);
-    if at < least || at < before || at < after || before <= 0.0 || after <= 0.0 {
+    // What is no number is not heard either.
+    let heard = at >= least && at >= before && at >= after && before > 0.0 && after > 0.0;
+    if !heard {
         return None;
     }
     // The vertex of a parabola through the logarithms.
@@ -263,6 +263,15 @@ fn heard_near(power: &[f64], peak: usize, least: f64) -> Option<(usize, f64)> {
     let bend = 2.0 * at - before - after;
     let offset = if bend > 0.0 { 0.5 * (after - before) / bend } else { 0.0 };
     Some((loudest, offset.clamp(-0.5, 0.5)))
+}
+
+/// Transform of a window at `-1/2 ..= 1/2` bins of a grid of `len`, `[2 STEPS + 1]`.
+pub(crate) fn lobe(window: &[f64], len: usize) -> Vec<Complex<f64>> {
+    let at = |step: usize| {
+        let turn = TAU * (step as f64 - STEPS as f64) / (2 * STEPS * len) as f64;
+        window.iter().enumerate().map(|(t, w)| Complex::from_polar(*w, -turn * t as f64)).sum()
+    };
+    (0..=2 * STEPS).map(at).collect()
 }
 
 /// The window's transform at a bin that lies `offset` bins below a line.

@@ -67,16 +67,15 @@ pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, Tr
     lesson.teach(run, optimizer)
 }
 
-/// Makes the forecasts where the model is trained, or on the CPU's threads.
+/// Makes the forecasts where the model is trained.
 fn forecaster<'a>(
     device: &Device,
     spectrum: &'a Spectrum,
     config: &'a ForecastConfig,
 ) -> Result<Box<dyn Forecaster + 'a>, ForecastError> {
     match device {
-        // The kernels know no tones yet.
         #[cfg(feature = "cuda")]
-        Device::Cuda(_) if !config.tones => Ok(Box::new(crate::cuda::GpuForecaster::new(device, spectrum, config)?)),
+        Device::Cuda(_) => Ok(Box::new(crate::cuda::GpuForecaster::new(device, spectrum, config)?)),
         _ => Ok(Box::new(CpuForecaster { spectrum, config })),
     }
 }

@@ -181,10 +181,11 @@ fn lively(config: ModelConfig, seed: u64) -> Checkpoint {
     checkpoint
 }
 
-/// Preset `tiny` with a plan that is sharpened and has frames of `hop` samples: emulated samples are dear.
+/// Preset `tiny` with a plan that is sharpened, tones, and frames of `hop` samples: emulated samples are dear.
 fn framed(hop: usize) -> ModelConfig {
     let mut config = ModelConfig::preset("tiny").unwrap();
     config.forecast.deconvolution = 4;
+    config.forecast.tones = true;
     config.plan.hop = hop;
     config.plan.window = 4 * hop;
     config
@@ -324,10 +325,11 @@ fn odd() -> Vec<Checkpoint> {
         config.plan_transformer.window = 9;
         config.plan.n_codebooks = 3;
         config.plan.n_entries = 11;
-        config.forecast.past_window = 500;
+        config.forecast.past_window = 530;
         config.forecast.past_hop = 32;
         config.forecast.order = 37;
         config.forecast.deconvolution = [7, 1, 0][seed as usize % 3];
+        config.forecast.tones = config.forecast.deconvolution > 0;
         config.validate().unwrap();
         lively(config, seed)
     };
@@ -372,6 +374,7 @@ fn odd_sizes_have_the_cpu_engines_distributions_over_many_ring_wraps() {
 fn the_built_in_model_has_the_cpu_engines_distributions_and_tokens() {
     let mut checkpoint = Checkpoint::built_in().unwrap();
     checkpoint.config.forecast.deconvolution = 20;
+    checkpoint.config.forecast.tones = true;
     let geometry = DecodeGeometry { group_size: 2, threads: 256, ..OVERLAPPED };
     let Some(machine) = machine(Schedule::default()) else { return };
     assert_scores_like(&machine, &checkpoint, geometry, 2, "built-in");
@@ -487,7 +490,7 @@ fn small() -> Checkpoint {
     config.plan.window = 512;
     config.wave_transformer.tiers = vec![tier(16, 40, 1, 2, 70), tier(1, 24, 2, 2, 40)];
     config.plan_transformer.window = 3;
-    config.forecast.past_window = 96;
+    config.forecast.past_window = 512;
     config.forecast.past_hop = 32;
     config.forecast.order = 40;
     config.wave_transformer.shortcut_dim = 40;

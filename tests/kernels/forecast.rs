@@ -7,8 +7,8 @@ use wavegen::rng::Rng;
 
 use crate::emulator::{Emulator, Schedule, close, from_bytes, named, unwritten};
 use crate::launch::{
-    Element, ForecastShape, LaunchError, LevinsonArgs, PastAutocorrelationArgs, PlanGrid, PlannedAutocorrelationArgs,
-    PredictArgs,
+    Element, ForecastShape, LaunchError, LeftArgs, LevinsonArgs, PastAutocorrelationArgs, PlanGrid,
+    PlannedAutocorrelationArgs, PredictArgs, ToneTables, TonesArgs,
 };
 
 const FILE: &str = "forecast.cu";
@@ -72,6 +72,9 @@ fn emulated(emulator: &Emulator, case: &Case, schedule: Schedule) -> Result<Vec<
         hop: config.past_hop,
         order: config.order,
     };
+    // Frames that tones are followed for, though nothing is forecast in them.
+    let before = if config.tones { first.min(config.planned_order.div_ceil(hop) + 1) } else { 0 };
+    let first = first - before;
     let planned = ForecastShape { first_block: first, hop, order: config.planned_order, ..past };
 
     let n_r = past.batch * past.n_blocks() * (past.order + 1);
@@ -87,7 +90,7 @@ fn emulated(emulator: &Emulator, case: &Case, schedule: Schedule) -> Result<Vec<
         schedule,
     )?;
     let [.., r] = buffers;
-    let (past_forecasts, _) = solved(emulator, &past, r, &samples, false, schedule)?;
+    let (past_forecasts, _) = solved(emulator, &past, r, &samples, None, false, schedule)?;
 
     let grid = PlanGrid::new(spectrum, config.deconvolution).map_err(|e| e.to_string())?;
     let n_frames = planned.n_blocks();
@@ -105,23 +108,61 @@ fn emulated(emulator: &Emulator, case: &Case, schedule: Schedule) -> Result<Vec<
         f64s(&grid.numbers),
         f64s(&spectrum.lag_window(planned.order, config.lag_window_hz).collect::<Vec<_>>()),
         unwritten(2 * planned.batch * n_frames * (planned.order + 1), Element::F32),
+        unwritten(planned.batch * n_frames * grid.n_bins, Element::F32),
     ];
-    let args = PlannedAutocorrelationArgs { bands: 1, places: 2, numbers: 3, lag_window: 4, r: 5, ..args };
-    emulator.run(&launch, &args, 5, &mut buffers, schedule)?;
-    let [.., r] = buffers;
+    let lines = if config.tones { 6 } else { 0 };
+    let args = PlannedAutocorrelationArgs { bands: 1, places: 2, numbers: 3, lag_window: 4, r: 5, lines, ..args };
+    emulator.run(&launch, &args, 6, &mut buffers, schedule)?;
+    let [_, places, numbers, _, r, lines] = buffers;
     let damped = config.deconvolution > 0;
-    let (planned_forecasts, log_scales) = solved(emulator, &planned, r, &samples, damped, schedule)?;
+    let (left, tones) = match config.tones {
+        true => {
+            let (tones, left) =
+                left(emulator, spectrum, &grid, &planned, [&samples, &lines, &places, &numbers], schedule)?;
+            (left, Some(tones))
+        }
+        false => (samples, None),
+    };
+    let (planned_forecasts, log_scales) = solved(emulator, &planned, r, &left, tones, damped, schedule)?;
 
-    let per_excerpt = past_forecasts.chunks(past.n_forecasts()).zip(planned_forecasts.chunks(past.n_forecasts()));
+    let of_excerpt = planned_forecasts.chunks(planned.n_forecasts()).map(|forecasts| &forecasts[before * hop..]);
+    let per_excerpt = past_forecasts.chunks(past.n_forecasts()).zip(of_excerpt);
     let of_frames = log_scales.chunks(n_frames);
     Ok(per_excerpt
         .zip(of_frames)
         .map(|((past, planned), scales)| Forecasts {
             past: past.to_vec(),
             planned: planned.to_vec(),
-            log_scale: (0..past.len()).map(|n| scales[n / hop]).collect(),
+            log_scale: (0..past.len()).map(|n| scales[before + n / hop]).collect(),
         })
         .collect())
+}
+
+/// Samples and lines (and a grid's places and numbers) -> tones of all samples, and what they leave over.
+fn left(
+    emulator: &Emulator,
+    spectrum: &Spectrum,
+    grid: &PlanGrid,
+    shape: &ForecastShape,
+    [samples, lines, places, numbers]: [&Vec<u8>; 4],
+    schedule: Schedule,
+) -> Result<(Vec<u8>, Vec<u8>), String> {
+    let tables = ToneTables::new(spectrum, grid.n_bins);
+    let (launch, args) = shape.tones(grid, tables.window.len()).map_err(|e| e.to_string())?;
+    let of_blocks = unwritten(shape.batch * shape.n_blocks() * shape.hop, Element::F32);
+    let [samples, lines, places, numbers] = [samples, lines, places, numbers].map(Clone::clone);
+    let (window, lobe) = (f64s(&tables.window), f64s(&tables.lobe));
+    let mut buffers = [samples.clone(), lines, places, numbers, window, lobe, of_blocks.clone(), of_blocks];
+    let args = TonesArgs { samples: 1, lines: 2, places: 3, numbers: 4, window: 5, lobe: 6, now: 7, later: 8, ..args };
+    emulator.run(&launch, &args, 8, &mut buffers, schedule)?;
+    let [.., now, later] = buffers;
+    let (launch, args) = shape.left().map_err(|e| e.to_string())?;
+    let of_samples = unwritten(shape.batch * shape.len, Element::F32);
+    let mut buffers = [samples, now, later, of_samples.clone(), of_samples];
+    let args = LeftArgs { samples: 1, now: 2, later: 3, tones: 4, left: 5, ..args };
+    emulator.run(&launch, &args, 5, &mut buffers, schedule)?;
+    let [.., tones, left] = buffers;
+    Ok((tones, left))
 }
 
 /// Autocorrelations -> forecasts of all excerpts, one after the other, and log scales of all blocks.
@@ -130,6 +171,7 @@ fn solved(
     shape: &ForecastShape,
     r: Vec<u8>,
     samples: &[u8],
+    tones: Option<Vec<u8>>,
     damped: bool,
     schedule: Schedule,
 ) -> Result<(Vec<f32>, Vec<f32>), String> {
@@ -140,9 +182,11 @@ fn solved(
     emulator.run(&launch, &args, 4, &mut buffers, schedule)?;
     let [.., coefficients, log_scale] = buffers;
     let (launch, args) = shape.predict().map_err(|e| e.to_string())?;
-    let mut buffers = [samples.to_vec(), coefficients, unwritten(shape.batch * shape.n_forecasts(), Element::F32)];
-    let args = PredictArgs { samples: 1, coefficients: 2, forecasts: 3, ..args };
-    emulator.run(&launch, &args, 3, &mut buffers, schedule)?;
+    let of_tones = if tones.is_some() { 4 } else { 0 };
+    let forecasts = unwritten(shape.batch * shape.n_forecasts(), Element::F32);
+    let mut buffers = [samples.to_vec(), coefficients, forecasts, tones.unwrap_or_default()];
+    let args = PredictArgs { samples: 1, coefficients: 2, forecasts: 3, tones: of_tones, ..args };
+    emulator.run(&launch, &args, 4, &mut buffers, schedule)?;
     let single = |bytes: &[u8]| from_bytes(bytes, Element::F32).into_iter().map(|x| x as f32).collect();
     Ok((single(&buffers[2]), single(&log_scale)))
 }
@@ -175,10 +219,11 @@ fn plan() -> PlanConfig {
 fn small(deconvolution: usize, rng: &mut Rng) -> Case {
     let config = ForecastConfig {
         order: 24,
-        past_window: 300,
+        past_window: 512,
         past_hop: 32,
         planned_order: 40,
         deconvolution,
+        tones: deconvolution > 0,
         ..ForecastConfig::default()
     };
     Case::new(&plan(), config, 430, 0, rng)
@@ -190,15 +235,16 @@ fn forecasts_equal_those_of_the_library_for_random_settings_and_schedules() {
     let mut rng = Rng::new(71);
     for round in 0..8 {
         let len = 129 + rng.below(600);
-        let past_window = 200 + rng.below(400);
+        let tones = rng.below(2) == 1;
+        let past_window = if tones { 512 } else { 200 } + rng.below(400);
         let config = ForecastConfig {
             order: 1 + rng.below(100),
             past_window,
             past_hop: [16, 32, 64][rng.below(3)],
             planned_order: 1 + rng.below(200),
             lag_window_hz: f64::from(rng.uniform()) * 5.0,
-            deconvolution: rng.below(4) * rng.below(5),
-            tones: false,
+            deconvolution: usize::from(tones) + rng.below(4) * rng.below(5),
+            tones,
         };
         let case = Case::new(&plan(), config, len, rng.below(len / 128), &mut rng);
         check(&emulator, &case, Schedule::seeded(round))
@@ -209,11 +255,17 @@ fn forecasts_equal_those_of_the_library_for_random_settings_and_schedules() {
 #[test]
 fn forecasts_equal_those_of_the_library_at_the_presets_settings() {
     let Some(emulator) = Emulator::of(FILE) else { return };
-    for deconvolution in [0, 20] {
-        let config =
-            ForecastConfig { planned_order: 512, lag_window_hz: 1.0, deconvolution, ..ForecastConfig::default() };
+    for (deconvolution, tones) in [(0, false), (20, false), (20, true)] {
+        let config = ForecastConfig {
+            planned_order: 512,
+            lag_window_hz: 1.0,
+            deconvolution,
+            tones,
+            ..ForecastConfig::default()
+        };
         let case = Case::new(&PlanConfig::default(), config, 11 * 512, 8, &mut Rng::new(74));
-        check(&emulator, &case, Schedule::seeded(5)).unwrap_or_else(|e| panic!("{deconvolution} steps: {e}"));
+        check(&emulator, &case, Schedule::seeded(5))
+            .unwrap_or_else(|e| panic!("{deconvolution} steps, tones: {tones}: {e}"));
     }
 }
 
@@ -259,7 +311,7 @@ fn a_barrier_that_is_left_out_is_noticed() {
     let Some(emulator) = Emulator::program(FILE) else { return };
     let case = small(3, &mut Rng::new(73));
     let barriers = emulator.barriers();
-    assert_eq!(barriers.len(), 13);
+    assert_eq!(barriers.len(), 18);
     for left_out in barriers {
         let passes = |seed| check(&emulator, &case, Schedule { left_out, ..Schedule::seeded(seed) }).is_ok();
         assert!(!(1..5).all(passes), "nobody misses {}", named(left_out));

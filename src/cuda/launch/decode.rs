@@ -1,5 +1,6 @@
 //! Launches of kernels/decode_persistent.cu: argument structs, and how a model lies in a block's shared memory.
 
+use super::tones::tones_room;
 use super::{Element, Launch, LaunchError, PlanGrid, SHARED_BYTES, WARP, shared};
 
 /// Tiers that a model may have.
@@ -116,7 +117,7 @@ mirrored!(
 );
 mirrored!(
     /// Sizes of a model and where its parts lie.
-    DecodeModel, 544, {
+    DecodeModel, 576, {
         plan: DecodeStack,
         tiers: [DecodeTier; MAX_TIERS],
         n_tiers: i32,
@@ -129,6 +130,7 @@ mirrored!(
         order: i32,
         past_window: i32,
         past_hop: i32,
+        plan_window_len: i32,
         planned_order: i32,
         deconvolution: i32,
         token_width: i32,
@@ -156,10 +158,16 @@ mirrored!(
         window: i32,
         grid_numbers: i32,
         lag_window: i32,
+        plan_window: i32,
+        lobe: i32,
         samples: i32,
         n_samples: i32,
-        unrounded: i32,
-        n_unrounded: i32,
+        heard: i32,
+        n_heard: i32,
+        left: i32,
+        n_left: i32,
+        tones: i32,
+        rest: i32,
         plan_frames: i32,
         hidden: i32,
         drive: i32,
@@ -167,6 +175,7 @@ mirrored!(
         n_tokens: i32,
         n_recent: i32,
         frame_coefficients: i32,
+        frame_lines: i32,
         frame_scales: i32,
         frame_stride: i32,
         angle_width: i32,
@@ -390,17 +399,18 @@ impl DecodeGeometry {
         let solved = |order: i32, room: usize| room.max(rows * n(order)) + rows * (n(order) + 1);
         let past = solved(m.order, QUAD * (quads + lag_quads + 1) + PARTS * lag_quads * QUAD);
         let planned = solved(m.planned_order, PlanGrid::room(n(m.n_bins), n(m.n_bands)));
+        let tones = if m.n_heard > 0 { tones_room(n(m.n_bins)) } else { 0 };
         let helped = played
             .max(attention(&m.plan))
             .max(n(m.n_entries) * (F64 + F32))
-            .max((F64 * past.max(planned)).saturating_sub(activations));
+            .max((F64 * past.max(planned)).max(tones).saturating_sub(activations));
 
         let sizes: [usize; N_REGIONS - 1] = [
             size_of::<DecodeModel>(),
             linears.len() * SLICE_BYTES,
             rows * ROW_BYTES,
             rows * n(m.n_recent) * F32,
-            rows * n(m.n_unrounded) * F32,
+            rows * n(m.n_left) * F32,
             rows * n(m.n_tokens) * F32,
             rows * n(m.order) * F32,
             rows * n(m.planned_order) * F32,

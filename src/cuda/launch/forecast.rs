@@ -1,5 +1,6 @@
 //! Launches of kernels/forecast.cu.
 
+use super::tones::tones_room;
 use super::{Launch, LaunchError, MAX_GRID_YZ, PlanGrid, WARP, shared, within};
 
 /// Arguments of `forecast_past_autocorrelation`.
@@ -29,6 +30,7 @@ pub struct PlannedAutocorrelationArgs {
     pub numbers: u64,
     pub lag_window: u64,
     pub r: u64,
+    pub lines: u64,
     pub white_relative: f64,
     pub white_absolute: f64,
     pub n_blocks: i32,
@@ -38,7 +40,46 @@ pub struct PlannedAutocorrelationArgs {
     pub deconvolution: i32,
     pub reserved: i32,
 }
-const _: () = assert!(size_of::<PlannedAutocorrelationArgs>() == 80);
+const _: () = assert!(size_of::<PlannedAutocorrelationArgs>() == 88);
+
+/// Arguments of `forecast_tones`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TonesArgs {
+    pub samples: u64,
+    pub lines: u64,
+    pub places: u64,
+    pub numbers: u64,
+    pub window: u64,
+    pub lobe: u64,
+    pub now: u64,
+    pub later: u64,
+    pub len: i32,
+    pub hop: i32,
+    pub first_block: i32,
+    pub n_blocks: i32,
+    pub n_bands: i32,
+    pub n_bins: i32,
+    pub window_len: i32,
+    pub reserved: i32,
+}
+const _: () = assert!(size_of::<TonesArgs>() == 96);
+
+/// Arguments of `forecast_left`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LeftArgs {
+    pub samples: u64,
+    pub now: u64,
+    pub later: u64,
+    pub tones: u64,
+    pub left: u64,
+    pub len: i32,
+    pub hop: i32,
+    pub first_block: i32,
+    pub n_blocks: i32,
+}
+const _: () = assert!(size_of::<LeftArgs>() == 56);
 
 /// Arguments of `forecast_levinson`.
 #[repr(C)]
@@ -63,6 +104,7 @@ const _: () = assert!(size_of::<LevinsonArgs>() == 56);
 pub struct PredictArgs {
     pub samples: u64,
     pub coefficients: u64,
+    pub tones: u64,
     pub forecasts: u64,
     pub len: i32,
     pub hop: i32,
@@ -71,7 +113,7 @@ pub struct PredictArgs {
     pub order: i32,
     pub reserved: i32,
 }
-const _: () = assert!(size_of::<PredictArgs>() == 48);
+const _: () = assert!(size_of::<PredictArgs>() == 56);
 
 /// Forecasts of excerpts: new coefficients every `hop` samples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,6 +212,53 @@ impl ForecastShape {
             order: self.order as i32,
             deconvolution: within("deconvolution", deconvolution + 1, i32::MAX as usize)? - 1,
             ..PlannedAutocorrelationArgs::default()
+        };
+        Ok((launch, args))
+    }
+
+    /// The tones of all blocks' lines, in the past under a plan's window of `window_len` samples.
+    pub fn tones(
+        &self,
+        &PlanGrid { n_bands, n_bins, .. }: &PlanGrid,
+        window_len: usize,
+    ) -> Result<(Launch, TonesArgs), LaunchError> {
+        self.check()?;
+        let launch = Launch {
+            kernel: "forecast_tones".to_string(),
+            grid: [self.n_blocks() as u32, self.batch as u32, 1],
+            threads: PLANNED_THREADS as u32,
+            shared_bytes: shared("tones", tones_room(n_bins))?,
+            cluster: 0,
+        };
+        let args = TonesArgs {
+            len: self.len as i32,
+            hop: self.hop as i32,
+            first_block: self.first_block as i32,
+            n_blocks: self.n_blocks() as i32,
+            n_bands: n_bands as i32,
+            n_bins: n_bins as i32,
+            window_len: within("window", window_len, 2 * (n_bins - 1))?,
+            ..TonesArgs::default()
+        };
+        Ok((launch, args))
+    }
+
+    /// What they leave over of the samples.
+    pub fn left(&self) -> Result<(Launch, LeftArgs), LaunchError> {
+        self.check()?;
+        let launch = Launch {
+            kernel: "forecast_left".to_string(),
+            grid: [self.len.div_ceil(PREDICT_THREADS) as u32, self.batch as u32, 1],
+            threads: PREDICT_THREADS as u32,
+            shared_bytes: 0,
+            cluster: 0,
+        };
+        let args = LeftArgs {
+            len: self.len as i32,
+            hop: self.hop as i32,
+            first_block: self.first_block as i32,
+            n_blocks: self.n_blocks() as i32,
+            ..LeftArgs::default()
         };
         Ok((launch, args))
     }

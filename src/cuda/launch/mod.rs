@@ -5,6 +5,7 @@ mod attention;
 mod decode;
 mod forecast;
 mod plan_grid;
+mod tones;
 mod training;
 
 pub use attention::{AttentionArgs, AttentionShape, HEAD_DIMS};
@@ -12,8 +13,11 @@ pub use decode::{
     DecodeArgs, DecodeGeometry, DecodeLayout, DecodeLimits, DecodeLinear, DecodeModel, DecodeStack, DecodeTier,
     GROUP_SIZES, MAX_TIERS, N_FLAGS, N_POINTERS, SET, Words,
 };
-pub use forecast::{ForecastShape, LevinsonArgs, PastAutocorrelationArgs, PlannedAutocorrelationArgs, PredictArgs};
+pub use forecast::{
+    ForecastShape, LeftArgs, LevinsonArgs, PastAutocorrelationArgs, PlannedAutocorrelationArgs, PredictArgs, TonesArgs,
+};
 pub use plan_grid::PlanGrid;
+pub use tones::ToneTables;
 pub use training::{
     AdamwArgs, AddArgs, ColumnSumsArgs, CrossEntropyArgs, CrossEntropyShape, GatherArgs, GatherShape, HeadsShape,
     MixtureNllArgs, MixtureShape, NormShape, RmsNormArgs, SplitHeadsArgs, SwigluArgs, SwigluShape, adamw, add,

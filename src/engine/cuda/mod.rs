@@ -10,14 +10,13 @@ mod streams;
 
 use std::sync::Arc;
 
-use ndarray::Array2;
+use ndarray::{Array2, s};
 
 use super::state::SavedStream;
 use super::{Engine, EngineError, PlanDraw, UNIFORMS_PER_SAMPLE, check_tokens, expect};
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
 use crate::cuda::launch::{DecodeGeometry, Element};
-use crate::forecast::{PastForecast, PlannedForecast};
 use crate::model::config::{GenerationSettings, ModelConfig};
 use crate::model::wave_transformer::PLAN_FRAMES;
 use crate::plan::PlanFrame;
@@ -185,20 +184,15 @@ impl<M: Machine> Engine for CudaEngine<M> {
         if first > 0 {
             let mut state = self.streams.store(0)?;
             let counters = &mut state.counters;
-            let last = |n: usize| &tokens[(first * hop).saturating_sub(n)..first * hop];
-            let sounding = |n: usize| {
-                let heard = config.codec.decode_all(last(n));
-                let mut samples = vec![0.0; n - heard.len()];
-                samples.extend(heard);
-                samples
-            };
-            let forecast = &config.forecast;
-            counters.tokens.splice(..last(history).len(), []);
-            counters.tokens.extend_from_slice(last(history));
-            counters.past = PastForecast::after(forecast, sounding(forecast.past_window + forecast.past_hop))
-                .map_err(super::state_error)?;
-            counters.planned =
-                PlannedForecast::after(forecast, sounding(forecast.planned_order)).map_err(super::state_error)?;
+            let seen = &tokens[(first * hop).saturating_sub(history)..first * hop];
+            counters.tokens.splice(..seen.len(), []);
+            counters.tokens.extend_from_slice(seen);
+            // The wave is still at its beginning, and so are its forecasts.
+            let heard = first.saturating_sub(config.forecast.frames_before(&config.plan));
+            let samples = config.codec.decode_all(&tokens[heard * hop..first * hop]);
+            samples.iter().for_each(|&sample| counters.past.push(sample));
+            let frames = bands.slice(s![heard..first, ..]);
+            counters.planned.hear(&model.spectrum, &samples, frames).map_err(super::state_error)?;
             for (i, frame) in counters.plan.iter_mut().enumerate() {
                 if let Some(before) = (first + i).checked_sub(PLAN_FRAMES) {
                     *frame = bands.row(before).to_vec();

@@ -5,7 +5,9 @@ use ndarray::ArrayD;
 
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
-use crate::cuda::launch::{DecodeLinear, DecodeModel, DecodeStack, DecodeTier, Element, MAX_TIERS, PlanGrid, Words};
+use crate::cuda::launch::{
+    DecodeLinear, DecodeModel, DecodeStack, DecodeTier, Element, MAX_TIERS, PlanGrid, ToneTables, Words,
+};
 use crate::engine::EngineError;
 use crate::forecast::PastForecast;
 use crate::model::config::N_FORECASTS;
@@ -179,11 +181,6 @@ impl Packed {
                 return Err(EngineError::State(format!("{got} {what}, the CUDA engine takes at most {most}")));
             }
         }
-        if forecast.tones {
-            return Err(EngineError::State(
-                "it plays tones, which the CUDA engine cannot do yet; use --engine cpu".into(),
-            ));
-        }
         let spectrum = checkpoint.spectrum()?;
         let grid = PlanGrid::new(&spectrum, forecast.deconvolution)?;
         let mut p = Packer {
@@ -204,6 +201,7 @@ impl Packed {
             order: forecast.order as i32,
             past_window: forecast.past_window as i32,
             past_hop: forecast.past_hop as i32,
+            plan_window_len: config.plan.window as i32,
             planned_order: forecast.planned_order as i32,
             deconvolution: forecast.deconvolution as i32,
             token_width: wave.token_dim as i32 + 2,
@@ -239,12 +237,19 @@ impl Packed {
 
         m.frame_coefficients = 3;
         m.frame_scales = m.frame_coefficients + m.planned_order;
-        let mut planned = m.frame_scales + (wave.slices * n_components) as i32;
+        m.frame_lines = m.frame_scales + (wave.slices * n_components) as i32;
+        // Every other bin is a line at most.
+        let mut planned = m.frame_lines + if forecast.tones { m.n_bins } else { 0 };
         let ring = |n: usize| n.next_power_of_two() as i32;
-        (m.n_samples, m.n_unrounded) = (ring(forecast.past_window + forecast.past_hop), ring(forecast.planned_order));
+        (m.n_samples, m.n_left) = (ring(forecast.past_window + forecast.past_hop), ring(forecast.planned_order));
+        m.n_heard = if forecast.tones { ring(forecast.past_window) } else { 0 };
+        let of_tones = if forecast.tones { m.plan_hop } else { 0 };
         (m.n_tokens, m.n_recent) = (ring(wave.history()), ring(forecast.order));
-        m.unrounded = m.n_samples;
-        m.plan_frames = m.unrounded + m.n_unrounded;
+        m.heard = m.n_samples;
+        m.left = m.heard + m.n_heard;
+        m.tones = m.left + m.n_left;
+        m.rest = m.tones + of_tones;
+        m.plan_frames = m.rest + of_tones;
         m.hidden = m.plan_frames + PLAN_FRAMES as i32 * m.n_bands;
         m.drive = m.hidden + plan.dim as i32;
         m.memory_stride = m.drive + 1;
@@ -300,6 +305,11 @@ impl Packed {
         m.window = p.doubles(PastForecast::window(forecast.past_window));
         m.grid_numbers = p.doubles(grid.numbers);
         m.lag_window = p.doubles(spectrum.lag_window(forecast.planned_order, forecast.lag_window_hz));
+        if forecast.tones {
+            let tables = ToneTables::new(&spectrum, grid.n_bins);
+            m.plan_window = p.doubles(tables.window);
+            m.lobe = p.doubles(tables.lobe);
+        }
         m.n_linears = p.linears.len() as i32;
         let stacks = std::iter::once(m.plan).chain(m.tiers[..n_tiers].iter().map(|tier| tier.stack));
         m.angle_width = stacks.map(|s| s.dim / s.n_heads).max().unwrap_or(0);

@@ -11,7 +11,7 @@ use crate::cuda::launch::{
 };
 use crate::engine::state::{Counters, SavedCache, SavedStream, plan_cache, wave_cache};
 use crate::engine::{EngineError, UNIFORMS_PER_SAMPLE, expect, state_error};
-use crate::forecast::{PastForecast, PlannedForecast};
+use crate::forecast::{PastForecast, PlannedForecast, PlannedPast};
 use crate::model::config::{GenerationSettings, ModelConfig};
 use crate::model::wave_transformer::PLAN_FRAMES;
 use crate::plan::{ResidualQuantizer, Spectrum};
@@ -255,9 +255,15 @@ impl<M: Machine> Streams<M> {
         for (place, sample) in places(sizes.n_samples, *n, heard.len()).zip(heard) {
             memory[sizes.samples as usize + place] = *sample;
         }
-        let heard = planned.heard();
-        for (place, sample) in places(sizes.n_unrounded, *n, heard.len()).zip(heard) {
-            memory[sizes.unrounded as usize + place] = *sample;
+        let PlannedPast { left, heard, rest } = planned.heard();
+        for (place, sample) in places(sizes.n_left, *n, left.len()).zip(left) {
+            memory[sizes.left as usize + place] = sample;
+        }
+        if sizes.n_heard > 0 {
+            for (place, sample) in places(sizes.n_heard, *n, heard.len()).zip(heard) {
+                memory[sizes.heard as usize + place] = sample;
+            }
+            memory[sizes.rest as usize..][..sizes.plan_hop as usize].iter_mut().zip(rest).for_each(|(to, x)| *to = x);
         }
         let frames = memory[sizes.plan_frames as usize..].iter_mut();
         frames.zip(plan.iter().flatten()).for_each(|(to, band)| *to = *band);
@@ -324,7 +330,12 @@ impl<M: Machine> Streams<M> {
         };
         let forecast = &config.forecast;
         let heard = from_ring(sizes.samples, sizes.n_samples, forecast.past_window + forecast.past_hop);
-        let unrounded = from_ring(sizes.unrounded, sizes.n_unrounded, forecast.planned_order);
+        let with_tones = |n: usize| if forecast.tones { n } else { 0 };
+        let planned = PlannedPast {
+            left: from_ring(sizes.left, sizes.n_left, forecast.planned_order),
+            heard: from_ring(sizes.heard, sizes.n_heard, with_tones(forecast.past_window)),
+            rest: memory[sizes.rest as usize..][..with_tones(config.plan.hop)].to_vec(),
+        };
         let n_bands = sizes.n_bands as usize;
         let frames = &memory[sizes.plan_frames as usize..][..PLAN_FRAMES * n_bands];
         let saved_caches = self.stacks().map(|(stack, block, name)| {
@@ -346,7 +357,7 @@ impl<M: Machine> Streams<M> {
                 residual_code: residual_code as u16,
                 plan: frames.chunks_exact(n_bands).map(<[f32]>::to_vec).collect(),
                 past: PastForecast::after(forecast, heard).map_err(state_error)?,
-                planned: PlannedForecast::after(forecast, unrounded).map_err(state_error)?,
+                planned: PlannedForecast::after(forecast, planned).map_err(state_error)?,
                 drive: Drive { mean_square: memory[sizes.drive as usize] },
             },
             hidden: (plan_pos > 0).then(|| memory[sizes.hidden as usize..][..sizes.plan.dim as usize].to_vec()),
