@@ -319,6 +319,7 @@ struct DecodeModel {
   int32_t planned_order;
   int32_t deconvolution;  // steps; 0: the plan is not sharpened, and nothing is damped
   int32_t token_width;   // features of a token
+  int32_t pcm;          // tokens are samples of 16 bits; else the bins of mu-law
   int32_t n_components;  // both halves
   int32_t slices;
   float own_scale;
@@ -337,11 +338,11 @@ struct DecodeModel {
   int32_t book_mean;         // [n_bands]
   int32_t book_ceiling;      // [n_bands]
   int32_t books;             // [n_codebooks, n_entries, n_bands]
-  int32_t token_table;       // [levels, token_width]
-  int32_t past_code_in;      // [levels, dim of the last tier]
+  int32_t code_vectors;      // [N_CODES, token_width - 2]
+  int32_t past_code_in;      // [N_CODES, dim of the last tier]
   int32_t residual_code_in;  // likewise
-  int32_t centres;           // [levels]: samples of the tokens
-  int32_t edges;             // [levels - 1]: between their bins
+  int32_t centres;           // [N_CODES]: samples of mu-law's tokens
+  int32_t edges;             // [N_CODES - 1]: between their bins
   // In `doubles`.
   int32_t window;        // [past_window]
   int32_t grid_numbers;  // of a PlanGrid
@@ -370,7 +371,6 @@ struct DecodeModel {
   int32_t frame_scales;        // [slices, n_components]
   int32_t frame_stride;
   int32_t angle_width;  // greatest head_dim
-  int32_t reserved;
   int64_t cache_stride;  // floats of a stream's caches
 };
 static_assert(sizeof(DecodeModel) == 576, "DecodeModel differs from src/cuda/launch");

@@ -191,7 +191,7 @@ __device__ void forecast_frame(Room<W, ROWS>& room, int slot) {
         const float scale = prediction::log_scale(power);
         float* const frame = room.frame(r, slot);
         frame[0] = scale;
-        frame[1] = expf(scale) / float(prediction::MEAN_TO_RMS);
+        frame[1] = prediction::residual_rms(scale);
         frame[2] = float(lags[r * (order + 1)]);
       });
   __syncthreads();  // publishes the frame to this block, and the scratch is free

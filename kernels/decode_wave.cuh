@@ -5,7 +5,10 @@
 namespace decode {
 
 /// As in src/codec.rs, src/model/features.rs and src/sampler.rs.
-constexpr int LEVELS = 256;
+constexpr int N_CODES = 256;
+constexpr float PCM_UNIT = 32768.f;
+/// In a ring of tokens a token's code lies above its 16 bits.
+constexpr int TOKEN_BITS = 16;
 constexpr float MU = 255.f, LN_256 = 5.545177444479562f, PI = 3.14159265358979f;
 constexpr float MAX_OFFSET = 4.f, MAX_LOG_SCALE = 2.5f;
 constexpr double TAIL = 1e-4, LEAST_BIN = 1e-12;
@@ -17,7 +20,41 @@ __device__ __forceinline__ float compand(float sample) {
   return copysignf(log1pf(MU * fabsf(sample)) / LN_256, sample);
 }
 
-__device__ __forceinline__ float bin_width(float sample) { return (fabsf(sample) + 1.f / MU) * (LN_256 / (LEVELS / 2)); }
+/// A model's tokens: src/codec.rs.
+struct Codec {
+  const float* centres;  // [N_CODES]: samples of mu-law's tokens
+  const float* edges;    // [N_CODES - 1]: between their bins
+  bool pcm;
+
+  __device__ Codec(const DecodeModel& m, const float* exact) : centres(exact + m.centres), edges(exact + m.edges), pcm(m.pcm) {}
+
+  /// The bin of mu-law: the number of edges that are not above the sample. A warp; what is no number lies in the middle.
+  __device__ int code(float sample) const {
+    int below = 0;
+    for (int i = lane(); i < N_CODES - 1; i += WARP) below += edges[i] <= sample;
+    return sample == sample ? lanes_sum<WARP>(below) : N_CODES / 2;
+  }
+  __device__ int encode(float sample) const {
+    if (!pcm) return code(sample);
+    const float place = floorf(sample * PCM_UNIT + 0.5f);
+    return sample == sample ? int(fminf(fmaxf(place, -PCM_UNIT), PCM_UNIT - 1.f) + PCM_UNIT) : int(PCM_UNIT);
+  }
+  __device__ float decode(int token) const { return pcm ? (token - PCM_UNIT) / PCM_UNIT : centres[token]; }
+  __device__ float companded(int token) const {
+    return pcm ? compand(decode(token)) : (token + 0.5f) / (N_CODES / 2) - 1.f;
+  }
+  /// Edges of a token's bin.
+  __device__ float low(int token) const {
+    return token == 0 ? -float(OUTER_EDGE) : pcm ? (token - 0.5f - PCM_UNIT) / PCM_UNIT : edges[token - 1];
+  }
+  __device__ float high(int token) const {
+    const int last = pcm ? int(2.f * PCM_UNIT) - 1 : N_CODES - 1;
+    return token == last ? float(OUTER_EDGE) : low(token + 1);
+  }
+  __device__ float bin_width(float sample) const {
+    return pcm ? 1.f / PCM_UNIT : (fabsf(sample) + 1.f / MU) * (LN_256 / (N_CODES / 2));
+  }
+};
 
 __device__ __forceinline__ double log_sigmoid(double x) {
   return x >= 0.0 ? -log1p(exp(-x)) : x - log1p(exp(x));
@@ -49,8 +86,8 @@ __device__ void describe(Room<W, ROWS>& room) {
   for (int i = threadIdx.x; i < 2 * room.n_rows; i += blockDim.x) {
     const int r = i / 2, which = i % 2;
     Row& row = room.rows[r];
-    const float forecast = row.forecasts[which], companded = compand(forecast), half = LEVELS / 2;
-    const float place = fminf(fmaxf((companded + 1.f) * half, 0.f), LEVELS - 0.001f), code = floorf(place);
+    const float forecast = row.forecasts[which], companded = compand(forecast), half = N_CODES / 2;
+    const float place = fminf(fmaxf((companded + 1.f) * half, 0.f), N_CODES - 0.001f), code = floorf(place);
     const float fraction = place - code;
     const float values[5] = {fraction, sinf(2.f * PI * fraction), companded, 4.f * forecast,
                              logf(fabsf(forecast) + 1e-4f) / 4.f};
@@ -71,11 +108,15 @@ __device__ void step_tier(Room<W, ROWS>& room, int which, int slot) {
   const DecodeTier& tier = m.tiers[which];
   const int width = m.token_width, dim = tier.stack.dim;
   const bool last = which == m.n_tiers - 1;
+  const Codec codec(m, a.exact);
   for (int i = threadIdx.x; i < room.n_rows * tier.seen * width; i += blockDim.x) {
     const int r = i % room.n_rows, j = i / room.n_rows;
     const int64_t at = room.rows[r].n - tier.seen + j / width;
-    const int token = room.tokens[r * m.n_tokens + int(at & (m.n_tokens - 1))];
-    room.wide[j * ROWS + r] = a.exact[m.token_table + token * width + j % width];
+    const int coded = room.tokens[r * m.n_tokens + int(at & (m.n_tokens - 1))];
+    const int token = coded & ((1 << TOKEN_BITS) - 1), code = coded >> TOKEN_BITS, of = j % width - (width - 2);
+    room.wide[j * ROWS + r] = of < 0    ? a.exact[m.code_vectors + code * (width - 2) + j % width]
+                              : of == 0 ? codec.companded(token)
+                                        : 2.f * codec.decode(token);
   }
   for (int r = threadIdx.x; r < room.n_rows; r += blockDim.x) room.rows[r].pos = room.rows[r].n / tier.hop;
   __syncthreads();  // publishes the tokens' features and the positions
@@ -166,18 +207,17 @@ __device__ void draw(Room<W, ROWS>& room, int r, int t) {
   const DecodeArgs& a = room.a;
   const DecodeModel& m = room.m;
   Row& row = room.rows[r];
+  const Codec codec(m, a.exact);
   const int n = m.n_components, k = min(lane(), n - 1), of = k / (n / 2);
   const float* const head = room.head + r;
   float top = -INFINITY, total = 0.f;
   for (int i = 0; i < n; ++i) top = fmaxf(top, head[i * ROWS]);
   for (int i = 0; i < n; ++i) total += expf(head[i * ROWS] - top);
   const float log_weight = head[k * ROWS] - (top + logf(total)), forecast = row.forecasts[of];
-  const float unit = 0.5f * expf(row.log_scale) + 0.25f * bin_width(forecast);
+  const float unit = 0.5f * expf(row.log_scale) + 0.25f * codec.bin_width(forecast);
   const float mean = forecast + unit * MAX_OFFSET * tanhf(head[(n + k) * ROWS] / MAX_OFFSET);
   const float scale = unit * expf(MAX_LOG_SCALE * tanhf(head[(2 * n + k) * ROWS] / MAX_LOG_SCALE));
   const int64_t place = (int64_t(row.stream) * a.n_frames) * m.plan_hop + t;
-  const float* const centres = a.exact + m.centres;
-  const float* const edges = a.exact + m.edges;
   float sample, mean_square = row.mean_square;
   int token;
   if (a.wave_uniforms) {
@@ -199,19 +239,15 @@ __device__ void draw(Room<W, ROWS>& room, int r, int t) {
     mean_square += (fminf(ratio * ratio, MOST_SQUARE) - mean_square) / DRIVE_SAMPLES;
     const float factor = fminf(fmaxf(1.f / sqrtf(mean_square), LEAST_DRIVE), MOST_DRIVE);
     sample = prediction::held(row.forecasts[1] + innovation * factor * a.grain);
-    // Codec::encode: the number of edges that are not above it; what is no number is silence.
-    int below = 0;
-    for (int i = lane(); i < LEVELS - 1; i += WARP) below += edges[i] <= sample;
-    token = sample == sample ? lanes_sum<WARP>(below) : LEVELS / 2;
+    token = codec.encode(sample);
   } else {
     token = a.tokens[place];
-    sample = centres[token];
+    sample = codec.decode(token);
   }
-  const float heard = centres[token];
+  const float heard = codec.decode(token);
+  const int code = codec.pcm ? codec.code(heard) : token, coded = token | code << TOKEN_BITS;
   if (a.nll) {
-    const float low = token == 0 ? -float(OUTER_EDGE) : edges[token - 1];
-    const float high = token == LEVELS - 1 ? float(OUTER_EDGE) : edges[token];
-    const float nats = mixture_nll(log_weight, mean, scale, n, low, high);
+    const float nats = mixture_nll(log_weight, mean, scale, n, codec.low(token), codec.high(token));
     if (lane() == 0 && room.rank == 0) a.nll[place] = nats;
   }
   // All lanes have read the row (no emulated schedule shows it: they met in a sum above, which orders no memory).
@@ -220,16 +256,16 @@ __device__ void draw(Room<W, ROWS>& room, int r, int t) {
     const int64_t now = row.n;
     room.samples[r * m.n_recent + int(now & (m.n_recent - 1))] = heard;
     room.left[r * m.n_left + int(now & (m.n_left - 1))] = sample - row.tone;
-    room.tokens[r * m.n_tokens + int(now & (m.n_tokens - 1))] = token;
+    room.tokens[r * m.n_tokens + int(now & (m.n_tokens - 1))] = coded;
     row.mean_square = mean_square;
-    row.residual_code = (token + LEVELS - row.past_code) % LEVELS;
+    row.residual_code = (code + N_CODES - row.past_code) % N_CODES;
     row.n = now + 1;
     if (room.rank == 0) {
       float* const memory = room.memory(r);
       memory[m.samples + int(now & (m.n_samples - 1))] = heard;
       memory[m.left + int(now & (m.n_left - 1))] = sample - row.tone;
       if (m.n_heard > 0) memory[m.heard + int(now & (m.n_heard - 1))] = sample;
-      a.ring_tokens[int64_t(row.stream) * m.n_tokens + int(now & (m.n_tokens - 1))] = token;
+      a.ring_tokens[int64_t(row.stream) * m.n_tokens + int(now & (m.n_tokens - 1))] = coded;
       if (a.wave_uniforms) a.tokens[place] = token;
     }
   }

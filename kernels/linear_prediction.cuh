@@ -100,4 +100,9 @@ __device__ __forceinline__ float held(float x) { return fminf(fmaxf(x, -1.f), 1.
 /// ln of the mean |residual| of a prediction.
 __device__ __forceinline__ float log_scale(double power) { return float(log(sqrt(power) * MEAN_TO_RMS + LEAST_SCALE)); }
 
+/// The root mean square that is meant by it.
+__device__ __forceinline__ float residual_rms(float log_scale) {
+  return fmaxf(expf(log_scale) - float(LEAST_SCALE), 0.f) / float(MEAN_TO_RMS);
+}
+
 }  // namespace prediction

@@ -11,6 +11,8 @@ constexpr int BLUNT_STEPS = 1;
 constexpr double FALL = 0.4, FALL_OVER = 1.0;
 constexpr double LEAST_OWN_POWER = 0.5, MOST_OWN_POWER = 4.0;
 constexpr int AGREEING = 7;
+/// FLOOR as in src/plan/spectrum.rs.
+constexpr double FLOOR = 1e-4, LEAST_OVER_FLOOR = 0.03;
 /// As in src/forecast/tones.rs.
 constexpr double LEFT = 0.03, STANDS_OUT = 0.46, STANDS_OUT_OVER = 1.84;
 constexpr int SURROUNDINGS = 6, LINE_REACH = 7;
@@ -126,7 +128,7 @@ struct PlannedSpectrum {
   __device__ double autocorrelation(int lag) const { return transform.bin(lag).x / transform.n; }
 
   /// Leaves in `planned` the power of the frame itself, nepers: what the window has seen and the frame before had not, as far as
-  /// neighbouring bands agree.
+  /// neighbouring bands agree, without the plan's floor.
   template <class Nepers, class Fall>
   __device__ void steepen(Nepers nepers, Fall fall) const {
     const double share = grid.own_share();
@@ -138,7 +140,8 @@ struct PlannedSpectrum {
       double sum = 0.0;
       for (int d = -AGREEING; d <= AGREEING; ++d)
         sum += (AGREEING + 1 - abs(d)) * own[min(max(band + d, 0), grid.n_bands - 1)];
-      planned[band] = nepers(band) + sum / ((AGREEING + 1) * (AGREEING + 1));
+      const double power = exp(nepers(band) + sum / ((AGREEING + 1) * (AGREEING + 1)));
+      planned[band] = log(fmax(power - FLOOR, LEAST_OVER_FLOOR * FLOOR));
     }
     __syncthreads();  // publishes the bands
   }

@@ -53,6 +53,7 @@ struct Component {
   float offset, log_scale;  // bounded: tanh(x / limit)
   float inverse_scale, unit;
   float low, high;  // the bin's edges in scales from the mean
+  float bin;        // their distance: of the edges themselves, for it is small beside them where tokens are fine
   float mass;       // ln of the mass between them
 
   __device__ Component(const float* head, int k, const MixtureNllArgs& a, int sample) {
@@ -64,8 +65,9 @@ struct Component {
     inverse_scale = expf(-MAX_LOG_SCALE * log_scale) / unit;
     low = (a.low[sample] - mean) * inverse_scale;
     high = (a.high[sample] - mean) * inverse_scale;
+    bin = (a.high[sample] - a.low[sample]) * inverse_scale;
     // ln(sigmoid(high) - sigmoid(low))
-    mass = log_sigmoid(high) + log_sigmoid(-low) + logf(-expm1f(fminf(low - high, -LEAST_BIN)));
+    mass = log_sigmoid(high) + log_sigmoid(-low) + logf(-expm1f(-fmaxf(bin, LEAST_BIN)));
   }
 };
 
@@ -244,11 +246,12 @@ __device__ void mixture_nll_backward(const MixtureNllArgs& a) {
     const float all_weights = weights.value(), all_terms = terms.value(), d_nll = a.d_nll[sample];
     for (int k = 0; k < a.components; ++k) {
       const Component c(head, k, a, sample);
-      const float share = expf(head[k] + c.mass - all_terms), difference = c.low - c.high;
-      // Of ln(1 - exp(difference)); none where it is held.
-      const float narrower = difference < -LEAST_BIN ? -1.f / expm1f(-difference) : 0.f;
-      const float d_low = -share * (narrower - sigmoid(c.low)), d_high = -share * (sigmoid(-c.high) - narrower);
-      const float d_mean = -(d_low + d_high) * c.inverse_scale, d_log_scale = -(d_low * c.low + d_high * c.high);
+      const float share = expf(head[k] + c.mass - all_terms);
+      // What ln P gains by moving an edge up: of the upper one alone, of the lower one alone, of both together.
+      const float above = sigmoid(-c.high), below = sigmoid(c.low);
+      const float between = c.bin > LEAST_BIN ? 1.f / expm1f(c.bin) : 0.f;
+      const float d_mean = share * (above - below) * c.inverse_scale;
+      const float d_log_scale = share * (above * c.high - below * c.low + between * c.bin);
       head[k] = d_nll * (expf(head[k] - all_weights) - share);
       head[a.components + k] = d_nll * d_mean * c.unit * (1.f - c.offset * c.offset);
       head[2 * a.components + k] = d_nll * d_log_scale * (1.f - c.log_scale * c.log_scale);

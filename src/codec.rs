@@ -1,4 +1,4 @@
-//! Turns mono samples into mu-law tokens, one per timestep, and back.
+//! Turns mono samples into tokens, one per timestep, and back.
 
 use std::f64::consts::LN_2;
 use std::sync::LazyLock;
@@ -8,7 +8,11 @@ use serde::{Deserialize, Serialize};
 /// One quantised sample, `0..Codec::levels()`.
 pub type Token = u16;
 
-const LEVELS: usize = 256;
+/// Different values of [`Codec::code`]: the bins of mu-law.
+pub const N_CODES: usize = 256;
+/// Bins of 16 bits, and the samples of one unit.
+const PCM_LEVELS: usize = 1 << 16;
+const PCM_UNIT: f32 = (PCM_LEVELS / 2) as f32;
 const MU: f64 = 255.0;
 const LN_256: f64 = 8.0 * LN_2;
 
@@ -22,6 +26,8 @@ pub enum Quantizer {
     /// The continuous curve of ITU-T G.711 with mu = 255, cut into 256 equal bins over [-1, 1], mid-rise.
     #[default]
     Mulaw8,
+    /// 65,536 equal bins, mid-tread: token t is the sample `(t - 32768) / 32768`, as in a WAV file of 16 bits.
+    Pcm16,
 }
 
 /// What a token means: the rate and the quantisation, as kept in a checkpoint.
@@ -43,7 +49,8 @@ impl Codec {
     /// Number of different tokens.
     pub fn levels(&self) -> usize {
         match self.quantizer {
-            Quantizer::Mulaw8 => LEVELS,
+            Quantizer::Mulaw8 => N_CODES,
+            Quantizer::Pcm16 => PCM_LEVELS,
         }
     }
 
@@ -54,8 +61,10 @@ impl Codec {
         if sample.is_nan() {
             return self.silence();
         }
-        let inner = &self.table().edges[1..LEVELS];
-        inner.partition_point(|&edge| edge <= sample) as Token
+        match self.quantizer {
+            Quantizer::Mulaw8 => mulaw_bin(sample),
+            Quantizer::Pcm16 => pcm_bin(sample),
+        }
     }
 
     /// [`encode`](Self::encode) for each sample.
@@ -65,7 +74,10 @@ impl Codec {
 
     /// The sample in the (companded) middle of the token's bin. A token beyond the last counts as the last.
     pub fn decode(&self, token: Token) -> f32 {
-        self.table().centres[usize::from(token).min(LEVELS - 1)]
+        match self.quantizer {
+            Quantizer::Mulaw8 => MULAW8.centres[usize::from(token).min(N_CODES - 1)],
+            Quantizer::Pcm16 => (f32::from(token) - PCM_UNIT) / PCM_UNIT,
+        }
     }
 
     /// [`decode`](Self::decode) for each token.
@@ -79,12 +91,47 @@ impl Codec {
     /// # Panics
     /// If `i > levels()`.
     pub fn edge(&self, i: usize) -> f32 {
-        self.table().edges[i]
+        match self.quantizer {
+            Quantizer::Mulaw8 => MULAW8.edges[i],
+            Quantizer::Pcm16 => match i {
+                0 => -OUTER_EDGE,
+                PCM_LEVELS => OUTER_EDGE,
+                i if i < PCM_LEVELS => (i as f32 - 0.5 - PCM_UNIT) / PCM_UNIT,
+                i => panic!("edge {i} of {PCM_LEVELS} bins"),
+            },
+        }
     }
 
     /// The token of a sample of 0.
     pub fn silence(&self) -> Token {
-        (LEVELS / 2) as Token
+        (self.levels() / 2) as Token
+    }
+
+    /// The bin of mu-law that the token's sample lies in, `0..N_CODES`: what a model keeps a vector for, however fine its tokens.
+    pub fn code(&self, token: Token) -> Token {
+        match self.quantizer {
+            Quantizer::Mulaw8 => token,
+            Quantizer::Pcm16 => PCM16.codes[usize::from(token)].into(),
+        }
+    }
+
+    /// [`compand`](Self::compand) of the token's sample, looked up.
+    pub fn companded(&self, token: Token) -> f32 {
+        match self.quantizer {
+            Quantizer::Mulaw8 => (f32::from(token) + 0.5) / (N_CODES / 2) as f32 - 1.0,
+            Quantizer::Pcm16 => PCM16.companded[usize::from(token)],
+        }
+    }
+
+    /// The token of the token's sample moved by `codes` of the bins of [`code`](Self::code), which need not be whole.
+    pub fn moved(&self, token: Token, codes: f32) -> Token {
+        match self.quantizer {
+            Quantizer::Mulaw8 => (f32::from(token) + codes).round().clamp(0.0, (N_CODES - 1) as f32) as Token,
+            Quantizer::Pcm16 => {
+                let companded = self.companded(token) + codes / (N_CODES / 2) as f32;
+                self.encode(expand(companded.clamp(-1.0, 1.0).into()) as f32)
+            }
+        }
     }
 
     /// The curve: [-1, 1] to [-1, 1], `sign(x) ln(1 + 255 |x|) / ln 256`.
@@ -95,28 +142,48 @@ impl Codec {
 
     /// Width of a bin at `sample`: the quantiser's step there, in units of a sample.
     pub fn bin_width(&self, sample: f32) -> f32 {
-        (sample.abs() + (1.0 / MU) as f32) * (LN_256 / (LEVELS / 2) as f64) as f32
-    }
-
-    fn table(&self) -> &'static Table {
         match self.quantizer {
-            Quantizer::Mulaw8 => &MULAW8,
+            Quantizer::Mulaw8 => (sample.abs() + (1.0 / MU) as f32) * (LN_256 / (N_CODES / 2) as f64) as f32,
+            Quantizer::Pcm16 => 1.0 / PCM_UNIT,
         }
     }
 }
 
-/// What the curve gives at every bin's middle and edges; looked up instead of computed.
-struct Table {
-    centres: [f32; LEVELS],
-    edges: [f32; LEVELS + 1],
+fn mulaw_bin(sample: f32) -> Token {
+    MULAW8.edges[1..N_CODES].partition_point(|&edge| edge <= sample) as Token
 }
 
-static MULAW8: LazyLock<Table> = LazyLock::new(|| {
-    let half = (LEVELS / 2) as f64;
+fn pcm_bin(sample: f32) -> Token {
+    ((sample * PCM_UNIT + 0.5).floor().clamp(-PCM_UNIT, PCM_UNIT - 1.0) + PCM_UNIT) as Token
+}
+
+/// What the curve gives at every bin's middle and edges; looked up instead of computed.
+struct Mulaw {
+    centres: [f32; N_CODES],
+    edges: [f32; N_CODES + 1],
+}
+
+/// What mu-law says of every sample of 16 bits.
+struct Pcm {
+    codes: Box<[u8]>,
+    companded: Box<[f32]>,
+}
+
+static PCM16: LazyLock<Pcm> = LazyLock::new(|| {
+    let codec = Codec { quantizer: Quantizer::Pcm16, ..Codec::default() };
+    let samples = || (0..=Token::MAX).map(|token| codec.decode(token));
+    Pcm {
+        codes: samples().map(|sample| mulaw_bin(sample) as u8).collect(),
+        companded: samples().map(|sample| codec.compand(sample)).collect(),
+    }
+});
+
+static MULAW8: LazyLock<Mulaw> = LazyLock::new(|| {
+    let half = (N_CODES / 2) as f64;
     let mut edges = std::array::from_fn(|i| expand(i as f64 / half - 1.0) as f32);
     edges[0] = -OUTER_EDGE;
-    edges[LEVELS] = OUTER_EDGE;
-    Table { centres: std::array::from_fn(|i| expand((i as f64 + 0.5) / half - 1.0) as f32), edges }
+    edges[N_CODES] = OUTER_EDGE;
+    Mulaw { centres: std::array::from_fn(|i| expand((i as f64 + 0.5) / half - 1.0) as f32), edges }
 });
 
 /// The curve backwards: companded [-1, 1] to samples [-1, 1].
@@ -129,6 +196,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn pcm() -> Codec {
+        Codec { quantizer: Quantizer::Pcm16, ..Codec::default() }
+    }
+
     /// The curve as the standard's formula, without a table.
     fn encode_by_formula(sample: f32) -> f64 {
         let x = f64::from(sample).clamp(-1.0, 1.0);
@@ -137,10 +208,47 @@ mod tests {
 
     #[test]
     fn every_token_survives_a_round_trip() {
-        let codec = Codec::default();
-        for token in 0..LEVELS as Token {
-            assert_eq!(codec.encode(codec.decode(token)), token);
+        for codec in [Codec::default(), pcm()] {
+            for token in 0..codec.levels() {
+                assert_eq!(codec.encode(codec.decode(token as Token)), token as Token);
+            }
         }
+    }
+
+    #[test]
+    fn sixteen_bits_are_those_of_a_wav_file() {
+        let codec = pcm();
+        for (sample, token) in [(0.0, 32_768), (-1.0, 0), (1.0, 65_535), (100.0 / 32_768.0, 32_868), (-0.5, 16_384)] {
+            assert_eq!(codec.encode(sample), token, "{sample}");
+        }
+        assert_eq!(codec.decode(32_768 - 5), -5.0 / 32_768.0);
+        assert_eq!((codec.edge(0), codec.edge(32_768), codec.edge(65_536)), (-50.0, -0.5 / 32_768.0, 50.0));
+        assert_eq!((codec.encode(f32::NAN), codec.silence()), (32_768, 32_768));
+    }
+
+    #[test]
+    fn a_code_is_the_bin_of_mulaw() {
+        let (mulaw, pcm) = (Codec::default(), pcm());
+        for token in 0..=Token::MAX {
+            let sample = pcm.decode(token);
+            assert_eq!(pcm.code(token), mulaw.encode(sample));
+            assert_eq!(pcm.companded(token), mulaw.compand(sample));
+        }
+        for token in 0..N_CODES as Token {
+            assert_eq!(mulaw.code(token), token);
+            assert!((mulaw.companded(token) - mulaw.compand(mulaw.decode(token))).abs() < 1e-6, "{token}");
+        }
+    }
+
+    #[test]
+    fn tokens_move_by_codes() {
+        let (mulaw, pcm) = (Codec::default(), pcm());
+        assert_eq!([mulaw.moved(128, 2.4), mulaw.moved(1, -3.0), mulaw.moved(250, 9.0)], [130, 0, 255]);
+        for sample in [-0.9f32, -0.02, 0.0, 1e-4, 0.3] {
+            let moved = pcm.decode(pcm.moved(pcm.encode(sample), 3.0));
+            assert!((pcm.compand(moved) - pcm.compand(sample) - 3.0 / 128.0).abs() < 0.003, "{sample} to {moved}");
+        }
+        assert_eq!((pcm.moved(0, -5.0), pcm.moved(65_000, 50.0)), (0, 65_535));
     }
 
     #[test]
@@ -179,6 +287,16 @@ mod tests {
             let heard = codec.decode(codec.encode(sample));
             let step = codec.bin_width(sample).max(codec.bin_width(heard));
             prop_assert!((heard - sample).abs() <= step, "{sample} came back as {heard}, step {step}");
+        }
+
+        #[test]
+        fn a_sample_of_16_bits_lies_in_its_bin(sample in -1.5f32..1.5) {
+            let codec = pcm();
+            let token = codec.encode(sample);
+            // Beyond 0.5 a sample in f32 and the edge between two bins are told apart to a 512th of a bin.
+            let slack = 1e-7;
+            prop_assert!(codec.edge(token.into()) - slack <= sample && sample < codec.edge(usize::from(token) + 1) + slack);
+            prop_assert!((codec.decode(token) - sample.clamp(-1.0, 1.0)).abs() <= codec.bin_width(sample));
         }
 
         #[test]

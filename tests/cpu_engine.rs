@@ -1,7 +1,7 @@
 //! The CPU engine against the reference engine, against itself on every instruction set, and streams beside each other.
 
 use wavegen::checkpoint::Checkpoint;
-use wavegen::codec::Token;
+use wavegen::codec::{Quantizer, Token};
 use wavegen::engine::cpu::{CpuEngine, CpuOptions, Precision};
 use wavegen::engine::reference::ReferenceEngine;
 use wavegen::engine::{Engine, UNIFORMS_PER_SAMPLE};
@@ -30,9 +30,9 @@ fn tiny(seed: u64) -> Checkpoint {
     lively(config, seed)
 }
 
-fn music(n: usize) -> Vec<Token> {
+fn music(checkpoint: &Checkpoint, n: usize) -> Vec<Token> {
     let sample = |i: usize| 0.2 * (i as f32 * 0.11).sin() + 0.1 * (i as f32 * 0.273).sin();
-    ModelConfig::default().codec.encode_all(&(0..n).map(sample).collect::<Vec<_>>())
+    checkpoint.config.codec.encode_all(&(0..n).map(sample).collect::<Vec<_>>())
 }
 
 fn uniforms(stream: u32, kind: Kind, frame: usize, n: usize) -> Vec<f32> {
@@ -90,7 +90,7 @@ fn in_f32_it_plays_the_reference_engines_tokens_over_many_ring_wraps() {
     let checkpoint = tiny(1);
     let mut reference = ReferenceEngine::new(&checkpoint).unwrap();
     let mut cpu = CpuEngine::new(&checkpoint, &F32).unwrap();
-    let prompt = music(5000);
+    let prompt = music(&checkpoint, 5000);
     reference.prefill(&prompt).unwrap();
     cpu.prefill(&prompt).unwrap();
     assert_plays_like(&mut cpu, &mut reference, 6, "tiny");
@@ -103,7 +103,7 @@ fn in_f32_it_plays_the_reference_engines_tokens_with_the_built_in_model() {
     let checkpoint = Checkpoint::built_in().unwrap();
     let mut reference = ReferenceEngine::new(&checkpoint).unwrap();
     let mut cpu = CpuEngine::new(&checkpoint, &CpuOptions { precision: Precision::F32, ..Default::default() }).unwrap();
-    let prompt = music(20_000);
+    let prompt = music(&checkpoint, 20_000);
     reference.prefill(&prompt).unwrap();
     cpu.prefill(&prompt).unwrap();
     assert_plays_like(&mut cpu, &mut reference, 4, "built-in");
@@ -135,10 +135,11 @@ fn odd_sizes_have_the_reference_engines_distributions_on_every_instruction_set()
         config.forecast.deconvolution = 3 * seed;
         config.forecast.tones = seed > 0;
         config.forecast.past_window = 2048;
+        config.codec.quantizer = if seed == 1 { Quantizer::Pcm16 } else { Quantizer::Mulaw8 };
         config.validate().unwrap();
         let checkpoint = lively(config, seed as u64 + 5);
         let mut reference = ReferenceEngine::new(&checkpoint).unwrap();
-        let prompt = music(7000);
+        let prompt = music(&checkpoint, 7000);
         let mut cpu = CpuEngine::new(&checkpoint, &F32).unwrap();
         let heard = &prompt[..6 * 512];
         let (mut nll, mut expected) = (vec![0.0; heard.len()], vec![0.0; heard.len()]);
@@ -167,7 +168,7 @@ fn every_instruction_set_plays_the_same_tokens() {
         .into_iter()
         .map(|isa| {
             let mut engine = CpuEngine::new(&checkpoint, &CpuOptions { isa, precision: Precision::Int8 }).unwrap();
-            engine.prefill(&music(9000)).unwrap();
+            engine.prefill(&music(&checkpoint, 9000)).unwrap();
             play(&mut engine, 0..3, 0, None)
         })
         .collect();
@@ -177,7 +178,7 @@ fn every_instruction_set_plays_the_same_tokens() {
 #[test]
 fn scores_are_the_reference_engines_and_whole_numbers_cost_little() {
     let checkpoint = Checkpoint::built_in().unwrap();
-    let tokens = music(16 * 512);
+    let tokens = music(&checkpoint, 16 * 512);
     let mut expected = vec![0.0; tokens.len()];
     let mut reference = ReferenceEngine::new(&checkpoint).unwrap();
     reference.score(&tokens, &mut expected).unwrap();
@@ -213,7 +214,7 @@ fn a_model_stored_in_whole_numbers_plays_the_same_tokens() {
     let whole = stored(&half, wavegen::checkpoint::Precision::Int8);
     let played = [half, whole].map(|checkpoint| {
         let mut engine = CpuEngine::new(&checkpoint, &CpuOptions::default()).unwrap();
-        engine.prefill(&music(9000)).unwrap();
+        engine.prefill(&music(&checkpoint, 9000)).unwrap();
         play(&mut engine, 0..3, 0, None)
     });
     assert!(played[0] == played[1]);
@@ -228,7 +229,7 @@ fn streams_rendered_together_play_what_they_play_alone() {
         let mut engines = vec![first.fork().unwrap()];
         engines.extend((1..n_streams).map(|_| first.fork().unwrap()));
         for (i, engine) in engines.iter_mut().enumerate() {
-            engine.prefill(&music(2000 + 700 * i)).unwrap();
+            engine.prefill(&music(&checkpoint, 2000 + 700 * i)).unwrap();
         }
         let mut together = vec![Vec::new(); n_streams];
         for k in 0..3 {
@@ -242,7 +243,7 @@ fn streams_rendered_together_play_what_they_play_alone() {
             together.iter_mut().zip(out).for_each(|(tokens, out)| tokens.extend(out));
         }
         for (i, tokens) in together.into_iter().enumerate() {
-            first.prefill(&music(2000 + 700 * i)).unwrap();
+            first.prefill(&music(&checkpoint, 2000 + 700 * i)).unwrap();
             assert!(play(&mut first, 0..3, i as u32, None).1 == tokens, "stream {i} of {n_streams}");
         }
     }
@@ -250,8 +251,8 @@ fn streams_rendered_together_play_what_they_play_alone() {
 
 #[test]
 fn streams_in_lockstep_play_what_they_play_alone_and_leave_when_they_like() {
-    let checkpoint = tiny(5);
-    let mut first = CpuEngine::new(&checkpoint, &CpuOptions::default()).unwrap();
+    let checkpoint = &tiny(5);
+    let mut first = CpuEngine::new(checkpoint, &CpuOptions::default()).unwrap();
     let n_frames = |i: usize| 3 + i % 3;
     let given = |i: usize| (i == 2).then(|| PlanFrame { tokens: vec![], bands: vec![-1.0; 148] });
     let together: Vec<Vec<Token>> = std::thread::scope(|scope| {
@@ -259,7 +260,7 @@ fn streams_in_lockstep_play_what_they_play_alone_and_leave_when_they_like() {
         let threads: Vec<_> = engines
             .map(|(i, mut engine)| {
                 scope.spawn(move || {
-                    engine.prefill(&music(2000 + 700 * i)).unwrap();
+                    engine.prefill(&music(checkpoint, 2000 + 700 * i)).unwrap();
                     // One stream follows a plan of its own at first, and renders while the others draw theirs.
                     given(i)
                         .map_or_else(Vec::new, |plan| render(&mut engine, &plan, i as u32, 9))
@@ -272,7 +273,7 @@ fn streams_in_lockstep_play_what_they_play_alone_and_leave_when_they_like() {
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     for (i, tokens) in together.into_iter().enumerate() {
-        first.prefill(&music(2000 + 700 * i)).unwrap();
+        first.prefill(&music(checkpoint, 2000 + 700 * i)).unwrap();
         let mut alone = given(i).map_or_else(Vec::new, |plan| render(&mut first, &plan, i as u32, 9));
         alone.extend(play(&mut first, 0..n_frames(i), i as u32, None).1);
         assert!(alone == tokens, "stream {i}");
@@ -288,7 +289,7 @@ fn states_go_from_engine_to_engine() {
     let checkpoint = tiny(4);
     let mut cpu = CpuEngine::new(&checkpoint, &F32).unwrap();
     let mut reference = ReferenceEngine::new(&checkpoint).unwrap();
-    cpu.prefill(&music(3000)).unwrap();
+    cpu.prefill(&music(&checkpoint, 3000)).unwrap();
     play(&mut cpu, 0..2, 0, None);
     let state = cpu.save().unwrap();
     let expected = play(&mut cpu, 2..4, 0, None);
@@ -308,7 +309,7 @@ fn states_go_from_engine_to_engine() {
 fn reading_a_prompt_at_once_leaves_what_reading_it_frame_by_frame_leaves() {
     let checkpoint = Checkpoint::built_in().unwrap();
     let mut engine = CpuEngine::new(&checkpoint, &CpuOptions::default()).unwrap();
-    let tokens = music(12 * 512);
+    let tokens = music(&checkpoint, 12 * 512);
     engine.prefill(&tokens).unwrap();
     let at_once = engine.save().unwrap();
     engine.score(&tokens, &mut vec![0.0; tokens.len()]).unwrap();

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, Var};
 use ndarray::Array2;
-use wavegen::codec::Token;
+use wavegen::codec::{Quantizer, Token};
 use wavegen::forecast::{PastForecast, PlannedForecast};
 use wavegen::model::Model;
 use wavegen::model::config::{ModelConfig, TierConfig};
@@ -40,7 +40,7 @@ fn with_random_zeros(config: &ModelConfig, mut params: Params, seed: u64) -> (Mo
     (model, vars)
 }
 
-/// Configurations with one to four tiers and odd sizes, and some whose plans are sharpened, one with tones.
+/// Configurations with one to four tiers and odd sizes, some whose plans are sharpened, two with tones, one with tokens of 16 bits.
 fn presets() -> Vec<ModelConfig> {
     let tiny = ModelConfig::preset("tiny").unwrap();
     let tier = |hop, dim, n_layers, n_heads, window| TierConfig { hop, dim, n_layers, n_heads, window };
@@ -55,10 +55,13 @@ fn presets() -> Vec<ModelConfig> {
     let mut tones = sharp.clone();
     tones.forecast.tones = true;
     tones.forecast.past_window = 2048;
+    let mut fine = tones.clone();
+    fine.codec.quantizer = Quantizer::Pcm16;
     vec![
         tiny.clone(),
         sharp,
         tones,
+        fine,
         with(vec![tier(1, 16, 2, 2, 24)]),
         with(vec![tier(128, 24, 1, 3, 5), tier(16, 16, 2, 2, 7), tier(4, 16, 1, 1, 9), tier(1, 8, 1, 2, 33)]),
     ]
@@ -266,7 +269,14 @@ fn the_plan_transformer_sees_nothing_of_the_frames_to_come() {
 
 #[test]
 fn the_candle_likelihood_is_that_of_the_scalar_mixture() {
-    let config = ModelConfig::preset("tiny").unwrap();
+    for quantizer in [Quantizer::Mulaw8, Quantizer::Pcm16] {
+        let mut config = ModelConfig::preset("tiny").unwrap();
+        config.codec.quantizer = quantizer;
+        candle_likelihood_is_that_of_the_scalar_mixture(config);
+    }
+}
+
+fn candle_likelihood_is_that_of_the_scalar_mixture(config: ModelConfig) {
     let (model, _) = random_model(&config, 3);
     let tokens = music(&config, 2, 1);
     let plan = plan_of(&config, &tokens);

@@ -2,6 +2,7 @@
 
 use candle_core::{Device, Result, Tensor, Var};
 use wavegen::codec::Codec;
+use wavegen::codec::Quantizer::{self, Mulaw8, Pcm16};
 use wavegen::model::head::Targets;
 use wavegen::model::ops::{FUSED, Ops, PLAIN};
 use wavegen::rng::Rng;
@@ -171,16 +172,17 @@ fn bounded_scales_are_their_composition() {
 }
 
 /// Targets near the forecasts, in the outermost bins, and anywhere.
-fn targets(n: usize, rng: &mut Rng) -> Targets {
-    let codec = Codec::default();
+fn targets(n: usize, quantizer: Quantizer, rng: &mut Rng) -> Targets {
+    let codec = Codec { quantizer, ..Codec::default() };
+    let last = (codec.levels() - 1) as u16;
     let mut targets = Targets::default();
     for i in 0..n {
         let forecasts = [0.3 * rng.normal(), 0.3 * rng.normal()].map(|p| p.clamp(-1.0, 1.0));
         let token = match i % 4 {
             0 => codec.encode(forecasts[1] + 0.01 * rng.normal()),
             1 => codec.encode(0.2 * rng.normal()),
-            2 => 255 * (i as u16 / 4 % 2),
-            _ => rng.below(256) as u16,
+            2 => last * (i as u16 / 4 % 2),
+            _ => rng.below(codec.levels()) as u16,
         };
         targets.push(token, forecasts, -4.0 + rng.normal(), &codec);
     }
@@ -189,9 +191,9 @@ fn targets(n: usize, rng: &mut Rng) -> Targets {
 
 #[test]
 fn the_mixture_is_its_composition() {
-    for (n, k) in [(1, 2), (64, 6), (201, 6), (65, 4)] {
+    for (n, k, quantizer) in [(1, 2, Mulaw8), (64, 6, Mulaw8), (201, 6, Mulaw8), (65, 4, Mulaw8), (150, 6, Pcm16)] {
         let mut rng = Rng::new(n as u64);
-        let targets = targets(n, &mut rng);
+        let targets = targets(n, quantizer, &mut rng);
         let head = var(&[1, n, 3 * k], 1.0, &mut rng);
         check(&format!("nll of {n} x {k}"), &[head], &|ops, x| (ops.nll)(&x[0], &targets));
     }
@@ -234,7 +236,7 @@ fn results_are_the_same_bits_for_any_number_of_threads() {
 #[test]
 fn what_is_no_number_stays_none() {
     let mut rng = Rng::new(1);
-    let targets = targets(70, &mut rng);
+    let targets = targets(70, Mulaw8, &mut rng);
     for at in 0..18 {
         let mut values = flat(var(&[70, 18], 1.0, &mut rng).as_tensor());
         values[3 * 18 + at] = f32::NAN;
@@ -262,6 +264,6 @@ fn sizes_that_do_not_match_are_refused() {
     assert!((ops.gather_add)(&t(&[2, 4]), &t(&[3, 4]), &[0, 1, 2]).is_err());
     assert!((ops.gather_add)(&t(&[2, 4]), &t(&[3, 4]), &[0, 3]).is_err());
     assert!((ops.bound_scales)(&t(&[1, 4, 6]), &t(&[6]), &t(&[1, 3, 1, 2]), 0.3).is_err());
-    assert!((ops.nll)(&t(&[3, 6]), &targets(2, &mut Rng::new(1))).is_err());
+    assert!((ops.nll)(&t(&[3, 6]), &targets(2, Mulaw8, &mut Rng::new(1))).is_err());
     assert!((ops.cross_entropy)(&t(&[2, 4]), &[0, 4]).is_err());
 }

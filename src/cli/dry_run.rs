@@ -145,7 +145,10 @@ fn times(settings: &TrainSettings, seconds: &BTreeMap<&'static str, Vec<f32>>) -
 
 /// Bytes that fitting the codebooks to all of the data takes, beside what the program takes anyway.
 fn fitting(settings: &TrainSettings, n_bands: usize, hours: f64) -> u64 {
-    let Start::New(config) = &settings.start else { return 0 };
+    if let Start::From(_) = settings.start {
+        return 0;
+    }
+    let config = settings.config();
     let per_hour = 3600.0 * f64::from(config.codec.sample_rate) / config.plan.hop as f64;
     let frames = FITTED_FRAMES.min(per_hour * hours);
     FITTED_COPIES * frames as u64 * n_bands as u64 * 4

@@ -372,7 +372,7 @@ fn start(args: &Args, talk: &Talk) -> Result<Start> {
         talk.note(&match fate {
             Fate::Kept => format!("{} transformer: as in {}", part.name(), path.display()),
             Fate::Moved => format!(
-                "{} transformer: goes on from {}, whose forecasts were others",
+                "{} transformer: goes on from {}, which was trained for other forecasts or tokens",
                 part.name(),
                 path.display()
             ),
@@ -387,7 +387,10 @@ fn start(args: &Args, talk: &Talk) -> Result<Start> {
             ),
         });
     }
-    Ok(Start::From(model.into()))
+    Ok(match init.config.codec {
+        was if was != model.config.codec => Start::Translated { model: model.into(), was },
+        _ => Start::From(model.into()),
+    })
 }
 
 fn open_log(path: &Path) -> Result<File> {

@@ -6,7 +6,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
 use super::EngineError;
-use crate::codec::Token;
+use crate::codec::{N_CODES, Token};
 use crate::forecast::{PastForecast, PlannedForecast};
 use crate::model::config::ModelConfig;
 use crate::model::wave_transformer::PLAN_FRAMES;
@@ -134,7 +134,9 @@ impl SavedStream {
             super::expect("plan bands", n_bands, frame.len())?;
         }
         super::check_tokens(config, &counters.tokens)?;
-        super::check_tokens(config, &[counters.residual_code])?;
+        if usize::from(counters.residual_code) >= N_CODES {
+            return Err(super::state_error(format!("residual code {}", counters.residual_code)));
+        }
         Ok(Self { counters, hidden, caches })
     }
 }

@@ -160,9 +160,9 @@ impl PlannedForecast {
         self.log_scale
     }
 
-    /// Root mean square of the residual that the frame implies.
+    /// Root mean square of the residual that the frame implies; what holds the logarithm is no part of it.
     pub fn residual_rms(&self) -> f32 {
-        exp(self.log_scale) / MEAN_TO_RMS as f32
+        (exp(self.log_scale) - LEAST_SCALE as f32).max(0.0) / MEAN_TO_RMS as f32
     }
 
     /// What the next sample was.

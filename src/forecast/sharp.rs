@@ -12,7 +12,7 @@ use std::sync::Arc;
 use super::{ForecastConfig, ForecastError};
 use crate::plan::fourier::Workspace;
 use crate::plan::response::Response;
-use crate::plan::spectrum::UNITS_PER_NEPER;
+use crate::plan::spectrum::{FLOOR, UNITS_PER_NEPER};
 use crate::plan::{PlanError, Spectrum};
 
 /// Steps before the spectrum that is kept for bands that fall.
@@ -25,6 +25,9 @@ const FALL_OVER: f64 = 1.0;
 const OWN_POWER: [f64; 2] = [0.5, 4.0];
 /// Bands on either side that have a say in how much more or less it is.
 const AGREEING: usize = 7;
+
+/// The plan's floor, which the analysis adds to every band's power, is taken off again; this part of it stays at least (-85 dBFS of white noise; the prediction adds -80).
+const LEAST_OVER_FLOOR: f64 = 0.03;
 
 /// Sharpens plan frames, in room of its own.
 #[derive(Clone)]
@@ -94,6 +97,7 @@ impl Sharpener {
         falls.clear();
         falls.extend(before.iter().zip(&*steep).map(|(&before, now)| nepers(before) - now));
         steepen(steep, falls, self.own_share, own);
+        steep.iter_mut().for_each(|ln| *ln = (ln.exp() - FLOOR).max(LEAST_OVER_FLOOR * FLOOR).ln());
         for (power, ln) in work.power.iter_mut().zip(response.grid.interpolate(steep)) {
             *power = ln.exp();
         }
@@ -201,6 +205,24 @@ mod tests {
             response.bands_of(&s).iter().zip(&planned).map(|(a, b)| (a / b).ln().abs() * 4.343).collect();
         let mean = errors.iter().sum::<f64>() / errors.len() as f64;
         assert!(mean < 0.5, "{mean} dB, {errors:.1?}");
+    }
+
+    #[test]
+    fn what_the_analysis_adds_to_every_band_is_not_heard() {
+        let spectrum = spectrum();
+        let silent = spectrum.silent_frame();
+        let alone = spectrum.autocorrelation(&silent, 512, 1.0).unwrap()[0];
+        let silence = sharp(&silent, &silent)[0];
+        assert!(silence < 0.15 * alone, "silence has a power of {silence}, with the floor {alone}");
+        // As loud as the floor.
+        let mut rng = Rng::new(9);
+        let noise: Vec<f32> = (0..64 * 512).map(|_| 3.1e-4 * rng.normal()).collect();
+        let plan = spectrum.analyse(&noise);
+        let heard: f64 =
+            plan.rows().into_iter().skip(8).map(|bands| sharp(&bands.to_vec(), &bands.to_vec())[0]).sum::<f64>() / 56.0;
+        let power = noise[8 * 512..].iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / (56.0 * 512.0);
+        // The logarithm's mean lies below the mean's.
+        assert!((0.4..1.3).contains(&(heard / power)), "noise of {power} is heard as {heard}");
     }
 
     #[test]

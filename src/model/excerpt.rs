@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 use ndarray::{ArrayView2, s};
 
 use super::config::{ModelConfig, N_FORECASTS};
-use super::features::{N_FEATURES, features, residual_code};
+use super::features::{N_FEATURES, N_TOKEN_VALUES, features, residual_code, token_values};
 use super::head::Targets;
 use super::wave_transformer::{PLAN_FRAMES, WaveInputs};
 use crate::codec::Token;
@@ -30,7 +30,8 @@ pub struct Piece<'a> {
 #[derive(Clone, Debug)]
 pub struct Excerpt {
     hop: usize,
-    tokens: Vec<u32>,         // [history + time]
+    codes: Vec<u32>,          // [history + time]
+    values: Vec<f32>,         // [history + time, N_TOKEN_VALUES]
     features: Vec<f32>,       // [time, N_FEATURES]
     past_codes: Vec<u32>,     // [time]
     residual_codes: Vec<u32>, // [time + 1]: of the sample before; the last one belongs to the sample after
@@ -79,9 +80,11 @@ impl Excerpt {
         let begin = frames.start * hop;
         let silence = codec.silence();
         let before = (0..history).map(|i| (begin + i).checked_sub(history).map_or(silence, |at| heard[at]));
+        let seen = before.chain(heard[begin..begin + time].iter().copied());
         let mut excerpt = Self {
             hop,
-            tokens: before.chain(heard[begin..begin + time].iter().copied()).map(u32::from).collect(),
+            codes: seen.clone().map(|token| codec.code(token).into()).collect(),
+            values: seen.flat_map(|token| token_values(token, codec)).collect(),
             features: Vec::with_capacity(time * N_FEATURES),
             past_codes: Vec::with_capacity(time),
             residual_codes: Vec::with_capacity(time + 1),
@@ -127,9 +130,9 @@ impl Excerpt {
     /// Excerpts of the same length.
     pub fn batch(excerpts: &[Self]) -> candle_core::Result<WaveInputs> {
         let n = excerpts.len();
-        let joined = |part: fn(&Self) -> &[f32], dims: (usize, usize)| {
+        let joined = |part: fn(&Self) -> &[f32], width: usize| {
             let values: Vec<f32> = excerpts.iter().flat_map(part).copied().collect();
-            Tensor::from_vec(values, (n, dims.0, dims.1), &Device::Cpu)
+            Tensor::from_vec(values, (n, (), width), &Device::Cpu)
         };
         let codes = |part: fn(&Self) -> &[u32]| {
             let codes: Vec<u32> = excerpts.iter().flat_map(part).copied().collect();
@@ -142,11 +145,12 @@ impl Excerpt {
         let frames = time / hop + PLAN_FRAMES - 1;
         let n_bands = excerpts.first().map_or(0, |first| first.plan.len()) / frames.max(1);
         Ok(WaveInputs {
-            tokens: codes(|e| &e.tokens)?,
-            features: joined(|e| &e.features, (time, N_FEATURES))?,
+            token_codes: codes(|e| &e.codes)?,
+            token_values: joined(|e| &e.values, N_TOKEN_VALUES)?,
+            features: joined(|e| &e.features, N_FEATURES)?,
             past_codes: codes(|e| &e.past_codes)?,
             residual_codes: codes(|e| &e.residual_codes[..e.n_samples()])?,
-            plan: joined(|e| &e.plan, (frames, n_bands))?,
+            plan: joined(|e| &e.plan, n_bands)?,
         })
     }
 }

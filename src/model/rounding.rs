@@ -4,6 +4,8 @@
 //! These are the maps inside and between blocks, of embedded tokens, and those that end in logits of plan tokens. The head and the
 //! maps of features and plan frames stay as they are: they are small, and what they say is heard at once.
 
+use std::borrow::Cow;
+
 /// Last part of the names of maps that are rounded; so is `shortcut.1`.
 const ROUNDED: [&str; 7] = ["input", "qkv", "out", "up", "down", "head_in", "head_out"];
 
@@ -25,13 +27,16 @@ pub fn gain_of(name: &str) -> Option<String> {
     Some(format!("{parent}.{norm}"))
 }
 
-/// The matrix `[gain.len(), n_out]` with its rows multiplied by the gain.
-pub fn with_gain(matrix: &[f32], n_out: usize, gain: &[f32]) -> Vec<f32> {
+/// The matrix `[gain.len(), n_out]` with its rows multiplied by the gain; itself where that was done before it was stored.
+pub fn with_gain<'a>(matrix: &'a [f32], n_out: usize, gain: &[f32]) -> Cow<'a, [f32]> {
+    if gain.iter().all(|&gain| gain == 1.0) {
+        return Cow::Borrowed(matrix);
+    }
     let mut out = matrix.to_vec();
     for (row, gain) in out.chunks_exact_mut(n_out).zip(gain) {
         row.iter_mut().for_each(|w| *w *= gain);
     }
-    out
+    Cow::Owned(out)
 }
 
 #[cfg(test)]

@@ -4,14 +4,14 @@
 //! Tier i makes one step per `hop_i` samples, sees the samples before its step and the plan frame that it lies in, and
 //! hands a vector per sub-step down to tier i + 1. The last tier has hop 1 and feeds the mixture head.
 
-use candle_core::{D, DType, Device, Result, Tensor};
+use candle_core::{D, Device, Result, Tensor};
 
 use super::block::{Block, KvCache, Linear, RmsNorm, matrix};
 use super::config::{ModelConfig, WaveTransformerConfig};
-use super::features::N_FEATURES;
+use super::features::{N_FEATURES, N_TOKEN_VALUES, token_values};
 use super::ops::Ops;
 use super::params::{Init, Params, ParamsError};
-use crate::codec::{Codec, Token};
+use crate::codec::{Codec, N_CODES, Token};
 
 /// Plan frames that the model sees at a time: the current one and the two before it.
 pub const PLAN_FRAMES: usize = 3;
@@ -28,14 +28,13 @@ struct Tier {
 pub struct WaveTransformer {
     config: WaveTransformerConfig,
     plan_hop: usize,
-    silence: Token,
-    token_embedding: Tensor, // (levels, token_dim)
-    token_values: Tensor,    // (levels, 2): companded, twice the linear value
+    codec: Codec,
+    token_embedding: Tensor, // (N_CODES, token_dim)
     plan_mlp: [Linear; 2],   // PLAN_FRAMES * n_bands -> plan_dim -> plan_dim
     tiers: Vec<Tier>,
     feature_in: Linear,       // N_FEATURES -> dim of the sample tier
-    past_code_in: Tensor,     // (levels, dim)
-    residual_code_in: Tensor, // (levels, dim)
+    past_code_in: Tensor,     // (N_CODES, dim)
+    residual_code_in: Tensor, // (N_CODES, dim)
     norm: RmsNorm,
     head: Linear,                // dim -> 3 * n_components
     shortcut: [Linear; 3],       // N_FEATURES -> shortcut_dim -> shortcut_dim -> 3 * n_components
@@ -43,10 +42,12 @@ pub struct WaveTransformer {
     ops: &'static Ops,
 }
 
-/// Inputs of a batch of excerpts, on the CPU; all tokens are u32.
+/// Inputs of a batch of excerpts, on the CPU; all codes are u32.
 pub struct WaveInputs {
-    /// `[batch, history + time]`: [`WaveTransformer::history`] tokens before the excerpt, then its own.
-    pub tokens: Tensor,
+    /// `[batch, history + time]`: codes of [`WaveTransformer::history`] tokens before the excerpt, then of its own.
+    pub token_codes: Tensor,
+    /// `[batch, history + time, N_TOKEN_VALUES]`: their values.
+    pub token_values: Tensor,
     /// `[batch, time, N_FEATURES]`
     pub features: Tensor,
     /// `[batch, time]`: the bin of the forecast from the past.
@@ -90,16 +91,14 @@ impl WaveState {
 
 /// Constants of one plan frame on the step path.
 struct FrameView {
-    token_table: Tensor, // (levels, token_dim + 2)
-    plan: Vec<Tensor>,   // per tier (1, 1, dim)
-    scales: Tensor,      // (slices, n_components)
+    plan: Vec<Tensor>, // per tier (1, 1, dim)
+    scales: Tensor,    // (slices, n_components)
 }
 
 impl WaveTransformer {
     pub fn new(params: &mut Params, config: &ModelConfig, n_bands: usize) -> std::result::Result<Self, ParamsError> {
         let wave = config.wave_transformer.clone();
-        let levels = config.codec.levels();
-        let width = wave.token_dim + 2;
+        let width = wave.token_dim + N_TOKEN_VALUES;
         let sample_dim = wave.tiers.last().map_or(0, |t| t.dim);
         let biased = |params: &mut Params, name: &str, inputs, outputs| {
             Linear::new(params, name, inputs, outputs, Init::Linear, Init::Zeros)
@@ -130,13 +129,12 @@ impl WaveTransformer {
         let zero = |params: &mut Params, name: &str, inputs, outputs| {
             Linear::new(params, name, inputs, outputs, Init::Zeros, Init::Zeros)
         };
-        let code_table = |params: &mut Params, name: &str| params.get(name, &[levels, sample_dim], Init::Normal(0.02));
+        let code_table = |params: &mut Params, name: &str| params.get(name, &[N_CODES, sample_dim], Init::Normal(0.02));
         let scales_ramp = Init::Ramp { from: -1.2, to: 1.5, period: wave.components };
         Ok(Self {
             plan_hop: config.plan.hop,
-            silence: config.codec.silence(),
-            token_embedding: params.get("token_embedding", &[levels, wave.token_dim], Init::Normal(0.3))?,
-            token_values: token_values(&config.codec)?.to_device(params.device())?,
+            codec: config.codec.clone(),
+            token_embedding: params.get("token_embedding", &[N_CODES, wave.token_dim], Init::Normal(0.3))?,
             plan_mlp: [
                 biased(params, "plan_mlp.0", PLAN_FRAMES * n_bands, wave.plan_dim)?,
                 biased(params, "plan_mlp.1", wave.plan_dim, wave.plan_dim)?,
@@ -178,8 +176,11 @@ impl WaveTransformer {
         self.token_embedding.device()
     }
 
-    fn token_table(&self) -> Result<Tensor> {
-        Tensor::cat(&[&self.token_embedding, &self.token_values], 1)
+    /// Tokens `[.., n]` as codes and values `[.., n, N_TOKEN_VALUES]` -> `[.., n, token width]`: the codes' vectors, then the values.
+    fn embed(&self, codes: &[u32], values: &Tensor) -> Result<Tensor> {
+        let table = self.token_embedding.pad_with_zeros(D::Minus1, 0, N_TOKEN_VALUES)?;
+        let values = values.pad_with_zeros(D::Minus1, self.config.token_dim, 0)?;
+        (self.ops.gather_add)(&values, &table, codes)
     }
 
     /// `[batch, frames + 2, n_bands]` -> views of `frames` frames.
@@ -208,28 +209,39 @@ impl WaveTransformer {
         bound_scales(&out, &(&self.head.bias + &last.bias)?, planned, self.config.own_scale)
     }
 
-    /// All that the sample tier adds up by codes: for every tap a token's part of the tier's input map, `[taps * levels,
-    /// dim]`, then the codes of the forecast from the past and of the residual.
-    fn code_table(&self, input: &Tensor) -> Result<Tensor> {
-        let token_table = self.token_table()?;
-        let (levels, width) = token_table.dims2()?;
-        let (taps, dim) = (self.config.taps, input.dim(1)?);
-        let by_tap = token_table.unsqueeze(0)?.broadcast_as((taps, levels, width))?;
-        let by_tap = by_tap.matmul(&input.reshape((taps, width, dim))?)?.reshape((taps * levels, dim))?;
+    /// All that the sample tier adds up by codes: for every tap a code's part of the tier's input map, `[taps * N_CODES,
+    /// dim]`, then the codes of the forecast from the past and of the residual. `by_tap`: the map, `[taps, token width, dim]`.
+    fn code_table(&self, by_tap: &Tensor) -> Result<Tensor> {
+        let (codes, width) = self.token_embedding.dims2()?;
+        let (taps, _, dim) = by_tap.dims3()?;
+        let vectors = self.token_embedding.unsqueeze(0)?.broadcast_as((taps, codes, width))?;
+        let by_tap = vectors.matmul(&by_tap.narrow(1, 0, width)?.contiguous()?)?.reshape((taps * codes, dim))?;
         Tensor::cat(&[&by_tap, &self.past_code_in, &self.residual_code_in], 0)
+    }
+
+    /// What the sample tier takes as numbers, and the map for it: the features, and the values of the tokens of every tap.
+    fn number_map(&self, features: &Tensor, values: &Tensor, by_tap: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (history, time) = (self.history(), features.dim(1)?);
+        let (taps, _, dim) = by_tap.dims3()?;
+        let mut numbers = vec![features.clone()];
+        for tap in 0..taps {
+            numbers.push(values.narrow(1, history - taps + tap, time)?);
+        }
+        let of_values =
+            by_tap.narrow(1, self.config.token_dim, N_TOKEN_VALUES)?.reshape((taps * N_TOKEN_VALUES, dim))?;
+        Ok((Tensor::cat(&numbers, D::Minus1)?, Tensor::cat(&[&self.feature_in.weight, &of_values], 0)?))
     }
 
     /// Rows of the table of all codes that the sample tier adds up for each sample, in order of batch and time.
     pub fn codes(&self, inputs: &WaveInputs) -> Result<Vec<u32>> {
         let (history, taps) = (self.history(), self.config.taps);
-        let levels = self.token_embedding.dim(0)? as u32;
-        let tokens = inputs.tokens.to_vec2::<u32>()?;
+        let tokens = inputs.token_codes.to_vec2::<u32>()?;
         let (past, residual) = (inputs.past_codes.to_vec2::<u32>()?, inputs.residual_codes.to_vec2::<u32>()?);
         let mut codes = Vec::with_capacity(inputs.past_codes.elem_count() * (taps + 2));
         for ((tokens, past), residual) in tokens.iter().zip(&past).zip(&residual) {
             for (seen, (past, residual)) in tokens[history - taps..].windows(taps).zip(past.iter().zip(residual)) {
                 let all = seen.iter().chain([past, residual]);
-                codes.extend(all.zip(0..).map(|(code, table)| table * levels + code));
+                codes.extend(all.zip(0..).map(|(code, table)| table * N_CODES as u32 + code));
             }
         }
         Ok(codes)
@@ -257,6 +269,7 @@ impl WaveTransformer {
         let (batch, time, _) = inputs.features.dims3()?;
         let planned = self.planned(&inputs.plan.to_device(self.device())?)?;
         let features = inputs.features.to_device(self.device())?;
+        let values = inputs.token_values.to_device(self.device())?;
         let mut x: Option<Tensor> = None;
         let mut above: Option<(&Tier, &Linear)> = None;
         for (i, (tier, plan)) in self.tiers.iter().zip(&planned.tiers).enumerate() {
@@ -272,14 +285,15 @@ impl WaveTransformer {
             }
             let mut z = spread(&common, steps)?;
             if tier.hop > 1 {
-                let codes = inputs.tokens.narrow(1, self.history() - tier.hop, time)?.flatten_all()?.to_vec1()?;
-                let table = self.token_table()?;
-                let nothing = Tensor::zeros((codes.len(), table.dim(1)?), DType::F32, table.device())?;
-                let seen = gather_add(&nothing, &table, &codes)?.reshape((batch, steps, ()))?;
+                let first = self.history() - tier.hop;
+                let codes: Vec<u32> = inputs.token_codes.narrow(1, first, time)?.flatten_all()?.to_vec1()?;
+                let seen = self.embed(&codes, &values.narrow(1, first, time)?)?.reshape((batch, steps, ()))?;
                 z = add_linear(&z, &seen, &tier.input)?;
             } else {
-                z = gather_add(&z, &self.code_table(&tier.input)?, codes)?;
-                z = add_linear(&z, &features, &self.feature_in.weight)?;
+                let by_tap = tier.input.reshape((self.config.taps, (), dim))?;
+                z = gather_add(&z, &self.code_table(&by_tap)?, codes)?;
+                let (numbers, weight) = self.number_map(&features, &values, &by_tap)?;
+                z = add_linear(&z, &numbers, &weight)?;
             }
             if let (Some(x), Some((_, down))) = (&x, above) {
                 z = add_linear(&z, x, &down.weight)?;
@@ -308,7 +322,7 @@ impl WaveTransformer {
                 .iter()
                 .map(|t| t.blocks.iter().map(Block::empty_cache).collect())
                 .collect::<Result<_>>()?,
-            tokens: vec![self.silence; self.history()],
+            tokens: vec![self.codec.silence(); self.history()],
             residual_code: 0,
             handed: vec![None; self.tiers.len()],
             plan: vec![silent_bands.to_vec(); PLAN_FRAMES],
@@ -328,7 +342,7 @@ impl WaveTransformer {
         let plan = Tensor::from_vec(state.plan.concat(), (1, PLAN_FRAMES, state.plan[0].len()), &Device::Cpu)?;
         let planned = self.planned(&plan)?;
         let scales = planned.scales.squeeze(0)?.squeeze(0)?;
-        state.frame = Some(FrameView { token_table: self.token_table()?, plan: planned.tiers, scales });
+        state.frame = Some(FrameView { plan: planned.tiers, scales });
         Ok(())
     }
 
@@ -345,9 +359,11 @@ impl WaveTransformer {
                 continue;
             }
             let seen = if tier.hop > 1 { tier.hop } else { self.config.taps };
-            let codes: Vec<u32> = state.tokens[state.tokens.len() - seen..].iter().map(|&t| t.into()).collect();
-            let codes = Tensor::from_vec(codes, seen, device)?;
-            let seen = frame.token_table.index_select(&codes, 0)?.reshape((1, 1, ()))?;
+            let tokens = &state.tokens[state.tokens.len() - seen..];
+            let codes: Vec<u32> = tokens.iter().map(|&token| self.codec.code(token).into()).collect();
+            let values: Vec<f32> = tokens.iter().flat_map(|&token| token_values(token, &self.codec)).collect();
+            let values = Tensor::from_vec(values, (seen, N_TOKEN_VALUES), device)?;
+            let seen = self.embed(&codes, &values)?.reshape((1, 1, ()))?;
             let mut z = (self.ops.add_linear)(&frame.plan[i], &seen, &tier.input)?;
             if tier.hop == 1 {
                 z = (z + self.feature_in.forward(&features)?)?;
@@ -380,16 +396,4 @@ impl WaveTransformer {
         state.residual_code = residual_code;
         state.n += 1;
     }
-}
-
-/// Companded and (twice the) linear value of each token, `[levels, 2]`.
-fn token_values(codec: &Codec) -> Result<Tensor> {
-    let levels = codec.levels();
-    let values = (0..levels)
-        .flat_map(|i| {
-            let companded = (i as f32 + 0.5) / (levels as f32 / 2.0) - 1.0;
-            [companded, 2.0 * codec.decode(i as Token)]
-        })
-        .collect();
-    Tensor::from_vec(values, (levels, 2), &Device::Cpu)
 }

@@ -106,6 +106,14 @@ pub enum PlanError {
         /// Bands given.
         got: usize,
     },
+    /// Two analyses of the same sound have as many frames.
+    #[error("a plan of {got} frames, expected {expected}")]
+    FrameCount {
+        /// Frames of the other plan.
+        expected: usize,
+        /// Frames given.
+        got: usize,
+    },
     /// Mean and codebooks are of different plans.
     #[error("plan codebooks of shape {got:?} do not go with a mean of {n_bands} bands")]
     BookShape {

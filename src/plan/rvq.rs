@@ -61,23 +61,56 @@ impl ResidualQuantizer {
     ) -> Result<Self, PlanError> {
         let mut rng = Rng::new(seed);
         let finite = (0..frames.nrows()).filter(|&i| frames.row(i).iter().all(|x| x.is_finite())).collect();
-        let mut left = frames.select(Axis(0), &choose(finite, MAX_FIT_FRAMES, &mut rng));
-        let mean = left.mean_axis(Axis(0)).ok_or(PlanError::NoFrames)?;
-        left -= &mean;
+        let frames = frames.select(Axis(0), &choose(finite, MAX_FIT_FRAMES, &mut rng));
+        let mean = frames.mean_axis(Axis(0)).ok_or(PlanError::NoFrames)?;
         // Refuses impossible numbers before any work; the books are filled in below.
-        let mut quantizer = Self::new(mean, Array3::zeros((n_codebooks, n_entries, frames.ncols())))?;
-        for codebook in 0..n_codebooks {
+        let Self { mean, mut books, .. } = Self::new(mean, Array3::zeros((n_codebooks, n_entries, frames.ncols())))?;
+        let mut left = frames - &mean;
+        for mut book in books.outer_iter_mut() {
             let centres = k_means(left.view(), n_entries, rounds, &mut rng);
-            let half_powers = centres.map_axis(Axis(1), half_power);
             let nearest = assign(left.view(), centres.view());
             for (mut row, nearest) in left.rows_mut().into_iter().zip(nearest) {
                 row -= &centres.row(nearest);
             }
-            quantizer.books.index_axis_mut(Axis(0), codebook).assign(&centres);
-            quantizer.half_powers.row_mut(codebook).assign(&half_powers);
+            book.assign(&centres);
         }
-        // The ceiling follows from the books.
-        Self::new(quantizer.mean, quantizer.books)
+        Self::new(mean, books)
+    }
+
+    /// These codebooks for frames that are analysed otherwise: `was` and `is`, each `[n_frames, n_bands]`, are the same sound, and each entry
+    /// becomes what those frames have in common that it was chosen for. So tokens go on to mean what they meant. An entry that was
+    /// not chosen stays.
+    ///
+    /// # Errors
+    /// When the frames are not the same in number, or of other bands.
+    pub fn translated(&self, was: ArrayView2<f32>, is: ArrayView2<f32>) -> Result<Self, PlanError> {
+        if is.nrows() != was.nrows() {
+            return Err(PlanError::FrameCount { expected: was.nrows(), got: is.nrows() });
+        }
+        if is.ncols() != self.n_bands() {
+            return Err(PlanError::BandCount { expected: self.n_bands(), got: is.ncols() });
+        }
+        let tokens = self.encode_all(was)?;
+        let mut books = self.books.clone();
+        let mut left = &is - &self.mean;
+        for (mut book, tokens) in books.outer_iter_mut().zip(tokens.columns()) {
+            let mut sums = Array2::<f64>::zeros(book.raw_dim());
+            let mut counts = vec![0usize; book.nrows()];
+            for (frame, &token) in left.outer_iter().zip(tokens) {
+                let token = usize::from(token);
+                sums.row_mut(token).zip_mut_with(&frame, |sum, &x| *sum += f64::from(x));
+                counts[token] += 1;
+            }
+            for ((mut entry, sum), count) in book.rows_mut().into_iter().zip(sums.outer_iter()).zip(counts) {
+                if count > 0 {
+                    entry.zip_mut_with(&sum, |x, sum| *x = (sum / count as f64) as f32);
+                }
+            }
+            for (mut frame, &token) in left.rows_mut().into_iter().zip(tokens) {
+                frame -= &book.row(token.into());
+            }
+        }
+        Self::new(self.mean.clone(), books)
     }
 
     /// Bands per frame.
@@ -236,6 +269,25 @@ mod tests {
     fn rms_error(quantizer: &ResidualQuantizer, plan: &Array2<f32>) -> f32 {
         let heard = quantizer.decode_all(quantizer.encode_all(plan.view()).unwrap().view()).unwrap();
         (heard - plan).mapv(|x| x * x).mean().unwrap().sqrt()
+    }
+
+    #[test]
+    fn tokens_mean_the_same_for_frames_that_are_analysed_otherwise() {
+        let was = frames(3000, 3);
+        let old = ResidualQuantizer::fit(was.view(), 2, 32, 12, 5).unwrap();
+        let is = was.mapv(|x| 0.8 * x + 0.3);
+        let new = old.translated(was.view(), is.view()).unwrap();
+        assert_eq!(new.mean, old.mean);
+        let tokens = old.encode_all(was.view()).unwrap();
+        let now = new.encode_all(is.view()).unwrap();
+        let same = now.column(0).iter().zip(tokens.column(0)).filter(|(a, b)| a == b).count();
+        assert!(same > 2950, "{same} of 3000 frames have the first token that they had");
+        let [before, after] = [&old, &new].map(|q| rms_error(q, &is));
+        assert!(after < 0.7 * before && after < rms_error(&old, &was), "{before} to {after}");
+        let unmoved = old.translated(was.view(), was.view()).unwrap();
+        assert!(rms_error(&unmoved, &was) <= rms_error(&old, &was));
+        let fewer = old.translated(was.view(), frames(3, 1).view());
+        assert_eq!(fewer, Err(PlanError::FrameCount { expected: 3000, got: 3 }));
     }
 
     #[test]

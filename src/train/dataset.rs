@@ -240,14 +240,25 @@ impl Dataset {
 
     /// Fits the plan's codebooks to the training pieces.
     pub fn fit_codebooks(&self, config: &PlanConfig, seed: u64) -> Result<ResidualQuantizer, TrainError> {
+        let frames = self.frames_to_fit(&self.codec)?;
+        Ok(ResidualQuantizer::fit(frames.view(), config.n_codebooks, config.n_entries, KMEANS_ROUNDS, seed)?)
+    }
+
+    /// Codebooks of a model that heard the training pieces through the codec `was`, for what they sound like now.
+    pub fn translate_codebooks(&self, old: &ResidualQuantizer, was: &Codec) -> Result<ResidualQuantizer, TrainError> {
+        Ok(old.translated(self.frames_to_fit(was)?.view(), self.frames_to_fit(&self.codec)?.view())?)
+    }
+
+    /// Exact plan frames of all training pieces as `codec` hears them, `[frames, n_bands]`.
+    fn frames_to_fit(&self, codec: &Codec) -> Result<Array2<f32>, TrainError> {
         let (hop, window) = (self.spectrum.hop(), self.spectrum.window_len());
         let total: usize = self.train.iter().map(|r| r.n_frames(hop)).sum();
         let stride = total.div_ceil(CODEBOOK_FRAMES).max(1);
         let frames_of = |r: &Recording| {
             let frame = |i: usize| {
                 let end = (i + 1) * hop;
-                let heard = r.tokens(end.saturating_sub(window)..end, 1.0, &self.codec)?;
-                Ok(self.spectrum.analyse_last(&self.codec.decode_all(&heard)))
+                let heard = r.tokens(end.saturating_sub(window)..end, 1.0, codec)?;
+                Ok(self.spectrum.analyse_last(&codec.decode_all(&heard)))
             };
             let frames = (0..r.n_frames(hop)).step_by(stride).map(frame).collect::<Result<Vec<_>, CorpusError>>()?;
             Ok(frames.concat())
@@ -256,8 +267,7 @@ impl Dataset {
         let flat = rows.concat();
         drop(rows);
         let n_bands = self.spectrum.n_bands();
-        let frames = Array2::from_shape_vec((flat.len() / n_bands, n_bands), flat).map_err(candle_core::Error::wrap)?;
-        Ok(ResidualQuantizer::fit(frames.view(), config.n_codebooks, config.n_entries, KMEANS_ROUNDS, seed)?)
+        Ok(Array2::from_shape_vec((flat.len() / n_bands, n_bands), flat).map_err(candle_core::Error::wrap)?)
     }
 
     /// Gives every piece its plan tokens; returns what quantising leaves, dB rms.

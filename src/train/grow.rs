@@ -44,11 +44,11 @@ pub enum Fate {
 /// function of `seed`.
 ///
 /// # Errors
-/// When codec or plan differ, or the configuration does not hold together.
+/// When sample rate or plan differ, or the configuration does not hold together.
 pub fn grow(old: &Checkpoint, config: &ModelConfig, seed: u64) -> Result<(Checkpoint, [(Part, Fate); 2]), GrowError> {
     config.validate()?;
-    if config.codec != old.config.codec {
-        return Err(GrowError::Codebooks { what: "codec" });
+    if config.codec.sample_rate != old.config.codec.sample_rate {
+        return Err(GrowError::Codebooks { what: "sample rate" });
     }
     if config.plan != old.config.plan {
         return Err(GrowError::Codebooks { what: "plan" });
@@ -57,21 +57,25 @@ pub fn grow(old: &Checkpoint, config: &ModelConfig, seed: u64) -> Result<(Checkp
     model.quantizer = old.quantizer.clone();
     model.notes = old.notes.clone();
     let (from, to) = (&old.config.plan_transformer, &config.plan_transformer);
+    let requantised = config.codec != old.config.codec;
     let plan = match obstacle(from, to) {
         Some(why) => Fate::New(why),
+        None if PlanTransformerConfig { dropout: from.dropout, ..to.clone() } == *from && requantised => Fate::Moved,
         None if PlanTransformerConfig { dropout: from.dropout, ..to.clone() } == *from => Fate::Kept,
         None => Fate::Grown,
     };
     let wave = if config.wave_transformer != old.config.wave_transformer {
         Fate::New("its sizes differ".into())
-    } else if config.forecast != old.config.forecast {
+    } else if requantised || config.forecast != old.config.forecast {
         Fate::Moved
     } else {
         Fate::Kept
     };
     for (name, new) in &mut model.weights {
         match (name.split('.').next(), &plan, &wave) {
-            (Some("plan"), Fate::Kept | Fate::Grown, _) => *new = larger(name, old.weights.get(name), new),
+            (Some("plan"), Fate::Kept | Fate::Moved | Fate::Grown, _) => {
+                *new = larger(name, old.weights.get(name), new)
+            }
             (Some("wave"), _, Fate::Kept | Fate::Moved) => new.clone_from(&old.weights[name]),
             _ => {}
         }
@@ -142,6 +146,7 @@ mod tests {
     use candle_core::{Device, Tensor};
 
     use super::*;
+    use crate::codec::Quantizer;
     use crate::model::Model;
     use crate::model::params::Params;
     use crate::rng::Rng;
@@ -246,6 +251,10 @@ mod tests {
         let mut config = old.config.clone();
         config.forecast.order += 1;
         assert_eq!(grow(&old, &config, 1).unwrap().1[1].1, Fate::Moved);
+        config.codec.quantizer = Quantizer::Pcm16;
+        let (new, fates) = grow(&old, &config, 1).unwrap();
+        assert_eq!(fates, [(Part::Plan, Fate::Moved), (Part::Wave, Fate::Moved)]);
+        assert_eq!(new.weights, old.weights);
         config.plan.n_entries = 16;
         assert!(matches!(grow(&old, &config, 1), Err(GrowError::Codebooks { what: "plan" })));
     }

@@ -28,6 +28,7 @@ use candle_core::Device;
 use serde::Serialize;
 
 use crate::checkpoint::{Checkpoint, CheckpointError, Precision};
+use crate::codec::Codec;
 use crate::corpus::{CorpusError, Findings};
 use crate::engine::EngineError;
 use crate::forecast::ForecastError;
@@ -146,13 +147,15 @@ pub enum Start {
     New(Box<ModelConfig>),
     /// Weights, codebooks and generation settings of a model.
     From(Box<Checkpoint>),
+    /// The same, but the codebooks are [translated](ResidualQuantizer::translated) from what the model heard through the codec `was`.
+    Translated { model: Box<Checkpoint>, was: Codec },
 }
 
 impl TrainSettings {
     pub fn config(&self) -> &ModelConfig {
         match &self.start {
             Start::New(config) => config,
-            Start::From(checkpoint) => &checkpoint.config,
+            Start::From(checkpoint) | Start::Translated { model: checkpoint, .. } => &checkpoint.config,
         }
     }
 
@@ -170,7 +173,7 @@ impl TrainSettings {
         let names = |parts: &[Part]| parts.iter().map(|part| part.name()).collect::<Vec<_>>().join(" ");
         let start = match &self.start {
             Start::New(_) => "new".to_owned(),
-            Start::From(checkpoint) => {
+            Start::From(checkpoint) | Start::Translated { model: checkpoint, .. } => {
                 let weights = checkpoint.weights.values().flatten().chain(&checkpoint.quantizer.books);
                 format!("{:016x}", Hash::new().words(weights.map(|w| w.to_bits().into())).value())
             }
@@ -324,6 +327,10 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
     let folder = StateFolder::open(group, &settings.output, &identity, settings.afresh)?;
     let mut checkpoint = match &settings.start {
         Start::From(checkpoint) => Checkpoint::clone(checkpoint),
+        Start::Translated { model, was } => {
+            let quantizer = folder.codebooks(|| data.translate_codebooks(&model.quantizer, was))?;
+            Checkpoint { quantizer, ..Checkpoint::clone(model) }
+        }
         Start::New(_) => {
             let quantizer = folder.codebooks(|| data.fit_codebooks(&config.plan, settings.seed))?;
             Checkpoint { quantizer, ..Checkpoint::untrained(config.clone(), settings.seed)? }

@@ -128,10 +128,9 @@ impl Maker<'_> {
         let noise = if rng.uniform() < NOISY { rng.uniform() } else { 0.0 };
         let codec = &self.config.codec;
         let tokens = recording.tokens_at(first * hop, (before + frames) * hop, speed, gain, codec)?;
-        let top = (codec.levels() - 1) as f32;
         let mut hear = |&t: &Token| match noise {
             0.0 => t,
-            noise => (f32::from(t) + noise * rng.normal()).round().clamp(0.0, top) as Token,
+            noise => codec.moved(t, noise * rng.normal()),
         };
         let heard: Vec<Token> = tokens.iter().map(&mut hear).collect();
         self.excerpt(&tokens, &heard, quantised)

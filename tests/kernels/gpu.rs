@@ -6,12 +6,13 @@ use std::time::Instant;
 
 use candle_core::cuda_backend::cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr};
 use candle_core::{D, DType, Device, Tensor, Var};
+use wavegen::codec::N_CODES;
 use wavegen::cuda::kernels::Kernels;
 use wavegen::cuda::{GpuForecaster, attention_window};
 use wavegen::forecast::{CpuForecaster, ForecastConfig, Forecaster, Forecasts};
 use wavegen::model::Model;
 use wavegen::model::config::ModelConfig;
-use wavegen::model::features::N_FEATURES;
+use wavegen::model::features::{N_FEATURES, N_TOKEN_VALUES};
 use wavegen::model::head::{self, Targets};
 use wavegen::model::params::Params;
 use wavegen::model::wave_transformer::{PLAN_FRAMES, WaveInputs};
@@ -133,25 +134,26 @@ fn losses_and_gradients(config: &ModelConfig, device: &Device) -> ([f32; 2], BTr
     }
     let cpu = |tensor: Tensor| tensor.to_device(&Device::Cpu).unwrap();
     let features = cpu(normal(&[batch, time, N_FEATURES]));
+    let token_values = cpu(normal(&[batch, model.wave.history() + time, N_TOKEN_VALUES]));
     let plan = cpu(normal(&[batch, PLAN_FRAMES - 1 + frames, n_bands]));
     let (plan_bands, dropout) = (normal(&[batch, 70, n_bands]), normal(&[batch, 69, config.plan_transformer.dim]));
     let mut codes = |shape: &[usize], below: usize| {
         let values = (0..shape.iter().product()).map(|_| rng.below(below) as u32).collect();
         Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
     };
-    let levels = config.codec.levels();
     let inputs = WaveInputs {
-        tokens: codes(&[batch, model.wave.history() + time], levels),
+        token_codes: codes(&[batch, model.wave.history() + time], N_CODES),
+        token_values,
         features,
-        past_codes: codes(&[batch, time], levels),
-        residual_codes: codes(&[batch, time], levels),
+        past_codes: codes(&[batch, time], N_CODES),
+        residual_codes: codes(&[batch, time], N_CODES),
         plan,
     };
     let plan_tokens = codes(&[batch, 70, config.plan.n_codebooks], config.plan.n_entries);
     let mut targets = Targets::default();
     for _ in 0..batch * time {
         let forecasts = [0.3 * rng.uniform(), -0.2 * rng.uniform()];
-        targets.push(rng.below(levels) as u16, forecasts, -3.0, &config.codec);
+        targets.push(rng.below(N_CODES) as u16, forecasts, -3.0, &config.codec);
     }
     let wave = head::nll(&model.wave.forward(&inputs).unwrap(), &targets).unwrap().mean_all().unwrap();
     let plan = model.plan.nll(&plan_tokens, &plan_bands, Some(&dropout)).unwrap().mean_all().unwrap();

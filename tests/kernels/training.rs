@@ -1,7 +1,7 @@
 //! training.cu: values against the definition in f64, gradients against its finite differences.
 
 use candle_core::{Device, Tensor};
-use wavegen::codec::Codec;
+use wavegen::codec::{Codec, Quantizer};
 use wavegen::model::head::{self, Targets};
 use wavegen::rng::Rng;
 use wavegen::sampler::{MAX_LOG_SCALE, MAX_OFFSET};
@@ -214,13 +214,15 @@ struct Mixtures {
 
 impl Mixtures {
     fn random(shape: MixtureShape, rng: &mut Rng) -> Self {
-        let codec = Codec::default();
+        let mulaw = Codec::default();
+        let pcm = Codec { quantizer: Quantizer::Pcm16, ..mulaw.clone() };
         let mut targets = Targets::default();
-        for _ in 0..shape.n {
+        for i in 0..shape.n {
+            let codec = if i % 2 == 0 { &mulaw } else { &pcm };
             let sample = (0.4 * rng.normal()).clamp(-1.2, 1.2);
             let near = |rng: &mut Rng| (sample + 0.05 * rng.normal()).clamp(-1.0, 1.0);
             let forecasts = [near(rng), near(rng)];
-            targets.push(codec.encode(sample), forecasts, -6.0 + 4.0 * rng.uniform(), &codec);
+            targets.push(codec.encode(sample), forecasts, -6.0 + 4.0 * rng.uniform(), codec);
         }
         let head = normal(3 * shape.components * shape.n, Element::F32, rng);
         Self { shape, head, targets, d_nll: normal(shape.n, Element::F32, rng) }

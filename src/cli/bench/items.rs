@@ -20,7 +20,7 @@ pub struct Frames {
 
 /// What a thread learns from at a time.
 pub enum Item {
-    Wave(Excerpt),
+    Wave(Box<Excerpt>),
     Plan { tokens: Tensor, bands: Tensor, dropout: Tensor },
 }
 
@@ -36,7 +36,7 @@ pub struct Source<'a> {
 impl Source<'_> {
     pub fn draw(&self, part: Part, frames: Frames, rng: &mut Rng) -> Result<Item, TrainError> {
         match part {
-            Part::Wave => self.excerpt(frames.wave, rng).map(Item::Wave),
+            Part::Wave => self.excerpt(frames.wave, rng).map(|excerpt| Item::Wave(excerpt.into())),
             Part::Plan => self.context(frames.plan, rng),
         }
     }

@@ -134,6 +134,7 @@ mirrored!(
         planned_order: i32,
         deconvolution: i32,
         token_width: i32,
+        pcm: i32,
         n_components: i32,
         slices: i32,
         own_scale: f32,
@@ -150,7 +151,7 @@ mirrored!(
         book_mean: i32,
         book_ceiling: i32,
         books: i32,
-        token_table: i32,
+        code_vectors: i32,
         past_code_in: i32,
         residual_code_in: i32,
         centres: i32,
@@ -179,7 +180,6 @@ mirrored!(
         frame_scales: i32,
         frame_stride: i32,
         angle_width: i32,
-        reserved: i32,
         cache_stride: i64,
     }
 );

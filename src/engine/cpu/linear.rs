@@ -49,7 +49,7 @@ impl<'a> Source<'a> {
         };
         let weights = self.values(&format!("{name}.weight"))?;
         let weights = match gain_of(&full) {
-            Some(gain) => Cow::Owned(with_gain(weights, n_out, self.all(&gain)?)),
+            Some(gain) => with_gain(weights, n_out, self.all(&gain)?),
             None => Cow::Borrowed(weights),
         };
         let bias = match self.weights.contains_key(&format!("{}.{name}.bias", self.prefix)) {

@@ -5,7 +5,7 @@ use super::stack::{Rows, Stack, StackShape, StackState, StackWork, Successive};
 use crate::codec::{Codec, Token};
 use crate::engine::EngineError;
 use crate::model::config::{ModelConfig, N_FORECASTS, WaveTransformerConfig};
-use crate::model::features::N_FEATURES;
+use crate::model::features::{N_FEATURES, N_TOKEN_VALUES, token_values};
 use crate::model::wave_transformer::PLAN_FRAMES;
 use crate::simd::Kernels;
 use crate::simd::portable::tanh;
@@ -25,14 +25,14 @@ struct Tier {
 pub struct WaveTransformer {
     config: WaveTransformerConfig,
     plan_hop: usize,
-    silence: Token,
-    /// A token's embedding, companded and (twice the) linear value, `[levels, token_dim + 2]`.
-    tokens: Vec<f32>,
+    codec: Codec,
+    /// A code's vector, `[N_CODES, token_dim]`.
+    codes: Vec<f32>,
     plan_mlp: [Linear; 2],
     planned_scales: [Linear; 2],
     tiers: Vec<Tier>,
     feature_in: Linear,
-    /// `[levels, dim of the sample tier]`
+    /// `[N_CODES, dim of the sample tier]`
     past_code_in: Vec<f32>,
     residual_code_in: Vec<f32>,
     head: Linear,
@@ -116,16 +116,10 @@ impl WaveTransformer {
                 down: if i + 1 < wave.tiers.len() { Some(source.linear("down")?) } else { None },
             });
         }
-        let embedding = source.values("token_embedding")?;
-        let tokens = embedding
-            .chunks_exact(wave.token_dim)
-            .enumerate()
-            .flat_map(|(token, row)| row.iter().copied().chain(token_values(token, &config.codec)))
-            .collect();
         Ok(Self {
             plan_hop: config.plan.hop,
-            silence: config.codec.silence(),
-            tokens,
+            codec: config.codec.clone(),
+            codes: source.values("token_embedding")?.to_vec(),
             plan_mlp: [source.linear("plan_mlp.0")?, source.linear("plan_mlp.1")?],
             planned_scales: [source.linear("planned_scales.0")?, source.linear("planned_scales.1")?],
             tiers,
@@ -142,7 +136,7 @@ impl WaveTransformer {
     pub fn new_state(&self, silent: &[f32]) -> WaveState {
         WaveState {
             n: 0,
-            tokens: vec![self.silence; self.config.history()],
+            tokens: vec![self.codec.silence(); self.config.history()],
             residual_code: 0,
             plan: vec![silent.to_vec(); PLAN_FRAMES],
             stacks: self.tiers.iter().map(|t| t.stack.new_state()).collect(),
@@ -204,9 +198,11 @@ impl WaveTransformer {
 
     /// The embedded tokens before step `step` of a tier into `out`, `[seen, token width]`.
     fn embed(&self, tokens: &[Token], out: &mut [f32]) {
-        let width = self.config.token_dim + 2;
-        for (out, &token) in out.chunks_exact_mut(width).zip(tokens) {
-            out.copy_from_slice(&self.tokens[usize::from(token) * width..][..width]);
+        let width = self.config.token_dim;
+        for (out, &token) in out.chunks_exact_mut(width + N_TOKEN_VALUES).zip(tokens) {
+            let (vector, values) = out.split_at_mut(width);
+            vector.copy_from_slice(&self.codes[usize::from(self.codec.code(token)) * width..][..width]);
+            values.copy_from_slice(&token_values(token, &self.codec));
         }
     }
 
@@ -335,9 +331,4 @@ impl WaveState {
         self.residual_code = residual_code;
         self.n += 1;
     }
-}
-
-/// Companded and twice the linear value of a token.
-fn token_values(token: usize, codec: &Codec) -> [f32; 2] {
-    [(token as f32 + 0.5) / (codec.levels() as f32 / 2.0) - 1.0, 2.0 * codec.decode(token as Token)]
 }

@@ -4,13 +4,14 @@ use half::bf16;
 use ndarray::ArrayD;
 
 use crate::checkpoint::Checkpoint;
-use crate::codec::Token;
+use crate::codec::{Codec, N_CODES, Quantizer, Token};
 use crate::cuda::launch::{
     DecodeLinear, DecodeModel, DecodeStack, DecodeTier, Element, MAX_TIERS, PlanGrid, ToneTables, Words,
 };
 use crate::engine::EngineError;
 use crate::forecast::PastForecast;
 use crate::model::config::N_FORECASTS;
+use crate::model::features::N_TOKEN_VALUES;
 use crate::model::wave_transformer::PLAN_FRAMES;
 
 const ROPE_BASE: f64 = 10_000.0;
@@ -204,7 +205,8 @@ impl Packed {
             plan_window_len: config.plan.window as i32,
             planned_order: forecast.planned_order as i32,
             deconvolution: forecast.deconvolution as i32,
-            token_width: wave.token_dim as i32 + 2,
+            token_width: (wave.token_dim + N_TOKEN_VALUES) as i32,
+            pcm: (config.codec.quantizer == Quantizer::Pcm16).into(),
             n_components: n_components as i32,
             slices: wave.slices as i32,
             own_scale: wave.own_scale,
@@ -289,18 +291,14 @@ impl Packed {
         p.linear("wave.shortcut.1", Kind { whole: true, ..DIVIDED })?;
         p.linear("wave.shortcut.2", EXACT)?;
 
-        let codec = &config.codec;
-        let levels = codec.levels();
-        let embedding = p.values("wave.token_embedding")?;
-        m.token_table = p.table(embedding.chunks_exact(wave.token_dim).enumerate().flat_map(|(token, row)| {
-            let companded = (token as f32 + 0.5) / (levels as f32 / 2.0) - 1.0;
-            row.iter().copied().chain([companded, 2.0 * codec.decode(token as Token)])
-        }));
+        let vectors = p.values("wave.token_embedding")?;
+        m.code_vectors = p.table(vectors);
         let (past_code, residual_code) = (p.values("wave.past_code_in")?, p.values("wave.residual_code_in")?);
         m.past_code_in = p.table(past_code);
         m.residual_code_in = p.table(residual_code);
-        m.centres = p.table((0..levels).map(|token| codec.decode(token as Token)));
-        m.edges = p.table((1..levels).map(|edge| codec.edge(edge)));
+        let mulaw = Codec { quantizer: Quantizer::Mulaw8, ..config.codec.clone() };
+        m.centres = p.table((0..N_CODES as Token).map(|token| mulaw.decode(token)));
+        m.edges = p.table((1..N_CODES).map(|edge| mulaw.edge(edge)));
 
         m.window = p.doubles(PastForecast::window(forecast.past_window));
         m.grid_numbers = p.doubles(grid.numbers);

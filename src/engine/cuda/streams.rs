@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::machine::{Machine, MachineError};
 use super::pack::Packed;
 use crate::checkpoint::Checkpoint;
+use crate::codec::Token;
 use crate::cuda::launch::{
     DecodeArgs, DecodeGeometry, DecodeLayout, DecodeModel, DecodeStack, Element, N_FLAGS, Words,
 };
@@ -16,6 +17,9 @@ use crate::model::config::{GenerationSettings, ModelConfig};
 use crate::model::wave_transformer::PLAN_FRAMES;
 use crate::plan::{ResidualQuantizer, Spectrum};
 use crate::sampler::{Drive, PlanDraw, PlanSampling};
+
+/// In a ring of tokens a token's code lies above its 16 bits.
+const TOKEN_BITS: u32 = 16;
 
 /// 64-bit counters of a stream.
 const N_COUNTERS: usize = 4;
@@ -271,9 +275,11 @@ impl<M: Machine> Streams<M> {
             memory[sizes.hidden as usize..][..hidden.len()].copy_from_slice(hidden);
         }
         memory[sizes.drive as usize] = drive.mean_square;
-        let mut ring = vec![i32::from(model.config.codec.silence()); sizes.n_tokens as usize];
+        let codec = &model.config.codec;
+        let coded = |token: Token| i32::from(token) | i32::from(codec.code(token)) << TOKEN_BITS;
+        let mut ring = vec![coded(codec.silence()); sizes.n_tokens as usize];
         for (place, token) in places(sizes.n_tokens, *n, tokens.len()).zip(tokens) {
-            ring[place] = i32::from(*token);
+            ring[place] = coded(*token);
         }
         let counters = [*n as i64, *plan_pos as i64, i64::from(*residual_code), 0];
         let put = |buffer: &mut M::Buffer, bytes: Vec<u8>| machine.write(buffer, stream * bytes.len(), &bytes);

@@ -34,6 +34,7 @@ struct Room {
     inverse: Vec<Lane>, // 1 / scale
     a: Vec<Lane>,       // the bin's edges in scales from the mean
     b: Vec<Lane>,
+    bin: Vec<Lane>, // a - b, of the edges themselves: small beside a and b where tokens are fine
     term: Vec<Lane>,
     /// Largest of the terms and weights, and the sum of exponentials beside it.
     top: [Lane; 2],
@@ -56,6 +57,7 @@ impl Room {
             inverse: lanes(k),
             a: lanes(k),
             b: lanes(k),
+            bin: lanes(k),
             term: lanes(k),
             top: [zero; 2],
             sum: [zero; 2],
@@ -84,8 +86,8 @@ fn log_sigmoid(x: f32) -> f32 {
 
 /// The distance of a bin's edges, as far as f32 can be trusted with it.
 #[inline(always)]
-fn bin(a: f32, b: f32) -> f32 {
-    if a - b > -LEAST_BIN { -LEAST_BIN } else { a - b }
+fn bin(distance: f32) -> f32 {
+    if distance > -LEAST_BIN { -LEAST_BIN } else { distance }
 }
 
 /// ln of the sum of exponentials of lanes; `top` and `sum` are left for gradients.
@@ -123,14 +125,15 @@ wide_loop! {
                 scale[i] = portable::tanh(log_scales[c][i] * (1.0 / MAX_LOG_SCALE));
                 inverse[i] = portable::exp(-MAX_LOG_SCALE * scale[i]) / unit[i];
             }
-            let (a, b, term) = (&mut room.a[c], &mut room.b[c], &mut room.term[c]);
+            let (a, b, bins, term) = (&mut room.a[c], &mut room.b[c], &mut room.bin[c], &mut room.term[c]);
             for i in 0..LANES {
                 let mean = MAX_OFFSET * offset[i] * unit[i] + forecast[i];
                 a[i] = (room.low[i] - mean) * inverse[i];
                 b[i] = (room.high[i] - mean) * inverse[i];
+                bins[i] = (room.low[i] - room.high[i]) * inverse[i];
             }
             for i in 0..LANES {
-                let mass = portable::ln(1.0 - portable::exp(bin(a[i], b[i])));
+                let mass = portable::ln(1.0 - portable::exp(bin(bins[i])));
                 term[i] = weights[c][i] + log_sigmoid(b[i]) + log_sigmoid(-a[i]) + mass;
             }
         }
@@ -152,18 +155,18 @@ wide_loop! {
         for c in 0..k {
             let unit = &room.units[c * N_FORECASTS / k];
             let (offset, scale, inverse) = (&room.offset[c], &room.scale[c], &room.inverse[c]);
-            let (a, b, term, d) = (&room.a[c], &room.b[c], &room.term[c], &room.out);
+            let (a, b, bins, term, d) = (&room.a[c], &room.b[c], &room.bin[c], &room.term[c], &room.out);
             for i in 0..LANES {
                 let share = d[i] * portable::exp(term[i] - room.top[1][i]) / room.sum[1][i];
                 let weight = d[i] * portable::exp(weights[c][i] - room.top[0][i]) / room.sum[0][i];
                 weights[c][i] = weight - share;
                 // What ln P gains by moving an edge up: of the upper one alone, of the lower one alone, of both together.
                 let (above, below) = (portable::sigmoid(-b[i]), portable::sigmoid(a[i]));
-                let inside = portable::exp(bin(a[i], b[i]));
-                let between = if a[i] - b[i] > -LEAST_BIN { 0.0 } else { inside / (1.0 - inside) };
+                let inside = portable::exp(bin(bins[i]));
+                let between = if bins[i] > -LEAST_BIN { 0.0 } else { inside / (1.0 - inside) };
                 let mean = share * (above - below) * inverse[i];
                 offsets[c][i] = mean * unit[i] * (1.0 - offset[i] * offset[i]);
-                let log_scale = share * (above * b[i] - below * a[i] + between * (b[i] - a[i]));
+                let log_scale = share * (above * b[i] - below * a[i] - between * bins[i]);
                 log_scales[c][i] = log_scale * (1.0 - scale[i] * scale[i]);
             }
         }

@@ -170,9 +170,10 @@ mod tests {
     use candle_core::{Device, Var};
 
     use super::*;
+    use crate::codec::N_CODES;
     use crate::model::Model;
     use crate::model::config::ModelConfig;
-    use crate::model::features::N_FEATURES;
+    use crate::model::features::{N_FEATURES, N_TOKEN_VALUES};
     use crate::model::params::Params;
     use crate::model::wave_transformer::{PLAN_FRAMES, WaveInputs};
     use crate::rng::Rng;
@@ -209,18 +210,18 @@ mod tests {
             // Heads begin at zero, and no gradient passes them.
             var.set(&(var.as_tensor() + random(var.dims(), &mut rng)).unwrap()).unwrap();
         }
-        let levels = config.codec.levels();
         let inputs = WaveInputs {
-            tokens: codes(&[1, model.wave.history() + time], levels, &mut rng),
+            token_codes: codes(&[1, model.wave.history() + time], N_CODES, &mut rng),
+            token_values: random(&[1, model.wave.history() + time, N_TOKEN_VALUES], &mut rng),
             features: random(&[1, time, N_FEATURES], &mut rng),
-            past_codes: codes(&[1, time], levels, &mut rng),
-            residual_codes: codes(&[1, time], levels, &mut rng),
+            past_codes: codes(&[1, time], N_CODES, &mut rng),
+            residual_codes: codes(&[1, time], N_CODES, &mut rng),
             plan: random(&[1, PLAN_FRAMES - 1 + frames, n_bands], &mut rng),
         };
         let mut targets = Targets::default();
         for _ in 0..time {
             let forecasts = [0.3 * rng.uniform(), -0.2 * rng.uniform()];
-            targets.push(rng.below(levels) as u16, forecasts, -3.0, &config.codec);
+            targets.push(rng.below(N_CODES) as u16, forecasts, -3.0, &config.codec);
         }
         let plan_tokens = codes(&[1, 70, config.plan.n_codebooks], config.plan.n_entries, &mut rng);
         let plan_bands = random(&[1, 70, n_bands], &mut rng);

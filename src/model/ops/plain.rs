@@ -195,7 +195,7 @@ pub fn nll(head: &Tensor, targets: &Targets) -> Result<Tensor> {
     let inverse_scales = log_scales.neg()?.exp()?.broadcast_div(&units)?;
     let a = (low.broadcast_sub(&means)? * &inverse_scales)?;
     let b = (high.broadcast_sub(&means)? * &inverse_scales)?;
-    let difference = (&a - &b)?.minimum(-f64::from(LEAST_BIN))?;
+    let difference = low.broadcast_sub(&high)?.broadcast_mul(&inverse_scales)?.minimum(-f64::from(LEAST_BIN))?;
     let bin = (difference.exp()?.neg()? + 1.0)?.log()?;
     let terms = (((log_weights + log_sigmoid(&b)?)? + log_sigmoid(&a.neg()?)?)? + bin)?;
     terms.reshape((n, k))?.log_sum_exp(D::Minus1)?.neg()
