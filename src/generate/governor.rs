@@ -22,6 +22,8 @@ const SILENCE_S: f32 = 1.5;
 const STUCK_S: f32 = 3.0;
 /// Flatness above the prompt's flattest second, dB; only where it is loud enough to be more than the end of a note.
 const NOISE_DB: f32 = 12.0;
+/// Sound less flat than this is no noise, however clean the prompt was: recordings of piano have about -38 dB, and white noise none.
+const LEAST_NOISE_DB: f32 = -19.0;
 const LOUD_DB: f32 = 12.0;
 /// Level over [`MEMORY_S`] above the loudest and below the softest such stretch of the prompt, dB.
 const DRIFT_DB: [f32; 2] = [6.0, 12.0];
@@ -204,7 +206,7 @@ impl Governor {
         if self.quiet == 0
             && let Some(last) = self.last(NOISE_S)
             && mean_level(last.clone().map(|f| f.level_db)) > habits.level_db - LOUD_DB
-            && mean(last.map(|f| f.flatness_db)) > habits.flatness_db + NOISE_DB
+            && mean(last.map(|f| f.flatness_db)) > (habits.flatness_db + NOISE_DB).max(LEAST_NOISE_DB)
         {
             return Some(Alarm::Noise);
         }
