@@ -7,12 +7,14 @@ use std::time::Duration;
 
 use candle_core::Device;
 use wavegen::checkpoint::{Checkpoint, Precision};
+use wavegen::codec::Quantizer;
 use wavegen::engine::reference::ReferenceEngine;
 use wavegen::engine::{Engine, UNIFORMS_PER_SAMPLE};
 use wavegen::model::config::{GenerationSettings, ModelConfig};
 use wavegen::plan::PlanFrame;
 use wavegen::rng::Rng;
 use wavegen::sampler::PlanSampling;
+use wavegen::train::grow::{Fate, grow};
 use wavegen::train::resume::StateFolder;
 use wavegen::train::schedule::{Budget, Schedule};
 use wavegen::train::{Part, Start, TrainError, TrainEvent, TrainSettings, train};
@@ -269,6 +271,32 @@ fn one_part_can_be_trained_on_from_a_model() {
     for (name, weights) in &base.weights {
         assert_eq!(tuned.weights[name] == weights, name.starts_with("wave."), "{name}");
     }
+}
+
+#[test]
+fn a_model_of_mulaw_goes_on_in_16_bits() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("one.wav");
+    write_melody(&path, 8, 1);
+    let files = vec![path];
+    let first = TrainSettings { files: files.clone(), ..settings(directory.path(), 2) };
+    let old = train(&first, &mut |_| ControlFlow::Continue(())).unwrap();
+    let mut config = old.config.clone();
+    config.codec.quantizer = Quantizer::Pcm16;
+    let (model, fates) = grow(&old, &config, 1).unwrap();
+    assert_eq!(fates.map(|(_, fate)| fate), [Fate::Moved, Fate::Moved]);
+    let second = TrainSettings {
+        start: Start::Translated { model: model.into(), was: old.config.codec.clone() },
+        files,
+        output: directory.path().join("second.safetensors"),
+        ..settings(directory.path(), 2)
+    };
+    let new = train(&second, &mut |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!(new.config, config);
+    assert_eq!(new.quantizer.mean, old.quantizer.mean);
+    assert_ne!(new.quantizer.books, old.quantizer.books);
+    let stored = Checkpoint::load(&second.output).unwrap();
+    assert_eq!((stored.config, stored.quantizer), (config, new.quantizer));
 }
 
 #[test]

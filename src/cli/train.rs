@@ -371,10 +371,15 @@ fn start(args: &Args, talk: &Talk) -> Result<Start> {
     for (part, fate) in fates {
         talk.note(&match fate {
             Fate::Kept => format!("{} transformer: as in {}", part.name(), path.display()),
-            Fate::Moved => format!(
+            Fate::Moved if args.part.list().contains(&part) => format!(
                 "{} transformer: goes on from {}, which was trained for other forecasts or tokens",
                 part.name(),
                 path.display()
+            ),
+            Fate::Moved => format!(
+                "warning: the {0} transformer was trained for other forecasts or tokens, and --part leaves it so; train it next: --init {1} --part {0}",
+                part.name(),
+                args.output.as_deref().unwrap_or(Path::new("OUTPUT")).display()
             ),
             Fate::Grown => format!("{} transformer: grows, and goes on from {}", part.name(), path.display()),
             Fate::New(why) if args.part.list().contains(&part) => {

@@ -26,7 +26,8 @@ const OWN_POWER: [f64; 2] = [0.5, 4.0];
 /// Bands on either side that have a say in how much more or less it is.
 const AGREEING: usize = 7;
 
-/// The plan's floor, which the analysis adds to every band's power, is taken off again; this part of it stays at least (-85 dBFS of white noise; the prediction adds -80).
+/// The plan's floor, which the analysis adds to every band's power, is taken off again; this part of it stays at least (-85 dBFS
+/// of white noise; the prediction adds -80).
 const LEAST_OVER_FLOOR: f64 = 0.03;
 
 /// Sharpens plan frames, in room of its own.

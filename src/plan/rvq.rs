@@ -1,6 +1,6 @@
 //! Turns plan frames into a few tokens each and back: a residual vector quantiser, learned by k-means.
 
-use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, Axis};
+use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayViewMut2, Axis};
 use rayon::prelude::*;
 
 use super::{MAX_ENTRIES, PlanError};
@@ -69,17 +69,15 @@ impl ResidualQuantizer {
         for mut book in books.outer_iter_mut() {
             let centres = k_means(left.view(), n_entries, rounds, &mut rng);
             let nearest = assign(left.view(), centres.view());
-            for (mut row, nearest) in left.rows_mut().into_iter().zip(nearest) {
-                row -= &centres.row(nearest);
-            }
             book.assign(&centres);
+            take_away(&mut left, book.view(), &nearest);
         }
         Self::new(mean, books)
     }
 
-    /// These codebooks for frames that are analysed otherwise: `was` and `is`, each `[n_frames, n_bands]`, are the same sound, and each entry
-    /// becomes what those frames have in common that it was chosen for. So tokens go on to mean what they meant. An entry that was
-    /// not chosen stays.
+    /// These codebooks for frames that are analysed otherwise: `was` and `is`, each `[n_frames, n_bands]`, are the same sound, and
+    /// each entry becomes what those frames have in common that it was chosen for. So tokens go on to mean what they meant. An
+    /// entry that was not chosen stays.
     ///
     /// # Errors
     /// When the frames are not the same in number, or of other bands.
@@ -94,21 +92,9 @@ impl ResidualQuantizer {
         let mut books = self.books.clone();
         let mut left = &is - &self.mean;
         for (mut book, tokens) in books.outer_iter_mut().zip(tokens.columns()) {
-            let mut sums = Array2::<f64>::zeros(book.raw_dim());
-            let mut counts = vec![0usize; book.nrows()];
-            for (frame, &token) in left.outer_iter().zip(tokens) {
-                let token = usize::from(token);
-                sums.row_mut(token).zip_mut_with(&frame, |sum, &x| *sum += f64::from(x));
-                counts[token] += 1;
-            }
-            for ((mut entry, sum), count) in book.rows_mut().into_iter().zip(sums.outer_iter()).zip(counts) {
-                if count > 0 {
-                    entry.zip_mut_with(&sum, |x, sum| *x = (sum / count as f64) as f32);
-                }
-            }
-            for (mut frame, &token) in left.rows_mut().into_iter().zip(tokens) {
-                frame -= &book.row(token.into());
-            }
+            let chosen: Vec<usize> = tokens.iter().map(|&token| token.into()).collect();
+            move_to_means(book.view_mut(), left.view(), &chosen);
+            take_away(&mut left, book.view(), &chosen);
         }
         Self::new(self.mean.clone(), books)
     }
@@ -203,21 +189,35 @@ fn k_means(frames: ArrayView2<f32>, n_centres: usize, rounds: usize, rng: &mut R
     first.extend((first.len()..n_centres).map(|_| rng.below(frames.nrows())));
     let mut centres = frames.select(Axis(0), &first);
     for _ in 0..rounds {
-        let mut sums = Array2::<f64>::zeros(centres.raw_dim());
-        let mut counts = vec![0usize; n_centres];
-        for (frame, centre) in frames.outer_iter().zip(assign(frames, centres.view())) {
-            sums.row_mut(centre).zip_mut_with(&frame, |sum, &x| *sum += f64::from(x));
-            counts[centre] += 1;
-        }
-        for ((mut centre, sum), count) in centres.rows_mut().into_iter().zip(sums.outer_iter()).zip(counts) {
-            if count > 0 {
-                centre.zip_mut_with(&sum, |x, sum| *x = (sum / count as f64) as f32);
-            } else {
-                centre.assign(&frames.row(rng.below(frames.nrows())));
-            }
+        let nearest = assign(frames, centres.view());
+        for alone in move_to_means(centres.view_mut(), frames, &nearest) {
+            centres.row_mut(alone).assign(&frames.row(rng.below(frames.nrows())));
         }
     }
     centres
+}
+
+/// Moves each centre to the mean of its frames, `of` saying whose each frame is; gives those that have none, which stay.
+fn move_to_means(mut centres: ArrayViewMut2<f32>, frames: ArrayView2<f32>, of: &[usize]) -> Vec<usize> {
+    let mut sums = Array2::<f64>::zeros(centres.raw_dim());
+    let mut counts = vec![0usize; centres.nrows()];
+    for (frame, &centre) in frames.outer_iter().zip(of) {
+        sums.row_mut(centre).zip_mut_with(&frame, |sum, &x| *sum += f64::from(x));
+        counts[centre] += 1;
+    }
+    for ((mut centre, sum), &count) in centres.rows_mut().into_iter().zip(sums.outer_iter()).zip(&counts) {
+        if count > 0 {
+            centre.zip_mut_with(&sum, |x, sum| *x = (sum / count as f64) as f32);
+        }
+    }
+    (0..counts.len()).filter(|&centre| counts[centre] == 0).collect()
+}
+
+/// What is left of frames without their centres.
+fn take_away(frames: &mut Array2<f32>, centres: ArrayView2<f32>, of: &[usize]) {
+    for (mut frame, &centre) in frames.rows_mut().into_iter().zip(of) {
+        frame -= &centres.row(centre);
+    }
 }
 
 /// For each frame the centre nearest to it; in parallel, each frame on its own.

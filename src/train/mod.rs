@@ -147,7 +147,8 @@ pub enum Start {
     New(Box<ModelConfig>),
     /// Weights, codebooks and generation settings of a model.
     From(Box<Checkpoint>),
-    /// The same, but the codebooks are [translated](ResidualQuantizer::translated) from what the model heard through the codec `was`.
+    /// The same, but the codebooks are [translated](ResidualQuantizer::translated) from what the model heard through the codec
+    /// `was`.
     Translated { model: Box<Checkpoint>, was: Codec },
 }
 

@@ -6,7 +6,6 @@ use super::TrainError;
 use super::dataset::{Dataset, Recording};
 use crate::codec::{Codec, Token};
 use crate::engine::{Engine, UNIFORMS_PER_SAMPLE};
-
 use crate::metrics::{Adherence, adherence, log_mel_distance_db};
 use crate::plan::{PlanFrame, ResidualQuantizer, Spectrum};
 use crate::rng::Rng;
