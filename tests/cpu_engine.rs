@@ -18,7 +18,7 @@ fn lively(config: ModelConfig, seed: u64) -> Checkpoint {
     let mut checkpoint = Checkpoint::untrained(config, seed).unwrap();
     let mut rng = Rng::new(seed);
     for (_, weights) in checkpoint.weights.iter_mut().filter(|(name, _)| name.starts_with("wave.")) {
-        weights.iter_mut().for_each(|w| *w += 0.05 * rng.normal());
+        weights.change(|all| all.mapv_inplace(|w| w + 0.05 * rng.normal()));
     }
     checkpoint.generation = GenerationSettings { grain: 0.9, past: 0.5, offset: 0.3 };
     checkpoint
@@ -207,7 +207,7 @@ fn a_model_stored_in_whole_numbers_plays_the_same_tokens() {
     };
     let mut lively = tiny(7);
     for (_, gains) in lively.weights.iter_mut().filter(|(name, _)| name.ends_with("_norm")) {
-        gains.iter_mut().enumerate().for_each(|(i, gain)| *gain += 0.1 * (i as f32).sin());
+        gains.change(|gains| gains.iter_mut().enumerate().for_each(|(i, gain)| *gain += 0.1 * (i as f32).sin()));
     }
     // What is not rounded to whole numbers is rounded to half precision.
     let half = stored(&lively, wavegen::checkpoint::Precision::F16);

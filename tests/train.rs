@@ -269,7 +269,7 @@ fn one_part_can_be_trained_on_from_a_model() {
     assert_eq!(tuned.quantizer, base.quantizer);
     assert_eq!(tuned.generation, base.generation);
     for (name, weights) in &base.weights {
-        assert_eq!(tuned.weights[name] == weights, name.starts_with("wave."), "{name}");
+        assert_eq!(&tuned.weights[name] == weights, name.starts_with("wave."), "{name}");
     }
 }
 

@@ -4,8 +4,6 @@
 //! These are the maps inside and between blocks, of embedded tokens, and those that end in logits of plan tokens. The head and the
 //! maps of features and plan frames stay as they are: they are small, and what they say is heard at once.
 
-use std::borrow::Cow;
-
 /// Last part of the names of maps that are rounded; so is `shortcut.1`.
 const ROUNDED: [&str; 7] = ["input", "qkv", "out", "up", "down", "head_in", "head_out"];
 
@@ -27,18 +25,6 @@ pub fn gain_of(name: &str) -> Option<String> {
     Some(format!("{parent}.{norm}"))
 }
 
-/// The matrix `[gain.len(), n_out]` with its rows multiplied by the gain; itself where that was done before it was stored.
-pub fn with_gain<'a>(matrix: &'a [f32], n_out: usize, gain: &[f32]) -> Cow<'a, [f32]> {
-    if gain.iter().all(|&gain| gain == 1.0) {
-        return Cow::Borrowed(matrix);
-    }
-    let mut out = matrix.to_vec();
-    for (row, gain) in out.chunks_exact_mut(n_out).zip(gain) {
-        row.iter_mut().for_each(|w| *w *= gain);
-    }
-    Cow::Owned(out)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -49,9 +35,9 @@ mod tests {
     fn most_weights_of_a_model_are_rounded_and_every_gain_is_there() {
         let model = Checkpoint::untrained(ModelConfig::preset("small").unwrap(), 1).unwrap();
         let rounded = model.weights.iter().filter(|(name, _)| is_rounded(name));
-        let n: usize = rounded.clone().map(|(_, matrix)| matrix.len()).sum();
+        let n: usize = rounded.clone().map(|(_, matrix)| matrix.n_weights()).sum();
         assert!(n > 3 * model.n_weights("") / 4, "{n} of {}", model.n_weights(""));
-        assert!(rounded.clone().all(|(_, matrix)| matrix.ndim() == 2));
+        assert!(rounded.clone().all(|(_, matrix)| matrix.shape().len() == 2));
         let gains: Vec<String> = model.weights.keys().filter_map(|name| gain_of(name)).collect();
         assert!(gains.iter().all(|gain| model.weights.contains_key(gain)), "{gains:?}");
         assert!(!is_rounded("wave.head.weight") && gain_of("wave.head.weight").as_deref() == Some("wave.norm"));

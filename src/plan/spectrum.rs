@@ -277,13 +277,11 @@ fn triangle(centres: &[f64], step_hz: f64, band: usize, bin_hz: f64, n_bins: usi
         let hz = bin as f64 * bin_hz;
         ((hz - low) / (centre - low)).min((high - hz) / (high - centre)).max(0.0)
     };
-    let weights: Vec<f64> = (0..n_bins).map(weight).collect();
-    let sum: f64 = weights.iter().sum();
-    match weights.iter().position(|&w| w > 0.0) {
-        Some(first) => {
-            let end = weights.iter().rposition(|&w| w > 0.0).map_or(n_bins, |last| last + 1);
-            (first, weights[first..end].iter().map(|w| w / sum).collect())
-        }
+    let bins = (low / bin_hz).max(0.0) as usize..n_bins.min((high / bin_hz) as usize + 1);
+    let inside: Vec<(usize, f64)> = bins.map(|bin| (bin, weight(bin))).filter(|&(_, weight)| weight > 0.0).collect();
+    let sum: f64 = inside.iter().map(|(_, weight)| weight).sum();
+    match inside.first() {
+        Some(&(first, _)) => (first, inside.iter().map(|(_, weight)| weight / sum).collect()),
         // Narrower than a bin and between two: the nearest one.
         None => (((centre / bin_hz).round() as usize).min(n_bins - 1), vec![1.0]),
     }

@@ -155,6 +155,10 @@ impl Rounded {
         Self { n_out, whole: rounded, scales: most.into_iter().map(unit).collect() }
     }
 
+    pub fn n_in(&self) -> usize {
+        self.whole.len() / self.n_out
+    }
+
     /// What the whole numbers stand for, `[n_in, n_out]`.
     pub fn values(&self) -> Vec<f32> {
         let mut values = vec![0.0; self.whole.len()];
@@ -167,9 +171,8 @@ impl Rounded {
     }
 
     /// Laid out for the kernels.
-    pub fn pack(mut self) -> PanelsI8 {
-        let n_out = self.n_out;
-        let n_in = self.whole.len() / n_out;
+    pub fn pack(&self) -> PanelsI8 {
+        let (n_in, n_out) = (self.n_in(), self.n_out);
         let groups = n_in.div_ceil(GROUP);
         let panels = panels(n_out, groups);
         let mut lines = vec![LineI8::ZERO; groups * n_out.div_ceil(LANES)];
@@ -177,10 +180,10 @@ impl Rounded {
         for row in self.whole.chunks_exact(n_out) {
             offsets.iter_mut().zip(row).for_each(|(offset, &q)| *offset -= 128 * i32::from(q));
         }
-        // Four rows at a time, the last of which are padded with zeros.
-        self.whole.resize(groups * GROUP * n_out, 0);
-        for (group, rows) in self.whole.chunks_exact(GROUP * n_out).enumerate() {
-            let [a, b, c, d] = std::array::from_fn(|t| &rows[t * n_out..][..n_out]);
+        let zeros = vec![0; n_out];
+        for (group, rows) in self.whole.chunks(GROUP * n_out).enumerate() {
+            let mut rows = rows.chunks_exact(n_out);
+            let [a, b, c, d] = std::array::from_fn(|_| rows.next().unwrap_or(&zeros));
             for panel in &panels {
                 let lines = &mut lines[panel.at + group * panel.vectors..][..panel.vectors];
                 for (line, at) in lines.iter_mut().zip((panel.first..n_out).step_by(LANES)) {
@@ -192,8 +195,9 @@ impl Rounded {
                 }
             }
         }
-        self.scales.resize(offsets.len(), 0.0);
-        PanelsI8 { n_in, n_out, groups, panels, lines, scales: self.scales, offsets }
+        let mut scales = self.scales.clone();
+        scales.resize(offsets.len(), 0.0);
+        PanelsI8 { n_in, n_out, groups, panels, lines, scales, offsets }
     }
 }
 

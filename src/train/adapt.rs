@@ -4,13 +4,12 @@
 //! Where no step found them likelier, or where the adapted wave transformer plays them worse, the model's own weights stay:
 //! adapting may be of no use, but does no harm that the tails would show. Codebooks and generation settings stay in any case.
 
-use std::collections::BTreeMap;
 use std::f64::consts::LN_2;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
-use ndarray::{ArrayD, s};
+use ndarray::s;
 use serde::Serialize;
 
 use super::dataset::{Dataset, Recording};
@@ -21,7 +20,7 @@ use super::schedule::{Budget, PLAN_SHARE};
 use super::workers::Workers;
 use super::{Part, TrainError, TrainEvent, calibrate, plan, wave};
 use crate::audio::AudioSource;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Weights};
 use crate::codec::Codec;
 use crate::corpus::piece;
 use crate::forecast::CpuForecaster;
@@ -363,9 +362,6 @@ impl End {
         }
     }
 }
-
-/// Weights by name.
-type Weights = BTreeMap<String, ArrayD<f32>>;
 
 /// What one part learns from the heads, and how the tails judge it.
 struct Study<'a, T> {

@@ -9,7 +9,7 @@
 use ndarray::{ArrayD, s};
 
 use super::Part;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Weight};
 use crate::model::config::{ConfigError, ModelConfig, PlanTransformerConfig};
 use crate::model::params::ParamsError;
 
@@ -74,7 +74,7 @@ pub fn grow(old: &Checkpoint, config: &ModelConfig, seed: u64) -> Result<(Checkp
     for (name, new) in &mut model.weights {
         match (name.split('.').next(), &plan, &wave) {
             (Some("plan"), Fate::Kept | Fate::Moved | Fate::Grown, _) => {
-                *new = larger(name, old.weights.get(name), new)
+                *new = larger(name, old.weights.get(name), new).into()
             }
             (Some("wave"), _, Fate::Kept | Fate::Moved) => new.clone_from(&old.weights[name]),
             _ => {}
@@ -122,11 +122,15 @@ impl Role {
 }
 
 /// `old` (none in a new layer) in the shape of `new`, which holds what a new model begins with.
-fn larger(name: &str, old: Option<&ArrayD<f32>>, new: &ArrayD<f32>) -> ArrayD<f32> {
+fn larger(name: &str, old: Option<&Weight>, new: &Weight) -> ArrayD<f32> {
+    let (old, new) = (old.map(Weight::floats), new.floats());
     let (mut grown, parts, scale) = match Role::of(name) {
         Role::Writes => (ArrayD::zeros(new.raw_dim()), 1, 1.0),
-        Role::Reads { parts } => (new.clone(), parts, 1.0),
-        Role::Gain => (new.clone(), 1, old.map_or(1.0, |old| (old.len() as f32 / new.len() as f32).sqrt())),
+        Role::Reads { parts } => (new.into_owned(), parts, 1.0),
+        Role::Gain => {
+            let scale = old.as_ref().map_or(1.0, |old| (old.len() as f32 / new.len() as f32).sqrt());
+            (new.into_owned(), 1, scale)
+        }
     };
     let Some(old) = old else { return grown };
     for (mut to, from) in grown.rows_mut().into_iter().zip(old.rows()) {
@@ -176,7 +180,7 @@ mod tests {
     fn tiny() -> Checkpoint {
         let mut model = Checkpoint::untrained(ModelConfig::preset("tiny").unwrap(), 3).unwrap();
         let mut rng = Rng::new(11);
-        model.weights.values_mut().flatten().for_each(|w| *w += 0.2 * rng.normal());
+        model.weights.values_mut().for_each(|weight| weight.change(|all| all.mapv_inplace(|w| w + 0.2 * rng.normal())));
         model
     }
 
@@ -244,7 +248,7 @@ mod tests {
         let (new, [(_, plan), (_, wave)]) = fate(&|c| c.n_heads = 4);
         assert_eq!((plan, wave), (Fate::New("its heads are 8 features wide instead of 16".into()), Fate::Kept));
         for (name, weights) in &old.weights {
-            assert_eq!(new.weights[name] == weights, name.starts_with("wave."), "{name}");
+            assert_eq!(&new.weights[name] == weights, name.starts_with("wave."), "{name}");
         }
         let (_, [(_, plan), _]) = fate(&|c| c.n_layers = 1);
         assert_eq!(plan, Fate::New("its n_layers is 1, less than 2".into()));

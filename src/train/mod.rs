@@ -175,8 +175,9 @@ impl TrainSettings {
         let start = match &self.start {
             Start::New(_) => "new".to_owned(),
             Start::From(checkpoint) | Start::Translated { model: checkpoint, .. } => {
-                let weights = checkpoint.weights.values().flatten().chain(&checkpoint.quantizer.books);
-                format!("{:016x}", Hash::new().words(weights.map(|w| w.to_bits().into())).value())
+                let weights = checkpoint.weights.values().flat_map(|weight| weight.values().into_owned());
+                let all = weights.chain(checkpoint.quantizer.books.iter().copied());
+                format!("{:016x}", Hash::new().words(all.map(|w| w.to_bits().into())).value())
             }
         };
         [

@@ -18,6 +18,7 @@ use super::optimizer::{AdamW, Entry};
 use super::watch::History;
 use super::{Part, TrainError};
 use crate::atomic::write_whole;
+use crate::checkpoint::Weights;
 use crate::plan::ResidualQuantizer;
 
 /// States kept of each part: the newest, and one more should the newest be damaged.
@@ -195,17 +196,18 @@ impl<'a> StateFolder<'a> {
         let entries: Vec<Entry> = optimizer
             .averages()?
             .into_iter()
-            .map(|(name, array)| (name, array.shape().to_vec(), array.into_raw_vec_and_offset().0))
+            .map(|(name, weight)| (name, weight.shape(), weight.values().into_owned()))
             .collect();
         write_whole(&self.path.join(best_name(part)), &self.encode(&entries, "")?).map_err(|source| self.io(source))
     }
 
     /// The averaged weights that were best, on all ranks.
-    pub fn best(&self, part: Part) -> Option<BTreeMap<String, ArrayD<f32>>> {
+    pub fn best(&self, part: Part) -> Option<Weights> {
         let stored = self.group.is_first().then(|| std::fs::read(self.path.join(best_name(part))).ok());
         let mut bytes = stored.flatten().unwrap_or_default();
         self.group.broadcast(&mut bytes);
-        decode(&bytes).map(|(_, tensors)| tensors)
+        let (_, tensors) = decode(&bytes)?;
+        Some(tensors.into_iter().map(|(name, tensor)| (name, tensor.into())).collect())
     }
 
     /// A part's states, newest first.
@@ -306,8 +308,8 @@ mod tests {
         let mut taken = optimizer(0.0);
         let folder = StateFolder::open(&Alone, &output, &identity("1"), false).unwrap();
         assert_eq!(folder.load(Part::Wave, &mut taken).unwrap().step, 12);
-        assert_eq!(taken.averages().unwrap()[0].1[[0]], 12.0);
-        assert_eq!(folder.best(Part::Wave).unwrap()["x"][[0]], 99.0);
+        assert_eq!(taken.averages().unwrap()[0].1.values()[0], 12.0);
+        assert_eq!(folder.best(Part::Wave).unwrap()["x"].values()[0], 99.0);
         assert_eq!(folder.load(Part::Plan, &mut taken).unwrap(), Progress::default());
         // A damaged file costs the steps since the one before it.
         let newest = &folder.states(Part::Wave)[0];

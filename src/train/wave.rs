@@ -9,7 +9,7 @@ use super::dataset::{Dataset, Pick, Recording};
 use super::lesson::Lesson;
 use super::optimizer::AdamW;
 use super::{Part, Run, TrainError};
-use crate::codec::Token;
+use crate::codec::{Quantizer, Token};
 use crate::forecast::{CpuForecaster, ForecastConfig, ForecastError, Forecaster};
 use crate::model::config::ModelConfig;
 use crate::model::excerpt::{Excerpt, Piece};
@@ -20,9 +20,13 @@ use crate::rng::Rng;
 
 /// Plan frames of an excerpt; about a second.
 pub(super) const EXCERPT: usize = 32;
-/// Share of the excerpts whose history is noisy, and whose plan is quantised as in generation.
+/// Share of the excerpts whose history is noisy, whose plan is quantised as in generation, and that are digital silence from one place
+/// to another, as between the takes and under the fades of real recordings.
 const NOISY: f32 = 0.5;
 const QUANTISED: f32 = 0.7;
+const SILENCED: f32 = 0.05;
+/// Most rms of a noisy history's noise, in bins of mu-law.
+const MOST_NOISE: f32 = 1.0;
 /// Gain of an excerpt, dB, drawn evenly.
 const GAIN_DB: (f32, f32) = (-12.0, 2.0);
 /// Places per validation, frames scored at each after [`WARM`] frames that are only read.
@@ -30,6 +34,15 @@ const PLACES: usize = 6;
 pub(super) const WARM: usize = 8;
 /// Steps between validations.
 const VALIDATE: usize = 250;
+
+/// Rms of a noisy history's noise in bins of mu-law, for a uniform draw: even by its logarithm, from where it begins to move tokens.
+fn noise(quantizer: Quantizer, uniform: f32) -> f32 {
+    let least: f32 = match quantizer {
+        Quantizer::Mulaw8 => 0.3,
+        Quantizer::Pcm16 => 0.02,
+    };
+    least * (MOST_NOISE / least).powf(uniform)
+}
 
 /// Trains until the budget is spent; the averages then hold the result.
 pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, TrainError> {
@@ -125,9 +138,13 @@ impl Maker<'_> {
         let Pick { recording, first, speed } = self.data.pick(before + frames, self.speed_variation, rng);
         let gain = 10.0f32.powf((GAIN_DB.0 + (GAIN_DB.1 - GAIN_DB.0) * rng.uniform()) / 20.0);
         let quantised = rng.uniform() < QUANTISED;
-        let noise = if rng.uniform() < NOISY { rng.uniform() } else { 0.0 };
         let codec = &self.config.codec;
-        let tokens = recording.tokens_at(first * hop, (before + frames) * hop, speed, gain, codec)?;
+        let noise = if rng.uniform() < NOISY { noise(codec.quantizer, rng.uniform()) } else { 0.0 };
+        let mut tokens = recording.tokens_at(first * hop, (before + frames) * hop, speed, gain, codec)?;
+        if rng.uniform() < SILENCED {
+            let (a, b) = (rng.below(tokens.len()), rng.below(tokens.len()));
+            tokens[a.min(b)..a.max(b)].fill(codec.encode(0.0));
+        }
         let mut hear = |&t: &Token| match noise {
             0.0 => t,
             noise => codec.moved(t, noise * rng.normal()),

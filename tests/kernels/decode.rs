@@ -175,7 +175,7 @@ fn lively(config: ModelConfig, seed: u64) -> Checkpoint {
     let mut checkpoint = Checkpoint::untrained(config, seed).unwrap();
     let mut rng = Rng::new(seed);
     for weights in checkpoint.weights.values_mut() {
-        weights.iter_mut().for_each(|w| *w += 0.05 * rng.normal());
+        weights.change(|all| all.mapv_inplace(|w| w + 0.05 * rng.normal()));
     }
     checkpoint.generation = GenerationSettings { grain: 0.9, past: 0.5, offset: 0.3 };
     checkpoint

@@ -205,7 +205,7 @@ fn the_optimizer_steps_on_the_gpu_as_on_the_cpu() {
             optimizer.step(0.05, i != 2).unwrap();
         }
         optimizer.swap().unwrap();
-        let averages = optimizer.averages().unwrap().remove(0).1.into_raw_vec_and_offset().0;
+        let averages = optimizer.averages().unwrap().remove(0).1.values().into_owned();
         (var.flatten_all().unwrap().to_vec1::<f32>().unwrap(), averages)
     };
     let (got, expected) = (weights_after(device), weights_after(&Device::Cpu));

@@ -1,26 +1,22 @@
 //! Linear maps of a checkpoint, packed for the kernels: whole numbers of 8 bits, or f32.
 
-use std::borrow::Cow;
-use std::collections::BTreeMap;
-
-use ndarray::ArrayD;
-
 use super::Precision;
+use crate::checkpoint::{Weights, matrix, rounded};
 use crate::engine::EngineError;
-use crate::model::rounding::{gain_of, is_rounded, with_gain};
+use crate::model::rounding::is_rounded;
 use crate::simd::Kernels;
 use crate::simd::panels::{PanelsF32, PanelsI8};
 
 /// The weights of a checkpoint below a name.
 #[derive(Clone)]
 pub struct Source<'a> {
-    weights: &'a BTreeMap<String, ArrayD<f32>>,
+    weights: &'a Weights,
     prefix: String,
     pub precision: Precision,
 }
 
 impl<'a> Source<'a> {
-    pub fn new(weights: &'a BTreeMap<String, ArrayD<f32>>, prefix: &str, precision: Precision) -> Self {
+    pub fn new(weights: &'a Weights, prefix: &str, precision: Precision) -> Self {
         Self { weights, prefix: prefix.to_owned(), precision }
     }
 
@@ -29,36 +25,27 @@ impl<'a> Source<'a> {
     }
 
     /// Its values, row-major.
-    pub fn values(&self, name: &str) -> Result<&'a [f32], EngineError> {
-        self.all(&format!("{}.{name}", self.prefix))
-    }
-
-    /// As [`values`](Self::values), by the whole name.
-    fn all(&self, name: &str) -> Result<&'a [f32], EngineError> {
-        let array = self.weights.get(name).ok_or_else(|| EngineError::State(format!("the model has no '{name}'")))?;
-        array.as_slice().ok_or_else(|| EngineError::State(format!("'{name}' is not row-major")))
+    pub fn values(&self, name: &str) -> Result<Vec<f32>, EngineError> {
+        let full = format!("{}.{name}", self.prefix);
+        let weight = self.weights.get(&full).ok_or_else(|| EngineError::State(format!("the model has no '{full}'")))?;
+        Ok(weight.values().into_owned())
     }
 
     /// The map of `name.weight` (and `name.bias` if there is one): in whole numbers if the engine is and
-    /// [the matrix may be](is_rounded). Its rows are multiplied by [the gain](gain_of) of the norm before it.
+    /// [the matrix may be](is_rounded).
     pub fn linear(&self, name: &str) -> Result<Linear, EngineError> {
         let full = format!("{}.{name}.weight", self.prefix);
-        let shape = self.weights.get(&full).map(|w| w.shape().to_vec()).unwrap_or_default();
-        let &[_, n_out] = &shape[..] else {
-            return Err(EngineError::State(format!("'{full}' is no matrix")));
-        };
-        let weights = self.values(&format!("{name}.weight"))?;
-        let weights = match gain_of(&full) {
-            Some(gain) => with_gain(weights, n_out, self.all(&gain)?),
-            None => Cow::Borrowed(weights),
+        let no_matrix = || EngineError::State(format!("the model has no matrix '{full}'"));
+        let map = match self.precision {
+            Precision::Int8 if is_rounded(&full) => Map::I8(rounded(self.weights, &full).ok_or_else(no_matrix)?.pack()),
+            _ => {
+                let (values, n_out) = matrix(self.weights, &full).ok_or_else(no_matrix)?;
+                Map::F32(PanelsF32::pack(&values, n_out))
+            }
         };
         let bias = match self.weights.contains_key(&format!("{}.{name}.bias", self.prefix)) {
-            true => self.values(&format!("{name}.bias"))?.to_vec(),
+            true => self.values(&format!("{name}.bias"))?,
             false => Vec::new(),
-        };
-        let map = match self.precision {
-            Precision::Int8 if is_rounded(&full) => Map::I8(PanelsI8::pack(&weights, n_out)),
-            _ => Map::F32(PanelsF32::pack(&weights, n_out)),
         };
         Ok(Linear { map, bias })
     }

@@ -3,7 +3,8 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use super::plan::PlanTurn;
-use super::{Stream, Turn, Weights, Work};
+use super::stream::{Stream, Turn, Work};
+use super::weights::Weights;
 use crate::codec::Token;
 use crate::engine::EngineError;
 use crate::plan::PlanFrame;
@@ -93,10 +94,10 @@ impl Member {
     /// # Errors
     /// None of its own.
     pub fn render(&self, weights: &Weights, turn: Turn, work: &mut Work) -> Result<(), EngineError> {
-        let Turn { stream, sampling, uniforms, out } = turn;
+        let Turn { sound, sampling, uniforms, out } = turn;
         {
             let mut seat = self.seat();
-            std::mem::swap(&mut seat.stream, stream);
+            std::mem::swap(&mut seat.stream.sound, sound);
             seat.wave_sampling = *sampling;
             seat.uniforms.clear();
             seat.uniforms.extend_from_slice(uniforms);
@@ -104,7 +105,7 @@ impl Member {
         }
         let done = self.wait_for(Task::Render, weights, work);
         let mut seat = self.seat();
-        std::mem::swap(&mut seat.stream, stream);
+        std::mem::swap(&mut seat.stream.sound, sound);
         out.copy_from_slice(&seat.tokens);
         done
     }
@@ -152,7 +153,7 @@ impl Seat {
 
     fn turn(&mut self) -> Turn<'_> {
         let Seat { stream, wave_sampling: sampling, uniforms, tokens, .. } = self;
-        Turn { stream, sampling, uniforms, out: tokens }
+        Turn { sound: &mut stream.sound, sampling, uniforms, out: tokens }
     }
 }
 

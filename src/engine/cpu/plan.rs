@@ -75,7 +75,7 @@ impl PlanTransformer {
     pub fn new(source: &Source, config: &ModelConfig) -> Result<Self, EngineError> {
         let c = &config.plan_transformer;
         let n_codebooks = config.plan.n_codebooks;
-        let table = |q: usize, name: &str| Ok(source.under(q).values(name)?.to_vec());
+        let table = |q: usize, name: &str| source.under(q).values(name);
         Ok(Self {
             dim: c.dim,
             n_entries: config.plan.n_entries,
@@ -85,7 +85,7 @@ impl PlanTransformer {
                 source,
                 StackShape { dim: c.dim, n_layers: c.n_layers, n_heads: c.n_heads, window: c.window },
             )?,
-            gain: source.values("norm")?.to_vec(),
+            gain: source.values("norm")?,
             given: (1..n_codebooks).map(|q| table(q - 1, "given")).collect::<Result<_, EngineError>>()?,
             heads: (0..n_codebooks)
                 .map(|q| Ok([source.under(q).linear("head_in")?, source.under(q).linear("head_out")?]))

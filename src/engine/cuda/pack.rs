@@ -1,9 +1,8 @@
 //! Turns a checkpoint into the blobs that kernels/decode_persistent.cu reads: weights, tables, and where everything lies.
 
 use half::bf16;
-use ndarray::ArrayD;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Weight};
 use crate::codec::{Codec, N_CODES, Quantizer, Token};
 use crate::cuda::launch::{
     DecodeLinear, DecodeModel, DecodeStack, DecodeTier, Element, MAX_TIERS, PlanGrid, ToneTables, Words,
@@ -61,12 +60,12 @@ const DIVIDED: Kind = Kind { exact: false, whole: false, gain: None, alternate: 
 const EXACT: Kind = Kind { exact: true, whole: true, gain: None, alternate: false };
 
 impl Packer<'_> {
-    fn tensor(&self, name: &str) -> Result<&ArrayD<f32>, EngineError> {
+    fn tensor(&self, name: &str) -> Result<&Weight, EngineError> {
         self.checkpoint.weights.get(name).ok_or_else(|| EngineError::State(format!("the model has no '{name}'")))
     }
 
     fn values(&self, name: &str) -> Result<Vec<f32>, EngineError> {
-        Ok(self.tensor(name)?.iter().copied().collect())
+        Ok(self.tensor(name)?.values().into_owned())
     }
 
     /// Appends f32 values, 16-byte aligned; gives where they begin.
@@ -88,7 +87,7 @@ impl Packer<'_> {
     /// Appends a map; gives its number.
     fn linear(&mut self, name: &str, kind: Kind) -> Result<i32, EngineError> {
         let full = format!("{name}.weight");
-        let shape = self.tensor(&full)?.shape().to_vec();
+        let shape = self.tensor(&full)?.shape();
         let &[n_in, n_out] = &shape[..] else { return Err(EngineError::State(format!("'{full}' is no matrix"))) };
         let mut matrix = self.values(&full)?;
         if let Some(gain) = kind.gain {

@@ -1,5 +1,7 @@
 //! One safetensors file that holds a whole model: configuration and notes in its metadata, codebooks and weights.
 
+mod weight;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
@@ -14,15 +16,18 @@ use crate::atomic::write_whole;
 use crate::model::Model;
 use crate::model::config::{ConfigError, GenerationSettings, ModelConfig};
 use crate::model::params::{Params, ParamsError};
-use crate::model::rounding::{gain_of, is_rounded, with_gain};
+use crate::model::rounding::{gain_of, is_rounded};
 use crate::plan::{PlanError, ResidualQuantizer, Spectrum};
 use crate::simd::panels::Rounded;
+use weight::weights;
+pub use weight::{Weight, Weights};
+pub(crate) use weight::{matrix, rounded};
 
 /// Value of the metadata key `format`.
 const FORMAT: &str = "wavegen";
 /// Version of the file's layout; a file of another version is refused.
 const VERSION: &str = "1";
-const BUILT_IN: &[u8] = include_bytes!("../models/piano.safetensors");
+const BUILT_IN: &[u8] = include_bytes!("../../models/piano.safetensors");
 /// What error messages call the model inside the program.
 const BUILT_IN_NAME: &str = "(built-in model)";
 
@@ -71,8 +76,7 @@ pub struct Checkpoint {
     pub generation: GenerationSettings,
     /// Codebooks of the plan.
     pub quantizer: ResidualQuantizer,
-    /// Weights by name, `plan.*` and `wave.*`, row-major.
-    pub weights: BTreeMap<String, ArrayD<f32>>,
+    pub weights: Weights,
     /// Free text for people: licence, data, training figures.
     pub notes: BTreeMap<String, String>,
     /// How the file that it was read from stores it.
@@ -126,25 +130,33 @@ impl Checkpoint {
             serde_json::from_str(field("generation")).map_err(|e| damaged(format!("its generation settings: {e}")))?;
         let notes = serde_json::from_str(field("notes")).map_err(|e| damaged(format!("its notes: {e}")))?;
         let read = |(name, view): &(&str, TensorView)| {
-            let values = match view.dtype() {
-                Dtype::I8 => scaled(&tensors, name, view),
-                _ => decode(view),
+            let odd = || damaged(format!("tensor '{name}' is {:?}", view.dtype()));
+            let (weight, finite): (Weight, _) = match view.dtype() {
+                Dtype::I8 => {
+                    let matrix = scaled(&tensors, name, view).ok_or_else(odd)?;
+                    let finite = all_finite(&matrix.scales);
+                    (Weight::Rounded(matrix), finite)
+                }
+                _ => {
+                    let values = decode(view).ok_or_else(odd)?;
+                    let finite = all_finite(&values);
+                    let array = ArrayD::from_shape_vec(IxDyn(view.shape()), values)
+                        .map_err(|e| damaged(format!("tensor '{name}': {e}")))?;
+                    (array.into(), finite)
+                }
             };
-            let values = values.ok_or_else(|| damaged(format!("tensor '{name}' is {:?}", view.dtype())))?;
-            if values.iter().any(|v| !v.is_finite()) {
+            if !finite {
                 return Err(damaged(format!("tensor '{name}' holds values that are not finite")));
             }
-            let array = ArrayD::from_shape_vec(IxDyn(view.shape()), values)
-                .map_err(|e| damaged(format!("tensor '{name}': {e}")))?;
-            Ok(((*name).to_owned(), array))
+            Ok(((*name).to_owned(), weight))
         };
         let all: Vec<_> = tensors.iter().filter(|(name, _)| !is_scales(&tensors, name)).collect();
-        let mut weights: BTreeMap<_, _> = all.par_iter().map(read).collect::<Result<_, CheckpointError>>()?;
+        let mut weights: Weights = all.par_iter().map(read).collect::<Result<_, CheckpointError>>()?;
         let mut take =
             |name: &str| weights.remove(name).ok_or_else(|| damaged(ParamsError::Missing(name.into()).to_string()));
         let shape = |e: ndarray::ShapeError| damaged(format!("codebooks: {e}"));
-        let mean = take(MEAN)?.into_dimensionality().map_err(shape)?;
-        let books = take(BOOKS)?.into_dimensionality().map_err(shape)?;
+        let mean = take(MEAN)?.floats().into_owned().into_dimensionality().map_err(shape)?;
+        let books = take(BOOKS)?.floats().into_owned().into_dimensionality().map_err(shape)?;
         let expected = [config.plan.n_codebooks, config.plan.n_entries];
         let quantizer = ResidualQuantizer::new(mean, books).map_err(|e| damaged(e.to_string()))?;
         let stored_as = |dtype| all.iter().any(|(_, view)| view.dtype() == dtype);
@@ -168,7 +180,7 @@ impl Checkpoint {
 
     /// Whether the weights are those of the model that the configuration describes.
     fn check_shapes(&self) -> Result<(), ParamsError> {
-        let shapes = self.weights.iter().map(|(name, array)| (name.clone(), array.shape().to_vec())).collect();
+        let shapes = self.weights.iter().map(|(name, weight)| (name.clone(), weight.shape())).collect();
         let mut params = Params::check(shapes);
         Model::new(&mut params, &self.config, self.quantizer.mean.len())?;
         params.finish()
@@ -182,9 +194,8 @@ impl Checkpoint {
     /// Both transformers in candle, on the CPU.
     pub fn model(&self) -> Result<Model, ParamsError> {
         let mut tensors = BTreeMap::new();
-        for (name, array) in &self.weights {
-            let values = array.as_standard_layout().into_owned().into_raw_vec_and_offset().0;
-            tensors.insert(name.clone(), Tensor::from_vec(values, array.shape(), &Device::Cpu)?);
+        for (name, weight) in &self.weights {
+            tensors.insert(name.clone(), Tensor::from_vec(weight.values().into_owned(), weight.shape(), &Device::Cpu)?);
         }
         let mut params = Params::stored(tensors);
         let model = Model::new(&mut params, &self.config, self.quantizer.mean.len())?;
@@ -205,7 +216,7 @@ impl Checkpoint {
             ResidualQuantizer::new(mean, books).map_err(|e| ParamsError::Tensor(candle_core::Error::wrap(e)))?;
         let mut params = Params::new(seed);
         Model::new(&mut params, &config, n_bands)?;
-        let weights = arrays(params.into_vars().iter().map(|(name, var)| (name, var.as_tensor())))?;
+        let weights = weights(params.into_vars().iter().map(|(name, var)| (name, var.as_tensor())))?;
         Ok(Self {
             config,
             generation: GenerationSettings::default(),
@@ -218,7 +229,7 @@ impl Checkpoint {
 
     /// Number of weights whose names begin with `prefix`.
     pub fn n_weights(&self, prefix: &str) -> usize {
-        self.weights.iter().filter(|(name, _)| name.starts_with(prefix)).map(|(_, array)| array.len()).sum()
+        self.weights.iter().filter(|(name, _)| name.starts_with(prefix)).map(|(_, weight)| weight.n_weights()).sum()
     }
 
     /// Writes the file under a temporary name and renames it when it is whole.
@@ -238,13 +249,13 @@ impl Checkpoint {
             hasher.update(bytes);
         };
         add(serde_json::to_string(&self.config).unwrap_or_default().as_bytes());
-        let mean = self.quantizer.mean.clone().into_dyn();
-        let books = self.quantizer.books.clone().into_dyn();
-        let all = self.weights.iter().map(|(name, array)| (name.as_str(), array));
-        for (name, array) in all.chain([(MEAN, &mean), (BOOKS, &books)]) {
+        let mean = self.quantizer.mean.clone().into_dyn().into();
+        let books = self.quantizer.books.clone().into_dyn().into();
+        let all = self.weights.iter().map(|(name, weight)| (name.as_str(), weight));
+        for (name, weight) in all.chain([(MEAN, &mean), (BOOKS, &books)]) {
             add(name.as_bytes());
-            add(format!("{:?}", array.shape()).as_bytes());
-            let bytes: Vec<u8> = array.iter().flat_map(|v| v.to_le_bytes()).collect();
+            add(format!("{:?}", weight.shape()).as_bytes());
+            let bytes: Vec<u8> = weight.values().iter().flat_map(|v| v.to_le_bytes()).collect();
             add(&bytes);
         }
         hasher.finalize().to_hex().to_string()
@@ -275,21 +286,21 @@ impl Checkpoint {
             };
             Stored { name: name.to_owned(), dtype, shape: shape.to_vec(), bytes }
         };
-        let rounded = |name: &str| precision == Precision::Int8 && is_rounded(name);
-        let gains: Vec<String> = self.weights.keys().filter(|name| rounded(name)).filter_map(|n| gain_of(n)).collect();
+        let whole = |name: &str| precision == Precision::Int8 && is_rounded(name);
+        let gains: Vec<String> = self.weights.keys().filter(|name| whole(name)).filter_map(|n| gain_of(n)).collect();
         let mut stored = Vec::new();
-        for (name, array) in &self.weights {
-            if rounded(name) {
-                let matrix = self.rounded(name, array);
+        for (name, weight) in &self.weights {
+            let shape = weight.shape();
+            if let Some(matrix) = rounded(&self.weights, name).filter(|_| whole(name)) {
                 let bytes = matrix.whole.iter().map(|&q| q as u8).collect();
-                stored.push(Stored { name: name.clone(), dtype: Dtype::I8, shape: array.shape().to_vec(), bytes });
+                stored.push(Stored { name: name.clone(), dtype: Dtype::I8, shape, bytes });
                 let scales = &mut matrix.scales.iter().copied();
                 stored.push(floats(&format!("{name}{SCALES}"), &[matrix.n_out], scales, false));
             } else if gains.contains(name) {
-                stored.push(floats(name, array.shape(), &mut std::iter::repeat_n(1.0, array.len()), false));
+                stored.push(floats(name, &shape, &mut std::iter::repeat_n(1.0, weight.n_weights()), false));
             } else {
-                let half = precision != Precision::F32 && array.ndim() == 2;
-                stored.push(floats(name, array.shape(), &mut array.iter().copied(), half));
+                let half = precision != Precision::F32 && shape.len() == 2;
+                stored.push(floats(name, &shape, &mut weight.values().iter().copied(), half));
             }
         }
         let ResidualQuantizer { mean, books, .. } = &self.quantizer;
@@ -297,29 +308,6 @@ impl Checkpoint {
         stored.push(floats(BOOKS, books.shape(), &mut books.iter().copied(), false));
         stored
     }
-
-    /// A matrix as the CPU engine rounds it.
-    fn rounded(&self, name: &str, matrix: &ArrayD<f32>) -> Rounded {
-        let n_out = matrix.shape().last().copied().unwrap_or(1);
-        let values: Vec<f32> = matrix.iter().copied().collect();
-        match gain_of(name).and_then(|gain| self.weights.get(&gain)) {
-            Some(gain) => Rounded::new(&with_gain(&values, n_out, &gain.iter().copied().collect::<Vec<_>>()), n_out),
-            None => Rounded::new(&values, n_out),
-        }
-    }
-}
-
-/// Tensors as plain arrays.
-pub fn arrays<'a>(
-    tensors: impl Iterator<Item = (&'a String, &'a Tensor)>,
-) -> candle_core::Result<BTreeMap<String, ArrayD<f32>>> {
-    tensors
-        .map(|(name, tensor)| {
-            let values = tensor.flatten_all()?.to_vec1::<f32>()?;
-            let array = ArrayD::from_shape_vec(IxDyn(tensor.dims()), values).map_err(candle_core::Error::wrap)?;
-            Ok((name.clone(), array))
-        })
-        .collect()
 }
 
 /// Whether `name` holds the scales of a rounded matrix.
@@ -328,12 +316,16 @@ fn is_scales(tensors: &SafeTensors, name: &str) -> bool {
     matrix.is_some_and(|matrix| matrix.dtype() == Dtype::I8)
 }
 
-/// Values of a rounded matrix, if it has its scales.
-fn scaled(tensors: &SafeTensors, name: &str, view: &TensorView) -> Option<Vec<f32>> {
+/// A rounded matrix, if it has its scales and no number that the kernels' sums have no room for.
+fn scaled(tensors: &SafeTensors, name: &str, view: &TensorView) -> Option<Rounded> {
     let scales = decode(&tensors.tensor(&format!("{name}{SCALES}")).ok()?)?;
     let &[_, n_out] = view.shape() else { return None };
-    let whole = view.data().iter().map(|&q| q as i8).collect();
-    (scales.len() == n_out && n_out > 0).then(|| Rounded { n_out, whole, scales }.values())
+    let whole: Vec<i8> = view.data().iter().map(|&q| q as i8).collect();
+    (scales.len() == n_out && n_out > 0 && !whole.contains(&i8::MIN)).then_some(Rounded { n_out, whole, scales })
+}
+
+fn all_finite(values: &[f32]) -> bool {
+    values.iter().all(|v| v.is_finite())
 }
 
 fn decode(view: &TensorView) -> Option<Vec<f32>> {
@@ -380,7 +372,7 @@ mod tests {
         let model = tiny();
         let back = Checkpoint::from_bytes(&model.to_bytes(Precision::F16).unwrap(), Path::new("half")).unwrap();
         for (name, array) in &model.weights {
-            for (a, b) in array.iter().zip(&back.weights[name]) {
+            for (a, b) in array.values().iter().zip(back.weights[name].values().iter()) {
                 assert!((a - b).abs() <= a.abs() * 1e-3 + 1e-7, "{name}: {a} {b}");
             }
         }
@@ -389,15 +381,19 @@ mod tests {
     #[test]
     fn rounded_matrices_come_back_as_the_cpu_engine_rounds_them() {
         let mut model = tiny();
-        model.weights.get_mut("plan.blocks.1.attention_norm").unwrap().iter_mut().step_by(2).for_each(|g| *g = 1.7);
+        let gains = model.weights.get_mut("plan.blocks.1.attention_norm").unwrap();
+        gains.change(|gains| gains.iter_mut().step_by(2).for_each(|gain| *gain = 1.7));
         let load = |model: &Checkpoint, precision| {
             Checkpoint::from_bytes(&model.to_bytes(precision).unwrap(), Path::new("int8")).unwrap()
         };
         let back = load(&model, Precision::Int8);
         assert_eq!((back.precision, load(&model, Precision::F16).precision), (Precision::Int8, Precision::F16));
-        assert!(back.weights["plan.blocks.1.attention_norm"].iter().all(|&gain| gain == 1.0));
-        for (name, matrix) in model.weights.iter().filter(|(name, _)| is_rounded(name)) {
-            assert_eq!(back.rounded(name, &back.weights[name]), model.rounded(name, matrix), "{name}");
+        assert!(back.weights["plan.blocks.1.attention_norm"].values().iter().all(|&gain| gain == 1.0));
+        for name in model.weights.keys().filter(|name| is_rounded(name)) {
+            let matrix = rounded(&model.weights, name).unwrap().into_owned();
+            let (values, n_out) = super::matrix(&back.weights, name).unwrap();
+            assert_eq!(Rounded::new(&values, n_out), matrix, "{name}");
+            assert_eq!(back.weights[name], Weight::Rounded(matrix), "{name}");
         }
         assert_eq!(load(&back, Precision::Int8).weights, back.weights);
         let sizes = [Precision::Int8, Precision::F32].map(|precision| model.to_bytes(precision).unwrap().len());
@@ -405,11 +401,15 @@ mod tests {
     }
 
     #[test]
-    fn rounded_matrices_without_their_scales_are_refused() {
-        let bytes = [0; 8];
-        for (shape, n_scales) in
-            [(vec![2, 4], None), (vec![2, 4], Some(2)), (vec![8], Some(1)), (vec![2, 2, 2], Some(2))]
-        {
+    fn rounded_matrices_without_their_scales_or_with_odd_numbers_are_refused() {
+        let low = [-128i8 as u8; 8];
+        for (shape, n_scales, bytes) in [
+            (vec![2, 4], None, [0; 8]),
+            (vec![2, 4], Some(2), [0; 8]),
+            (vec![8], Some(1), [0; 8]),
+            (vec![2, 2, 2], Some(2), [0; 8]),
+            (vec![4, 2], Some(2), low),
+        ] {
             let mut tensors = vec![("a.weight", TensorView::new(Dtype::I8, shape.clone(), &bytes).unwrap())];
             if let Some(n) = n_scales {
                 tensors.push(("a.weight.scales", TensorView::new(Dtype::F32, vec![n], &bytes[..4 * n]).unwrap()));
@@ -417,7 +417,7 @@ mod tests {
             let file = safetensors::serialize(tensors, None).unwrap();
             let file = SafeTensors::deserialize(&file).unwrap();
             let read = scaled(&file, "a.weight", &file.tensor("a.weight").unwrap());
-            assert!(read.is_none(), "{shape:?} with {n_scales:?} scales");
+            assert!(read.is_none(), "{shape:?} with {n_scales:?} scales of {bytes:?}");
         }
     }
 
@@ -445,9 +445,9 @@ mod tests {
         assert!(text.contains("'wave.head.bias' is missing"), "{text}");
         let text = missing(&|m| m.config.wave_transformer.tiers[0].dim = 64);
         assert!(text.contains("the configuration wants"), "{text}");
-        let text = missing(&|m| drop(m.weights.insert("wave.extra".into(), ArrayD::zeros(IxDyn(&[1])))));
+        let text = missing(&|m| drop(m.weights.insert("wave.extra".into(), ArrayD::zeros(IxDyn(&[1])).into())));
         assert!(text.contains("'wave.extra' belongs to no part"), "{text}");
-        let text = missing(&|m| m.weights.get_mut("wave.head.bias").unwrap().fill(f32::NAN));
+        let text = missing(&|m| m.weights.get_mut("wave.head.bias").unwrap().change(|bias| bias.fill(f32::NAN)));
         assert!(text.contains("not finite"), "{text}");
         let bytes = tiny().to_bytes(Precision::F32).unwrap();
         let cut = Checkpoint::from_bytes(&bytes[..bytes.len() - 100], path).unwrap_err();
@@ -469,7 +469,10 @@ mod tests {
         };
         assert_ne!(other(&|m| m.config.plan_transformer.n_heads = 1), model.fingerprint());
         assert_ne!(other(&|m| m.quantizer.mean[3] += 1e-6), model.fingerprint());
-        assert_ne!(other(&|m| m.weights.get_mut("wave.head.bias").unwrap()[0] += 1e-6), model.fingerprint());
+        assert_ne!(
+            other(&|m| m.weights.get_mut("wave.head.bias").unwrap().change(|bias| bias[0] += 1e-6)),
+            model.fingerprint()
+        );
     }
 
     #[test]

@@ -1,0 +1,193 @@
+//! A packed model, and everything that streams over it are told, asked and played with.
+
+use ndarray::{Array2, ArrayView2, s};
+
+use super::CpuOptions;
+use super::linear::Source;
+use super::plan::{PlanTransformer, PlanTurn};
+use super::stream::{Lane, Sound, Turn, Work};
+use super::wave::{Step, WaveTransformer};
+use crate::checkpoint::Checkpoint;
+use crate::codec::Token;
+use crate::engine::{EngineError, UNIFORMS_PER_SAMPLE, expect, state_error};
+use crate::forecast::PLANNED;
+use crate::model::config::{GenerationSettings, ModelConfig};
+use crate::model::features::{features, residual_code};
+use crate::plan::{ResidualQuantizer, Spectrum};
+use crate::sampler::Mixture;
+use crate::simd::Kernels;
+
+/// Plan frames of the prompt that the wave transformer reads: more than its attention windows hold.
+const WAVE_CONTEXT: usize = 32;
+
+/// A packed model.
+pub struct Weights {
+    pub config: ModelConfig,
+    pub quantizer: ResidualQuantizer,
+    pub spectrum: Spectrum,
+    pub generation: GenerationSettings,
+    pub kernels: &'static Kernels,
+    pub plan: PlanTransformer,
+    pub wave: WaveTransformer,
+}
+
+impl Weights {
+    pub fn new(checkpoint: &Checkpoint, options: &CpuOptions) -> Result<Self, EngineError> {
+        let isa = options.isa;
+        let kernels = Kernels::of(isa)
+            .ok_or_else(|| EngineError::State(format!("this machine has no instruction set '{}'", isa.name())))?;
+        let source = |part: &str| Source::new(&checkpoint.weights, part, options.precision);
+        let config = checkpoint.config.clone();
+        let spectrum = checkpoint.spectrum()?;
+        let (plan, wave) = rayon::join(
+            || PlanTransformer::new(&source("plan"), &config),
+            || WaveTransformer::new(&source("wave"), &config),
+        );
+        Ok(Self {
+            plan: plan?,
+            wave: wave?,
+            quantizer: checkpoint.quantizer.clone(),
+            spectrum,
+            generation: checkpoint.generation,
+            kernels,
+            config,
+        })
+    }
+
+    /// Tokens -> quantised plan: tokens `[frames, n_codebooks]`, flat, and decoded bands `[frames, n_bands]`.
+    pub fn plan_of(&self, tokens: &[Token]) -> Result<(Vec<u16>, Array2<f32>), EngineError> {
+        let exact = self.spectrum.analyse(&self.config.codec.decode_all(tokens));
+        let codes = self.quantizer.encode_all(exact.view())?;
+        let bands = self.quantizer.decode_all(codes.view())?;
+        Ok((codes.into_iter().collect(), bands))
+    }
+
+    /// Frames `[frames, n_bands]` as the plan transformer reads them.
+    pub fn centred(&self, bands: &Array2<f32>) -> Vec<f32> {
+        (bands - &self.quantizer.mean).into_iter().collect()
+    }
+
+    /// Draws the next plan frame of every stream.
+    pub fn draw(&self, turns: &mut [PlanTurn], work: &mut Work) -> Result<(), EngineError> {
+        Ok(self.plan.draw(self.kernels, &self.quantizer, turns, &mut work.plan)?)
+    }
+
+    /// As [`draw`](Self::draw).
+    pub fn draw_all<'a>(
+        &self,
+        turns: impl IntoIterator<Item = PlanTurn<'a>>,
+        work: &mut Work,
+    ) -> Result<(), EngineError> {
+        self.draw(&mut turns.into_iter().collect::<Vec<_>>(), work)
+    }
+
+    /// Renders several streams in lockstep.
+    pub fn render_all<'a>(&self, turns: impl IntoIterator<Item = Turn<'a>>, work: &mut Work) {
+        let (mut lanes, mut steps): (Vec<_>, Vec<_>) = turns.into_iter().map(Turn::split).unzip();
+        self.render(&mut lanes, &mut steps, work);
+    }
+
+    /// As many samples as the lanes have room for, within one plan frame.
+    pub fn render(&self, lanes: &mut [Lane], steps: &mut [Step], work: &mut Work) {
+        let codec = &self.config.codec;
+        let head_dim = self.config.wave_transformer.head_dim();
+        work.head.resize(lanes.len() * head_dim, 0.0);
+        let n = lanes.iter().map(|lane| lane.out.len()).min().unwrap_or(0);
+        for t in 0..n {
+            for (lane, step) in lanes.iter_mut().zip(&mut *steps) {
+                let forecasts = [lane.past.forecast(), lane.planned.forecast()];
+                (step.features, step.past_code) = features(forecasts, lane.planned.log_scale(), codec);
+                step.forecasts = forecasts;
+            }
+            self.wave.step(self.kernels, steps, &mut work.wave, &mut work.head);
+            for ((lane, step), head) in lanes.iter_mut().zip(&mut *steps).zip(work.head.chunks_exact(head_dim)) {
+                work.mixture.set(head, step.forecasts, lane.planned.log_scale(), codec);
+                let uniforms = [lane.uniforms[UNIFORMS_PER_SAMPLE * t], lane.uniforms[UNIFORMS_PER_SAMPLE * t + 1]];
+                let drawn = work.mixture.draw(uniforms, lane.sampling);
+                let (rms, grain) = (lane.planned.residual_rms(), lane.sampling.grain);
+                let sample = lane.drive.hold(drawn, step.forecasts[PLANNED], rms, grain);
+                let token = codec.encode(sample);
+                lane.past.push(codec.decode(token));
+                lane.planned.push(sample);
+                step.state.push(token, residual_code(token, step.past_code, codec));
+                lane.out[t] = token;
+            }
+        }
+    }
+
+    /// The next samples lie in this plan frame, `[n_bands]`.
+    pub fn begin_frame(&self, sound: &mut Sound, bands: &[f32], work: &mut Work) -> Result<(), EngineError> {
+        expect("plan bands", self.spectrum.n_bands(), bands.len())?;
+        sound.planned.begin_frame(&self.spectrum, sound.wave.last_frame(), bands).map_err(state_error)?;
+        self.wave.begin_frame(self.kernels, &mut sound.wave, bands, &mut work.wave);
+        Ok(())
+    }
+
+    /// Reads one plan frame of tokens sample by sample, without drawing; `each` gets the distribution of every sample.
+    pub fn listen(
+        &self,
+        sound: &mut Sound,
+        bands: &[f32],
+        tokens: &[Token],
+        work: &mut Work,
+        mut each: impl FnMut(usize, &Mixture),
+    ) -> Result<(), EngineError> {
+        let codec = &self.config.codec;
+        self.begin_frame(sound, bands, work)?;
+        work.head.resize(self.config.wave_transformer.head_dim(), 0.0);
+        for (t, &token) in tokens.iter().enumerate() {
+            let forecasts = [sound.past.forecast(), sound.planned.forecast()];
+            let log_scale = sound.planned.log_scale();
+            let mut step = Step::new(&mut sound.wave);
+            (step.features, step.past_code) = features(forecasts, log_scale, codec);
+            let past_code = step.past_code;
+            self.wave.step(self.kernels, &mut [step], &mut work.wave, &mut work.head);
+            work.mixture.set(&work.head, forecasts, log_scale, codec);
+            each(t, &work.mixture);
+            sound.push(codec.decode(token));
+            sound.wave.push(token, residual_code(token, past_code, codec));
+        }
+        Ok(())
+    }
+
+    /// Reads the end of a prompt of whole frames: what lies within reach of the wave transformer's windows.
+    pub fn read_end(
+        &self,
+        sound: &mut Sound,
+        bands: ArrayView2<f32>,
+        tokens: &[Token],
+        work: &mut Work,
+    ) -> Result<(), EngineError> {
+        let (hop, history) = (self.config.plan.hop, self.config.wave_transformer.history());
+        let n_frames = bands.nrows();
+        let first = n_frames.saturating_sub(WAVE_CONTEXT);
+        let first_frames = self.wave.first_frames(n_frames, first);
+        let by_sample = first_frames.last().copied().unwrap_or(first);
+        let n_plan = sound.wave.plan.len();
+        for (i, frame) in sound.wave.plan.iter_mut().enumerate() {
+            if let Some(before) = (first + i).checked_sub(n_plan) {
+                *frame = bands.row(before).to_vec();
+            }
+        }
+        let mut seen = vec![self.config.codec.silence(); history];
+        seen.extend_from_slice(tokens);
+        sound.wave.tokens.copy_from_slice(&seen[first * hop..first * hop + history]);
+        for frame in first..by_sample {
+            let wave = &mut sound.wave;
+            self.wave.begin_frame(self.kernels, wave, &bands.row(frame).to_vec(), &mut work.wave);
+            let n_tiers = first_frames.iter().filter(|&&first| first <= frame).count();
+            let seen = &seen[frame * hop..history + (frame + 1) * hop];
+            self.wave.read_frame(self.kernels, wave, seen, n_tiers, &mut work.wave);
+        }
+        // The forecasts listen from where all that they follow from begins.
+        let heard = by_sample.saturating_sub(self.config.forecast.frames_before(&self.config.plan));
+        let samples = self.config.codec.decode_all(&tokens[heard * hop..by_sample * hop]);
+        samples.iter().for_each(|&sample| sound.past.push(sample));
+        sound.planned.hear(&self.spectrum, &samples, bands.slice(s![heard..by_sample, ..])).map_err(state_error)?;
+        for frame in by_sample..n_frames {
+            let range = frame * hop..(frame + 1) * hop;
+            self.listen(sound, &bands.row(frame).to_vec(), &tokens[range], work, |_, _| ())?;
+        }
+        Ok(())
+    }
+}
