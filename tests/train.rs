@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use candle_core::Device;
+use ndarray::s;
 use wavegen::checkpoint::{Checkpoint, Precision};
 use wavegen::codec::Quantizer;
 use wavegen::engine::reference::ReferenceEngine;
@@ -222,7 +223,12 @@ fn a_killed_run_goes_on_as_if_nothing_had_happened() {
         child.kill().unwrap();
         child.wait().unwrap();
     }
-    assert!(wavegen("killed.safetensors", "killed.jsonl").status().unwrap().success());
+    // Overwriting a model is no reason to forget what was learned.
+    let n_beginnings = || std::fs::read_to_string(&log).unwrap().matches(r#""part":"plan","step":1,"#).count();
+    let before = n_beginnings();
+    assert!(before > 0);
+    assert!(wavegen("killed.safetensors", "killed.jsonl").arg("--force").status().unwrap().success());
+    assert_eq!(n_beginnings(), before);
     assert_eq!(steps(&log), whole);
     let model = |name: &str| Checkpoint::load(&directory.path().join(name)).unwrap().weights;
     assert_eq!(model("killed.safetensors"), model("whole.safetensors"));
@@ -246,7 +252,7 @@ fn an_unfinished_run_is_only_taken_up_by_the_same_settings_and_data() {
         |settings: &TrainSettings| train(settings, &mut |_| ControlFlow::Continue(())).err().map(|e| e.to_string());
     let other = TrainSettings { seed: 2, plan_learning_rate: 1e-3, ..first.clone() };
     let error = go(&other).unwrap();
-    assert!(error.contains("seed") && error.contains("plan learning rate") && error.contains("--force"), "{error}");
+    assert!(error.contains("seed") && error.contains("plan learning rate") && error.contains("--afresh"), "{error}");
     write_melody(&path, 4, 2);
     let error = go(&first).unwrap();
     assert!(error.contains("data"), "{error}");
@@ -274,7 +280,7 @@ fn one_part_can_be_trained_on_from_a_model() {
 }
 
 #[test]
-fn a_model_of_mulaw_goes_on_in_16_bits() {
+fn a_model_of_mulaw_goes_on_in_16_bits_and_with_one_codebook_more() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("one.wav");
     write_melody(&path, 8, 1);
@@ -283,10 +289,15 @@ fn a_model_of_mulaw_goes_on_in_16_bits() {
     let old = train(&first, &mut |_| ControlFlow::Continue(())).unwrap();
     let mut config = old.config.clone();
     config.codec.quantizer = Quantizer::Pcm16;
+    config.plan.n_codebooks += 1;
     let (model, fates) = grow(&old, &config, 1).unwrap();
-    assert_eq!(fates.map(|(_, fate)| fate), [Fate::Moved, Fate::Moved]);
+    assert_eq!(fates.map(|(_, fate)| fate), [Fate::Grown, Fate::Moved]);
     let second = TrainSettings {
-        start: Start::Translated { model: model.into(), was: old.config.codec.clone() },
+        start: Start::Refitted {
+            model: model.into(),
+            books: old.quantizer.clone().into(),
+            was: old.config.codec.clone(),
+        },
         files,
         output: directory.path().join("second.safetensors"),
         ..settings(directory.path(), 2)
@@ -294,7 +305,11 @@ fn a_model_of_mulaw_goes_on_in_16_bits() {
     let new = train(&second, &mut |_| ControlFlow::Continue(())).unwrap();
     assert_eq!(new.config, config);
     assert_eq!(new.quantizer.mean, old.quantizer.mean);
-    assert_ne!(new.quantizer.books, old.quantizer.books);
+    let known = old.config.plan.n_codebooks;
+    let translated = new.quantizer.books.slice(s![..known, .., ..]);
+    assert!(
+        translated != old.quantizer.books && new.quantizer.books.slice(s![known.., .., ..]).iter().any(|x| *x != 0.0)
+    );
     let stored = Checkpoint::load(&second.output).unwrap();
     assert_eq!((stored.config, stored.quantizer), (config, new.quantizer));
 }

@@ -54,9 +54,12 @@ pub struct Args {
     /// Say what it will take (parameters, work, memory, time) after a few steps in a temporary folder, and do nothing else
     #[arg(long)]
     dry_run: bool,
-    /// Overwrite an existing model, forget an unfinished run
+    /// Overwrite an existing model
     #[arg(long)]
     force: bool,
+    /// Forget the unfinished run that would make this model, and begin anew
+    #[arg(long)]
+    afresh: bool,
     /// Size of the model: tiny, small, base, or a .toml file [default: base, or as --init]
     #[arg(long)]
     preset: Option<String>,
@@ -275,7 +278,7 @@ fn run_in(group: &dyn Group, args: &Args) -> Result<Outcome> {
         parts: args.part.list(),
         files: args.inputs.clone(),
         output: output.clone(),
-        afresh: args.force,
+        afresh: args.afresh,
         precision: args.store.into(),
         budget,
         seed: args.seed,
@@ -392,9 +395,10 @@ fn start(args: &Args, talk: &Talk) -> Result<Start> {
             ),
         });
     }
-    Ok(match init.config.codec {
-        was if was != model.config.codec => Start::Translated { model: model.into(), was },
-        _ => Start::From(model.into()),
+    let as_it_was = init.config.codec == model.config.codec && init.quantizer == model.quantizer;
+    Ok(match as_it_was {
+        true => Start::From(model.into()),
+        false => Start::Refitted { model: model.into(), books: init.quantizer.into(), was: init.config.codec },
     })
 }
 

@@ -1,6 +1,6 @@
 //! Turns plan frames into a few tokens each and back: a residual vector quantiser, learned by k-means.
 
-use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayViewMut2, Axis};
+use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
 use super::{MAX_ENTRIES, PlanError};
@@ -60,16 +60,59 @@ impl ResidualQuantizer {
         seed: u64,
     ) -> Result<Self, PlanError> {
         let mut rng = Rng::new(seed);
-        let finite = (0..frames.nrows()).filter(|&i| frames.row(i).iter().all(|x| x.is_finite())).collect();
-        let frames = frames.select(Axis(0), &choose(finite, MAX_FIT_FRAMES, &mut rng));
+        let frames = to_fit(frames, &mut rng);
         let mean = frames.mean_axis(Axis(0)).ok_or(PlanError::NoFrames)?;
-        // Refuses impossible numbers before any work; the books are filled in below.
-        let Self { mean, mut books, .. } = Self::new(mean, Array3::zeros((n_codebooks, n_entries, frames.ncols())))?;
+        let first = Self::new(mean, Array3::zeros((n_codebooks, n_entries, frames.ncols())))?;
+        first.fitted(0, frames, rounds, rng)
+    }
+
+    /// These codebooks and others after them that add nothing, `n_codebooks` in all.
+    ///
+    /// # Errors
+    /// When there are more than that.
+    pub fn padded(&self, n_codebooks: usize) -> Result<Self, PlanError> {
+        let (known, n_entries, n_bands) = self.books.dim();
+        if n_codebooks < known {
+            return Err(PlanError::Codebooks { n_codebooks, n_entries });
+        }
+        let mut books = Array3::zeros((n_codebooks, n_entries, n_bands));
+        books.slice_mut(s![..known, .., ..]).assign(&self.books);
+        Self::new(self.mean.clone(), books)
+    }
+
+    /// These codebooks and more after them, `n_codebooks` in all: the new ones are [fitted](Self::fit) to what these leave of
+    /// frames `[n_frames, n_bands]`. So the first tokens of a frame go on to mean what they meant.
+    ///
+    /// # Errors
+    /// When the frames are of other bands or none is finite, or fewer codebooks are asked for than there are.
+    pub fn refined(
+        &self,
+        frames: ArrayView2<f32>,
+        n_codebooks: usize,
+        rounds: usize,
+        seed: u64,
+    ) -> Result<Self, PlanError> {
+        if frames.ncols() != self.n_bands() {
+            return Err(PlanError::BandCount { expected: self.n_bands(), got: frames.ncols() });
+        }
+        let mut rng = Rng::new(seed);
+        let frames = to_fit(frames, &mut rng);
+        if frames.is_empty() {
+            return Err(PlanError::NoFrames);
+        }
+        self.padded(n_codebooks)?.fitted(self.books.len_of(Axis(0)), frames, rounds, rng)
+    }
+
+    /// All but the first `known` codebooks, fitted to what those before them leave of `frames`.
+    fn fitted(self, known: usize, frames: Array2<f32>, rounds: usize, mut rng: Rng) -> Result<Self, PlanError> {
+        let Self { mean, mut books, .. } = self;
         let mut left = frames - &mean;
-        for mut book in books.outer_iter_mut() {
-            let centres = k_means(left.view(), n_entries, rounds, &mut rng);
-            let nearest = assign(left.view(), centres.view());
-            book.assign(&centres);
+        for (q, mut book) in books.outer_iter_mut().enumerate() {
+            if q >= known {
+                let centres = k_means(left.view(), book.nrows(), rounds, &mut rng);
+                book.assign(&centres);
+            }
+            let nearest = assign(left.view(), book.view());
             take_away(&mut left, book.view(), &nearest);
         }
         Self::new(mean, books)
@@ -181,6 +224,12 @@ impl ResidualQuantizer {
         }
         Ok(plan)
     }
+}
+
+/// Of frames those that are finite, at most [`MAX_FIT_FRAMES`], chosen at random.
+fn to_fit(frames: ArrayView2<f32>, rng: &mut Rng) -> Array2<f32> {
+    let finite = (0..frames.nrows()).filter(|&i| frames.row(i).iter().all(|x| x.is_finite())).collect();
+    frames.select(Axis(0), &choose(finite, MAX_FIT_FRAMES, rng))
 }
 
 /// Lloyd's algorithm from random frames; a centre that no frame is nearest to starts again at a random frame.
@@ -297,6 +346,23 @@ mod tests {
             (1..=4).map(|n| rms_error(&ResidualQuantizer::fit(plan.view(), n, 16, 12, 5).unwrap(), &plan)).collect();
         assert!(errors.windows(2).all(|pair| pair[1] < 0.97 * pair[0]), "{errors:?}");
         assert!(errors[0] < 0.6, "{errors:?}");
+    }
+
+    #[test]
+    fn more_codebooks_bring_frames_nearer_and_leave_the_first_tokens_alone() {
+        let plan = frames(2000, 6);
+        let coarse = ResidualQuantizer::fit(plan.view(), 2, 16, 12, 5).unwrap();
+        let fine = coarse.refined(plan.view(), 4, 12, 7).unwrap();
+        assert_eq!(fine.books.slice(s![..2, .., ..]), coarse.books);
+        let [first, all] = [&coarse, &fine].map(|q| q.encode_all(plan.view()).unwrap());
+        assert_eq!(all.slice(s![.., ..2]), first);
+        let [before, after] = [&coarse, &fine].map(|q| rms_error(q, &plan));
+        assert!(after < 0.93 * before, "{before} to {after}");
+        assert!(matches!(coarse.refined(plan.view(), 1, 12, 7), Err(PlanError::Codebooks { n_codebooks: 1, .. })));
+        let other = coarse.refined(plan.slice(s![.., ..20]), 3, 12, 7);
+        assert_eq!(other, Err(PlanError::BandCount { expected: 24, got: 20 }));
+        let not_finite = Array2::from_elem((5, 24), f32::NAN);
+        assert_eq!(coarse.refined(not_finite.view(), 3, 12, 7), Err(PlanError::NoFrames));
     }
 
     #[test]

@@ -244,9 +244,21 @@ impl Dataset {
         Ok(ResidualQuantizer::fit(frames.view(), config.n_codebooks, config.n_entries, KMEANS_ROUNDS, seed)?)
     }
 
-    /// Codebooks of a model that heard the training pieces through the codec `was`, for what they sound like now.
-    pub fn translate_codebooks(&self, old: &ResidualQuantizer, was: &Codec) -> Result<ResidualQuantizer, TrainError> {
-        Ok(old.translated(self.frames_to_fit(was)?.view(), self.frames_to_fit(&self.codec)?.view())?)
+    /// Codebooks of a model that heard the training pieces through the codec `was`, for what they sound like now, `n_codebooks` of
+    /// them.
+    pub fn refit_codebooks(
+        &self,
+        old: &ResidualQuantizer,
+        was: &Codec,
+        n_codebooks: usize,
+        seed: u64,
+    ) -> Result<ResidualQuantizer, TrainError> {
+        let frames = self.frames_to_fit(&self.codec)?;
+        let known = match *was == self.codec {
+            true => old.clone(),
+            false => old.translated(self.frames_to_fit(was)?.view(), frames.view())?,
+        };
+        Ok(known.refined(frames.view(), n_codebooks, KMEANS_ROUNDS, seed)?)
     }
 
     /// Exact plan frames of all training pieces as `codec` hears them, `[frames, n_bands]`.

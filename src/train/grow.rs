@@ -12,6 +12,7 @@ use super::Part;
 use crate::checkpoint::{Checkpoint, Weight};
 use crate::model::config::{ConfigError, ModelConfig, PlanTransformerConfig};
 use crate::model::params::ParamsError;
+use crate::plan::{PlanConfig, PlanError};
 
 /// Why a model cannot begin from another.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +24,8 @@ pub enum GrowError {
     Codebooks { what: &'static str },
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error(transparent)]
+    Plan(#[from] PlanError),
     #[error("building the larger model")]
     Params(#[from] ParamsError),
 }
@@ -41,27 +44,31 @@ pub enum Fate {
 }
 
 /// The model in the sizes of `config`: codebooks of `old`, each part kept, grown or new. New weights are a pure
-/// function of `seed`.
+/// function of `seed`. Codebooks that `old` has not add nothing until they are [fitted](crate::plan::ResidualQuantizer::refined).
 ///
 /// # Errors
-/// When sample rate or plan differ, or the configuration does not hold together.
+/// When sample rate or plan differ in more than new codebooks, or the configuration does not hold together.
 pub fn grow(old: &Checkpoint, config: &ModelConfig, seed: u64) -> Result<(Checkpoint, [(Part, Fate); 2]), GrowError> {
     config.validate()?;
     if config.codec.sample_rate != old.config.codec.sample_rate {
         return Err(GrowError::Codebooks { what: "sample rate" });
     }
-    if config.plan != old.config.plan {
+    let known = old.config.plan.n_codebooks;
+    if (PlanConfig { n_codebooks: known, ..config.plan.clone() }) != old.config.plan || config.plan.n_codebooks < known
+    {
         return Err(GrowError::Codebooks { what: "plan" });
     }
+    let refined = config.plan.n_codebooks > known;
     let mut model = Checkpoint::untrained(config.clone(), seed)?;
-    model.quantizer = old.quantizer.clone();
+    model.quantizer = old.quantizer.padded(config.plan.n_codebooks)?;
     model.notes = old.notes.clone();
     let (from, to) = (&old.config.plan_transformer, &config.plan_transformer);
     let requantised = config.codec != old.config.codec;
+    let same_sizes = PlanTransformerConfig { dropout: from.dropout, ..to.clone() } == *from && !refined;
     let plan = match obstacle(from, to) {
         Some(why) => Fate::New(why),
-        None if PlanTransformerConfig { dropout: from.dropout, ..to.clone() } == *from && requantised => Fate::Moved,
-        None if PlanTransformerConfig { dropout: from.dropout, ..to.clone() } == *from => Fate::Kept,
+        None if same_sizes && requantised => Fate::Moved,
+        None if same_sizes => Fate::Kept,
         None => Fate::Grown,
     };
     let wave = if config.wave_transformer != old.config.wave_transformer {
@@ -208,9 +215,30 @@ mod tests {
     }
 
     #[test]
+    fn a_new_codebook_costs_what_chance_costs_and_changes_no_other() {
+        let old = tiny();
+        let mut config = old.config.clone();
+        config.plan.n_codebooks += 1;
+        let (new, fates) = grow(&old, &config, 1).unwrap();
+        assert_eq!(fates, [(Part::Plan, Fate::Grown), (Part::Wave, Fate::Kept)]);
+        let (tokens, bands) = sequence(&new, 64);
+        let before = nll(&old, &(tokens.narrow(2, 0, old.config.plan.n_codebooks).unwrap(), bands.clone()));
+        let chance = (config.plan.n_entries as f32).ln();
+        for (frame, (a, b)) in before.iter().zip(&nll(&new, &(tokens, bands))).enumerate() {
+            assert!((a + chance - b).abs() < 1e-4 * a.abs().max(1.0), "frame {frame}: {a} and {chance}, {b}");
+        }
+        let silent = new.quantizer.decode(&[3, 5, 7, 9, 11][..config.plan.n_codebooks]).unwrap();
+        assert_eq!(silent, old.quantizer.decode(&[3, 5, 7, 9][..old.config.plan.n_codebooks]).unwrap());
+        config.plan.n_codebooks = 1;
+        assert!(matches!(grow(&new, &config, 1), Err(GrowError::Codebooks { what: "plan" })));
+    }
+
+    #[test]
     fn every_new_weight_gets_a_gradient_within_two_steps() {
         let old = tiny();
-        let (new, _) = grow(&old, &larger_tiny(), 1).unwrap();
+        let mut config = larger_tiny();
+        config.plan.n_codebooks += 1;
+        let (new, _) = grow(&old, &config, 1).unwrap();
         let mut params = Params::new(0);
         let model = Model::new(&mut params, &new.config, new.quantizer.mean.len()).unwrap();
         let mut vars = params.into_vars();

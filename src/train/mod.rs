@@ -71,7 +71,7 @@ pub enum TrainError {
     #[error("the loss is not a number any more at step {step}; lower the learning rate or look at the data")]
     Diverged { step: usize },
     #[error("{folder}: holds the state of another training run (what differs: {what}); repeat that run's command to finish \
-             it, or start anew with --force", folder = folder.display())]
+             it, or forget it with --afresh", folder = folder.display())]
     OtherRun { folder: PathBuf, what: String },
     #[error("{folder}: the state of training cannot be read or written ({source})", folder = folder.display())]
     State { folder: PathBuf, source: std::io::Error },
@@ -147,16 +147,16 @@ pub enum Start {
     New(Box<ModelConfig>),
     /// Weights, codebooks and generation settings of a model.
     From(Box<Checkpoint>),
-    /// The same, but the codebooks are [translated](ResidualQuantizer::translated) from what the model heard through the codec
-    /// `was`.
-    Translated { model: Box<Checkpoint>, was: Codec },
+    /// The same, but the codebooks are [translated](ResidualQuantizer::translated) from those of a model that heard through the
+    /// codec `was`, and [refined](ResidualQuantizer::refined) to as many as `model` has.
+    Refitted { model: Box<Checkpoint>, books: Box<ResidualQuantizer>, was: Codec },
 }
 
 impl TrainSettings {
     pub fn config(&self) -> &ModelConfig {
         match &self.start {
             Start::New(config) => config,
-            Start::From(checkpoint) | Start::Translated { model: checkpoint, .. } => &checkpoint.config,
+            Start::From(checkpoint) | Start::Refitted { model: checkpoint, .. } => &checkpoint.config,
         }
     }
 
@@ -174,7 +174,7 @@ impl TrainSettings {
         let names = |parts: &[Part]| parts.iter().map(|part| part.name()).collect::<Vec<_>>().join(" ");
         let start = match &self.start {
             Start::New(_) => "new".to_owned(),
-            Start::From(checkpoint) | Start::Translated { model: checkpoint, .. } => {
+            Start::From(checkpoint) | Start::Refitted { model: checkpoint, .. } => {
                 let weights = checkpoint.weights.values().flat_map(|weight| weight.values().into_owned());
                 let all = weights.chain(checkpoint.quantizer.books.iter().copied());
                 format!("{:016x}", Hash::new().words(all.map(|w| w.to_bits().into())).value())
@@ -329,8 +329,9 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
     let folder = StateFolder::open(group, &settings.output, &identity, settings.afresh)?;
     let mut checkpoint = match &settings.start {
         Start::From(checkpoint) => Checkpoint::clone(checkpoint),
-        Start::Translated { model, was } => {
-            let quantizer = folder.codebooks(|| data.translate_codebooks(&model.quantizer, was))?;
+        Start::Refitted { model, books, was } => {
+            let n = config.plan.n_codebooks;
+            let quantizer = folder.codebooks(|| data.refit_codebooks(books, was, n, settings.seed))?;
             Checkpoint { quantizer, ..Checkpoint::clone(model) }
         }
         Start::New(_) => {
