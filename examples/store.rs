@@ -1,11 +1,12 @@
 //! Stores a model in another precision, or two parts that were trained apart as one model:
 //! `cargo run --release --example store -- wave.safetensors out.safetensors int8 plan.safetensors`.
-//! `built-in` for the model inside the program; `f32`, `f16` or `int8`; with a fourth name the plan transformer comes from there.
+//! `built-in` for the model inside the program; `f32`, `f16` or `int8`; with a fourth name the codebooks and the plan transformer come from there.
 
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use wavegen::checkpoint::{Checkpoint, Precision};
+use wavegen::plan::PlanConfig;
 
 const USAGE: &str = "usage: store built-in|IN.safetensors OUT.safetensors f32|f16|int8 [PLAN.safetensors]";
 
@@ -21,10 +22,15 @@ fn main() -> Result<()> {
     let mut checkpoint = load(input)?;
     if let [name] = plan {
         let other = load(name)?;
+        let PlanConfig { n_codebooks, n_entries, .. } = other.config.plan;
         ensure!(
-            other.quantizer == checkpoint.quantizer && other.config.plan == checkpoint.config.plan,
-            "{name}: speaks another plan than {input}; train one with --init the other"
+            other.config.plan == PlanConfig { n_codebooks, n_entries, ..checkpoint.config.plan }
+                && other.config.codec == checkpoint.config.codec,
+            "{name}: has another codec or other plan frames than {input}; train one with --init the other"
         );
+        // The wave transformer reads bands, not plan tokens.
+        checkpoint.config.plan = other.config.plan;
+        checkpoint.quantizer = other.quantizer;
         checkpoint.config.plan_transformer = other.config.plan_transformer;
         checkpoint.weights.retain(|name, _| !name.starts_with("plan."));
         checkpoint.weights.extend(other.weights.into_iter().filter(|(name, _)| name.starts_with("plan.")));

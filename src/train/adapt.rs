@@ -151,6 +151,13 @@ pub struct FreeRun {
     pub after_db: f32,
 }
 
+impl FreeRun {
+    /// Whether the weights are not worth their likelihood, because they play so much further from the plan, or no sound at all.
+    fn is_worse(self) -> bool {
+        !self.after_db.is_finite() || self.after_db > self.before_db + MOST_WORSE_DB
+    }
+}
+
 /// Adapts a model to recordings. With a budget of steps the result is a pure function of its arguments but the threads.
 ///
 /// # Errors
@@ -243,12 +250,12 @@ fn adapt_to(
         let mut candidate = checkpoint.clone();
         candidate.weights.extend(best.clone());
         let play = |model: &Checkpoint| calibrate::play(model, data, &scenes, model.generation);
-        let (before_db, after_db) = (play(checkpoint)?.0.rms_db, play(&candidate)?.0.rms_db);
-        free_run = Some(FreeRun { before_db, after_db });
-        if after_db.is_finite() && after_db <= before_db + MOST_WORSE_DB {
-            adapted.weights.extend(best);
-        } else {
+        let played = FreeRun { before_db: play(checkpoint)?.0.rms_db, after_db: play(&candidate)?.0.rms_db };
+        free_run = Some(played);
+        if played.is_worse() {
             wave.verdict = Verdict::PlaysWorse;
+        } else {
+            adapted.weights.extend(best);
         }
     }
     if settings.calibrate && wave.verdict == Verdict::Adapted {
@@ -446,5 +453,12 @@ mod tests {
         let second = codec.sample_rate as usize / 512 + 1;
         assert_eq!(tail_frames(5 * second - 1, &codec, 512), second);
         assert_eq!(tail_frames(1000, &codec, 512), 200);
+    }
+
+    #[test]
+    fn weights_that_play_much_worse_or_nothing_are_not_kept() {
+        let worse = |after_db| FreeRun { before_db: 5.0, after_db }.is_worse();
+        assert!([4.0, 5.0, 5.5].map(worse).iter().all(|worse| !worse));
+        assert!([5.6, 30.0, f32::INFINITY, f32::NAN].map(worse).iter().all(|worse| *worse));
     }
 }

@@ -15,34 +15,30 @@ pub mod plan;
 pub mod resume;
 pub mod scene;
 pub mod schedule;
+mod settings;
 pub mod watch;
 pub mod wave;
 pub mod workers;
 
-use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::time::Duration;
 
-use candle_core::Device;
 use serde::Serialize;
 
-use crate::checkpoint::{Checkpoint, CheckpointError, Precision};
-use crate::codec::Codec;
+use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::corpus::{CorpusError, Findings};
 use crate::engine::EngineError;
 use crate::forecast::ForecastError;
 use crate::metrics::Adherence;
 use crate::model::Model;
-use crate::model::config::{ConfigError, ModelConfig};
+use crate::model::config::ConfigError;
 use crate::model::params::{Params, ParamsError};
 use crate::plan::{PlanError, ResidualQuantizer, Spectrum};
 use dataset::{Dataset, Sources};
 use group::{Alone, Group};
-use hash::Hash;
 use optimizer::AdamW;
 use resume::{Identity, StateFolder};
-use schedule::{Budget, PLAN_SHARE, Schedule};
+pub use settings::{Part, Start, TrainSettings};
 use watch::{History, Watch};
 
 /// Why training stopped without a model.
@@ -91,142 +87,6 @@ pub enum TrainError {
     Picture { path: PathBuf, source: std::io::Error },
     #[error("starting worker threads")]
     Threads(#[from] rayon::ThreadPoolBuildError),
-}
-
-/// What to train, on what, for how long.
-#[derive(Clone, Debug)]
-pub struct TrainSettings {
-    pub start: Start,
-    /// What is trained, in this order.
-    pub parts: Vec<Part>,
-    /// Audio files of any kind, folders of them, corpora made by [`prepare`](crate::corpus::prepare()).
-    pub files: Vec<PathBuf>,
-    /// Where the checkpoint goes; it is rewritten whenever validation has improved. The state that a killed run goes on
-    /// from lies beside it ([`resume`]) until training is over.
-    pub output: PathBuf,
-    /// Forget the state of an unfinished run.
-    pub afresh: bool,
-    pub precision: Precision,
-    pub budget: Budget,
-    pub seed: u64,
-    /// What computes: the CPU or a GPU (feature `cuda`), which the threads then draw excerpts for.
-    pub device: Device,
-    /// Worker threads; each computes its share of every batch.
-    pub threads: usize,
-    /// Contexts or excerpts per step, over all processes.
-    pub plan_batch: usize,
-    pub wave_batch: usize,
-    pub schedule: Schedule,
-    /// Peak learning rates.
-    pub plan_learning_rate: f64,
-    pub wave_learning_rate: f64,
-    /// Share of the files that is held out, at least one when there are two or more.
-    pub validation_share: f64,
-    /// Excerpts are played faster or slower by up to this share, pitch and all.
-    pub speed_variation: f64,
-    /// Steps between validations; `None`: what suits the part.
-    pub validate_every: Option<usize>,
-    /// Time between states on disk, which is what a kill costs at most.
-    pub save_every: Duration,
-    /// A part ends early after this many validations without gain.
-    pub patience: Option<usize>,
-    /// Fit the generation settings in free run at the end (minutes with the reference engine), or leave them.
-    pub calibrate: bool,
-    /// Draw losses and a free run at each evaluation, beside the output.
-    pub pictures: bool,
-    /// Use only so many pieces: for a dry run.
-    pub most_pieces: Option<usize>,
-    /// For people, kept in the checkpoint.
-    pub notes: BTreeMap<String, String>,
-}
-
-/// What training begins with.
-#[derive(Clone, Debug)]
-pub enum Start {
-    /// New weights, a pure function of the seed, and codebooks fitted to the data.
-    New(Box<ModelConfig>),
-    /// Weights, codebooks and generation settings of a model.
-    From(Box<Checkpoint>),
-    /// The same, but the codebooks are [translated](ResidualQuantizer::translated) from those of a model that heard through the
-    /// codec `was`, and [refined](ResidualQuantizer::refined) to as many as `model` has.
-    Refitted { model: Box<Checkpoint>, books: Box<ResidualQuantizer>, was: Codec },
-}
-
-impl TrainSettings {
-    pub fn config(&self) -> &ModelConfig {
-        match &self.start {
-            Start::New(config) => config,
-            Start::From(checkpoint) | Start::Refitted { model: checkpoint, .. } => &checkpoint.config,
-        }
-    }
-
-    /// A part's share of a time budget.
-    pub fn share(&self, part: Part) -> f64 {
-        match (self.parts.len(), part) {
-            (..2, _) => 1.0,
-            (_, Part::Plan) => PLAN_SHARE,
-            (_, Part::Wave) => 1.0 - PLAN_SHARE,
-        }
-    }
-
-    /// What the losses depend on, short of the budget: a finished run may be given more of it.
-    fn identity(&self, data: &Dataset) -> Identity {
-        let names = |parts: &[Part]| parts.iter().map(|part| part.name()).collect::<Vec<_>>().join(" ");
-        let start = match &self.start {
-            Start::New(_) => "new".to_owned(),
-            Start::From(checkpoint) | Start::Refitted { model: checkpoint, .. } => {
-                let weights = checkpoint.weights.values().flat_map(|weight| weight.values().into_owned());
-                let all = weights.chain(checkpoint.quantizer.books.iter().copied());
-                format!("{:016x}", Hash::new().words(all.map(|w| w.to_bits().into())).value())
-            }
-        };
-        [
-            ("data", format!("{:016x}", data.hash())),
-            ("model", serde_json::to_string(self.config()).unwrap_or_default()),
-            ("init", start),
-            ("parts", names(&self.parts)),
-            ("seed", self.seed.to_string()),
-            ("plan batch", self.plan_batch.to_string()),
-            ("wave batch", self.wave_batch.to_string()),
-            ("schedule", format!("{:?}", self.schedule)),
-            ("plan learning rate", self.plan_learning_rate.to_string()),
-            ("wave learning rate", self.wave_learning_rate.to_string()),
-            ("speed variation", self.speed_variation.to_string()),
-        ]
-        .map(|(name, value)| (name.to_owned(), value))
-        .into()
-    }
-
-    /// That, and what may change when a run goes on later but not between its processes.
-    fn course(&self, identity: &Identity) -> Identity {
-        let more = [
-            ("minutes or steps", format!("{:?}", self.budget)),
-            ("validations", format!("{:?}", self.validate_every)),
-            ("patience", format!("{:?}", self.patience)),
-            ("time between states", format!("{:?}", self.save_every)),
-            ("calibration", self.calibrate.to_string()),
-        ];
-        let more = more.map(|(name, value)| (name.to_owned(), value));
-        identity.clone().into_iter().chain(more).collect()
-    }
-}
-
-/// One of the two transformers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Part {
-    Plan,
-    Wave,
-}
-
-impl Part {
-    /// `plan` or `wave`, as the names of its weights begin.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Plan => "plan",
-            Self::Wave => "wave",
-        }
-    }
 }
 
 /// Progress, told as it happens; returning `Break` ends training early with a whole checkpoint.
