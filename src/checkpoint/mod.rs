@@ -130,15 +130,17 @@ impl Checkpoint {
             serde_json::from_str(field("generation")).map_err(|e| damaged(format!("its generation settings: {e}")))?;
         let notes = serde_json::from_str(field("notes")).map_err(|e| damaged(format!("its notes: {e}")))?;
         let read = |(name, view): &(&str, TensorView)| {
-            let odd = || damaged(format!("tensor '{name}' is {:?}", view.dtype()));
             let (weight, finite): (Weight, _) = match view.dtype() {
                 Dtype::I8 => {
+                    let odd =
+                        || damaged(format!("tensor '{name}' is no matrix of -127 to 127 with a scale per output"));
                     let matrix = scaled(&tensors, name, view).ok_or_else(odd)?;
                     let finite = all_finite(&matrix.scales);
                     (Weight::Rounded(matrix), finite)
                 }
                 _ => {
-                    let values = decode(view).ok_or_else(odd)?;
+                    let values =
+                        decode(view).ok_or_else(|| damaged(format!("tensor '{name}' is {:?}", view.dtype())))?;
                     let finite = all_finite(&values);
                     let array = ArrayD::from_shape_vec(IxDyn(view.shape()), values)
                         .map_err(|e| damaged(format!("tensor '{name}': {e}")))?;

@@ -87,7 +87,8 @@ pub fn run(args: &Args) -> Result<Outcome> {
         return Ok(Outcome::Interrupted);
     }
     let mut data = opened?;
-    data.encode_plans(&checkpoint.quantizer)?;
+    data.check()?;
+    data.encode_plans(&checkpoint.quantizer, false)?;
     let best = calibrate(&checkpoint, &data, args.excerpts as usize, &mut observe)?;
     bar.finish_and_clear();
     refused.summarise(talk);

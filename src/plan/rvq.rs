@@ -4,8 +4,9 @@ use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayViewMut2, Axi
 use rayon::prelude::*;
 
 use super::{MAX_ENTRIES, PlanError};
-use crate::dot::dot;
 use crate::rng::Rng;
+use crate::simd::Kernels;
+use crate::simd::panels::PanelsF32;
 
 /// Frames that codebooks are fitted to at most; of more, a random choice.
 const MAX_FIT_FRAMES: usize = 60_000;
@@ -17,8 +18,8 @@ pub struct ResidualQuantizer {
     pub mean: Array1<f32>,
     /// Entries, `[n_codebooks, n_entries, n_bands]`.
     pub books: Array3<f32>,
-    /// `|entry|^2 / 2`, `[n_codebooks, n_entries]`.
-    half_powers: Array2<f32>,
+    /// The same to be searched.
+    entries: Vec<Entries>,
     /// What a band decodes to at most, `[n_bands]`.
     ceiling: Array1<f32>,
 }
@@ -40,10 +41,10 @@ impl ResidualQuantizer {
         if n_codebooks == 0 || n_entries == 0 || n_entries > MAX_ENTRIES {
             return Err(PlanError::Codebooks { n_codebooks, n_entries });
         }
-        let half_powers = books.map_axis(Axis(2), half_power);
+        let entries = books.outer_iter().map(Entries::new).collect();
         let loudest = books.index_axis(Axis(0), 0).fold_axis(Axis(0), f32::NEG_INFINITY, |top, &x| top.max(x));
         let ceiling = &mean + &loudest + HEADROOM;
-        Ok(Self { mean, books, half_powers, ceiling })
+        Ok(Self { mean, books, entries, ceiling })
     }
 
     /// Learns codebooks from frames `[n_frames, n_bands]`: k-means with `rounds` rounds on what the codebooks
@@ -112,7 +113,7 @@ impl ResidualQuantizer {
                 let centres = k_means(left.view(), book.nrows(), rounds, &mut rng);
                 book.assign(&centres);
             }
-            let nearest = assign(left.view(), book.view());
+            let nearest = Entries::new(book.view()).nearest_to(left.view());
             take_away(&mut left, book.view(), &nearest);
         }
         Self::new(mean, books)
@@ -157,17 +158,7 @@ impl ResidualQuantizer {
     /// # Errors
     /// When `bands` is not `n_bands` long.
     pub fn encode(&self, bands: &[f32]) -> Result<Vec<u16>, PlanError> {
-        if bands.len() != self.n_bands() {
-            return Err(PlanError::BandCount { expected: self.n_bands(), got: bands.len() });
-        }
-        let mut left: Vec<f32> = bands.iter().zip(&self.mean).map(|(x, mean)| x - mean).collect();
-        let mut tokens = Vec::with_capacity(self.books.len_of(Axis(0)));
-        for (entries, half_powers) in self.books.outer_iter().zip(self.half_powers.outer_iter()) {
-            let token = nearest(&left, entries, half_powers);
-            left.iter_mut().zip(entries.row(token)).for_each(|(x, entry)| *x -= entry);
-            tokens.push(token as u16);
-        }
-        Ok(tokens)
+        Ok(self.encode_all(ArrayView1::from(bands).insert_axis(Axis(0)))?.into_iter().collect())
     }
 
     /// [`encode`](Self::encode) for each row of a plan `[n_frames, n_bands]`, on all threads.
@@ -175,11 +166,17 @@ impl ResidualQuantizer {
     /// # Errors
     /// As `encode`.
     pub fn encode_all(&self, plan: ArrayView2<f32>) -> Result<Array2<u16>, PlanError> {
-        let plan = plan.as_standard_layout();
-        let frames: Vec<_> = plan.outer_iter().collect();
-        let tokens = frames.par_iter().map(|bands| self.encode(&bands.to_vec())).collect::<Result<Vec<_>, _>>()?;
-        let n_codebooks = self.books.len_of(Axis(0));
-        Ok(Array2::from_shape_fn((frames.len(), n_codebooks), |(frame, codebook)| tokens[frame][codebook]))
+        if plan.ncols() != self.n_bands() {
+            return Err(PlanError::BandCount { expected: self.n_bands(), got: plan.ncols() });
+        }
+        let mut left = &plan - &self.mean;
+        let mut tokens = Array2::zeros((plan.nrows(), self.entries.len()));
+        for ((book, entries), mut tokens) in self.books.outer_iter().zip(&self.entries).zip(tokens.columns_mut()) {
+            let nearest = entries.nearest_to(left.view());
+            tokens.iter_mut().zip(&nearest).for_each(|(token, &nearest)| *token = nearest as u16);
+            take_away(&mut left, book, &nearest);
+        }
+        Ok(tokens)
     }
 
     /// The bands that a frame's tokens stand for, `[n_bands]`.
@@ -238,7 +235,7 @@ fn k_means(frames: ArrayView2<f32>, n_centres: usize, rounds: usize, rng: &mut R
     first.extend((first.len()..n_centres).map(|_| rng.below(frames.nrows())));
     let mut centres = frames.select(Axis(0), &first);
     for _ in 0..rounds {
-        let nearest = assign(frames, centres.view());
+        let nearest = Entries::new(centres.view()).nearest_to(frames);
         for alone in move_to_means(centres.view_mut(), frames, &nearest) {
             centres.row_mut(alone).assign(&frames.row(rng.below(frames.nrows())));
         }
@@ -269,28 +266,46 @@ fn take_away(frames: &mut Array2<f32>, centres: ArrayView2<f32>, of: &[usize]) {
     }
 }
 
-/// For each frame the centre nearest to it; in parallel, each frame on its own.
-fn assign(frames: ArrayView2<f32>, centres: ArrayView2<f32>) -> Vec<usize> {
-    let half_powers = centres.map_axis(Axis(1), half_power);
-    let rows: Vec<_> = frames.outer_iter().collect();
-    rows.par_iter().map(|row| nearest(&row.to_vec(), centres, half_powers.view())).collect()
+/// Frames that are compared with a codebook at a time.
+const ROWS: usize = 64;
+
+/// A codebook laid out to be compared with many frames at once.
+#[derive(Clone, Debug, PartialEq)]
+struct Entries {
+    /// `[n_bands, n_entries]`
+    weights: PanelsF32,
+    /// `|entry|^2 / 2`
+    half_powers: Vec<f32>,
 }
 
-/// The entry nearest to `x`, by `|entry|^2 / 2 - x . entry`; of equals the first.
-fn nearest(x: &[f32], entries: ArrayView2<f32>, half_powers: ArrayView1<f32>) -> usize {
-    let mut best = (0, f32::INFINITY);
-    for (i, (entry, half_power)) in entries.outer_iter().zip(half_powers).enumerate() {
-        let distance = half_power
-            - entry.as_slice().map_or_else(|| entry.dot(&ArrayView1::from(x)), |entry| dot::<f32, 16>(x, entry));
-        if distance < best.1 {
-            best = (i, distance);
+impl Entries {
+    /// From entries `[n_entries, n_bands]`.
+    fn new(entries: ArrayView2<f32>) -> Self {
+        let weights: Vec<f32> = entries.t().iter().copied().collect();
+        let half_power = |entry: ArrayView1<f32>| 0.5 * entry.iter().map(|x| x * x).sum::<f32>();
+        Self {
+            weights: PanelsF32::pack(&weights, entries.nrows()),
+            half_powers: entries.outer_iter().map(half_power).collect(),
         }
     }
-    best.0
-}
 
-fn half_power(entry: ArrayView1<f32>) -> f32 {
-    0.5 * entry.iter().map(|x| x * x).sum::<f32>()
+    /// For each frame `[n_frames, n_bands]` the entry nearest to it, by `|entry|^2 / 2 - x . entry`; of equals the first. In parallel,
+    /// each frame on its own.
+    fn nearest_to(&self, frames: ArrayView2<f32>) -> Vec<usize> {
+        let frames: Vec<f32> = frames.iter().copied().collect();
+        let some = frames.par_chunks(ROWS * self.weights.n_in);
+        some.flat_map_iter(|frames| {
+            let n = frames.len() / self.weights.n_in;
+            let mut dots = vec![0.0; n * self.half_powers.len()];
+            (Kernels::chosen().gemm_f32)(&self.weights, frames, &vec![1.0; n], &mut dots);
+            let nearest = |dots: &[f32]| {
+                let distances = self.half_powers.iter().zip(dots).map(|(half_power, dot)| half_power - dot);
+                distances.enumerate().fold((0, f32::INFINITY), |best, x| if x.1 < best.1 { x } else { best }).0
+            };
+            dots.chunks_exact(self.half_powers.len()).map(nearest).collect::<Vec<_>>()
+        })
+        .collect()
+    }
 }
 
 /// `n` of the indices (or all there are), chosen at random, in random order.

@@ -38,7 +38,7 @@ pub(super) fn larger(a: f32, b: f32) -> f32 {
 }
 
 /// [`LANES`] numbers that are used side by side: a cache line.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 #[repr(C, align(64))]
 pub struct LineF32(pub [f32; LANES]);
 
@@ -80,6 +80,7 @@ fn panels(n_out: usize, depth: usize) -> Vec<Panel> {
 }
 
 /// A linear map in f32: `[panel][input][vector]` lines.
+#[derive(Clone, Debug, PartialEq)]
 pub struct PanelsF32 {
     pub n_in: usize,
     pub n_out: usize,

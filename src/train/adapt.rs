@@ -171,7 +171,7 @@ pub fn adapt(
     let config = &checkpoint.config;
     let spectrum = checkpoint.spectrum().map_err(TrainError::Plan)?;
     let mut data = listen(sounds, config, &spectrum)?;
-    data.encode_plans(&checkpoint.quantizer)?;
+    data.encode_plans(&checkpoint.quantizer, true)?;
     Ok(adapt_to(&data, checkpoint, settings, observe)?)
 }
 

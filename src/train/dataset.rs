@@ -24,6 +24,8 @@ const CODEBOOK_FRAMES: usize = 60_000;
 const KMEANS_ROUNDS: usize = 12;
 /// Frames analysed in one go: memory does not grow with a piece.
 const BLOCK: usize = 4096;
+/// Samples that are read at a time to be checked.
+const CHECKED: usize = 1 << 20;
 
 /// One recording at the model's rate and level; samples of a corpus stay on disk.
 pub struct Recording {
@@ -83,38 +85,42 @@ impl Recording {
         Ok(plan.slice_axis(Axis(0), Slice::from(before..)).to_owned())
     }
 
-    /// Encodes the whole plan and checks the samples on the way; gives the squared error's sum and number of values.
+    /// Encodes the whole plan; gives the squared error's sum and number of values.
     fn encode_plan(
         &mut self,
         quantizer: &ResidualQuantizer,
         spectrum: &Spectrum,
         codec: &Codec,
     ) -> Result<(f64, usize), TrainError> {
-        let (hop, n_frames) = (spectrum.hop(), self.n_frames(spectrum.hop()));
-        let mut hasher = blake3::Hasher::new();
+        let n_frames = self.n_frames(spectrum.hop());
         let (mut power, mut n, mut blocks) = (0.0, 0, Vec::new());
         for first in (0..n_frames).step_by(BLOCK) {
-            let last = n_frames.min(first + BLOCK);
-            // With what is too short for a frame at the end.
-            let end = if last == n_frames { self.samples.len() } else { last * hop };
-            for sample in self.samples.read(first * hop..end)? {
-                hasher.update(&sample.to_le_bytes());
-            }
-            let plan = self.plan(first..last, spectrum, codec)?;
+            let plan = self.plan(first..n_frames.min(first + BLOCK), spectrum, codec)?;
             let codes = quantizer.encode_all(plan.view())?;
             let rest = plan - quantizer.decode_all(codes.view())?;
             power += rest.iter().map(|&d| f64::from(d * d)).sum::<f64>();
             n += rest.len();
             blocks.push(codes);
         }
+        let views: Vec<_> = blocks.iter().map(|block| block.view()).collect();
+        self.plan_tokens = concatenate(Axis(0), &views).map_err(candle_core::Error::wrap)?;
+        Ok((power, n))
+    }
+
+    /// Finds out whether the samples are those that the corpus was made with.
+    fn check(&self) -> Result<(), TrainError> {
+        let mut hasher = blake3::Hasher::new();
+        for first in (0..self.samples.len()).step_by(CHECKED) {
+            for sample in self.samples.read(first..self.samples.len().min(first + CHECKED))? {
+                hasher.update(&sample.to_le_bytes());
+            }
+        }
         if hasher.finalize().to_hex().as_str() != self.facts.hash {
             let what = format!("the samples of {} have changed", self.facts.source);
             let path = self.samples.path().unwrap_or(Path::new(&self.facts.source)).to_owned();
             return Err(CorpusError::Damaged { path, what }.into());
         }
-        let views: Vec<_> = blocks.iter().map(|block| block.view()).collect();
-        self.plan_tokens = concatenate(Axis(0), &views).map_err(candle_core::Error::wrap)?;
-        Ok((power, n))
+        Ok(())
     }
 }
 
@@ -282,13 +288,19 @@ impl Dataset {
         Ok(Array2::from_shape_vec((flat.len() / n_bands, n_bands), flat).map_err(candle_core::Error::wrap)?)
     }
 
-    /// Gives every piece its plan tokens; returns what quantising leaves, dB rms.
+    /// Whether the samples of all pieces are what they were when they were prepared.
+    pub fn check(&self) -> Result<(), TrainError> {
+        self.train.par_iter().chain(&self.validation).try_for_each(Recording::check)
+    }
+
+    /// Gives the pieces their plan tokens: those that [judge](Self::judges), and if a plan transformer shall learn from them the
+    /// others too. Returns what quantising leaves, dB rms.
     ///
-    /// They stay in memory: 8 bytes for the 1024 of a frame's samples.
-    pub fn encode_plans(&mut self, quantizer: &ResidualQuantizer) -> Result<f32, TrainError> {
+    /// They stay in memory: two bytes a codebook for the 1024 of a frame's samples.
+    pub fn encode_plans(&mut self, quantizer: &ResidualQuantizer, learned: bool) -> Result<f32, TrainError> {
         let (spectrum, codec) = (&self.spectrum, &self.codec);
-        let errors: Vec<(f64, usize)> = self
-            .train
+        let train = if learned || self.validation.is_empty() { &mut self.train[..] } else { &mut [] };
+        let errors: Vec<(f64, usize)> = train
             .par_iter_mut()
             .chain(&mut self.validation)
             .map(|recording| recording.encode_plan(quantizer, spectrum, codec))

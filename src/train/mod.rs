@@ -200,7 +200,8 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
         }
     };
     checkpoint.notes.extend(settings.notes.clone());
-    let error_db = data.encode_plans(&checkpoint.quantizer)?;
+    data.check()?;
+    let error_db = data.encode_plans(&checkpoint.quantizer, settings.parts.contains(&Part::Plan))?;
     let _ = observe(TrainEvent::Codebooks { error_db });
     let mut params = Params::new(settings.seed).on(&settings.device);
     let model = Model::new(&mut params, config, spectrum.n_bands())?;
