@@ -44,6 +44,14 @@ fn noise(quantizer: Quantizer, uniform: f32) -> f32 {
     least * (MOST_NOISE / least).powf(uniform)
 }
 
+/// Makes [`SILENCED`] of all excerpts silent from one place to another.
+fn silence_some(tokens: &mut [Token], silence: Token, rng: &mut Rng) {
+    if rng.uniform() < SILENCED {
+        let (a, b) = (rng.below(tokens.len()), rng.below(tokens.len()));
+        tokens[a.min(b)..a.max(b)].fill(silence);
+    }
+}
+
 /// Trains until the budget is spent; the averages then hold the result.
 pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, TrainError> {
     let model = &run.model.wave;
@@ -141,10 +149,7 @@ impl Maker<'_> {
         let codec = &self.config.codec;
         let noise = if rng.uniform() < NOISY { noise(codec.quantizer, rng.uniform()) } else { 0.0 };
         let mut tokens = recording.tokens_at(first * hop, (before + frames) * hop, speed, gain, codec)?;
-        if rng.uniform() < SILENCED {
-            let (a, b) = (rng.below(tokens.len()), rng.below(tokens.len()));
-            tokens[a.min(b)..a.max(b)].fill(codec.encode(0.0));
-        }
+        silence_some(&mut tokens, codec.silence(), rng);
         let mut hear = |&t: &Token| match noise {
             0.0 => t,
             noise => codec.moved(t, noise * rng.normal()),
@@ -191,5 +196,33 @@ impl Maker<'_> {
         let forecasts = self.forecaster.forecasts(&self.config.codec.decode_all(heard), frames.start, plan.view())?;
         let piece = Piece { tokens, heard, plan: plan.view(), spectrum };
         Ok(Excerpt::of(self.config, self.history, &piece, frames, &forecasts))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_excerpt_in_twenty_is_silent_somewhere() {
+        let mut rng = Rng::new(5);
+        let mut silenced = 0;
+        for _ in 0..4000 {
+            let mut tokens = [9; 300];
+            silence_some(&mut tokens, 7, &mut rng);
+            let edges = tokens.windows(2).filter(|pair| pair[0] != pair[1]).count();
+            assert!(edges <= 2 && tokens.iter().all(|token| [7, 9].contains(token)));
+            silenced += usize::from(tokens.contains(&7));
+        }
+        assert!((150..250).contains(&silenced), "{silenced} of 4000");
+    }
+
+    #[test]
+    fn noise_moves_tokens_by_a_code_at_most_and_fine_ones_also_by_little() {
+        for (quantizer, least) in [(Quantizer::Mulaw8, 0.3), (Quantizer::Pcm16, 0.02)] {
+            let [low, middle, high] = [0.0, 0.5, 1.0].map(|uniform| noise(quantizer, uniform));
+            assert_eq!((low, high), (least, MOST_NOISE));
+            assert!((middle * middle - low * high).abs() < 1e-6);
+        }
     }
 }
