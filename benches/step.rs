@@ -96,7 +96,7 @@ fn forecast_from_the_plan_begins<const TONES: bool>(bencher: Bencher, isa: &str)
 fn sampler(bencher: Bencher) {
     let codec = Codec::default();
     let head: Vec<f32> = (0..18).map(|i| (i as f32 * 0.9).sin()).collect();
-    let settings = GenerationSettings { grain: 1.0, past: 0.5, offset: 0.5 };
+    let settings = GenerationSettings { grain: 1.0, past: 0.5, offset: 0.5, level_db: 0.0 };
     let mut mixture = Mixture::default();
     let mut draw = |u: f32| -> Token {
         mixture.set(black_box(&head), [0.1, 0.12], -4.0, &codec);

@@ -418,7 +418,9 @@ struct DecodeArgs {
   float grain;
   float past_weight;
   float offset;
+  float level;  // added to the bands of a frame before it is played
   int32_t scratch[2];          // floats of the region SCRATCH: of blocks that play, of their helpers
   int32_t at[DECODE_REGIONS];  // where regions begin, in bytes
+  int32_t reserved;
 };
-static_assert(sizeof(DecodeArgs) == 296, "DecodeArgs differs from src/cuda/launch");
+static_assert(sizeof(DecodeArgs) == 304, "DecodeArgs differs from src/cuda/launch");

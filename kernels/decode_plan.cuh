@@ -207,7 +207,7 @@ __device__ void prepare_frame(Room<W, ROWS>& room, int k, int slot) {
   for (int i = threadIdx.x; i < room.n_rows * n_bands; i += blockDim.x) {
     const int r = i / n_bands, j = i % n_bands;
     float* const frames = room.memory(r) + m.plan_frames + j;
-    const float older = frames[n_bands], old = frames[2 * n_bands], current = bands_of(r)[j];
+    const float older = frames[n_bands], old = frames[2 * n_bands], current = bands_of(r)[j] + a.level;
     frames[0] = older;
     frames[n_bands] = old;
     frames[2 * n_bands] = current;

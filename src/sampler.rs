@@ -273,7 +273,7 @@ mod tests {
         fn draws_follow_the_distribution(head in prop::collection::vec(-2.0f32..2.0, 18)) {
             let codec = Codec::default();
             let m = mixture(&head);
-            let all = WaveSampling { grain: 1.0, past: 1.0, offset: 1.0 };
+            let all = WaveSampling { grain: 1.0, past: 1.0, offset: 1.0, level_db: 0.0 };
             let mut counts = vec![0.0; codec.levels()];
             let n = 150;
             for i in 0..n {
@@ -333,7 +333,7 @@ mod tests {
         let mut head = [0.0f32; 18];
         head[..3].fill(5.0);
         let m = mixture(&head);
-        let settings = WaveSampling { grain: 1.0, past: 0.0, offset: 1.0 };
+        let settings = WaveSampling { grain: 1.0, past: 0.0, offset: 1.0, level_db: 0.0 };
         for i in 0..100 {
             assert_eq!(m.draw([(i as f32 + 0.5) / 100.0, 0.5], &settings), -0.05);
         }

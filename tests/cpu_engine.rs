@@ -9,6 +9,7 @@ use wavegen::forecast::ForecastConfig;
 use wavegen::model::config::{GenerationSettings, ModelConfig, TierConfig};
 use wavegen::plan::PlanFrame;
 use wavegen::rng::{Kind, Rng, uniform};
+use wavegen::sampler::PlanSampling;
 use wavegen::simd::Isa;
 
 const F32: CpuOptions = CpuOptions { isa: Isa::Scalar, precision: Precision::F32 };
@@ -20,7 +21,7 @@ fn lively(config: ModelConfig, seed: u64) -> Checkpoint {
     for (_, weights) in checkpoint.weights.iter_mut().filter(|(name, _)| name.starts_with("wave.")) {
         weights.change(|all| all.mapv_inplace(|w| w + 0.05 * rng.normal()));
     }
-    checkpoint.generation = GenerationSettings { grain: 0.9, past: 0.5, offset: 0.3 };
+    checkpoint.generation = GenerationSettings { grain: 0.9, past: 0.5, offset: 0.3, level_db: -1.5 };
     checkpoint
 }
 
@@ -58,6 +59,25 @@ fn play(
         tokens.extend(out);
     }
     (plan, tokens)
+}
+
+#[test]
+fn sound_is_as_much_softer_than_its_plan_as_the_settings_say() {
+    let checkpoint = Checkpoint::built_in().unwrap();
+    let prompt = music(&checkpoint, 16_000);
+    let mut engine = CpuEngine::new(&checkpoint, &CpuOptions::default()).unwrap();
+    // The prompt's last frame, on and on.
+    let bands = checkpoint.spectrum().unwrap().analyse_last(&checkpoint.config.codec.decode_all(&prompt));
+    let plans: Vec<_> = (0..30).map(|_| PlanFrame { bands: bands.clone(), ..PlanFrame::default() }).collect();
+    let mut power_db = |level_db| {
+        engine.prefill(&prompt).unwrap();
+        engine.set_sampling(PlanSampling::default(), GenerationSettings { level_db, ..checkpoint.generation });
+        let (_, tokens) = play(&mut engine, 0..plans.len(), 0, Some(&plans));
+        let sound = checkpoint.config.codec.decode_all(&tokens[tokens.len() / 2..]);
+        10.0 * (sound.iter().map(|x| x * x).sum::<f32>() / sound.len() as f32).log10()
+    };
+    let difference = power_db(-6.0) - power_db(0.0);
+    assert!((difference + 6.0).abs() < 1.5, "{difference} dB");
 }
 
 /// Renders one frame.

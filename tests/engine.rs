@@ -122,7 +122,7 @@ fn sampled_tokens_cost_what_the_distribution_says() {
     // the distribution's entropy, far under the 8 bits of nonsense.
     let mut engine = engine(12);
     let hop = engine.config().plan.hop;
-    let whole = GenerationSettings { grain: 1.0, past: 1.0, offset: 1.0 };
+    let whole = GenerationSettings { grain: 1.0, past: 1.0, offset: 1.0, level_db: 0.0 };
     engine.set_sampling(PlanSampling::default(), whole);
     let prompt = music(4 * hop);
     engine.prefill(&prompt).unwrap();

@@ -100,7 +100,10 @@ fn a_sine_is_overfitted_and_continued() {
 
     let mut engine = ReferenceEngine::new(&stored).unwrap();
     // Nothing in a sine is left to chance: the forecast from the past may lead.
-    engine.set_sampling(PlanSampling::default(), GenerationSettings { grain: 0.5, past: 1.0, offset: 1.0 });
+    engine.set_sampling(
+        PlanSampling::default(),
+        GenerationSettings { grain: 0.5, past: 1.0, offset: 1.0, level_db: 0.0 },
+    );
     let codec = stored.config.codec.clone();
     engine.prefill(&codec.encode_all(&sine(SAMPLE_RATE as usize, 440.0))).unwrap();
     let mut rng = Rng::new(5);

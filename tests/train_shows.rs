@@ -114,7 +114,7 @@ fn losses_and_a_free_run_are_drawn_at_each_evaluation() {
 fn calibration_prints_what_it_tries_and_writes_what_was_best() {
     let scene = Scene::new();
     let mut model = Checkpoint::untrained(ModelConfig::preset("tiny").unwrap(), 1).unwrap();
-    model.generation = GenerationSettings { grain: 0.33, past: 0.2, offset: 0.4 };
+    model.generation = GenerationSettings { grain: 0.33, past: 0.2, offset: 0.4, level_db: 0.0 };
     model.save(&scene.path("tiny.safetensors"), Precision::F32).unwrap();
     let report = scene.json(&["calibrate", "tiny.safetensors", "a.wav", "--excerpts", "2", "-o", "best.safetensors"]);
     let tried = report["tried"].as_array().unwrap();

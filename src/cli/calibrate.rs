@@ -15,7 +15,7 @@ use super::common::{Refused, Talk, catch_interrupt, interrupted, print, start_th
 use super::prepare::check_inputs;
 use super::train::{check_output, load_model};
 
-/// Fit a model's grain, past and offset by letting it play: least distance from the plan, at the right level
+/// Fit a model's grain, past, offset and level by letting it play: least distance from the plan, at the right level
 ///
 /// Excerpts of the recordings are played with their own plan by the CPU engine and analysed again. Training ends with the
 /// same. Recordings that the model was not trained on judge best.
@@ -94,8 +94,8 @@ pub fn run(args: &Args) -> Result<Outcome> {
     refused.summarise(talk);
     if !talk.json {
         print(&format!(
-            "{:>6} {:>6} {:>6} {:>11} {:>11} {:>9}",
-            "grain", "past", "offset", "recording", "adherence", "bias"
+            "{:>6} {:>6} {:>6} {:>9} {:>11} {:>11} {:>9}",
+            "grain", "past", "offset", "level", "recording", "adherence", "bias"
         ))?;
         for (i, Tried { settings, distance_db, adherence_db, bias_db, .. }) in tried.iter().enumerate() {
             let note = match (i, *settings == best) {
@@ -104,8 +104,8 @@ pub fn run(args: &Args) -> Result<Outcome> {
                 _ => "",
             };
             print(&format!(
-                "{:>6.2} {:>6.2} {:>6.2} {distance_db:>8.2} dB {adherence_db:>8.2} dB {bias_db:>+6.2} dB{note}",
-                settings.grain, settings.past, settings.offset
+                "{:>6.2} {:>6.2} {:>6.2} {:>+6.1} dB {distance_db:>8.2} dB {adherence_db:>8.2} dB {bias_db:>+6.2} dB{note}",
+                settings.grain, settings.past, settings.offset, settings.level_db
             ))?;
         }
     }

@@ -43,6 +43,10 @@ fn share(text: &str) -> Result<f32, String> {
     number_in(text, 0.0..=1.0)
 }
 
+fn level(text: &str) -> Result<f32, String> {
+    number_in(text, -24.0..=24.0)
+}
+
 fn factor(text: &str) -> Result<f32, String> {
     number_in(text, 0.0..=10.0)
 }
@@ -89,6 +93,9 @@ pub struct SamplingArgs {
     /// How it sounds: weight of the learned correction, 0 to 1 [default: the model's]
     #[arg(long, value_parser = share)]
     pub offset: Option<f32>,
+    /// How it sounds: dB added to the planned level [default: the model's]
+    #[arg(long, value_name = "DB", allow_negative_numbers = true, value_parser = level)]
+    pub level: Option<f32>,
     /// Whether a governor watches silence, noise, stuck tones and level; a resumed session keeps its own
     #[arg(long, value_enum, default_value = "on")]
     pub governor: Switch,
@@ -131,6 +138,7 @@ impl SamplingArgs {
                 grain: self.grain.unwrap_or(own.wave.grain),
                 past: self.past.unwrap_or(own.wave.past),
                 offset: self.offset.unwrap_or(own.wave.offset),
+                level_db: self.level.unwrap_or(own.wave.level_db),
             },
         }
     }

@@ -186,7 +186,11 @@ fn play(
     };
 
     let mut engine = engine.stream()?;
-    let options = Options { stream: i as u32, ..setup.options };
+    let mut options = Options { stream: i as u32, ..setup.options };
+    if !matches!(setup.plan, PlanFrom::Own | PlanFrom::Quantized) {
+        // The level makes up for what the codebooks do.
+        options.wave.level_db = 0.0;
+    }
     let mut path = Continued::new(engine.as_mut(), &options, context, setup.governed)?;
     if let Some(bands) = given {
         path.set_guide(engine.as_mut(), Guide::Other { bands: bands.into(), start: 0 })?;

@@ -142,7 +142,7 @@ fn model(checkpoint: &Checkpoint, talk: &Talk) -> Result<()> {
     print(&format!("  codebooks    {}", millions(info.codebook_parameters)))?;
     print(&format!("multiply-adds  {:.3} M per sample (wave transformer)", info.multiply_adds_per_sample / 1e6))?;
     let g = info.generation;
-    print(&format!("generation     grain {}, past {}, offset {}", g.grain, g.past, g.offset))?;
+    print(&format!("generation     grain {}, past {}, offset {}, level {} dB", g.grain, g.past, g.offset, g.level_db))?;
     for (name, text) in &info.notes {
         print(&format!("{name:<14} {text}"))?;
     }

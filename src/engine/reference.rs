@@ -201,8 +201,9 @@ impl Engine for ReferenceEngine {
         let Self { config, spectrum, model, wave_sampling, stream, pool, .. } = self;
         let codec = &config.codec;
         pool.install(|| {
-            stream.planned.begin_frame(spectrum, stream.wave.last_frame(), &plan.bands).map_err(state_error)?;
-            model.wave.begin_frame(&mut stream.wave, &plan.bands)?;
+            let bands: Vec<f32> = plan.bands.iter().map(|&band| wave_sampling.played(band)).collect();
+            stream.planned.begin_frame(spectrum, stream.wave.last_frame(), &bands).map_err(state_error)?;
+            model.wave.begin_frame(&mut stream.wave, &bands)?;
             let mut mixture = Mixture::default();
             for (token, uniforms) in out.iter_mut().zip(uniforms.chunks_exact(UNIFORMS_PER_SAMPLE)) {
                 let forecasts = [stream.past.forecast(), stream.planned.forecast()];

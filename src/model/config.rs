@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::codec::Codec;
 use crate::forecast::ForecastConfig;
-use crate::plan::PlanConfig;
+use crate::plan::{DB_PER_UNIT, PlanConfig};
 
 /// Number of linear forecasts that the mixture head stands on: one from the past, one from the plan.
 pub const N_FORECASTS: usize = 2;
@@ -233,9 +233,9 @@ fn check_heads(what: &str, dim: usize, n_heads: usize) -> Result<(), ConfigError
     Ok(())
 }
 
-/// The three numbers that turn the most likely model into the one that sounds right; fitted in free run.
+/// The numbers that turn the most likely model into the one that sounds right; fitted in free run.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct GenerationSettings {
     /// Factor on what is added to the forecast, whose power the plan gives.
     pub grain: f32,
@@ -243,11 +243,20 @@ pub struct GenerationSettings {
     pub past: f32,
     /// Factor on the learned offset of the components' means.
     pub offset: f32,
+    /// Added to the planned power of what is played, dB: plans through the codebooks flicker, and the forecast takes that for notes.
+    pub level_db: f32,
+}
+
+impl GenerationSettings {
+    /// A planned band as it is played, both in plan units.
+    pub fn played(&self, band: f32) -> f32 {
+        band + self.level_db / DB_PER_UNIT
+    }
 }
 
 impl Default for GenerationSettings {
     fn default() -> Self {
-        Self { grain: 1.0, past: 0.0, offset: 0.0 }
+        Self { grain: 1.0, past: 0.0, offset: 0.0, level_db: 0.0 }
     }
 }
 

@@ -1,4 +1,6 @@
-//! Fits the three generation settings in free run: nearest to the recording, with bias near 0.
+//! Fits the generation settings in free run: nearest to the recording, with bias near 0.
+//!
+//! The level is the one at which nothing is louder or softer than planned; the others are nearest to the recording at that level.
 //!
 //! Likelihood cannot choose them (the scale that is likeliest under real history is too large where a forecast
 //! follows its own noise), so held-out excerpts are played with their true plan and compared with what the recording does. Bands of
@@ -26,6 +28,7 @@ const PLAYED: usize = 48;
 const GRAINS: [f32; 6] = [0.7, 0.8, 0.9, 1.0, 1.1, 1.2];
 const OFFSETS: [f32; 5] = [0.0, 0.25, 0.5, 0.75, 1.0];
 const PASTS: [f32; 4] = [0.0, 0.1, 0.25, 0.5];
+const LEVELS_DB: [f32; 7] = [0.0, -0.4, -0.8, -1.2, -1.6, -2.0, -2.4];
 
 /// One setting and how it played.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -37,7 +40,7 @@ pub struct Tried {
     /// From the plan.
     pub adherence_db: f32,
     pub bias_db: f32,
-    /// The best so far.
+    /// The best of its pass so far.
     pub chosen: bool,
 }
 
@@ -51,11 +54,11 @@ impl Tried {
 impl std::fmt::Display for Tried {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
         let Self { settings, distance_db, adherence_db, bias_db, chosen } = self;
-        let GenerationSettings { grain, past, offset } = settings;
+        let GenerationSettings { grain, past, offset, level_db } = settings;
         let best = if *chosen { ", best so far" } else { "" };
         write!(
             f,
-            "grain {grain:.2} past {past:.2} offset {offset:.2}: {distance_db:.2} dB from the recording, adherence {adherence_db:.2} dB, bias {bias_db:+.2} dB{best}"
+            "grain {grain:.2} past {past:.2} offset {offset:.2} level {level_db:+.1} dB: {distance_db:.2} dB from the recording, adherence {adherence_db:.2} dB, bias {bias_db:+.2} dB{best}"
         )
     }
 }
@@ -74,36 +77,50 @@ pub fn calibrate(
     if scenes.is_empty() {
         return Ok(best);
     }
-    let mut best_error = f32::INFINITY;
-    let mut tried: Vec<GenerationSettings> = Vec::new();
-    let mut attempt = |settings: GenerationSettings, best: &mut GenerationSettings| -> Result<bool, TrainError> {
-        if tried.contains(&settings) {
-            return Ok(true);
-        }
-        tried.push(settings);
-        let (Adherence { rms_db, bias_db }, distance_db) = play(checkpoint, data, &scenes, settings)?;
-        let mut tried = Tried { settings, distance_db, adherence_db: rms_db, bias_db, chosen: false };
-        tried.chosen = tried.error_db() < best_error;
-        if tried.chosen {
-            (best_error, *best) = (tried.error_db(), settings);
-        }
-        Ok(observe(TrainEvent::Calibration(tried)).is_continue())
-    };
+    let mut tried: Vec<Tried> = Vec::new();
     let grains = |b: GenerationSettings| GRAINS.map(|grain| GenerationSettings { grain, ..b }).to_vec();
     let offsets = |b: GenerationSettings| OFFSETS.map(|offset| GenerationSettings { offset, ..b }).to_vec();
     let pasts = |b: GenerationSettings| PASTS.map(|past| GenerationSettings { past, ..b }).to_vec();
-    let own = |b: GenerationSettings| vec![b];
-    let passes: [&dyn Fn(GenerationSettings) -> Vec<GenerationSettings>; 5] =
-        [&own, &grains, &offsets, &pasts, &grains];
-    for candidates in passes {
-        for settings in candidates(best) {
-            if !attempt(settings, &mut best)? {
-                return Ok(best);
+    let levels = |b: GenerationSettings| LEVELS_DB.map(|level_db| GenerationSettings { level_db, ..b }).to_vec();
+    let none = |_: GenerationSettings| Vec::new();
+    let off_level = |tried: &Tried| tried.bias_db.abs();
+    let passes: [Pass; 7] = [
+        (&none, &Tried::error_db),
+        (&levels, &off_level),
+        (&grains, &Tried::error_db),
+        (&offsets, &Tried::error_db),
+        (&pasts, &Tried::error_db),
+        (&grains, &Tried::error_db),
+        (&levels, &off_level),
+    ];
+    for (candidates, error) in passes {
+        let mut least = f32::INFINITY;
+        for settings in std::iter::once(best).chain(candidates(best)) {
+            let known = tried.iter().find(|tried| tried.settings == settings).copied();
+            let mut now = match known {
+                Some(known) => known,
+                None => {
+                    let (Adherence { rms_db, bias_db }, distance_db) = play(checkpoint, data, &scenes, settings)?;
+                    Tried { settings, distance_db, adherence_db: rms_db, bias_db, chosen: false }
+                }
+            };
+            now.chosen = error(&now) < least;
+            if now.chosen {
+                (least, best) = (error(&now), settings);
+            }
+            if known.is_none() {
+                tried.push(now);
+                if observe(TrainEvent::Calibration(now)).is_break() {
+                    return Ok(best);
+                }
             }
         }
     }
     Ok(best)
 }
+
+/// Settings to try, given the best so far, and what is to be small.
+type Pass<'a> = (&'a dyn Fn(GenerationSettings) -> Vec<GenerationSettings>, &'a dyn Fn(&Tried) -> f32);
 
 /// Excerpts at even distances in the pieces to judge by.
 fn scenes(checkpoint: &Checkpoint, data: &Dataset, excerpts: usize) -> Result<Vec<Scene>, TrainError> {

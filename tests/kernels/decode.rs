@@ -177,7 +177,7 @@ fn lively(config: ModelConfig, seed: u64) -> Checkpoint {
     for weights in checkpoint.weights.values_mut() {
         weights.change(|all| all.mapv_inplace(|w| w + 0.05 * rng.normal()));
     }
-    checkpoint.generation = GenerationSettings { grain: 0.9, past: 0.5, offset: 0.3 };
+    checkpoint.generation = GenerationSettings { grain: 0.9, past: 0.5, offset: 0.3, level_db: -1.5 };
     checkpoint
 }
 

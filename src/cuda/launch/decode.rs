@@ -191,7 +191,7 @@ const N_REGIONS: usize = 18;
 
 mirrored!(
     /// Arguments of `decode_persistent_*`; the pointers come first.
-    DecodeArgs, 296, {
+    DecodeArgs, 304, {
         model: u64,
         linears: u64,
         weights: u64,
@@ -226,8 +226,10 @@ mirrored!(
         grain: f32,
         past_weight: f32,
         offset: f32,
+        level: f32,
         scratch: [i32; 2],
         at: [i32; N_REGIONS],
+        reserved: i32,
     }
 );
 words!(u64);

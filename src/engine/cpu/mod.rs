@@ -116,7 +116,13 @@ impl CpuEngine {
     /// # Errors
     /// When `bands` is no frame of this model.
     pub fn begin_frame(&mut self, bands: &[f32]) -> Result<(), EngineError> {
-        self.weights.begin_frame(&mut self.stream.sound, bands, &mut self.work)
+        let Self { weights, wave_sampling, stream, work, .. } = self;
+        let mut played = std::mem::take(&mut work.bands);
+        played.clear();
+        played.extend(bands.iter().map(|&band| wave_sampling.played(band)));
+        let begun = weights.begin_frame(&mut stream.sound, &played, work);
+        work.bands = played;
+        begun
     }
 
     /// One step: the next token, at most `hop` of them after [`begin_frame`](Self::begin_frame).

@@ -33,6 +33,8 @@ pub struct Work {
     pub plan: PlanWork,
     pub wave: WaveWork,
     pub head: Vec<f32>,
+    /// A plan frame as it is played, `[n_bands]`.
+    pub bands: Vec<f32>,
     pub mixture: Mixture,
 }
 

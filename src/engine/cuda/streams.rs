@@ -425,7 +425,7 @@ impl<M: Machine> Streams<M> {
         let Shape { geometry, layout, linears } = if tokens.is_some() { &self.playing } else { &self.silent };
         let flags = machine.zeros(WORD * N_FLAGS * self.n.div_ceil(geometry.rows))?;
         let PlanSampling { temperature, top_k, top_p, min_p } = sampling.plan;
-        let GenerationSettings { grain, past, offset } = sampling.wave;
+        let GenerationSettings { grain, past, offset, .. } = sampling.wave;
         let args = DecodeArgs {
             streams: self.n as i32,
             n_frames: n_frames as i32,
@@ -438,6 +438,8 @@ impl<M: Machine> Streams<M> {
             grain,
             past_weight: past,
             offset,
+            // What is read lies in frames as they are.
+            level: if wave_uniforms.is_some() { sampling.wave.played(0.0) } else { 0.0 },
             ..geometry.args(layout)
         };
         let [model, weights, exact, doubles, places] = &self.model.parts;
