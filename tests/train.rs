@@ -318,6 +318,39 @@ fn a_model_of_mulaw_goes_on_in_16_bits_and_with_one_codebook_more() {
 }
 
 #[test]
+fn a_wave_transformer_alone_is_calibrated_even_where_all_held_out_pieces_are_short() {
+    let directory = tempfile::tempdir().unwrap();
+    let files = [directory.path().join("long.wav"), directory.path().join("short.wav")];
+    write_melody(&files[0], 8, 1);
+    // Long enough to be used, too short to be played to.
+    write_wav(&files[1], &sine(34_000, 440.0));
+    let held_out_short = (0..8).any(|seed| {
+        let mut held_out_s = 0.0;
+        let settings = TrainSettings {
+            parts: vec![Part::Wave],
+            files: files.to_vec(),
+            seed,
+            calibrate: true,
+            output: directory.path().join(format!("{seed}.safetensors")),
+            ..settings(directory.path(), 1)
+        };
+        let mut tried = 0;
+        train(&settings, &mut |event| {
+            match event {
+                TrainEvent::Data { validation_hours, .. } => held_out_s = 3600.0 * validation_hours,
+                TrainEvent::Calibration(_) => tried += 1,
+                _ => {}
+            }
+            if tried == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })
+        .unwrap();
+        assert_eq!(tried, 2);
+        (1.0..2.3).contains(&held_out_s)
+    });
+    assert!(held_out_short);
+}
+
+#[test]
 fn training_that_does_not_gain_stops_early_with_the_best_model() {
     let directory = tempfile::tempdir().unwrap();
     let files: Vec<_> = (0..3).map(|i| directory.path().join(format!("{i}.wav"))).collect();

@@ -135,13 +135,13 @@ impl Checkpoint {
                     let odd =
                         || damaged(format!("tensor '{name}' is no matrix of -127 to 127 with a scale per output"));
                     let matrix = scaled(&tensors, name, view).ok_or_else(odd)?;
-                    let finite = all_finite(&matrix.scales);
+                    let finite = matrix.scales.iter().all(|scale| (127.0 * scale).is_finite());
                     (Weight::Rounded(matrix), finite)
                 }
                 _ => {
                     let values =
                         decode(view).ok_or_else(|| damaged(format!("tensor '{name}' is {:?}", view.dtype())))?;
-                    let finite = all_finite(&values);
+                    let finite = values.iter().all(|v| v.is_finite());
                     let array = ArrayD::from_shape_vec(IxDyn(view.shape()), values)
                         .map_err(|e| damaged(format!("tensor '{name}': {e}")))?;
                     (array.into(), finite)
@@ -324,10 +324,6 @@ fn scaled(tensors: &SafeTensors, name: &str, view: &TensorView) -> Option<Rounde
     let &[_, n_out] = view.shape() else { return None };
     let whole: Vec<i8> = view.data().iter().map(|&q| q as i8).collect();
     (scales.len() == n_out && n_out > 0 && !whole.contains(&i8::MIN)).then_some(Rounded { n_out, whole, scales })
-}
-
-fn all_finite(values: &[f32]) -> bool {
-    values.iter().all(|v| v.is_finite())
 }
 
 fn decode(view: &TensorView) -> Option<Vec<f32>> {

@@ -41,6 +41,7 @@ impl Weight {
         }
     }
 
+    /// Its values as an array; an error of the program if a rounded matrix was put together of rows that are not whole.
     pub fn floats(&self) -> Cow<'_, ArrayD<f32>> {
         match self {
             Self::Floats(floats) => Cow::Borrowed(floats),

@@ -86,9 +86,8 @@ pub fn run(args: &Args) -> Result<Outcome> {
     if let Err(TrainError::Interrupted) = opened {
         return Ok(Outcome::Interrupted);
     }
-    let mut data = opened?;
+    let data = opened?;
     data.check()?;
-    data.encode_plans(&checkpoint.quantizer, false)?;
     let best = calibrate(&checkpoint, &data, args.excerpts as usize, &mut observe)?;
     bar.finish_and_clear();
     refused.summarise(talk);

@@ -171,7 +171,7 @@ pub fn adapt(
     let config = &checkpoint.config;
     let spectrum = checkpoint.spectrum().map_err(TrainError::Plan)?;
     let mut data = listen(sounds, config, &spectrum)?;
-    data.encode_plans(&checkpoint.quantizer, true)?;
+    data.encode_plans(&checkpoint.quantizer)?;
     Ok(adapt_to(&data, checkpoint, settings, observe)?)
 }
 

@@ -65,7 +65,7 @@ impl std::fmt::Display for Tried {
 
 /// Plays `excerpts` excerpts with the checkpoint's own settings and with others, and chooses; every try is reported.
 ///
-/// The data's plan tokens must be there. Without a piece of 2.3 s the settings stay.
+/// Without a piece of 2.3 s the settings stay.
 pub fn calibrate(
     checkpoint: &Checkpoint,
     data: &Dataset,
@@ -82,10 +82,8 @@ pub fn calibrate(
     let offsets = |b: GenerationSettings| OFFSETS.map(|offset| GenerationSettings { offset, ..b }).to_vec();
     let pasts = |b: GenerationSettings| PASTS.map(|past| GenerationSettings { past, ..b }).to_vec();
     let levels = |b: GenerationSettings| LEVELS_DB.map(|level_db| GenerationSettings { level_db, ..b }).to_vec();
-    let none = |_: GenerationSettings| Vec::new();
     let off_level = |tried: &Tried| tried.bias_db.abs();
-    let passes: [Pass; 7] = [
-        (&none, &Tried::error_db),
+    let passes: [Pass; 6] = [
         (&levels, &off_level),
         (&grains, &Tried::error_db),
         (&offsets, &Tried::error_db),

@@ -77,7 +77,7 @@ impl Recording {
     }
 
     /// The plan frames `frames`.
-    fn plan(&self, frames: Range<usize>, spectrum: &Spectrum, codec: &Codec) -> Result<Array2<f32>, CorpusError> {
+    pub fn plan(&self, frames: Range<usize>, spectrum: &Spectrum, codec: &Codec) -> Result<Array2<f32>, CorpusError> {
         let hop = spectrum.hop();
         let before = spectrum.window_len().div_ceil(hop).min(frames.start);
         let tokens = self.tokens((frames.start - before) * hop..frames.end * hop, 1.0, codec)?;
@@ -293,14 +293,13 @@ impl Dataset {
         self.train.par_iter().chain(&self.validation).try_for_each(Recording::check)
     }
 
-    /// Gives the pieces their plan tokens: those that [judge](Self::judges), and if a plan transformer shall learn from them the
-    /// others too. Returns what quantising leaves, dB rms.
+    /// Gives every piece the plan tokens that a plan transformer learns from. Returns what quantising leaves, dB rms.
     ///
     /// They stay in memory: two bytes a codebook for the 1024 of a frame's samples.
-    pub fn encode_plans(&mut self, quantizer: &ResidualQuantizer, learned: bool) -> Result<f32, TrainError> {
+    pub fn encode_plans(&mut self, quantizer: &ResidualQuantizer) -> Result<f32, TrainError> {
         let (spectrum, codec) = (&self.spectrum, &self.codec);
-        let train = if learned || self.validation.is_empty() { &mut self.train[..] } else { &mut [] };
-        let errors: Vec<(f64, usize)> = train
+        let errors: Vec<(f64, usize)> = self
+            .train
             .par_iter_mut()
             .chain(&mut self.validation)
             .map(|recording| recording.encode_plan(quantizer, spectrum, codec))

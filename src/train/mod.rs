@@ -201,8 +201,10 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
     };
     checkpoint.notes.extend(settings.notes.clone());
     data.check()?;
-    let error_db = data.encode_plans(&checkpoint.quantizer, settings.parts.contains(&Part::Plan))?;
-    let _ = observe(TrainEvent::Codebooks { error_db });
+    if settings.parts.contains(&Part::Plan) {
+        let error_db = data.encode_plans(&checkpoint.quantizer)?;
+        let _ = observe(TrainEvent::Codebooks { error_db });
+    }
     let mut params = Params::new(settings.seed).on(&settings.device);
     let model = Model::new(&mut params, config, spectrum.n_bands())?;
     let vars = params.into_vars();

@@ -40,7 +40,7 @@ pub struct Played {
 }
 
 impl Scene {
-    /// `prompt` and then `played` plan frames of a piece from the frame `first` on; its plan tokens must be there.
+    /// `prompt` and then `played` plan frames of a piece from the frame `first` on.
     pub fn cut(
         data: &Dataset,
         quantizer: &ResidualQuantizer,
@@ -54,7 +54,8 @@ impl Scene {
             let tokens = row.to_vec();
             Ok(PlanFrame { bands: quantizer.decode(&tokens)?, tokens })
         };
-        let plan = piece.plan_tokens.slice(s![first + prompt..end, ..]);
+        let exact = piece.plan(first + prompt..end, &data.spectrum, &data.codec)?;
+        let plan = quantizer.encode_all(exact.view())?;
         let plan = plan.rows().into_iter().map(frame).collect::<Result<_, TrainError>>()?;
         let mut tokens = piece.tokens(first * hop..end * hop, 1.0, &data.codec)?;
         let mut sound = data.codec.decode_all(&tokens);
