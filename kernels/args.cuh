@@ -320,6 +320,7 @@ struct DecodeModel {
   int32_t deconvolution;  // steps; 0: the plan is not sharpened, and nothing is damped
   int32_t token_width;   // features of a token
   int32_t pcm;          // tokens are samples of 16 bits; else the bins of mu-law
+  int32_t fine_residual;  // the forecast from the past leaves steps of 16 bits; else bins of mu-law
   int32_t n_components;  // both halves
   int32_t slices;
   float own_scale;
@@ -373,7 +374,7 @@ struct DecodeModel {
   int32_t angle_width;  // greatest head_dim
   int64_t cache_stride;  // floats of a stream's caches
 };
-static_assert(sizeof(DecodeModel) == 576, "DecodeModel differs from src/cuda/launch");
+static_assert(sizeof(DecodeModel) == 584, "DecodeModel differs from src/cuda/launch");
 
 /// Regions of a block's shared memory; everything from ARENA on to RESIDENT is scratch.
 enum DecodeRegion {

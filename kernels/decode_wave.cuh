@@ -9,7 +9,7 @@ constexpr int N_CODES = 256;
 constexpr float PCM_UNIT = 32768.f;
 /// In a ring of tokens a token's code lies above its 16 bits.
 constexpr int TOKEN_BITS = 16;
-constexpr float MU = 255.f, LN_256 = 5.545177444479562f, PI = 3.14159265358979f;
+constexpr float MU = 255.f, LN_256 = 5.545177444479562f, LN_MOST_STEPS = 11.09037f, PI = 3.14159265358979f;
 constexpr float MAX_OFFSET = 4.f, MAX_LOG_SCALE = 2.5f;
 constexpr double TAIL = 1e-4, LEAST_BIN = 1e-12;
 constexpr float DRIVE_SAMPLES = 256.f, MOST_SQUARE = 1e4f, MOST_DRIVE = 1.5f, LEAST_DRIVE = 0.05f;
@@ -18,6 +18,13 @@ constexpr double OUTER_EDGE = 50.0;
 
 __device__ __forceinline__ float compand(float sample) {
   return copysignf(log1pf(MU * fabsf(sample)) / LN_256, sample);
+}
+
+/// residual_code of a fine residual.
+__device__ __forceinline__ int fine_residual_code(float residual) {
+  const float steps = residual * PCM_UNIT;
+  const float companded = copysignf(log1pf(fabsf(steps)) / LN_MOST_STEPS, steps);
+  return int(fminf((companded + 1.f) * (N_CODES / 2), N_CODES - 1.f));
 }
 
 /// A model's tokens: src/codec.rs.
@@ -258,7 +265,8 @@ __device__ void draw(Room<W, ROWS>& room, int r, int t) {
     room.left[r * m.n_left + int(now & (m.n_left - 1))] = sample - row.tone;
     room.tokens[r * m.n_tokens + int(now & (m.n_tokens - 1))] = coded;
     row.mean_square = mean_square;
-    row.residual_code = (code + N_CODES - row.past_code) % N_CODES;
+    row.residual_code = m.fine_residual ? fine_residual_code(heard - row.forecasts[0])
+                                        : (code + N_CODES - row.past_code) % N_CODES;
     row.n = now + 1;
     if (room.rank == 0) {
       float* const memory = room.memory(r);

@@ -61,10 +61,11 @@ struct Component {
     unit = a.units[forecast];
     offset = tanhf(head[a.components + k] / MAX_OFFSET);
     log_scale = tanhf(head[2 * a.components + k] / MAX_LOG_SCALE);
-    const float mean = offset * MAX_OFFSET * unit + a.forecasts[forecast];
+    // First without the forecast, which may lie a million scales from 0 and a few from the bin.
+    const float moved = offset * MAX_OFFSET * unit, around = a.forecasts[forecast];
     inverse_scale = expf(-MAX_LOG_SCALE * log_scale) / unit;
-    low = (a.low[sample] - mean) * inverse_scale;
-    high = (a.high[sample] - mean) * inverse_scale;
+    low = (a.low[sample] - around - moved) * inverse_scale;
+    high = (a.high[sample] - around - moved) * inverse_scale;
     bin = (a.high[sample] - a.low[sample]) * inverse_scale;
     // ln(sigmoid(high) - sigmoid(low))
     mass = log_sigmoid(high) + log_sigmoid(-low) + logf(-expm1f(-fmaxf(bin, LEAST_BIN)));

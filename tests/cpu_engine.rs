@@ -156,6 +156,7 @@ fn odd_sizes_have_the_reference_engines_distributions_on_every_instruction_set()
         config.forecast.tones = seed > 0;
         config.forecast.past_window = 2048;
         config.codec.quantizer = if seed == 1 { Quantizer::Pcm16 } else { Quantizer::Mulaw8 };
+        config.forecast.fine_residual = seed == 1;
         config.validate().unwrap();
         let checkpoint = lively(config, seed as u64 + 5);
         let mut reference = ReferenceEngine::new(&checkpoint).unwrap();

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{Device, Tensor, Var};
 use ndarray::Array2;
 use wavegen::codec::{Quantizer, Token};
-use wavegen::forecast::{PastForecast, PlannedForecast};
+use wavegen::forecast::{PAST, PastForecast, PlannedForecast};
 use wavegen::model::Model;
 use wavegen::model::config::{ModelConfig, TierConfig};
 use wavegen::model::excerpt::{Excerpt, Piece};
@@ -57,6 +57,7 @@ fn presets() -> Vec<ModelConfig> {
     tones.forecast.past_window = 2048;
     let mut fine = tones.clone();
     fine.codec.quantizer = Quantizer::Pcm16;
+    fine.forecast.fine_residual = true;
     vec![
         tiny.clone(),
         sharp,
@@ -170,13 +171,14 @@ fn step_path_equals_parallel_path_over_ring_wraps() {
                 planned.begin_frame(&spectrum, state.last_frame(), &bands).unwrap();
                 model.wave.begin_frame(&mut state, &bands).unwrap();
             }
-            let (features, code) = features([past.forecast(), planned.forecast()], planned.log_scale(), &config.codec);
+            let forecasts = [past.forecast(), planned.forecast()];
+            let (features, code) = features(forecasts, planned.log_scale(), &config.codec);
             let head = model.wave.step(&mut state, &features, code).unwrap();
             worst = head.iter().zip(&parallel[t * width..]).fold(worst, |w, (a, b)| w.max((a - b).abs()));
             let sample = config.codec.decode(token);
             past.push(sample);
             planned.push(sample);
-            WaveTransformer::push(&mut state, token, residual_code(token, code, &config.codec));
+            WaveTransformer::push(&mut state, token, residual_code(token, forecasts[PAST], code, config));
         }
         assert!(worst < 2e-4, "preset {i}: head outputs differ by {worst}");
     }
@@ -206,14 +208,15 @@ fn steps_after_a_prefill_equal_the_parallel_path() {
         planned.begin_frame(&spectrum, state.last_frame(), &bands).unwrap();
         model.wave.begin_frame(&mut state, &bands).unwrap();
         for (t, &token) in tokens.iter().enumerate().skip(read * hop) {
-            let (features, code) = features([past.forecast(), planned.forecast()], planned.log_scale(), &config.codec);
+            let forecasts = [past.forecast(), planned.forecast()];
+            let (features, code) = features(forecasts, planned.log_scale(), &config.codec);
             let head = model.wave.step(&mut state, &features, code).unwrap();
             for (a, b) in head.iter().zip(&parallel[t * width..]) {
                 assert!((a - b).abs() < 2e-4, "preset {i}, sample {t}: {a} and {b}");
             }
             past.push(config.codec.decode(token));
             planned.push(config.codec.decode(token));
-            WaveTransformer::push(&mut state, token, residual_code(token, code, &config.codec));
+            WaveTransformer::push(&mut state, token, residual_code(token, forecasts[PAST], code, config));
         }
     }
 }

@@ -11,7 +11,7 @@ use super::state::{Counters, SavedCache, SavedStream, plan_cache, wave_cache};
 use super::{Engine, EngineError, PlanDraw, UNIFORMS_PER_SAMPLE, check_tokens, expect, state_error};
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
-use crate::forecast::{PLANNED, PastForecast, PlannedForecast};
+use crate::forecast::{PAST, PLANNED, PastForecast, PlannedForecast};
 use crate::model::Model;
 use crate::model::block::KvCache;
 use crate::model::config::{GenerationSettings, ModelConfig};
@@ -217,7 +217,8 @@ impl Engine for ReferenceEngine {
                 *token = codec.encode(sample);
                 stream.past.push(codec.decode(*token));
                 stream.planned.push(sample);
-                WaveTransformer::push(&mut stream.wave, *token, residual_code(*token, past_code, codec));
+                let residual = residual_code(*token, forecasts[PAST], past_code, config);
+                WaveTransformer::push(&mut stream.wave, *token, residual);
             }
             Ok(())
         })

@@ -27,7 +27,9 @@ pub use planned::PlannedForecast;
 pub(crate) use planned::PlannedPast;
 pub(crate) use tones::lobe as tones_lobe;
 
-/// Place of the forecast from the plan where both are listed: `[past, planned]`.
+/// Place of the forecast from the past where both are listed.
+pub const PAST: usize = 0;
+/// Place of the forecast from the plan there.
 pub const PLANNED: usize = 1;
 
 /// What the forecasts are computed from.
@@ -48,6 +50,8 @@ pub struct ForecastConfig {
     pub deconvolution: usize,
     /// Whether lines of the planned spectrum go on as tones with the phases of the past, and only the rest is predicted.
     pub tones: bool,
+    /// Whether the model is told what the forecast from the past left over of the last sample to a step of 16 bits; else in bins of mu-law.
+    pub fine_residual: bool,
 }
 
 impl Default for ForecastConfig {
@@ -60,6 +64,7 @@ impl Default for ForecastConfig {
             lag_window_hz: 4.0,
             deconvolution: 0,
             tones: false,
+            fine_residual: false,
         }
     }
 }
@@ -97,7 +102,8 @@ impl ForecastConfig {
 
     /// Checks the settings against each other.
     pub(crate) fn validate_alone(&self) -> Result<(), ForecastError> {
-        let Self { order, past_window, past_hop, planned_order, lag_window_hz, deconvolution, tones } = *self;
+        let Self { order, past_window, past_hop, planned_order, lag_window_hz, deconvolution, tones, fine_residual: _ } =
+            *self;
         if order == 0 || order >= past_window {
             return Err(ForecastError::Order { order, past_window });
         }
@@ -258,6 +264,7 @@ mod tests {
             lag_window_hz: 4.0,
             deconvolution: 0,
             tones: false,
+            fine_residual: false,
         }
     }
 

@@ -106,7 +106,7 @@ impl Excerpt {
             excerpt.past_codes.push(past_code.into());
             excerpt.residual_codes.push(u32::from(residual));
             excerpt.targets.push(piece.tokens[begin + n], forecasts, log_scale[n], codec);
-            residual = residual_code(heard[begin + n], past_code, codec);
+            residual = residual_code(heard[begin + n], past[n], past_code, config);
         }
         excerpt.residual_codes.push(u32::from(residual));
         excerpt

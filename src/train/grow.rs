@@ -200,9 +200,10 @@ mod tests {
 
     #[test]
     fn a_grown_plan_transformer_says_what_the_small_one_said() {
-        let mut large = ModelConfig::preset("base").unwrap();
+        let built_in = Checkpoint::built_in().unwrap();
+        let mut large = built_in.config.clone();
         (large.plan_transformer.dim, large.plan_transformer.n_layers, large.plan_transformer.n_heads) = (448, 6, 7);
-        for (old, config) in [(tiny(), larger_tiny()), (Checkpoint::built_in().unwrap(), large)] {
+        for (old, config) in [(tiny(), larger_tiny()), (built_in, large)] {
             let (new, fates) = grow(&old, &config, 1).unwrap();
             assert_eq!(fates, [(Part::Plan, Fate::Grown), (Part::Wave, Fate::Kept)]);
             assert_eq!((&new.config, &new.quantizer), (&config, &old.quantizer));

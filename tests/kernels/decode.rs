@@ -338,6 +338,7 @@ fn odd() -> Vec<Checkpoint> {
         config.forecast.deconvolution = [7, 1, 0][seed as usize % 3];
         config.forecast.tones = config.forecast.deconvolution > 0;
         config.codec.quantizer = if seed == 6 { Quantizer::Mulaw8 } else { Quantizer::Pcm16 };
+        config.forecast.fine_residual = seed != 6;
         config.validate().unwrap();
         lively(config, seed)
     };

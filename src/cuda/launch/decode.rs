@@ -117,7 +117,7 @@ mirrored!(
 );
 mirrored!(
     /// Sizes of a model and where its parts lie.
-    DecodeModel, 576, {
+    DecodeModel, 584, {
         plan: DecodeStack,
         tiers: [DecodeTier; MAX_TIERS],
         n_tiers: i32,
@@ -135,6 +135,7 @@ mirrored!(
         deconvolution: i32,
         token_width: i32,
         pcm: i32,
+        fine_residual: i32,
         n_components: i32,
         slices: i32,
         own_scale: f32,

@@ -10,7 +10,7 @@ use super::wave::{Step, WaveTransformer};
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
 use crate::engine::{EngineError, UNIFORMS_PER_SAMPLE, expect, state_error};
-use crate::forecast::PLANNED;
+use crate::forecast::{PAST, PLANNED};
 use crate::model::config::{GenerationSettings, ModelConfig};
 use crate::model::features::{features, residual_code};
 use crate::plan::{ResidualQuantizer, Spectrum};
@@ -109,7 +109,8 @@ impl Weights {
                 let token = codec.encode(sample);
                 lane.past.push(codec.decode(token));
                 lane.planned.push(sample);
-                step.state.push(token, residual_code(token, step.past_code, codec));
+                let residual = residual_code(token, step.forecasts[PAST], step.past_code, &self.config);
+                step.state.push(token, residual);
                 lane.out[t] = token;
             }
         }
@@ -145,7 +146,7 @@ impl Weights {
             work.mixture.set(&work.head, forecasts, log_scale, codec);
             each(t, &work.mixture);
             sound.push(codec.decode(token));
-            sound.wave.push(token, residual_code(token, past_code, codec));
+            sound.wave.push(token, residual_code(token, forecasts[PAST], past_code, &self.config));
         }
         Ok(())
     }

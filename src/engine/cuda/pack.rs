@@ -206,6 +206,7 @@ impl Packed {
             deconvolution: forecast.deconvolution as i32,
             token_width: (wave.token_dim + N_TOKEN_VALUES) as i32,
             pcm: (config.codec.quantizer == Quantizer::Pcm16).into(),
+            fine_residual: forecast.fine_residual.into(),
             n_components: n_components as i32,
             slices: wave.slices as i32,
             own_scale: wave.own_scale,

@@ -90,6 +90,14 @@ fn bin(distance: f32) -> f32 {
     if distance > -LEAST_BIN { -LEAST_BIN } else { distance }
 }
 
+/// 1 - e^x of a bin's x, which the tokens of 16 bits bring so near to 0 that the difference would have few digits left.
+#[inline(always)]
+fn mass(x: f32) -> f32 {
+    let series = -x * (1.0 + x * (1.0 / 2.0 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0)))));
+    let difference = 1.0 - portable::exp(x);
+    if x > -0.1 { series } else { difference }
+}
+
 /// ln of the sum of exponentials of lanes; `top` and `sum` are left for gradients.
 #[inline(always)]
 fn log_sum_exp(lanes: &[Lane], top: &mut Lane, sum: &mut Lane, out: &mut Lane) {
@@ -127,13 +135,14 @@ wide_loop! {
             }
             let (a, b, bins, term) = (&mut room.a[c], &mut room.b[c], &mut room.bin[c], &mut room.term[c]);
             for i in 0..LANES {
-                let mean = MAX_OFFSET * offset[i] * unit[i] + forecast[i];
-                a[i] = (room.low[i] - mean) * inverse[i];
-                b[i] = (room.high[i] - mean) * inverse[i];
+                // First without the forecast, which may lie a million scales from 0 and a few from the bin.
+                let moved = MAX_OFFSET * offset[i] * unit[i];
+                a[i] = (room.low[i] - forecast[i] - moved) * inverse[i];
+                b[i] = (room.high[i] - forecast[i] - moved) * inverse[i];
                 bins[i] = (room.low[i] - room.high[i]) * inverse[i];
             }
             for i in 0..LANES {
-                let mass = portable::ln(1.0 - portable::exp(bin(bins[i])));
+                let mass = portable::ln(mass(bin(bins[i])));
                 term[i] = weights[c][i] + log_sigmoid(b[i]) + log_sigmoid(-a[i]) + mass;
             }
         }
@@ -162,8 +171,8 @@ wide_loop! {
                 weights[c][i] = weight - share;
                 // What ln P gains by moving an edge up: of the upper one alone, of the lower one alone, of both together.
                 let (above, below) = (portable::sigmoid(-b[i]), portable::sigmoid(a[i]));
-                let inside = portable::exp(bin(bins[i]));
-                let between = if bins[i] > -LEAST_BIN { 0.0 } else { inside / (1.0 - inside) };
+                let outside = mass(bin(bins[i]));
+                let between = if bins[i] > -LEAST_BIN { 0.0 } else { (1.0 - outside) / outside };
                 let mean = share * (above - below) * inverse[i];
                 offsets[c][i] = mean * unit[i] * (1.0 - offset[i] * offset[i]);
                 let log_scale = share * (above * b[i] - below * a[i] - between * bins[i]);

@@ -191,12 +191,15 @@ pub fn nll(head: &Tensor, targets: &Targets) -> Result<Tensor> {
     let log_weights = grouped(weights.broadcast_sub(&weights.log_sum_exp(D::Minus1)?.unsqueeze(1)?)?)?;
     let offsets = grouped(bounded(&part(1)?, MAX_OFFSET)?)?;
     let log_scales = grouped(bounded(&part(2)?, MAX_LOG_SCALE)?)?;
-    let means = offsets.broadcast_mul(&units)?.broadcast_add(&forecasts)?;
+    let moved = offsets.broadcast_mul(&units)?;
     let inverse_scales = log_scales.neg()?.exp()?.broadcast_div(&units)?;
-    let a = (low.broadcast_sub(&means)? * &inverse_scales)?;
-    let b = (high.broadcast_sub(&means)? * &inverse_scales)?;
+    // First without the forecast, which may lie a million scales from 0 and a few from the bin.
+    let a = (low.broadcast_sub(&forecasts)?.broadcast_sub(&moved)? * &inverse_scales)?;
+    let b = (high.broadcast_sub(&forecasts)?.broadcast_sub(&moved)? * &inverse_scales)?;
     let difference = low.broadcast_sub(&high)?.broadcast_mul(&inverse_scales)?.minimum(-f64::from(LEAST_BIN))?;
-    let bin = (difference.exp()?.neg()? + 1.0)?.log()?;
+    // 1 - e^x as -2 t / (1 - t) with t = tanh(x / 2), which keeps its digits near 0.
+    let t = (difference / 2.0)?.tanh()?;
+    let bin = ((&t * -2.0)? / (1.0 - t)?)?.log()?;
     let terms = (((log_weights + log_sigmoid(&b)?)? + log_sigmoid(&a.neg()?)?)? + bin)?;
     terms.reshape((n, k))?.log_sum_exp(D::Minus1)?.neg()
 }
