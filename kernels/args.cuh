@@ -135,12 +135,12 @@ static_assert(sizeof(PredictArgs) == 56, "PredictArgs differs from src/cuda/laun
 
 /// RMSNorm of x [rows, dim]; y, d_y, d_x likewise.
 struct RmsNormArgs {
-  const void* x;
+  const float* x;
   const float* gain;   // [dim], or null for none
   void* y;
   float* inverse_rms;  // [rows]: written by forward, read by backward
   const void* d_y;
-  void* d_x;
+  float* d_x;
   float* d_gain_parts;  // [n_parts, dim]: sums over rows_per_part rows each
   int32_t rows;
   int32_t dim;
@@ -200,18 +200,18 @@ static_assert(sizeof(MixtureNllArgs) == 72, "MixtureNllArgs differs from src/cud
 /// What attention reads of qkv [rows = batch * len, 3 * n_heads * head_dim], whose sequences begin at position 0: queries and keys,
 /// RMS-normalised and rotated (RoPE), and values; q, k, v and their gradients [batch, n_heads, len, head_dim].
 struct SplitHeadsArgs {
-  const float* qkv;
-  float* q;
-  float* k;
-  float* v;
-  const float* d_q;  // the rest: backward
-  const float* d_k;
-  const float* d_v;
-  float* d_qkv;
+  const void* qkv;
+  void* q;
+  void* k;
+  void* v;
+  const void* d_q;  // the rest: backward
+  const void* d_k;
+  const void* d_v;
+  void* d_qkv;
   int32_t rows;
   int32_t len;
   int32_t n_heads;
-  int32_t head_dim;  // even
+  int32_t head_dim;  // even, at most 128
 };
 static_assert(sizeof(SplitHeadsArgs) == 80, "SplitHeadsArgs differs from src/cuda/launch");
 
@@ -232,13 +232,14 @@ struct GatherArgs {
 };
 static_assert(sizeof(GatherArgs) == 72, "GatherArgs differs from src/cuda/launch");
 
-/// Sum of n values, in place.
+/// y = x + z, n values each; y may be x or, where z is f32, z.
 struct AddArgs {
   const float* x;
+  const void* z;
   float* y;
   int64_t n;
 };
-static_assert(sizeof(AddArgs) == 24, "AddArgs differs from src/cuda/launch");
+static_assert(sizeof(AddArgs) == 32, "AddArgs differs from src/cuda/launch");
 
 /// A step of AdamW on n weights; what the factors are, src/train/optimizer.rs says.
 struct AdamwArgs {
@@ -372,6 +373,7 @@ struct DecodeModel {
   int32_t frame_scales;        // [slices, n_components]
   int32_t frame_stride;
   int32_t angle_width;  // greatest head_dim
+  int32_t reserved;
   int64_t cache_stride;  // floats of a stream's caches
 };
 static_assert(sizeof(DecodeModel) == 584, "DecodeModel differs from src/cuda/launch");

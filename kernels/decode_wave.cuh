@@ -24,7 +24,8 @@ __device__ __forceinline__ float compand(float sample) {
 __device__ __forceinline__ int fine_residual_code(float residual) {
   const float steps = residual * PCM_UNIT;
   const float companded = copysignf(log1pf(fabsf(steps)) / LN_MOST_STEPS, steps);
-  return int(fminf((companded + 1.f) * (N_CODES / 2), N_CODES - 1.f));
+  // What is no number is the first.
+  return int(fmaxf(fminf((companded + 1.f) * (N_CODES / 2), N_CODES - 1.f), 0.f));
 }
 
 /// A model's tokens: src/codec.rs.

@@ -24,6 +24,8 @@ constexpr int GATHER_COLUMNS = 64;
 /// As in src/sampler.rs and src/model/head.rs.
 constexpr int N_FORECASTS = 2;
 constexpr float MAX_OFFSET = 4.f, MAX_LOG_SCALE = 2.5f, LEAST_BIN = 1e-6f;
+/// Features of half a head that a lane has, at most.
+constexpr int HALF_PER_LANE = 2;
 
 // ---- helpers -------------------------------------------------------------------------------------------------------
 
@@ -96,20 +98,27 @@ __device__ void copy_rows(float* device, float* rows, int n_rows, int width, int
   }
 }
 
+/// Of a vector that a warp has in memory: 1 / its root mean square.
+template <class T>
+__device__ float of_rms(const T* x, int n) {
+  float power = 0.f;
+  for (int i = lane(); i < n; i += WARP) power += to_float(x[i]) * to_float(x[i]);
+  return 1.f / sqrtf(lanes_sum<WARP>(power) / n + NORM_EPS);
+}
+
 // ---- kernels: RMSNorm ----------------------------------------------------------------------------------------------
+
+// The residual stream x is f32; T is what the maps behind the norm read.
 
 /// y = x / rms(x) * gain
 template <class T>
 __device__ void rms_norm_forward(const RmsNormArgs& a) {
   const int row = warp_row();
   if (row >= a.rows) return;  // the whole warp
-  const T* const x = static_cast<const T*>(a.x) + size_t(row) * a.dim;
+  const float* const x = a.x + size_t(row) * a.dim;
   T* const y = static_cast<T*>(a.y) + size_t(row) * a.dim;
-  float power = 0.f;
-  for (int i = lane(); i < a.dim; i += WARP) power += to_float(x[i]) * to_float(x[i]);
-  const float inverse_rms = 1.f / sqrtf(lanes_sum<WARP>(power) / a.dim + NORM_EPS);
-  for (int i = lane(); i < a.dim; i += WARP)
-    y[i] = from_float<T>(to_float(x[i]) * inverse_rms * (a.gain ? a.gain[i] : 1.f));
+  const float inverse_rms = of_rms(x, a.dim);
+  for (int i = lane(); i < a.dim; i += WARP) y[i] = from_float<T>(x[i] * inverse_rms * (a.gain ? a.gain[i] : 1.f));
   if (lane() == 0) a.inverse_rms[row] = inverse_rms;
 }
 
@@ -118,27 +127,26 @@ template <class T>
 __device__ void rms_norm_backward(const RmsNormArgs& a) {
   const int row = warp_row();
   if (row >= a.rows) return;  // the whole warp
-  const T* const x = static_cast<const T*>(a.x) + size_t(row) * a.dim;
+  const float* const x = a.x + size_t(row) * a.dim;
   const T* const d_y = static_cast<const T*>(a.d_y) + size_t(row) * a.dim;
-  T* const d_x = static_cast<T*>(a.d_x) + size_t(row) * a.dim;
+  float* const d_x = a.d_x + size_t(row) * a.dim;
   const float inverse_rms = a.inverse_rms[row];
   auto gradient = [&](int i) { return to_float(d_y[i]) * (a.gain ? a.gain[i] : 1.f); };
   float sum = 0.f;
-  for (int i = lane(); i < a.dim; i += WARP) sum += gradient(i) * to_float(x[i]);
+  for (int i = lane(); i < a.dim; i += WARP) sum += gradient(i) * x[i];
   const float mean = lanes_sum<WARP>(sum) * inverse_rms / a.dim;
   for (int i = lane(); i < a.dim; i += WARP)
-    d_x[i] = from_float<T>((gradient(i) - to_float(x[i]) * inverse_rms * mean) * inverse_rms);
+    d_x[i] = (gradient(i) - x[i] * inverse_rms * mean) * inverse_rms;
 }
 
 /// d_gain = sum over rows of d_y * x / rms(x), for each part of the rows; column_sums adds the parts.
 template <class T>
 __device__ void rms_norm_backward_gain(const RmsNormArgs& a) {
   const int column = blockIdx.x * WARP + threadIdx.x % WARP, first = blockIdx.y * a.rows_per_part;
-  const T* const x = static_cast<const T*>(a.x);
   const T* const d_y = static_cast<const T*>(a.d_y);
   const float sum = column_sum(first, min(a.rows, first + a.rows_per_part), [&](int row) {
     const size_t at = size_t(row) * a.dim + column;
-    return column < a.dim ? to_float(d_y[at]) * to_float(x[at]) * a.inverse_rms[row] : 0.f;
+    return column < a.dim ? to_float(d_y[at]) * a.x[at] * a.inverse_rms[row] : 0.f;
   });
   if (threadIdx.x < WARP && column < a.dim) a.d_gain_parts[size_t(blockIdx.y) * a.dim + column] = sum;
 }
@@ -265,8 +273,9 @@ __device__ void mixture_nll_backward(const MixtureNllArgs& a) {
 // ---- kernels: queries, keys and values -----------------------------------------------------------------------------
 
 /// A row and head of qkv, for a warp.
+template <class T>
 struct Head {
-  const float *q, *k, *v;
+  const T *q, *k, *v;
   size_t in_qkv, dim;  // where the query begins, and how far key and value lie behind it and each other
   size_t in_heads;     // where it begins in q, k, v
   int position;
@@ -277,7 +286,7 @@ struct Head {
     in_qkv = row * 3 * dim + head * a.head_dim;
     position = row % a.len;
     in_heads = ((size_t(row / a.len) * a.n_heads + head) * a.len + position) * a.head_dim;
-    q = a.qkv + in_qkv;
+    q = static_cast<const T*>(a.qkv) + in_qkv;
     k = q + dim;
     v = k + dim;
   }
@@ -295,62 +304,66 @@ struct Turn {
   }
 };
 
-/// Of a vector that a warp has in memory: 1 / its root mean square.
-__device__ float inverse_rms(const float* x, int n) {
-  float power = 0.f;
-  for (int i = lane(); i < n; i += WARP) power += x[i] * x[i];
-  return 1.f / sqrtf(lanes_sum<WARP>(power) / n + NORM_EPS);
-}
-
+template <class T>
 __device__ void split_heads_forward(const SplitHeadsArgs& a) {
   const int item = warp_row();
   if (item >= a.rows * a.n_heads) return;  // the whole warp
-  const Head from(a, item);
+  const Head<T> from(a, item);
   const int half = a.head_dim / 2;
-  const float scale_q = inverse_rms(from.q, a.head_dim), scale_k = inverse_rms(from.k, a.head_dim);
-  auto rotate = [&](const float* x, float scale, float* y, int i, const Turn& turn) {
-    const float low = x[i] * scale, high = x[i + half] * scale;
-    y[i] = low * turn.cosine - high * turn.sine;
-    y[i + half] = low * turn.sine + high * turn.cosine;
+  const float scale_q = of_rms(from.q, a.head_dim), scale_k = of_rms(from.k, a.head_dim);
+  auto rotate = [&](const T* x, float scale, void* to, int i, const Turn& turn) {
+    T* const y = static_cast<T*>(to) + from.in_heads;
+    const float low = to_float(x[i]) * scale, high = to_float(x[i + half]) * scale;
+    y[i] = from_float<T>(low * turn.cosine - high * turn.sine);
+    y[i + half] = from_float<T>(low * turn.sine + high * turn.cosine);
   };
   for (int i = lane(); i < half; i += WARP) {
     const Turn turn(from.position, i, a.head_dim);
-    rotate(from.q, scale_q, a.q + from.in_heads, i, turn);
-    rotate(from.k, scale_k, a.k + from.in_heads, i, turn);
+    rotate(from.q, scale_q, a.q, i, turn);
+    rotate(from.k, scale_k, a.k, i, turn);
   }
-  for (int i = lane(); i < a.head_dim; i += WARP) a.v[from.in_heads + i] = from.v[i];
+  T* const v = static_cast<T*>(a.v) + from.in_heads;
+  for (int i = lane(); i < a.head_dim; i += WARP) v[i] = from.v[i];
 }
 
 /// With n = x / rms(x) and g = d_y turned back: d_x = (g - n * mean(g * n)) / rms(x)
+template <class T>
 __device__ void split_heads_backward(const SplitHeadsArgs& a) {
   const int item = warp_row();
   if (item >= a.rows * a.n_heads) return;  // the whole warp
-  const Head from(a, item);
+  const Head<T> from(a, item);
   const int half = a.head_dim / 2;
-  const float* const inputs[2] = {from.q, from.k};
-  const float* const gradients[2] = {a.d_q + from.in_heads, a.d_k + from.in_heads};
+  const T* const inputs[2] = {from.q, from.k};
+  const void* const gradients[2] = {a.d_q, a.d_k};
+  T* const d_qkv = static_cast<T*>(a.d_qkv) + from.in_qkv;
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
-    const float* const x = inputs[part];
-    const float* const d_y = gradients[part];
-    float* const d_x = a.d_qkv + from.in_qkv + part * from.dim;
-    const float scale = inverse_rms(x, a.head_dim);
-    float sum = 0.f;
-    for (int i = lane(); i < half; i += WARP) {
+    const T* const x = inputs[part];
+    const T* const d_y = static_cast<const T*>(gradients[part]) + from.in_heads;
+    T* const d_x = d_qkv + part * from.dim;
+    const float scale = of_rms(x, a.head_dim);
+    float sum = 0.f, low[HALF_PER_LANE], high[HALF_PER_LANE];
+#pragma unroll
+    for (int n = 0; n < HALF_PER_LANE; ++n) {
+      const int i = lane() + n * WARP;
+      if (i >= half) continue;
       const Turn turn(from.position, i, a.head_dim);
-      const float low = d_y[i] * turn.cosine + d_y[i + half] * turn.sine;
-      const float high = d_y[i + half] * turn.cosine - d_y[i] * turn.sine;
-      sum += low * x[i] + high * x[i + half];
-      d_x[i] = low;
-      d_x[i + half] = high;
+      const float d_low = to_float(d_y[i]), d_high = to_float(d_y[i + half]);
+      low[n] = d_low * turn.cosine + d_high * turn.sine;
+      high[n] = d_high * turn.cosine - d_low * turn.sine;
+      sum += low[n] * to_float(x[i]) + high[n] * to_float(x[i + half]);
     }
     const float mean = lanes_sum<WARP>(sum) * scale / a.head_dim;
-    for (int i = lane(); i < half; i += WARP) {
-      d_x[i] = (d_x[i] - x[i] * scale * mean) * scale;
-      d_x[i + half] = (d_x[i + half] - x[i + half] * scale * mean) * scale;
+#pragma unroll
+    for (int n = 0; n < HALF_PER_LANE; ++n) {
+      const int i = lane() + n * WARP;
+      if (i >= half) continue;
+      d_x[i] = from_float<T>((low[n] - to_float(x[i]) * scale * mean) * scale);
+      d_x[i + half] = from_float<T>((high[n] - to_float(x[i + half]) * scale * mean) * scale);
     }
   }
-  for (int i = lane(); i < a.head_dim; i += WARP) a.d_qkv[from.in_qkv + 2 * from.dim + i] = a.d_v[from.in_heads + i];
+  const T* const d_v = static_cast<const T*>(a.d_v) + from.in_heads;
+  for (int i = lane(); i < a.head_dim; i += WARP) d_qkv[2 * from.dim + i] = d_v[i];
 }
 
 // ---- kernels: embeddings -------------------------------------------------------------------------------------------
@@ -392,10 +405,11 @@ __device__ void gather_backward(const GatherArgs& a) {
 
 // ---- kernels: sums -------------------------------------------------------------------------------------------------
 
-/// y += x
+/// y = x + z
+template <class T>
 __device__ void add(const AddArgs& a) {
   const size_t i = size_t(blockIdx.x) * THREADS + threadIdx.x;
-  if (i < size_t(a.n)) a.y[i] += a.x[i];
+  if (i < size_t(a.n)) a.y[i] = a.x[i] + to_float(static_cast<const T*>(a.z)[i]);
 }
 
 // ---- kernels: AdamW ------------------------------------------------------------------------------------------------
@@ -421,6 +435,9 @@ __device__ void adamw(const AdamwArgs& a) {
   KERNEL(training_rms_norm_forward_##name, RmsNormArgs, THREADS, rms_norm_forward<T>)                   \
   KERNEL(training_rms_norm_backward_##name, RmsNormArgs, THREADS, rms_norm_backward<T>)                 \
   KERNEL(training_rms_norm_backward_gain_##name, RmsNormArgs, SUM_THREADS, rms_norm_backward_gain<T>)   \
+  KERNEL(training_split_heads_forward_##name, SplitHeadsArgs, THREADS, split_heads_forward<T>)          \
+  KERNEL(training_split_heads_backward_##name, SplitHeadsArgs, THREADS, split_heads_backward<T>)        \
+  KERNEL(training_add_##name, AddArgs, THREADS, add<T>)                                                 \
   KERNEL(training_swiglu_forward_##name, SwigluArgs, THREADS, swiglu_forward<T>)                        \
   KERNEL(training_swiglu_backward_##name, SwigluArgs, THREADS, swiglu_backward<T>)                      \
   KERNEL(training_cross_entropy_forward_##name, CrossEntropyArgs, THREADS, cross_entropy_forward<T>)    \
@@ -431,11 +448,8 @@ ENTRIES(bf16, bf16)
 KERNEL(training_column_sums, ColumnSumsArgs, SUM_THREADS, column_sums)
 KERNEL(training_mixture_nll_forward, MixtureNllArgs, THREADS, mixture_nll_forward)
 KERNEL(training_mixture_nll_backward, MixtureNllArgs, THREADS, mixture_nll_backward)
-KERNEL(training_split_heads_forward, SplitHeadsArgs, THREADS, split_heads_forward)
-KERNEL(training_split_heads_backward, SplitHeadsArgs, THREADS, split_heads_backward)
 KERNEL(training_gather_forward, GatherArgs, THREADS, gather_forward)
 KERNEL(training_gather_backward, GatherArgs, GATHER_COLUMNS, gather_backward)
-KERNEL(training_add, AddArgs, THREADS, add)
 KERNEL(training_adamw, AdamwArgs, THREADS, adamw)
 
 #undef ENTRIES

@@ -12,6 +12,7 @@ use wavegen::codec::Quantizer;
 use wavegen::engine::reference::ReferenceEngine;
 use wavegen::engine::{Engine, UNIFORMS_PER_SAMPLE};
 use wavegen::model::config::{GenerationSettings, ModelConfig};
+use wavegen::model::ops::Inner;
 use wavegen::plan::PlanFrame;
 use wavegen::rng::Rng;
 use wavegen::sampler::PlanSampling;
@@ -49,6 +50,7 @@ fn settings(directory: &Path, steps: usize) -> TrainSettings {
         budget: Budget::Steps(steps),
         seed: 1,
         device: Device::Cpu,
+        inner: Inner::F32,
         threads: 2,
         plan_batch: 4,
         wave_batch: 2,

@@ -17,6 +17,7 @@ struct library {
 };
 
 static void *error_1(void) { return (void *)(intptr_t)1; }      // CUBLAS_STATUS_NOT_INITIALIZED
+static void *error_3(void) { return (void *)(intptr_t)3; }      // ncclInternalError
 static void *error_11(void) { return (void *)(intptr_t)11; }    // NVRTC_ERROR_INTERNAL_ERROR
 static void *error_100(void) { return (void *)(intptr_t)100; }  // CUDA_ERROR_NO_DEVICE
 static void *error_101(void) { return (void *)(intptr_t)101; }  // CURAND_STATUS_NOT_INITIALIZED
@@ -34,6 +35,7 @@ static struct real {
     {.name = "cublas", .files = {"libcublas.so.13", "libcublas.so.12"}, .absent = error_1},
     {.name = "curand", .files = {"libcurand.so.10"}, .absent = error_101},
     {.name = "nvrtc", .files = {"libnvrtc.so.13", "libnvrtc.so.12"}, .absent = error_11},
+    {.name = "nccl", .files = {"libnccl.so.2"}, .absent = error_3},
 };
 enum { N_REALS = sizeof reals / sizeof reals[0] };
 
@@ -44,6 +46,8 @@ static const char *const FOLDERS[] = {
     "/usr/local/nvidia/lib64",
     "/usr/local/lib/python3*/*-packages/nvidia/cu13/lib",
     "/usr/lib/python3*/*-packages/nvidia/cu13/lib",
+    "/usr/local/lib/python3*/*-packages/nvidia/nccl/lib",
+    "/usr/lib/python3*/*-packages/nvidia/nccl/lib",
 };
 
 static void *open_in(const char *folder, const char *file) {

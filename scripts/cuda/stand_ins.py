@@ -9,7 +9,7 @@ import pathlib
 import re
 import sys
 
-LIBRARIES = {"cuda": "driver", "cublas": "cublas", "cublasLt": "cublaslt", "curand": "curand", "nvrtc": "nvrtc"}
+LIBRARIES = {"cuda": "driver", "cublas": "cublas", "cublasLt": "cublaslt", "curand": "curand", "nvrtc": "nvrtc", "nccl": "nccl"}
 # What a call may carry its arguments in (System V ABI, x86-64).
 INTEGER_REGISTERS = ["rax", "rdi", "rsi", "rdx", "rcx", "r8", "r9", "r10"]
 VECTOR_REGISTERS = 8
@@ -51,7 +51,7 @@ def main() -> None:
     for library, module in LIBRARIES.items():
         text = (bindings / "src" / module / "sys" / "mod.rs").read_text()
         # `culib` is cudarc's own.
-        functions = sorted(set(re.findall(r"\bfn ((?:cu|nvrtc)\w*)\s*\(", text)) - {"culib"})
+        functions = sorted(set(re.findall(r"\bfn ((?:cu|nvrtc|nccl)\w*)\s*\(", text)) - {"culib"})
         (folder / f"{library}.S").write_text(stand_in(library, functions))
 
 

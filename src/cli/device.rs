@@ -12,7 +12,7 @@ use super::common::Usage;
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum DeviceKind {
     Cpu,
-    /// The first NVIDIA GPU; --threads then draw excerpts for it
+    /// An NVIDIA GPU, under mpirun or srun each process its own; --threads then draw excerpts for it
     Cuda,
 }
 
@@ -23,7 +23,8 @@ impl DeviceKind {
         match self {
             Self::Cpu => Ok(Device::Cpu),
             #[cfg(feature = "cuda")]
-            Self::Cuda => wavegen::cuda::training_device().context("--device cuda; without it the CPU trains"),
+            Self::Cuda => wavegen::cuda::training_device(wavegen::train::group::local_rank())
+                .context("--device cuda; without it the CPU trains"),
             #[cfg(not(feature = "cuda"))]
             Self::Cuda => Err(Usage("--device cuda: this program was built without the feature `cuda`".into()).into()),
         }

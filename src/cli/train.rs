@@ -13,6 +13,7 @@ use serde::Serialize;
 use wavegen::audio::AudioError;
 use wavegen::checkpoint::{Checkpoint, Precision};
 use wavegen::model::config::{GenerationSettings, ModelConfig};
+use wavegen::model::ops::Inner;
 use wavegen::train::group::{self, Group};
 use wavegen::train::grow::{Fate, grow};
 use wavegen::train::resume::StateFolder;
@@ -94,6 +95,10 @@ pub struct Args {
     /// What computes; `cuda` needs a program built for it and an NVIDIA GPU, and wants batches of 16 or more
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceKind,
+    /// With --device cuda: what lies between the maps of a block, and its products, in bf16; weights, residual stream and losses stay
+    /// in f32
+    #[arg(long)]
+    bf16: bool,
     /// Contexts of 16 s per step of the plan transformer, dealt to the threads of all processes; memory depends on --threads
     /// only
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=65_536))]
@@ -269,6 +274,9 @@ fn run_in(group: &dyn Group, args: &Args) -> Result<Outcome> {
         check_output(&output, args.force)?;
     }
     check_inputs(&args.inputs)?;
+    if args.bf16 && args.device == DeviceKind::Cpu {
+        return Err(Usage("--bf16 is for --device cuda: the CPU trains in f32".into()).into());
+    }
     let budget = match (args.minutes, args.steps) {
         (Some(minutes), _) => Budget::Time(Duration::from_secs_f64(60.0 * minutes)),
         (None, steps) => Budget::Steps(steps.unwrap_or(1) as usize),
@@ -283,6 +291,7 @@ fn run_in(group: &dyn Group, args: &Args) -> Result<Outcome> {
         budget,
         seed: args.seed,
         device: args.device.open()?,
+        inner: if args.bf16 { Inner::Bf16 } else { Inner::F32 },
         threads,
         plan_batch: args.plan_batch as usize,
         wave_batch: args.wave_batch as usize,

@@ -3,7 +3,7 @@
 use candle_core::{Error, Result, Tensor, bail};
 
 use super::launch::{AttentionShape, Element, HeadsShape};
-use super::memory::{Fresh, address, element, f32, gpu, launch, of_one, of_three};
+use super::memory::{Fresh, address, element, gpu, launch, of_one, of_three};
 
 const NAME: &str = "attention_window";
 
@@ -20,12 +20,12 @@ pub fn attention_window(q: &Tensor, k: &Tensor, v: &Tensor, window: usize) -> Re
 }
 
 /// Queries, keys and values `[batch, len, 3 * dim]` of `n_heads`, heads side by side in each -> `[batch, len, dim]`: QK-norm, RoPE from
-/// position 0, causal attention of each position to the last `window` with its own; f32.
+/// position 0, causal attention of each position to the last `window` with its own; f32 or bf16, sums in f32.
 ///
 /// # Errors
 /// Likewise.
 pub fn attention(qkv: &Tensor, n_heads: usize, window: usize) -> Result<Tensor> {
-    let qkv = f32(qkv)?;
+    let (qkv, element) = (qkv.contiguous()?, element(qkv)?);
     let (batch, len, width) = qkv.dims3()?;
     if n_heads == 0 || !width.is_multiple_of(3 * n_heads) {
         bail!("attention: {:?} of {n_heads} heads", qkv.shape());
@@ -35,11 +35,11 @@ pub fn attention(qkv: &Tensor, n_heads: usize, window: usize) -> Result<Tensor> 
     let shape = HeadsShape { batch, len, n_heads, head_dim };
     let mut args = shape.args().map_err(Error::wrap)?;
     args.qkv = address(&qkv)?;
-    let heads = || Fresh::new((batch, n_heads, len, head_dim), Element::F32, &device);
+    let heads = || Fresh::new((batch, n_heads, len, head_dim), element, &device);
     let [q, k, v] = [heads()?, heads()?, heads()?];
     (args.q, args.k, args.v) = (q.address()?, k.address()?, v.address()?);
     // SAFETY: the sizes are those of `shape`.
-    unsafe { launch(&device, &shape.forward(), &args) }?;
+    unsafe { launch(&device, &shape.forward(element), &args) }?;
     let heads = Heads { q: q.tensor(), k: k.tensor(), v: v.tensor(), window };
     let (o, lse) = heads.forward()?;
     let o = o.tensor();
@@ -48,13 +48,13 @@ pub fn attention(qkv: &Tensor, n_heads: usize, window: usize) -> Result<Tensor> 
     of_one("attention", &input, joined, move |_, d| {
         let d_o = d.reshape((batch, len, n_heads, head_dim))?.transpose(1, 2)?.contiguous()?;
         let [d_q, d_k, d_v] = heads.backward(&o, &lse, &d_o)?;
-        let d_qkv = Fresh::new((batch, len, width), Element::F32, &device)?;
+        let d_qkv = Fresh::new((batch, len, width), element, &device)?;
         let mut args = args;
         args.qkv = address(&qkv)?;
         (args.d_q, args.d_k, args.d_v) = (d_q.address()?, d_k.address()?, d_v.address()?);
         args.d_qkv = d_qkv.address()?;
         // SAFETY: as above.
-        unsafe { launch(&device, &shape.backward(), &args) }?;
+        unsafe { launch(&device, &shape.backward(element), &args) }?;
         Ok(d_qkv.tensor())
     })
 }

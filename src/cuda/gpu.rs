@@ -25,10 +25,16 @@ pub struct NoDevice {
 /// # Errors
 /// Where there is none, no driver, or one too old.
 pub fn device() -> Result<Device, NoDevice> {
-    // A CUDA error carries a stack trace; its first line says it all.
-    let first_line =
-        |e: &dyn Display| NoDevice { reason: e.to_string().lines().next().unwrap_or_default().to_string() };
-    let device = Device::new_cuda_with_stream(0).map_err(|e| first_line(&e))?;
+    numbered(0)
+}
+
+/// A CUDA error carries a stack trace; its first line says it all.
+fn first_line(error: &dyn Display) -> NoDevice {
+    NoDevice { reason: error.to_string().lines().next().unwrap_or_default().to_string() }
+}
+
+fn numbered(ordinal: usize) -> Result<Device, NoDevice> {
+    let device = Device::new_cuda_with_stream(ordinal).map_err(|e| first_line(&e))?;
     if let Device::Cuda(device) = &device {
         let stream = device.cuda_stream();
         let context = stream.context();
@@ -40,12 +46,17 @@ pub fn device() -> Result<Device, NoDevice> {
     Ok(device)
 }
 
-/// [`device`] for training: products of f32 matrices may round their factors to 10 bits (TF32), ten times as fast.
+/// A GPU for training: products of f32 matrices may round their factors to 10 bits (TF32), ten times as fast. Processes of one machine,
+/// numbered by `local_rank`, take its GPUs in turn.
 ///
 /// # Errors
-/// Likewise.
-pub fn training_device() -> Result<Device, NoDevice> {
-    let device = device()?;
+/// As [`device`].
+pub fn training_device(local_rank: usize) -> Result<Device, NoDevice> {
+    // Asked before the driver is asked for anything else.
+    let first = device()?;
+    let n_devices = CudaContext::device_count().map_err(|e| first_line(&e))?.max(1) as usize;
+    let ordinal = local_rank % n_devices;
+    let device = if ordinal == 0 { first } else { numbered(ordinal)? };
     candle_core::cuda::set_gemm_reduced_precision_f32(true);
     Ok(device)
 }

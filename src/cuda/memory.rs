@@ -17,7 +17,11 @@ use super::launch::{AddArgs, Element, Launch};
 
 /// What the elements of a tensor are to the kernels.
 pub fn element(tensor: &Tensor) -> Result<Element> {
-    match tensor.dtype() {
+    dtype_element(tensor.dtype())
+}
+
+fn dtype_element(dtype: DType) -> Result<Element> {
+    match dtype {
         DType::F32 => Ok(Element::F32),
         DType::BF16 => Ok(Element::Bf16),
         other => bail!("no kernel works on elements of type {other:?}"),
@@ -70,7 +74,7 @@ impl Fresh {
         Ok(copy)
     }
 
-    /// `a [.., k]` times `b [k, n]`, f32, as `shape`, which has as many values.
+    /// `a [.., k]` times `b [k, n]`, both f32 or both bf16, as `shape`, which has as many values.
     pub fn product(a: &Tensor, b: &Tensor, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
         let (k, n) = b.dims2()?;
@@ -84,17 +88,22 @@ impl Fresh {
         Ok(Self { storage: a.matmul(b, (1, m, n, k), a_layout, b_layout)?, shape })
     }
 
-    /// Adds as many values of a tensor that [`f32`] gave.
+    /// The sum with as many values of a tensor that [`f32`] gave, f32.
     pub fn add(self, x: &Tensor) -> Result<Self> {
         let n = self.shape.elem_count();
         if x.elem_count() != n {
             bail!("{:?} added to {:?}", x.shape(), self.shape);
         }
-        let (add, args) = super::launch::add(n).map_err(candle_core::Error::wrap)?;
-        let args = AddArgs { x: address(x)?, y: self.address()?, ..args };
-        // SAFETY: both have `n` values.
+        let (element, z) = (dtype_element(self.storage.dtype())?, self.address()?);
+        let (add, args) = super::launch::add(n, element).map_err(candle_core::Error::wrap)?;
+        let y = match element {
+            Element::F32 => None,
+            Element::Bf16 => Some(Self::new(&self.shape, Element::F32, gpu(x)?)?),
+        };
+        let args = AddArgs { x: address(x)?, z, y: y.as_ref().map_or(Ok(z), Self::address)?, ..args };
+        // SAFETY: each has `n` values; in place, a thread reads what it then writes.
         unsafe { launch(gpu(x)?, &add, &args) }?;
-        Ok(self)
+        Ok(y.unwrap_or(self))
     }
 
     pub fn address(&self) -> Result<u64> {

@@ -20,6 +20,8 @@ pub mod launch;
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 mod memory;
+#[cfg(feature = "nccl")]
+mod nccl;
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 mod ops;
@@ -30,5 +32,7 @@ pub use attention::attention_window;
 pub use forecast::GpuForecaster;
 #[cfg(feature = "cuda")]
 pub use gpu::{Gpu, NoDevice, device, training_device};
+#[cfg(feature = "nccl")]
+pub(crate) use nccl::{Nccl, invitation};
 #[cfg(feature = "cuda")]
-pub(crate) use ops::{OPS, adamw};
+pub(crate) use ops::{OPS, OPS_BF16, adamw};

@@ -1,14 +1,15 @@
 //! The operations that both transformers are made of, on a GPU, by kernels/training.cu and attention_window.cu; what has no kernel is
-//! composed of candle's operations. f32, sums in one order: the same bits every time.
+//! composed of candle's operations. Sums are f32 and in one order: the same bits every time. Weights and the residual stream are f32;
+//! what lies between two maps of a block is f32 ([`OPS`]) or bf16 ([`OPS_BF16`]), and so are the products that make it.
 
-use candle_core::{D, DType, Error, Result, Tensor, bail};
+use candle_core::{D, DType, Error, Result, Shape, Tensor, bail};
 
 use super::attention::attention;
 use super::launch::{
     self, AdamwArgs, CrossEntropyShape, Element, GatherShape, HEAD_DIMS, MixtureShape, NormShape, SwigluArgs,
     SwigluShape,
 };
-use super::memory::{Fresh, address, f32, gpu, launch, of_one, of_three, of_two};
+use super::memory::{Fresh, address, element, f32, gpu, launch, of_one, of_three, of_two};
 use crate::model::config::N_FORECASTS;
 use crate::model::head::Targets;
 use crate::model::ops::{Ops, plain};
@@ -19,7 +20,8 @@ const F32: Element = Element::F32;
 /// For models whose tensors are on a GPU.
 pub(crate) static OPS: Ops = Ops {
     rms_norm,
-    norm_linear,
+    norm_linear: |x, gain, weight| norm_linear(x, gain, weight, F32),
+    project: |x, gain, weight| norm_linear(x, gain, weight, F32),
     linear: plain::linear,
     silu_linear: plain::silu_linear,
     add_linear,
@@ -35,22 +37,26 @@ pub(crate) static OPS: Ops = Ops {
     cross_entropy,
 };
 
+/// The same with [`Ops::project`] to bf16, whose element all follow that work on what it gives.
+pub(crate) static OPS_BF16: Ops = Ops { project: |x, gain, weight| norm_linear(x, gain, weight, Element::Bf16), ..OPS };
+
 /// Rows and width of the last dimension.
 fn rows(x: &Tensor) -> Result<(usize, usize)> {
     let width = x.dim(D::Minus1)?;
     Ok((x.elem_count() / width.max(1), width))
 }
 
-/// A norm whose backward pass is still to come.
+/// A norm whose backward pass is still to come; its result is of `element`, its input f32.
 struct Norm {
     shape: NormShape,
+    element: Element,
     x: Tensor,
     gain: Tensor,
     inverse_rms: Tensor,
 }
 
 impl Norm {
-    fn forward(x: &Tensor, gain: &Tensor) -> Result<(Self, Fresh)> {
+    fn forward(x: &Tensor, gain: &Tensor, element: Element) -> Result<(Self, Fresh)> {
         let (x, gain) = (f32(x)?, f32(gain)?);
         let device = gpu(&x)?;
         let (rows, dim) = rows(&x)?;
@@ -58,19 +64,19 @@ impl Norm {
             bail!("rms_norm: gains {:?} for {:?}", gain.shape(), x.shape());
         }
         let shape = NormShape { rows, dim };
-        let (y, inverse_rms) = (Fresh::new(x.shape(), F32, device)?, Fresh::new(rows, F32, device)?);
+        let (y, inverse_rms) = (Fresh::new(x.shape(), element, device)?, Fresh::new(rows, F32, device)?);
         let mut args = shape.args().map_err(Error::wrap)?;
         (args.x, args.gain, args.y) = (address(&x)?, address(&gain)?, y.address()?);
         args.inverse_rms = inverse_rms.address()?;
         // SAFETY: the sizes are those of `shape`.
-        unsafe { launch(device, &shape.forward(F32), &args) }?;
+        unsafe { launch(device, &shape.forward(element), &args) }?;
         let inverse_rms = inverse_rms.tensor();
-        Ok((Self { shape, x, gain, inverse_rms }, y))
+        Ok((Self { shape, element, x, gain, inverse_rms }, y))
     }
 
     /// Gradients of x and gain.
     fn backward(&self, d_y: &Tensor) -> Result<[Tensor; 2]> {
-        let Self { shape, x, gain, inverse_rms } = self;
+        let Self { shape, element, x, gain, inverse_rms } = self;
         let device = gpu(x)?;
         let (d_x, d_gain) = (Fresh::new(x.shape(), F32, device)?, Fresh::new(shape.dim, F32, device)?);
         let parts = Fresh::new((shape.parts(), shape.dim), F32, device)?;
@@ -81,8 +87,8 @@ impl Norm {
         (sums.parts, sums.sums) = (parts.address()?, d_gain.address()?);
         // SAFETY: the sizes are those of `shape`.
         unsafe {
-            launch(device, &shape.backward(F32), &args)?;
-            launch(device, &shape.backward_gain(F32), &args)?;
+            launch(device, &shape.backward(*element), &args)?;
+            launch(device, &shape.backward_gain(*element), &args)?;
             launch(device, &sum, &sums)?;
         }
         Ok([d_x.tensor(), d_gain.tensor()])
@@ -90,7 +96,7 @@ impl Norm {
 }
 
 fn rms_norm(x: &Tensor, gain: &Tensor) -> Result<Tensor> {
-    let (norm, y) = Norm::forward(x, gain)?;
+    let (norm, y) = Norm::forward(x, gain, F32)?;
     of_two("rms_norm", [x, gain], y, move |_, d_y| norm.backward(d_y))
 }
 
@@ -102,18 +108,24 @@ fn widened(x: &Tensor, width: usize) -> Vec<usize> {
     shape
 }
 
-/// Gradients of x and weight where x weight has this one.
-fn linear_backward(x: &Tensor, weight: &Tensor, d_y: &Tensor) -> Result<[Tensor; 2]> {
-    let (inputs, outputs) = weight.dims2()?;
-    let (x_rows, d_rows) = (x.reshape(((), inputs))?, d_y.reshape(((), outputs))?);
-    let d_x = Fresh::product(&d_rows, &weight.t()?, x.shape())?;
-    Ok([d_x.tensor(), Fresh::product(&x_rows.t()?, &d_rows, weight.shape())?.tensor()])
+/// `x weight` as `shape`, in the element of x, to which the f32 weight is rounded.
+fn product(x: &Tensor, weight: &Tensor, shape: impl Into<Shape>) -> Result<Fresh> {
+    Fresh::product(x, &weight.to_dtype(x.dtype())?, shape)
 }
 
-fn norm_linear(x: &Tensor, gain: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let (norm, normalised) = Norm::forward(x, gain)?;
+/// Gradients of x and weight where [`product`] has this one.
+fn linear_backward(x: &Tensor, weight: &Tensor, d_y: &Tensor) -> Result<[Tensor; 2]> {
+    let (inputs, outputs) = weight.dims2()?;
+    let (x_rows, d_rows) = (x.reshape(((), inputs))?, d_y.to_dtype(x.dtype())?.reshape(((), outputs))?);
+    let d_x = product(&d_rows, &weight.t()?, x.shape())?;
+    let d_weight = Fresh::product(&x_rows.t()?, &d_rows, weight.shape())?.tensor();
+    Ok([d_x.tensor(), d_weight.to_dtype(weight.dtype())?])
+}
+
+fn norm_linear(x: &Tensor, gain: &Tensor, weight: &Tensor, element: Element) -> Result<Tensor> {
+    let (norm, normalised) = Norm::forward(x, gain, element)?;
     let (normalised, weight) = (normalised.tensor(), f32(weight)?);
-    let y = Fresh::product(&normalised, &weight, widened(x, weight.dim(1)?))?;
+    let y = product(&normalised, &weight, widened(x, weight.dim(1)?))?;
     of_three("norm_linear", [x, gain, &weight.clone()], y, move |_, d_y| {
         let [d_normalised, d_weight] = linear_backward(&normalised, &weight, d_y)?;
         let [d_x, d_gain] = norm.backward(&d_normalised)?;
@@ -122,8 +134,8 @@ fn norm_linear(x: &Tensor, gain: &Tensor, weight: &Tensor) -> Result<Tensor> {
 }
 
 fn add_linear(residual: &Tensor, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let (residual, x, weight) = (f32(residual)?, f32(x)?, f32(weight)?);
-    let y = Fresh::product(&x, &weight, residual.shape())?.add(&residual)?;
+    let (residual, x, weight) = (f32(residual)?, x.contiguous()?, f32(weight)?);
+    let y = product(&x, &weight, residual.shape())?.add(&residual)?;
     of_three("add_linear", [&residual, &x.clone(), &weight.clone()], y, move |_, d_y| {
         let [d_x, d_weight] = linear_backward(&x, &weight, d_y)?;
         Ok([d_y.clone(), d_x, d_weight])
@@ -133,19 +145,21 @@ fn add_linear(residual: &Tensor, x: &Tensor, weight: &Tensor) -> Result<Tensor> 
 /// `silu(gate) value` of up `[.., 2 * hidden]`, on rows of half the width.
 fn swiglu(up: &Tensor) -> Result<Fresh> {
     let (shape, mut args) = swiglu_of(up)?;
-    let y = Fresh::new((shape.rows, shape.hidden), F32, gpu(up)?)?;
+    let element = element(up)?;
+    let y = Fresh::new((shape.rows, shape.hidden), element, gpu(up)?)?;
     (args.up, args.y) = (address(up)?, y.address()?);
     // SAFETY: the sizes are those of `shape`.
-    unsafe { launch(gpu(up)?, &shape.forward(F32), &args) }?;
+    unsafe { launch(gpu(up)?, &shape.forward(element), &args) }?;
     Ok(y)
 }
 
 fn swiglu_backward(up: &Tensor, d_y: &Tensor) -> Result<Fresh> {
     let (shape, mut args) = swiglu_of(up)?;
-    let d_up = Fresh::new(up.shape(), F32, gpu(up)?)?;
+    let element = element(up)?;
+    let d_up = Fresh::new(up.shape(), element, gpu(up)?)?;
     (args.up, args.d_y, args.d_up) = (address(up)?, address(d_y)?, d_up.address()?);
     // SAFETY: the sizes are those of `shape`.
-    unsafe { launch(gpu(up)?, &shape.backward(F32), &args) }?;
+    unsafe { launch(gpu(up)?, &shape.backward(element), &args) }?;
     Ok(d_up)
 }
 
@@ -159,9 +173,9 @@ fn swiglu_of(up: &Tensor) -> Result<(SwigluShape, SwigluArgs)> {
 }
 
 fn add_swiglu_linear(residual: &Tensor, up: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let (residual, up, weight) = (f32(residual)?, f32(up)?, f32(weight)?);
+    let (residual, up, weight) = (f32(residual)?, up.contiguous()?, f32(weight)?);
     let open = swiglu(&up)?.tensor();
-    let y = Fresh::product(&open, &weight, residual.shape())?.add(&residual)?;
+    let y = product(&open, &weight, residual.shape())?.add(&residual)?;
     of_three("add_swiglu_linear", [&residual, &up.clone(), &weight.clone()], y, move |_, d_y| {
         let [d_open, d_weight] = linear_backward(&open, &weight, d_y)?;
         Ok([d_y.clone(), swiglu_backward(&up, &d_open)?.tensor(), d_weight])

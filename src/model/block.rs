@@ -126,13 +126,13 @@ impl Block {
 
     /// `[batch, len, dim]` -> queries, keys, values `[batch, len, 3 * dim]`.
     fn project(&self, x: &Tensor) -> Result<Tensor> {
-        (self.ops.norm_linear)(x, &self.attention_norm.gain, &self.qkv)
+        (self.ops.project)(x, &self.attention_norm.gain, &self.qkv)
     }
 
     /// Adds attention's result and the feed-forward to the residual stream; all `[batch, len, dim]`.
     fn finish(&self, x: &Tensor, attended: &Tensor) -> Result<Tensor> {
         let x = (self.ops.add_linear)(x, attended, &self.out)?;
-        let up = (self.ops.norm_linear)(&x, &self.feed_forward_norm.gain, &self.up)?;
+        let up = (self.ops.project)(&x, &self.feed_forward_norm.gain, &self.up)?;
         (self.ops.add_swiglu_linear)(&x, &up, &self.down)
     }
 

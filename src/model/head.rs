@@ -5,7 +5,7 @@
 use candle_core::{Result, Tensor};
 
 use super::config::N_FORECASTS;
-use super::ops;
+use super::ops::{self, Inner};
 use crate::codec::{Codec, Token};
 use crate::sampler::unit_scale;
 
@@ -48,5 +48,5 @@ pub(super) const LEAST_BIN: f32 = 1e-6;
 
 /// Head outputs `[..., 3 * n_components]` of n samples -> -ln P(token), `[n]`, in nats.
 pub fn nll(head: &Tensor, targets: &Targets) -> Result<Tensor> {
-    (ops::of(head.device()).nll)(head, targets)
+    (ops::of(head.device(), Inner::F32).nll)(head, targets)
 }

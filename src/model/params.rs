@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::ops::{self, FUSED, Ops, PLAIN};
+use super::ops::{self, FUSED, Inner, Ops, PLAIN};
 use crate::rng::Rng;
 
 /// How a new tensor begins.
@@ -67,8 +67,8 @@ impl Params {
     }
 
     /// New tensors lie on this device, and the model that is built computes there.
-    pub fn on(self, device: &Device) -> Self {
-        Self { ops: ops::of(device), device: device.clone(), ..self }
+    pub fn on(self, device: &Device, inner: Inner) -> Self {
+        Self { ops: ops::of(device, inner), device: device.clone(), ..self }
     }
 
     /// Where the model that is built computes.

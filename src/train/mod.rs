@@ -205,7 +205,7 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
         let error_db = data.encode_plans(&checkpoint.quantizer)?;
         let _ = observe(TrainEvent::Codebooks { error_db });
     }
-    let mut params = Params::new(settings.seed).on(&settings.device);
+    let mut params = Params::new(settings.seed).on(&settings.device, settings.inner);
     let model = Model::new(&mut params, config, spectrum.n_bands())?;
     let vars = params.into_vars();
     let quantizer = checkpoint.quantizer.clone();

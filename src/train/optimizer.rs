@@ -132,6 +132,9 @@ impl AdamW {
         if group.size() == 1 {
             return Ok(());
         }
+        if self.all_sum_on_gpus(group)? {
+            return Ok(());
+        }
         let gradients = self.slots.values().map(|slot| slot.gradient.to_vec()).collect::<Result<Vec<_>>>()?;
         let mut flat = gradients.concat();
         // Numbers of items are whole and far below 2^24.
@@ -145,6 +148,26 @@ impl AdamW {
         }
         self.items = rest[0] as usize;
         Ok(())
+    }
+
+    /// The same where all gradients are on GPUs that can reach each other; else nothing, and false.
+    fn all_sum_on_gpus(&mut self, group: &dyn Group) -> Result<bool> {
+        let mut all = Vec::with_capacity(self.slots.len() + 1);
+        for slot in self.slots.values() {
+            let Kept::Gpu(gradient) = &slot.gradient else { return Ok(false) };
+            all.push(gradient.clone());
+        }
+        let Some(first) = all.first() else { return Ok(false) };
+        all.push(Tensor::new(&[self.items as f32], first.device())?);
+        let Some(sums) = group.sum_on_gpus(&Tensor::cat(&all, 0)?)? else { return Ok(false) };
+        let mut at = 0;
+        for slot in self.slots.values_mut() {
+            let n = slot.gradient.len();
+            slot.gradient = Kept::Gpu(sums.narrow(0, at, n)?);
+            at += n;
+        }
+        self.items = sums.narrow(0, at, 1)?.to_vec1::<f32>()?[0] as usize;
+        Ok(true)
     }
 
     /// Sum of squares of all gradients.

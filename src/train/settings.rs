@@ -14,6 +14,7 @@ use super::schedule::{Budget, PLAN_SHARE, Schedule};
 use crate::checkpoint::{Checkpoint, Precision};
 use crate::codec::Codec;
 use crate::model::config::ModelConfig;
+use crate::model::ops::Inner;
 use crate::plan::ResidualQuantizer;
 
 /// What to train, on what, for how long.
@@ -34,6 +35,8 @@ pub struct TrainSettings {
     pub seed: u64,
     /// What computes: the CPU or a GPU (feature `cuda`), which the threads then draw excerpts for.
     pub device: Device,
+    /// What a GPU keeps between the maps of a block.
+    pub inner: Inner,
     /// Worker threads; each computes its share of every batch.
     pub threads: usize,
     /// Contexts or excerpts per step, over all processes.

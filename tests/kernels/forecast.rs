@@ -245,6 +245,7 @@ fn forecasts_equal_those_of_the_library_for_random_settings_and_schedules() {
             lag_window_hz: f64::from(rng.uniform()) * 5.0,
             deconvolution: usize::from(tones) + rng.below(4) * rng.below(5),
             tones,
+            fine_residual: false,
         };
         let case = Case::new(&plan(), config, len, rng.below(len / 128), &mut rng);
         check(&emulator, &case, Schedule::seeded(round))
@@ -261,6 +262,7 @@ fn forecasts_equal_those_of_the_library_at_the_presets_settings() {
             lag_window_hz: 1.0,
             deconvolution,
             tones,
+            fine_residual: false,
             ..ForecastConfig::default()
         };
         let case = Case::new(&PlanConfig::default(), config, 11 * 512, 8, &mut Rng::new(74));

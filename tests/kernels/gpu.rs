@@ -14,6 +14,7 @@ use wavegen::model::Model;
 use wavegen::model::config::ModelConfig;
 use wavegen::model::features::{N_FEATURES, N_TOKEN_VALUES};
 use wavegen::model::head::{self, Targets};
+use wavegen::model::ops::Inner;
 use wavegen::model::params::Params;
 use wavegen::model::wave_transformer::{PLAN_FRAMES, WaveInputs};
 use wavegen::plan::Spectrum;
@@ -117,11 +118,11 @@ fn attention_on_the_cpu_is_refused() {
 }
 
 /// Bits per sample and per frame, and the gradients of all weights, of a model on `device`.
-fn losses_and_gradients(config: &ModelConfig, device: &Device) -> ([f32; 2], BTreeMap<String, Vec<f32>>) {
+fn losses_and_gradients(config: &ModelConfig, device: &Device, inner: Inner) -> ([f32; 2], BTreeMap<String, Vec<f32>>) {
     let mut rng = Rng::new(3);
     let (n_bands, frames, batch) = (148, 4, 3);
     let time = frames * config.plan.hop;
-    let mut params = Params::new(1).on(device);
+    let mut params = Params::new(1).on(device, inner);
     let model = Model::new(&mut params, config, n_bands).unwrap();
     let vars = params.into_vars();
     let mut normal = |shape: &[usize]| {
@@ -168,8 +169,8 @@ fn models_on_the_gpu_have_the_losses_and_gradients_of_those_on_the_cpu() {
     let Some(device) = device() else { return };
     for preset in ["tiny", "base"] {
         let config = ModelConfig::preset(preset).unwrap();
-        let (losses, gradients) = losses_and_gradients(&config, device);
-        let (expected_losses, expected) = losses_and_gradients(&config, &Device::Cpu);
+        let (losses, gradients) = losses_and_gradients(&config, device, Inner::F32);
+        let (expected_losses, expected) = losses_and_gradients(&config, &Device::Cpu, Inner::F32);
         for (a, b) in losses.iter().zip(expected_losses) {
             assert!((a / b - 1.0).abs() < 1e-5, "{preset}: {losses:?} for {expected_losses:?}");
         }
@@ -179,7 +180,28 @@ fn models_on_the_gpu_have_the_losses_and_gradients_of_those_on_the_cpu() {
                 assert!((a - b).abs() <= 2e-3 * largest, "{preset}, {name}: {a} for {b}, the largest is {largest}");
             }
         }
-        let again = losses_and_gradients(&config, device);
+        let again = losses_and_gradients(&config, device, Inner::F32);
+        assert!(again == (losses, gradients), "{preset}: other bits the second time");
+    }
+}
+
+#[test]
+fn models_with_bf16_inside_differ_from_those_in_f32_by_its_rounding() {
+    let Some(device) = device() else { return };
+    for preset in ["tiny", "base"] {
+        let config = ModelConfig::preset(preset).unwrap();
+        let (losses, gradients) = losses_and_gradients(&config, device, Inner::Bf16);
+        let (expected_losses, expected) = losses_and_gradients(&config, device, Inner::F32);
+        for (a, b) in losses.iter().zip(expected_losses) {
+            assert!((a / b - 1.0).abs() < 1e-2 && a != &b, "{preset}: {losses:?} for {expected_losses:?}");
+        }
+        for (name, expected) in &expected {
+            let power = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x * x)).sum::<f64>();
+            let apart = power(&mut gradients[name].iter().zip(expected).map(|(a, b)| a - b));
+            let off = (apart / power(&mut expected.iter().copied())).sqrt();
+            assert!(off < 0.05, "{preset}, {name}: {off} of its size");
+        }
+        let again = losses_and_gradients(&config, device, Inner::Bf16);
         assert!(again == (losses, gradients), "{preset}: other bits the second time");
     }
 }

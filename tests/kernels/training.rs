@@ -60,15 +60,14 @@ fn check_rms_norm(
 ) -> Result<(), String> {
     let NormShape { rows, dim } = shape;
     let (x, d_y, gain) =
-        (normal(rows * dim, element, rng), normal(rows * dim, element, rng), normal(dim, Element::F32, rng));
-    let empty = || unwritten(rows * dim, element);
+        (normal(rows * dim, Element::F32, rng), normal(rows * dim, element, rng), normal(dim, Element::F32, rng));
     let mut buffers = [
-        to_bytes(&x, element),
+        to_bytes(&x, Element::F32),
         to_bytes(&gain, Element::F32),
-        empty(),
+        unwritten(rows * dim, element),
         unwritten(rows, Element::F32),
         to_bytes(&d_y, element),
-        empty(),
+        unwritten(rows * dim, Element::F32),
         unwritten(shape.parts() * dim, Element::F32),
         unwritten(dim, Element::F32),
     ];
@@ -84,10 +83,10 @@ fn check_rms_norm(
     let gain_used = with_gain.then_some(gain.as_slice());
     let row = |values: &[f64], i: usize| values[i * dim..(i + 1) * dim].to_vec();
     let by_row = |f: &dyn Fn(usize) -> Vec<f64>| (0..rows).flat_map(f).collect::<Vec<_>>();
-    let values = |i: usize| from_bytes(&buffers[i], element);
-    close("y", &values(2), &by_row(&|i| rms_norm(&row(&x, i), gain_used)), tolerance(element))?;
+    let y = by_row(&|i| rms_norm(&row(&x, i), gain_used));
+    close("y", &from_bytes(&buffers[2], element), &y, tolerance(element))?;
     let d_x = by_row(&|i| slopes(&row(&x, i), |x| dot(&rms_norm(x, gain_used), &row(&d_y, i))));
-    close("d_x", &values(5), &d_x, tolerance(element))?;
+    close("d_x", &from_bytes(&buffers[5], Element::F32), &d_x, tolerance(Element::F32))?;
     let d_gain: Vec<f64> =
         slopes(&gain, |gain| (0..rows).map(|i| dot(&rms_norm(&row(&x, i), Some(gain)), &row(&d_y, i))).sum());
     close("d_gain", &from_bytes(&buffers[7], Element::F32), &d_gain, 2e-5)
@@ -334,19 +333,19 @@ fn rotated(x: &[f64], position: usize) -> Vec<f64> {
 fn heads_are_split_normalised_and_rotated() {
     let Some(emulator) = Emulator::of(FILE) else { return };
     let mut rng = Rng::new(87);
-    for round in 0..8 {
+    for (round, element) in (0..8).flat_map(|round| BOTH.map(|element| (round, element))) {
         let shape = HeadsShape {
             batch: 1 + rng.below(3),
             len: 1 + rng.below(7),
             n_heads: 1 + rng.below(4),
-            head_dim: 2 * (1 + rng.below(48)),
+            head_dim: 2 * (1 + rng.below(64)),
         };
         let HeadsShape { batch, len, n_heads, head_dim } = shape;
         let dim = n_heads * head_dim;
-        let qkv = normal(batch * len * 3 * dim, Element::F32, &mut rng);
-        let d: Vec<Vec<f64>> = (0..3).map(|_| normal(batch * len * dim, Element::F32, &mut rng)).collect();
-        let empty = |n| unwritten(n, Element::F32);
-        let wide = |x: &[f64]| to_bytes(x, Element::F32);
+        let qkv = normal(batch * len * 3 * dim, element, &mut rng);
+        let d: Vec<Vec<f64>> = (0..3).map(|_| normal(batch * len * dim, element, &mut rng)).collect();
+        let empty = |n| unwritten(n, element);
+        let wide = |x: &[f64]| to_bytes(x, element);
         let mut buffers = [
             wide(&qkv),
             empty(batch * len * dim),
@@ -359,10 +358,10 @@ fn heads_are_split_normalised_and_rotated() {
         ];
         let args = shape.args().unwrap();
         let args = SplitHeadsArgs { qkv: 1, q: 2, k: 3, v: 4, d_q: 5, d_k: 6, d_v: 7, d_qkv: 8, ..args };
-        for launch in [shape.forward(), shape.backward()] {
+        for launch in [shape.forward(element), shape.backward(element)] {
             emulator.run(&launch, &args, 8, &mut buffers, Schedule::seeded(round)).unwrap();
         }
-        let got = |i: usize| from_bytes(&buffers[i], Element::F32);
+        let got = |i: usize| from_bytes(&buffers[i], element);
         let mut expected = vec![vec![0.0; batch * len * dim]; 3];
         let mut d_qkv = vec![0.0; qkv.len()];
         for (row, part, head) in
@@ -376,9 +375,10 @@ fn heads_are_split_normalised_and_rotated() {
             d_qkv[from..from + head_dim].copy_from_slice(&slopes(x, |x| dot(&of(x), d)));
         }
         for (i, expected) in expected.iter().enumerate() {
-            close("q, k, v", &got(1 + i), expected, 2e-5).unwrap_or_else(|e| panic!("{shape:?}, {i}: {e}"));
+            close("q, k, v", &got(1 + i), expected, tolerance(element))
+                .unwrap_or_else(|e| panic!("{shape:?}, {element:?}, {i}: {e}"));
         }
-        close("d_qkv", &got(7), &d_qkv, 2e-5).unwrap_or_else(|e| panic!("{shape:?}: {e}"));
+        close("d_qkv", &got(7), &d_qkv, tolerance(element)).unwrap_or_else(|e| panic!("{shape:?}, {element:?}: {e}"));
     }
 }
 
@@ -430,16 +430,18 @@ fn embeddings_are_added_and_their_gradients_gathered() {
 // Sums ---------------------------------------------------------------------------------------------------------------
 
 #[test]
-fn values_are_added_in_place() {
+fn values_are_added() {
     let Some(emulator) = Emulator::of(FILE) else { return };
     let mut rng = Rng::new(90);
-    for n in [1, 127, 300] {
-        let (x, y) = (normal(n, Element::F32, &mut rng), normal(n, Element::F32, &mut rng));
-        let mut buffers = [to_bytes(&x, Element::F32), to_bytes(&y, Element::F32)];
-        let (launch, args) = add(n).unwrap();
-        emulator.run(&launch, &AddArgs { x: 1, y: 2, ..args }, 2, &mut buffers, Schedule::default()).unwrap();
-        let sums: Vec<f64> = x.iter().zip(&y).map(|(x, y)| x + y).collect();
-        close("sums", &from_bytes(&buffers[1], Element::F32), &sums, 1e-6).unwrap();
+    for (n, element) in [1, 127, 300].into_iter().flat_map(|n| BOTH.map(|element| (n, element))) {
+        let (x, z) = (normal(n, Element::F32, &mut rng), normal(n, element, &mut rng));
+        let mut buffers = [to_bytes(&x, Element::F32), to_bytes(&z, element), unwritten(n, Element::F32)];
+        let (launch, args) = add(n, element).unwrap();
+        // In place where what is added is f32.
+        let y = if element == Element::F32 { 2 } else { 3 };
+        emulator.run(&launch, &AddArgs { x: 1, z: 2, y, ..args }, 3, &mut buffers, Schedule::default()).unwrap();
+        let sums: Vec<f64> = x.iter().zip(&z).map(|(x, z)| x + z).collect();
+        close("sums", &from_bytes(&buffers[y as usize - 1], Element::F32), &sums, 1e-6).unwrap();
     }
 }
 

@@ -65,7 +65,8 @@ macro_rules! mirrored {
         #[repr(C)]
         #[derive(Clone, Copy, Debug, Default, PartialEq)]
         pub struct $name { $($(#[$of])* pub $field: $type,)* }
-        const _: () = assert!(size_of::<$name>() == $bytes);
+        // As many bytes as its fields: nothing lies between them.
+        const _: () = assert!(size_of::<$name>() == $bytes && 0 $(+ size_of::<$type>())* == $bytes);
         impl Words for $name {
             fn put(&self, out: &mut Vec<u8>) {
                 $(self.$field.put(out);)*
@@ -181,6 +182,7 @@ mirrored!(
         frame_scales: i32,
         frame_stride: i32,
         angle_width: i32,
+        reserved: i32,
         cache_stride: i64,
     }
 );

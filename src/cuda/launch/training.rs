@@ -9,6 +9,8 @@ const SUM_ROWS: usize = 8;
 const ROWS_PER_PART: usize = 256;
 /// Parts, one per block in the grid's second dimension.
 const MAX_PARTS: usize = 4096;
+/// Features of a head that a warp splits off.
+const MAX_HEAD_DIM: usize = 128;
 const MAX_ROWS: usize = i32::MAX as usize / 2;
 
 /// Arguments of `training_rms_norm_*`.
@@ -128,10 +130,11 @@ const _: () = assert!(size_of::<GatherArgs>() == 72);
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct AddArgs {
     pub x: u64,
+    pub z: u64,
     pub y: u64,
     pub n: i64,
 }
-const _: () = assert!(size_of::<AddArgs>() == 24);
+const _: () = assert!(size_of::<AddArgs>() == 32);
 
 /// Arguments of `training_adamw`.
 #[repr(C)]
@@ -319,7 +322,7 @@ impl HeadsShape {
     pub fn args(&self) -> Result<SplitHeadsArgs, LaunchError> {
         within("rows of all heads", self.items(), MAX_ROWS)?;
         let Self { batch, len, n_heads, head_dim } = *self;
-        if !head_dim.is_multiple_of(2) {
+        if !head_dim.is_multiple_of(2) || head_dim > MAX_HEAD_DIM {
             return Err(LaunchError::HeadDim(head_dim));
         }
         let (n_heads, head_dim) = (within("heads", n_heads, MAX_ROWS)?, within("head_dim", head_dim, MAX_ROWS)?);
@@ -333,13 +336,13 @@ impl HeadsShape {
     }
 
     /// qkv -> q, k, v.
-    pub fn forward(&self) -> Launch {
-        simple("training_split_heads_forward".to_string(), self.items().div_ceil(WARPS))
+    pub fn forward(&self, element: Element) -> Launch {
+        simple(format!("training_split_heads_forward_{}", element.name()), self.items().div_ceil(WARPS))
     }
 
     /// qkv, d_q, d_k, d_v -> d_qkv.
-    pub fn backward(&self) -> Launch {
-        simple("training_split_heads_backward".to_string(), self.items().div_ceil(WARPS))
+    pub fn backward(&self, element: Element) -> Launch {
+        simple(format!("training_split_heads_backward_{}", element.name()), self.items().div_ceil(WARPS))
     }
 }
 
@@ -413,10 +416,10 @@ impl GatherShape {
 }
 
 /// `n` values added to as many others.
-pub fn add(n: usize) -> Result<(Launch, AddArgs), LaunchError> {
+pub fn add(n: usize, element: Element) -> Result<(Launch, AddArgs), LaunchError> {
     within("number of values", n.div_ceil(THREADS), MAX_ROWS)?;
     let args = AddArgs { n: n as i64, ..AddArgs::default() };
-    Ok((simple("training_add".to_string(), n.div_ceil(THREADS)), args))
+    Ok((simple(format!("training_add_{}", element.name()), n.div_ceil(THREADS)), args))
 }
 
 /// One step of the optimizer on `n` weights.

@@ -32,6 +32,9 @@ pub struct Ops {
     pub rms_norm: fn(&Tensor, &Tensor) -> Result<Tensor>,
     /// x `[.., dim]`, gain `[dim]`, weight `[dim, outputs]` -> `rms_norm(x) weight`.
     pub norm_linear: fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+    /// The same where a block begins; on a GPU what it gives, and what follows from that until the residual stream is added to, may be
+    /// of fewer bits.
+    pub project: fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     /// x `[.., inputs]`, weight `[inputs, outputs]`, bias `[outputs]` -> `x weight + bias`.
     pub linear: fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     /// `silu(x weight + bias)`, shapes as for `linear`.
@@ -62,6 +65,7 @@ pub struct Ops {
 pub static FUSED: Ops = Ops {
     rms_norm: norm::rms_norm,
     norm_linear: norm::norm_linear,
+    project: norm::norm_linear,
     linear: linear::linear,
     silu_linear: linear::silu_linear,
     add_linear: linear::add_linear,
@@ -78,6 +82,7 @@ pub static FUSED: Ops = Ops {
 pub static PLAIN: Ops = Ops {
     rms_norm: plain::rms_norm,
     norm_linear: plain::norm_linear,
+    project: plain::norm_linear,
     linear: plain::linear,
     silu_linear: plain::silu_linear,
     add_linear: plain::add_linear,
@@ -90,12 +95,22 @@ pub static PLAIN: Ops = Ops {
     cross_entropy: plain::cross_entropy,
 };
 
-/// What a model on this device computes with.
-pub fn of(device: &Device) -> &'static Ops {
-    match device {
-        Device::Cpu => &FUSED,
+/// What lies between the maps of a block while a model is trained on a GPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Inner {
+    #[default]
+    F32,
+    Bf16,
+}
+
+/// What a model on this device computes with; the CPU computes in f32.
+pub fn of(device: &Device, inner: Inner) -> &'static Ops {
+    match (device, inner) {
+        (Device::Cpu, _) => &FUSED,
         #[cfg(feature = "cuda")]
-        Device::Cuda(_) => &crate::cuda::OPS,
+        (Device::Cuda(_), Inner::F32) => &crate::cuda::OPS,
+        #[cfg(feature = "cuda")]
+        (Device::Cuda(_), Inner::Bf16) => &crate::cuda::OPS_BF16,
         _ => &PLAIN,
     }
 }

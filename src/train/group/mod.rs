@@ -10,6 +10,7 @@ mod threads;
 
 use std::ops::Range;
 
+use candle_core::Tensor;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -25,6 +26,15 @@ pub trait Group {
 
     /// Replaces every value by its sum over all ranks, which is the same to the bit on all of them.
     fn sum_f32(&self, values: &mut [f32]);
+
+    /// The sum over all ranks of a flat tensor on each one's GPU, without the way through the CPU's memory; `None` where there is no
+    /// such way.
+    ///
+    /// # Errors
+    /// When there is one and it fails.
+    fn sum_on_gpus(&self, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(None)
+    }
 
     /// As [`Group::sum_f32`].
     fn sum_f64(&self, values: &mut [f64]);
@@ -116,6 +126,15 @@ pub enum GroupError {
 
 /// How launchers tell a process with how many others it was started: OpenMPI, MPICH and its kin, Slurm.
 const LAUNCHERS: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"];
+
+/// How launchers number the processes of one machine.
+const LOCAL_RANKS: [&str; 3] = ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"];
+
+/// This process's number among those that were started together on its machine; 0 where nobody says.
+pub fn local_rank() -> usize {
+    let number = |name| std::env::var(name).ok()?.parse().ok();
+    LOCAL_RANKS.into_iter().find_map(number).unwrap_or(0)
+}
 
 /// The group that mpirun or srun started this process in (with the feature `mpi`), or the process alone.
 ///

@@ -3,6 +3,8 @@
 use std::ffi::c_int;
 use std::time::Duration;
 
+#[cfg(feature = "nccl")]
+use candle_core::{Device, Tensor};
 use mpi::Threading;
 use mpi::collective::SystemOperation;
 use mpi::environment::Universe;
@@ -19,6 +21,9 @@ const PATIENCE: Duration = Duration::from_millis(2);
 /// All processes of an MPI job. MPI's own error handler ends the job when one of them can no longer be reached.
 pub struct Mpi {
     world: SimpleCommunicator,
+    /// The ranks' GPUs, once they have met; none where NCCL is not installed.
+    #[cfg(feature = "nccl")]
+    gpus: std::cell::OnceCell<Option<crate::cuda::Nccl>>,
     /// Ends MPI when dropped, once all ranks do so.
     _universe: Universe,
 }
@@ -30,8 +35,33 @@ impl Mpi {
         let (universe, threading) = mpi::initialize_with_threading(Threading::Funneled).ok_or(GroupError::InUse)?;
         match threading {
             Threading::Single => Err(GroupError::NoThreads),
-            _ => Ok(Self { world: universe.world(), _universe: universe }),
+            _ => Ok(Self {
+                world: universe.world(),
+                #[cfg(feature = "nccl")]
+                gpus: Default::default(),
+                _universe: universe,
+            }),
         }
+    }
+}
+
+#[cfg(feature = "nccl")]
+impl Mpi {
+    /// Joins the GPUs that the ranks' tensors are on; without NCCL on rank 0 nobody does.
+    fn meet(&self, values: &Tensor) -> candle_core::Result<Option<crate::cuda::Nccl>> {
+        let Device::Cuda(device) = values.device() else { return Ok(None) };
+        let mut invitation = Vec::new();
+        if self.rank() == 0 {
+            match crate::cuda::invitation() {
+                Ok(made) => invitation = made,
+                Err(reason) => eprintln!("warning: {reason}; gradients are summed in the CPU's memory"),
+            }
+        }
+        self.broadcast(&mut invitation);
+        if invitation.is_empty() {
+            return Ok(None);
+        }
+        crate::cuda::Nccl::join(device, self.rank(), self.size(), &invitation).map(Some)
     }
 }
 
@@ -63,6 +93,18 @@ impl Group for Mpi {
         for chunk in values.chunks_mut(MOST) {
             self.world.all_reduce_into(&chunk.to_vec()[..], chunk, SystemOperation::sum());
         }
+    }
+
+    #[cfg(feature = "nccl")]
+    fn sum_on_gpus(&self, values: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let gpus = match self.gpus.get() {
+            Some(gpus) => gpus,
+            None => {
+                let gpus = self.meet(values)?;
+                self.gpus.get_or_init(|| gpus)
+            }
+        };
+        gpus.as_ref().map(|gpus| gpus.sum(values)).transpose()
     }
 
     fn broadcast(&self, bytes: &mut Vec<u8>) {

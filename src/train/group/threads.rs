@@ -120,6 +120,7 @@ mod tests {
     use super::together;
     use crate::checkpoint::{Checkpoint, Precision};
     use crate::model::config::ModelConfig;
+    use crate::model::ops::Inner;
     use crate::rng::Rng;
     use crate::train::optimizer::AdamW;
     use crate::train::resume::StateFolder;
@@ -188,6 +189,7 @@ mod tests {
             budget: Budget::Steps(steps),
             seed: 1,
             device: Device::Cpu,
+            inner: Inner::F32,
             threads: 1,
             plan_batch: 3,
             wave_batch: 3,
