@@ -1,5 +1,5 @@
 # What CI runs, and the shortcuts of daily work. One build profile serves all: release.
-.PHONY: check format lint test examples docs live mpi cuda cross
+.PHONY: check format lint test examples docs live mpi cuda nccl cross
 
 check: format lint test examples docs
 
@@ -38,3 +38,7 @@ cross:
 # With the settings of `eval "$(scripts/cuda/get-toolkit.sh)"`; no GPU needed.
 cuda:
 	cargo clippy --release --lib --bins --test kernels --features cuda -- -D warnings
+
+# The same with all that several GPUs need: what `mpi` and `cuda` want.
+nccl:
+	cargo clippy --release --lib --bins --test kernels --features nccl -- -D warnings
