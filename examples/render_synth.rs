@@ -61,7 +61,7 @@ impl Timbre {
         let n = 1 + rng.below(30);
         let fall = 0.3 + 2.0 * rng.uniform();
         let odd_only = rng.below(4) == 0;
-        let amplitude = |k: usize, rng: &mut Rng| match (odd_only && k % 2 == 0, 0.3 + rng.uniform()) {
+        let amplitude = |k: usize, rng: &mut Rng| match (odd_only && k.is_multiple_of(2), 0.3 + rng.uniform()) {
             (true, _) => 0.0,
             (false, by_chance) => by_chance / (k as f32).powf(fall),
         };

@@ -373,7 +373,7 @@ struct DecodeModel {
   int32_t frame_scales;        // [slices, n_components]
   int32_t frame_stride;
   int32_t angle_width;  // greatest head_dim
-  int32_t reserved;
+  int32_t refine;       // number of a map, or -1
   int64_t cache_stride;  // floats of a stream's caches
 };
 static_assert(sizeof(DecodeModel) == 584, "DecodeModel differs from src/cuda/launch");

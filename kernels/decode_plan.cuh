@@ -146,6 +146,20 @@ __device__ void plan_frame(Room<W, ROWS>& room, int k) {
     if (j == 0) room.rows[r].plan_pos += 1;
   }
   __syncthreads();  // publishes the hidden state and the positions
+  if (m.refine < 0) return;
+  // What the frame is taken for, now that it has been read.
+  for (int i = threadIdx.x; i < room.n_rows * (m.n_bands + dim); i += blockDim.x) {
+    const int r = i / (m.n_bands + dim), j = i % (m.n_bands + dim);
+    room.wide[j * ROWS + r] = j < m.n_bands ? a.bands[frame_of(r) * m.n_bands + j] - a.exact[m.book_mean + j]
+                                            : room.memory(r)[m.hidden + j - m.n_bands];
+  }
+  __syncthreads();  // publishes bands and hidden state
+  room.linear(m.refine, room.wide, false, [&](int j, int r, float low, float high) {
+    float* const bands = a.bands + frame_of(r) * m.n_bands + j;
+    bands[0] += low;
+    if (j + 1 < m.n_bands) bands[1] += high;
+  });
+  __syncthreads();  // publishes the refined bands
 }
 
 /// Where autocorrelations [ROWS][order + 1] lie in scratch: after the `room_for_them` doubles that they are made in, which later hold

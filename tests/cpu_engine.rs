@@ -7,6 +7,7 @@ use wavegen::engine::reference::ReferenceEngine;
 use wavegen::engine::{Engine, UNIFORMS_PER_SAMPLE};
 use wavegen::forecast::ForecastConfig;
 use wavegen::model::config::{GenerationSettings, ModelConfig, TierConfig};
+use wavegen::model::plan_transformer::is_fitted;
 use wavegen::plan::PlanFrame;
 use wavegen::rng::{Kind, Rng, uniform};
 use wavegen::sampler::PlanSampling;
@@ -18,7 +19,7 @@ const F32: CpuOptions = CpuOptions { isa: Isa::Scalar, precision: Precision::F32
 fn lively(config: ModelConfig, seed: u64) -> Checkpoint {
     let mut checkpoint = Checkpoint::untrained(config, seed).unwrap();
     let mut rng = Rng::new(seed);
-    for (_, weights) in checkpoint.weights.iter_mut().filter(|(name, _)| name.starts_with("wave.")) {
+    for (_, weights) in checkpoint.weights.iter_mut().filter(|(name, _)| name.starts_with("wave.") || is_fitted(name)) {
         weights.change(|all| all.mapv_inplace(|w| w + 0.05 * rng.normal()));
     }
     checkpoint.generation = GenerationSettings { grain: 0.9, past: 0.5, offset: 0.3, level_db: -1.5 };
@@ -28,6 +29,7 @@ fn lively(config: ModelConfig, seed: u64) -> Checkpoint {
 fn tiny(seed: u64) -> Checkpoint {
     let mut config = ModelConfig::preset("tiny").unwrap();
     config.forecast = ForecastConfig { deconvolution: 2, tones: true, past_window: 2048, ..config.forecast };
+    config.plan_transformer.refine = true;
     lively(config, seed)
 }
 
@@ -371,4 +373,32 @@ fn an_instruction_set_that_is_not_there_and_damaged_input_are_refused() {
         &mut [vec![0; 512], vec![0; 512]],
     );
     assert!(refused.is_err());
+}
+
+#[test]
+fn what_the_plan_transformer_takes_frames_for_is_the_reference_engines() {
+    let checkpoint = tiny(21);
+    let prompt = music(&checkpoint, 9 * 512);
+    let mut reference = ReferenceEngine::new(&checkpoint).unwrap();
+    let mut cpu = CpuEngine::new(&checkpoint, &F32).unwrap();
+    let close = |a: &PlanFrame, b: &PlanFrame| {
+        assert_eq!(a.tokens, b.tokens);
+        let worst = a.bands.iter().zip(&b.bands).fold(0.0f32, |worst, (a, b)| worst.max((a - b).abs()));
+        assert!(worst < 1e-3, "{worst}");
+        let decoded = checkpoint.quantizer.decode(&a.tokens).unwrap();
+        assert!(a.bands.iter().zip(&decoded).any(|(a, b)| (a - b).abs() > 0.01), "nothing is refined");
+    };
+    let (ours, theirs) = (cpu.plan_of(&prompt).unwrap(), reference.plan_of(&prompt).unwrap());
+    assert_eq!(ours.len(), 9);
+    ours.iter().zip(&theirs).for_each(|(a, b)| close(a, b));
+    // Frames that are drawn are those that are read.
+    cpu.prefill(&prompt[..4 * 512]).unwrap();
+    reference.prefill(&prompt[..4 * 512]).unwrap();
+    for frame in 0..3 {
+        let (mut a, mut b) = (PlanFrame::default(), PlanFrame::default());
+        let uniforms = uniforms(0, Kind::Plan, frame, checkpoint.config.plan.n_codebooks);
+        cpu.next_plan(&uniforms, &mut a).unwrap();
+        reference.next_plan(&uniforms, &mut b).unwrap();
+        close(&a, &b);
+    }
 }

@@ -62,6 +62,9 @@ impl Engine for Failing {
         self.n = prompt.len() as u64;
         Ok(())
     }
+    fn plan_of(&self, tokens: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {
+        Ok(vec![PlanFrame { tokens: vec![0], bands: vec![LOUD; 148] }; tokens.len() / HOP])
+    }
     fn next_plan(&mut self, uniforms: &[f32], out: &mut PlanFrame) -> Result<(), EngineError> {
         self.silent |= uniforms[0] < 1.0 / 240.0 || (self.doomed && self.n > 16_000 * 9);
         *out = PlanFrame { tokens: vec![0], bands: vec![LOUD + uniforms[0]; 148] };

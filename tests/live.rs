@@ -50,6 +50,9 @@ impl Engine for Tone {
     fn prefill(&mut self, _: &[Token]) -> Outcome<()> {
         self.reset()
     }
+    fn plan_of(&self, _: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {
+        Ok(Vec::new())
+    }
     fn next_plan(&mut self, _: &[f32], out: &mut PlanFrame) -> Outcome<()> {
         *out = PlanFrame { tokens: vec![0], bands: vec![3.0; 148] };
         Ok(())

@@ -320,6 +320,42 @@ fn a_model_of_mulaw_goes_on_in_16_bits_and_with_one_codebook_more() {
 }
 
 #[test]
+fn after_the_plan_transformer_the_map_that_refines_frames_is_fitted() {
+    let directory = tempfile::tempdir().unwrap();
+    let files: Vec<_> = (0..4).map(|i| directory.path().join(format!("{i}.wav"))).collect();
+    files.iter().zip(1..).for_each(|(path, seed)| write_melody(path, 60, seed));
+    let mut config = ModelConfig::preset("tiny").unwrap();
+    config.plan_transformer.refine = true;
+    let settings = TrainSettings {
+        start: Start::New(config.into()),
+        files,
+        validation_share: 0.3,
+        parts: vec![Part::Plan],
+        ..settings(directory.path(), 3)
+    };
+    let mut refined = None;
+    let model = train(&settings, &mut |event| {
+        if let TrainEvent::Refined(found) = event {
+            refined = Some(found);
+        }
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    let refined = refined.unwrap();
+    assert!(refined.refined_db < refined.decoded_db, "{refined:?}");
+    assert!(model.weights["plan.refine.weight"].values().iter().any(|&w| w != 0.0));
+    // No step of another training moves it.
+    let more = TrainSettings {
+        start: Start::From(model.clone().into()),
+        parts: vec![Part::Wave],
+        output: directory.path().join("more.safetensors"),
+        ..settings
+    };
+    let more = train(&more, &mut |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!(more.weights["plan.refine.weight"], model.weights["plan.refine.weight"]);
+}
+
+#[test]
 fn a_wave_transformer_alone_is_calibrated_even_where_all_held_out_pieces_are_short() {
     let directory = tempfile::tempdir().unwrap();
     let files = [directory.path().join("long.wav"), directory.path().join("short.wav")];

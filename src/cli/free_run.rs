@@ -13,7 +13,7 @@ use wavegen::generate::{Guide, Intervention, Options, Path as Continued};
 use wavegen::metrics::{
     self, Adherence, Failure, LevelDrift, Music, Timbre, Track, adherence, failures, level_drift, music, tonality_db,
 };
-use wavegen::plan::Spectrum;
+use wavegen::plan::{Spectrum, bands_of};
 use wavegen::plot::{Row, spectrograms};
 use wavegen::rng::Rng;
 use wavegen::sink;
@@ -175,17 +175,17 @@ fn play(
     let heard_before = codec.decode_all(context);
     let true_samples = codec.decode_all(&place.piece.tokens[place.join * hop..to]);
     let true_track = Track::analyse(&heard_before, &true_samples, spectrum)?;
+    let mut engine = engine.stream()?;
     let given = match setup.plan {
         PlanFrom::Own => None,
         PlanFrom::True => Some(true_track.bands.clone()),
         PlanFrom::Quantized => {
-            let quantizer = &checkpoint.quantizer;
-            Some(quantizer.decode_all(quantizer.encode_all(true_track.bands.view())?.view())?)
+            let frames = engine.plan_of(&place.piece.tokens[from..to])?;
+            Some(bands_of(&frames[setup.prompt_frames..]))
         }
         PlanFrom::Shuffled => Some(shuffled(&true_track.bands, setup.options.seed ^ i as u64)),
     };
 
-    let mut engine = engine.stream()?;
     let mut options = Options { stream: i as u32, ..setup.options };
     if !matches!(setup.plan, PlanFrom::Own | PlanFrom::Quantized) {
         // The level makes up for what the codebooks do.

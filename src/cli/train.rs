@@ -16,6 +16,7 @@ use wavegen::model::config::{GenerationSettings, ModelConfig};
 use wavegen::model::ops::Inner;
 use wavegen::train::group::{self, Group};
 use wavegen::train::grow::{Fate, grow};
+use wavegen::train::refine::Refined;
 use wavegen::train::resume::StateFolder;
 use wavegen::train::schedule::{Budget, Schedule};
 use wavegen::train::{Part, Start, TrainError, TrainEvent, TrainSettings, train_in};
@@ -475,6 +476,9 @@ fn tell(event: &TrainEvent, talk: &Talk, bar: &ProgressBar, shown: &mut Shown) {
             line(sound.to_string());
             sound.warnings.iter().for_each(|warning| bar.suspend(|| talk.warn(warning)));
         }
+        TrainEvent::Refined(Refined { decoded_db, refined_db }) => line(format!(
+            "plan frames, held out: {decoded_db:.2} dB rms through the codebooks, {refined_db:.2} dB refined"
+        )),
         TrainEvent::Codebooks { error_db } => line(format!("plan codebooks: {error_db:.2} dB rms")),
         TrainEvent::Resumed { part, step, finished } => {
             let state = if *finished { "is finished" } else { "goes on" };

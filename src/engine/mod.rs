@@ -61,6 +61,10 @@ pub trait Engine: Send {
     /// front with silence.
     fn prefill(&mut self, prompt: &[Token]) -> Result<(), EngineError>;
 
+    /// The plan of `tokens` (whole frames) through the codebooks, as the model takes it: what sounds are scored and read under. The
+    /// stream stays as it is.
+    fn plan_of(&self, tokens: &[Token]) -> Result<Vec<PlanFrame>, EngineError>;
+
     /// Samples the next plan frame; `uniforms` holds one number in (0, 1) per codebook.
     fn next_plan(&mut self, uniforms: &[f32], out: &mut PlanFrame) -> Result<(), EngineError>;
 

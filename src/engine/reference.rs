@@ -74,7 +74,7 @@ impl ReferenceEngine {
     }
 
     /// Tokens -> quantised plan: tokens `[frames, n_codebooks]` and decoded bands `[frames, n_bands]`.
-    fn plan_of(&self, tokens: &[Token]) -> Result<(Array2<u16>, Array2<f32>), EngineError> {
+    fn quantised(&self, tokens: &[Token]) -> Result<(Array2<u16>, Array2<f32>), EngineError> {
         let exact = self.spectrum.analyse(&self.config.codec.decode_all(tokens));
         let codes = self.quantizer.encode_all(exact.view()).map_err(state_error)?;
         let bands = self.quantizer.decode_all(codes.view()).map_err(state_error)?;
@@ -89,6 +89,33 @@ impl ReferenceEngine {
         let bands = Tensor::from_vec(centred, (1, bands.nrows(), bands.ncols()), &Device::Cpu)?;
         Ok((tokens, bands))
     }
+}
+
+impl ReferenceEngine {
+    /// [`quantised`](Self::quantised) with refined bands.
+    fn refined(&self, tokens: &[Token]) -> Result<(Array2<u16>, Array2<f32>), EngineError> {
+        let (codes, mut bands) = self.quantised(tokens)?;
+        if codes.nrows() > 0 {
+            let (plan_tokens, plan_bands) = self.plan_tensors(codes.view(), bands.view())?;
+            let hidden = self.model.plan.forward(&plan_tokens, &plan_bands, None)?;
+            add_refinement(&self.model, &plan_bands, &hidden, bands.iter_mut())?;
+        }
+        Ok((codes, bands))
+    }
+}
+
+/// Adds what frames are taken for beyond their centred decoded bands.
+fn add_refinement<'a>(
+    model: &Model,
+    centred: &Tensor,
+    hidden: &Tensor,
+    bands: impl Iterator<Item = &'a mut f32>,
+) -> Result<(), EngineError> {
+    if let Some(more) = model.plan.refinement(centred, hidden)? {
+        let more = more.flatten_all()?.to_vec1::<f32>()?;
+        bands.zip(more).for_each(|(band, more)| *band += more);
+    }
+    Ok(())
 }
 
 impl Stream {
@@ -134,8 +161,9 @@ impl Engine for ReferenceEngine {
         }
         let mut tokens = vec![self.config.codec.silence(); n_frames * hop - prompt.len()];
         tokens.extend_from_slice(prompt);
-        let (codes, bands) = self.plan_of(&tokens)?;
-        let (plan_tokens, plan_bands) = self.plan_tensors(codes.view(), bands.view())?;
+        let (codes, decoded) = self.quantised(&tokens)?;
+        let (plan_tokens, plan_bands) = self.plan_tensors(codes.view(), decoded.view())?;
+        let (_, bands) = self.refined(&tokens)?;
         let stream = &mut self.stream;
         stream.plan_hidden = Some(self.model.plan.prefill(&plan_tokens, &plan_bands, &mut stream.plan_caches)?);
         stream.plan_pos = n_frames as u64;
@@ -156,6 +184,13 @@ impl Engine for ReferenceEngine {
         let frames: Vec<Vec<f32>> = before.into_iter().chain(rows).collect();
         stream.wave.plan = frames[frames.len() - PLAN_FRAMES..].to_vec();
         Ok(())
+    }
+
+    fn plan_of(&self, tokens: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {
+        check_tokens(&self.config, tokens)?;
+        let (codes, bands) = self.refined(tokens)?;
+        let frames = codes.rows().into_iter().zip(bands.rows());
+        Ok(frames.map(|(tokens, bands)| PlanFrame { tokens: tokens.to_vec(), bands: bands.to_vec() }).collect())
     }
 
     fn next_plan(&mut self, uniforms: &[f32], out: &mut PlanFrame) -> Result<(), EngineError> {
@@ -185,6 +220,7 @@ impl Engine for ReferenceEngine {
         let (tokens, bands) = self.plan_tensors(codes, bands)?;
         let stream = &mut self.stream;
         let hidden = self.model.plan.step(&tokens, &bands, &mut stream.plan_caches, stream.plan_pos)?;
+        add_refinement(&self.model, &bands, &hidden, out.bands.iter_mut())?;
         stream.plan_hidden = Some(hidden);
         stream.plan_pos += 1;
         Ok(())
@@ -230,7 +266,7 @@ impl Engine for ReferenceEngine {
         let hop = self.config.plan.hop;
         let n_frames = tokens.len() / hop;
         expect("tokens (whole plan frames)", n_frames * hop, tokens.len())?;
-        let (_, bands) = self.plan_of(tokens)?;
+        let (_, bands) = self.refined(tokens)?;
         let piece = Piece { tokens, heard: tokens, plan: bands.view(), spectrum: &self.spectrum };
         for begin in (0..n_frames).step_by(SCORE_CHUNK) {
             let end = (begin + SCORE_CHUNK).min(n_frames);
@@ -249,7 +285,7 @@ impl Engine for ReferenceEngine {
 
     fn score_plan(&mut self, tokens: &[Token]) -> Result<Vec<f32>, EngineError> {
         check_tokens(&self.config, tokens)?;
-        let (codes, bands) = self.plan_of(tokens)?;
+        let (codes, bands) = self.quantised(tokens)?;
         if codes.nrows() < 2 {
             return Ok(Vec::new());
         }

@@ -36,11 +36,13 @@ pub struct PlanTransformerConfig {
     pub hidden_multiple: usize,
     /// Share of the input features dropped in training.
     pub dropout: f32,
+    /// Whether what it has read says more of a frame than the codebooks' sum: a linear map of its state, fitted after training.
+    pub refine: bool,
 }
 
 impl Default for PlanTransformerConfig {
     fn default() -> Self {
-        Self { dim: 320, n_layers: 5, n_heads: 5, window: 1024, hidden_multiple: 3, dropout: 0.1 }
+        Self { dim: 320, n_layers: 5, n_heads: 5, window: 1024, hidden_multiple: 3, dropout: 0.1, refine: false }
     }
 }
 

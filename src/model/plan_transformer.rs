@@ -1,11 +1,19 @@
 //! The plan transformer: a causal language model over plan frames; the tokens of a frame come one after the other.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{D, Device, Result, Tensor};
 
 use super::block::{Block, KvCache, Linear, RmsNorm};
 use super::config::{ModelConfig, PlanTransformerConfig};
 use super::ops::Ops;
 use super::params::{Init, Params, ParamsError};
+
+/// Name of the map that is fitted after training, which no gradient reaches.
+pub const REFINE: &str = "refine";
+
+/// Whether the tensor `name` (such as `plan.refine.weight`) is fitted and not trained.
+pub fn is_fitted(name: &str) -> bool {
+    name.split('.').nth(1) == Some(REFINE)
+}
 
 /// Input: the sum of a frame's token embeddings and a map of its decoded bands. Output: logits per codebook.
 pub struct PlanTransformer {
@@ -15,6 +23,7 @@ pub struct PlanTransformer {
     norm: RmsNorm,
     given: Vec<Tensor>, // per codebook but the last (n_entries, dim)
     heads: Vec<(Linear, Linear)>,
+    refine: Option<Linear>, // n_bands + dim -> n_bands
     n_entries: usize,
     ops: &'static Ops,
 }
@@ -46,6 +55,10 @@ impl PlanTransformer {
                     params.under(q, |p| Ok((biased(p, "head_in", dim, dim)?, biased(p, "head_out", dim, n_entries)?)))
                 })
                 .collect::<std::result::Result<_, ParamsError>>()?,
+            refine: match config.plan_transformer.refine {
+                true => Some(Linear::new(params, REFINE, n_bands + dim, n_bands, Init::Zeros, Init::Zeros)?),
+                false => None,
+            },
             n_entries,
             ops: params.ops(),
         })
@@ -79,6 +92,13 @@ impl PlanTransformer {
             x = block.forward(&x, None)?;
         }
         self.norm.forward(&x)
+    }
+
+    /// What frames are taken for beyond their centred decoded bands `[.., n_bands]` once they have been read, hidden states `[.., dim]`:
+    /// to be added to the bands.
+    pub fn refinement(&self, bands: &Tensor, hidden: &Tensor) -> Result<Option<Tensor>> {
+        let Some(refine) = &self.refine else { return Ok(None) };
+        refine.forward(&Tensor::cat(&[bands, hidden], D::Minus1)?).map(Some)
     }
 
     /// Logits of codebook `q` of the next frame, `[..., n_entries]`, from hidden states `[..., dim]` and that frame's

@@ -5,6 +5,7 @@ pub(crate) mod response;
 pub mod rvq;
 pub mod spectrum;
 
+use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 
 pub use rvq::ResidualQuantizer;
@@ -63,8 +64,17 @@ const MAX_ENTRIES: usize = 1 << 16;
 pub struct PlanFrame {
     /// One token per codebook.
     pub tokens: Vec<u16>,
-    /// `ln(power + 1e-4) / 4` per band: what the tokens decode to.
+    /// `ln(power + 1e-4) / 4` per band: what the tokens decode to, as the model takes it.
     pub bands: Vec<f32>,
+}
+
+/// The bands of frames, `[frames, n_bands]`.
+///
+/// # Panics
+/// When they are not of one plan.
+pub fn bands_of(frames: &[PlanFrame]) -> Array2<f32> {
+    let n_bands = frames.first().map_or(0, |frame| frame.bands.len());
+    Array2::from_shape_fn((frames.len(), n_bands), |(frame, band)| frames[frame].bands[band])
 }
 
 /// Why a plan could not be made or read.

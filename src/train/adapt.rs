@@ -28,6 +28,7 @@ use crate::model::Model;
 use crate::model::config::ModelConfig;
 use crate::model::excerpt::Excerpt;
 use crate::model::params::Params;
+use crate::model::plan_transformer::is_fitted;
 use crate::plan::Spectrum;
 use crate::rng::Rng;
 
@@ -187,7 +188,7 @@ fn adapt_to(
     let model = Model::new(&mut params, config, data.spectrum.n_bands())?;
     let vars = params.into_vars();
     let weights_of = |part: Part| -> Result<AdamW, TrainError> {
-        let of_part = vars.iter().filter(|(name, _)| name.split('.').next() == Some(part.name()));
+        let of_part = vars.iter().filter(|(name, _)| name.split('.').next() == Some(part.name()) && !is_fitted(name));
         let mut optimizer = AdamW::new(of_part.map(|(name, var)| (name.clone(), var.clone())).collect())?;
         optimizer.begin_from(&checkpoint.weights).map_err(TrainError::Best)?;
         Ok(optimizer)
@@ -246,7 +247,7 @@ fn adapt_to(
 
     let mut free_run = None;
     if wave.verdict == Verdict::Adapted {
-        let scenes = scenes(data, checkpoint, &tails)?;
+        let scenes = scenes(data, &tails)?;
         let mut candidate = checkpoint.clone();
         candidate.weights.extend(best.clone());
         let play = |model: &Checkpoint| calibrate::play(model, data, &scenes, model.generation);
@@ -332,13 +333,13 @@ fn places<'a, 'b>(tails: &'b [Tail<'a>]) -> Vec<(&'b Tail<'a>, usize)> {
 }
 
 /// Beginnings in the tails, at even distances; the same place again is played with another seed.
-fn scenes(data: &Dataset, checkpoint: &Checkpoint, tails: &[Tail]) -> Result<Vec<Scene>, TrainError> {
+fn scenes(data: &Dataset, tails: &[Tail]) -> Result<Vec<Scene>, TrainError> {
     (0..SCENES)
         .map(|i| {
             let tail = &tails[i * tails.len() / SCENES];
             let played = PLAYED.min(tail.n_frames);
             let begin = tail.first + (tail.n_frames - played) * i / (SCENES - 1);
-            Scene::cut(data, &checkpoint.quantizer, tail.piece, begin - PROMPT, (PROMPT, played))
+            Scene::cut(data, tail.piece, begin - PROMPT, (PROMPT, played))
         })
         .collect()
 }

@@ -72,7 +72,7 @@ pub fn calibrate(
     excerpts: usize,
     observe: &mut Observer,
 ) -> Result<GenerationSettings, TrainError> {
-    let scenes = scenes(checkpoint, data, excerpts)?;
+    let scenes = scenes(data, excerpts)?;
     let mut best = checkpoint.generation;
     if scenes.is_empty() {
         return Ok(best);
@@ -121,7 +121,7 @@ pub fn calibrate(
 type Pass<'a> = (&'a dyn Fn(GenerationSettings) -> Vec<GenerationSettings>, &'a dyn Fn(&Tried) -> f32);
 
 /// Excerpts at even distances in the pieces to judge by.
-fn scenes(checkpoint: &Checkpoint, data: &Dataset, excerpts: usize) -> Result<Vec<Scene>, TrainError> {
+fn scenes(data: &Dataset, excerpts: usize) -> Result<Vec<Scene>, TrainError> {
     let hop = data.spectrum.hop();
     let long = PROMPT + PLAYED;
     let mut pieces: Vec<_> = data.judges().iter().filter(|r| r.n_frames(hop) >= long).collect();
@@ -132,7 +132,7 @@ fn scenes(checkpoint: &Checkpoint, data: &Dataset, excerpts: usize) -> Result<Ve
         .map(|i| {
             let piece = pieces[i % pieces.len()];
             let first = (piece.n_frames(hop) - long) * (2 * i + 1) / (2 * excerpts);
-            Scene::cut(data, &checkpoint.quantizer, piece, first, (PROMPT, PLAYED))
+            Scene::cut(data, piece, first, (PROMPT, PLAYED))
         })
         .collect()
 }

@@ -12,6 +12,7 @@ pub(crate) mod hash;
 pub mod lesson;
 pub mod optimizer;
 pub mod plan;
+pub mod refine;
 pub mod resume;
 pub mod scene;
 pub mod schedule;
@@ -33,6 +34,7 @@ use crate::metrics::Adherence;
 use crate::model::Model;
 use crate::model::config::ConfigError;
 use crate::model::params::{Params, ParamsError};
+use crate::model::plan_transformer::is_fitted;
 use crate::plan::{PlanError, ResidualQuantizer, Spectrum};
 use dataset::{Dataset, Sources};
 use group::{Alone, Group};
@@ -40,6 +42,7 @@ use optimizer::AdamW;
 use resume::{Identity, StateFolder};
 pub use settings::{Part, Start, TrainSettings};
 use watch::{History, Watch};
+use workers::Workers;
 
 /// Why training stopped without a model.
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +118,8 @@ pub enum TrainEvent {
     Codebooks {
         error_db: f32,
     },
+    /// The plan transformer's map that refines frames was fitted.
+    Refined(refine::Refined),
     /// A killed run goes on: so many steps are already made.
     Resumed {
         part: Part,
@@ -210,11 +215,11 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
     let vars = params.into_vars();
     let quantizer = checkpoint.quantizer.clone();
     let watches = settings.pictures && group.is_first();
-    let watch = watches.then(|| Watch::new(&data, &quantizer, &settings.output)).transpose()?;
+    let watch = watches.then(|| Watch::new(&data, &settings.output)).transpose()?;
     let (mut plan_history, mut wave_history) = (History::new(), History::new());
     let mut going = ControlFlow::Continue(());
     for &part in &settings.parts {
-        let of_part = vars.iter().filter(|(name, _)| name.split('.').next() == Some(part.name()));
+        let of_part = vars.iter().filter(|(name, _)| name.split('.').next() == Some(part.name()) && !is_fitted(name));
         let mut optimizer = AdamW::new(of_part.map(|(name, var)| (name.clone(), var.clone())).collect())?;
         optimizer.begin_from(&checkpoint.weights).map_err(TrainError::Best)?;
         let keeper = Keeper {
@@ -242,6 +247,15 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
         checkpoint.take(&optimizer)?;
         if going.is_break() {
             break;
+        }
+        if part == Part::Plan && config.plan_transformer.refine {
+            if group.is_first() {
+                let (map, refined) = refine::fit(&checkpoint, &data, &Workers::new(settings.threads.max(1))?)?;
+                checkpoint.weights.extend(map);
+                let _ = observe(TrainEvent::Refined(refined));
+            }
+            // The others wait asleep.
+            group.of_first(())?;
         }
     }
     if going.is_continue() && settings.calibrate && settings.parts.contains(&Part::Wave) {

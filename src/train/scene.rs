@@ -7,13 +7,15 @@ use super::dataset::{Dataset, Recording};
 use crate::codec::{Codec, Token};
 use crate::engine::{Engine, UNIFORMS_PER_SAMPLE};
 use crate::metrics::{Adherence, adherence, log_mel_distance_db};
-use crate::plan::{PlanFrame, ResidualQuantizer, Spectrum};
+use crate::plan::{PlanFrame, Spectrum};
 use crate::rng::Rng;
 
 /// A prompt, and the plan of what comes after it.
 pub struct Scene {
-    prompt: Vec<Token>,
-    plan: Vec<PlanFrame>,
+    /// Prompt and what comes after it.
+    tokens: Vec<Token>,
+    /// Plan frames of the prompt.
+    join: usize,
     /// The recording's samples after the prompt.
     sound: Vec<f32>,
     /// Analysis of the recording from the prompt's begin on, `[frames, n_bands]`.
@@ -23,7 +25,7 @@ pub struct Scene {
 /// Where the plan of what is played comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Follow {
-    /// The recording's, through the codebooks.
+    /// The recording's, through the codebooks, as the model takes it.
     Recording,
     /// The model's own.
     Own,
@@ -43,31 +45,22 @@ impl Scene {
     /// `prompt` and then `played` plan frames of a piece from the frame `first` on.
     pub fn cut(
         data: &Dataset,
-        quantizer: &ResidualQuantizer,
         piece: &Recording,
         first: usize,
         (prompt, played): (usize, usize),
     ) -> Result<Self, TrainError> {
         let hop = data.spectrum.hop();
         let end = first + prompt + played;
-        let frame = |row: ArrayView1<u16>| {
-            let tokens = row.to_vec();
-            Ok(PlanFrame { bands: quantizer.decode(&tokens)?, tokens })
-        };
-        let exact = piece.plan(first + prompt..end, &data.spectrum, &data.codec)?;
-        let plan = quantizer.encode_all(exact.view())?;
-        let plan = plan.rows().into_iter().map(frame).collect::<Result<_, TrainError>>()?;
-        let mut tokens = piece.tokens(first * hop..end * hop, 1.0, &data.codec)?;
+        let tokens = piece.tokens(first * hop..end * hop, 1.0, &data.codec)?;
         let mut sound = data.codec.decode_all(&tokens);
         let recording = data.spectrum.analyse(&sound);
         sound.drain(..prompt * hop);
-        tokens.truncate(prompt * hop);
-        Ok(Self { prompt: tokens, plan, sound, recording })
+        Ok(Self { tokens, join: prompt, sound, recording })
     }
 
     /// Plan frames of the prompt.
     pub fn join(&self) -> usize {
-        self.recording.nrows() - self.plan.len()
+        self.join
     }
 
     /// How far what was played lies from what the recording does, dB: [`log_mel_distance_db`].
@@ -84,12 +77,13 @@ impl Scene {
         spectrum: &Spectrum,
         codec: &Codec,
     ) -> Result<Played, TrainError> {
-        engine.prefill(&self.prompt)?;
+        let mut tokens = self.tokens[..self.join * spectrum.hop()].to_vec();
+        engine.prefill(&tokens)?;
+        let plan = engine.plan_of(&self.tokens)?;
         let mut rng = Rng::new(seed);
-        let mut tokens = self.prompt.clone();
         let mut planned = Array2::zeros((0, spectrum.n_bands()));
         let mut played = vec![0; spectrum.hop()];
-        for given in &self.plan {
+        for given in &plan[self.join..] {
             let mut frame = PlanFrame::default();
             if follow == Follow::Own {
                 let uniforms: Vec<f32> = given.tokens.iter().map(|_| rng.uniform()).collect();
@@ -104,7 +98,7 @@ impl Scene {
         }
         let mut sound = codec.decode_all(&tokens);
         let heard = spectrum.analyse(&sound);
-        sound.drain(..self.prompt.len());
+        sound.drain(..self.join * spectrum.hop());
         Ok(Played { heard, planned, sound })
     }
 }

@@ -13,7 +13,7 @@ use crate::codec::Codec;
 use crate::engine::Engine;
 use crate::engine::cpu::{CpuEngine, CpuOptions};
 use crate::metrics::Adherence;
-use crate::plan::{ResidualQuantizer, Spectrum};
+use crate::plan::Spectrum;
 use crate::plot::{BLUE, Chart, GREEN, ORANGE, Row, Series, charts, spectrograms};
 use crate::sampler::PlanSampling;
 
@@ -45,14 +45,13 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Chooses the scene: the middle of the longest piece to judge by, if it is long enough. The data's plan tokens must be
-    /// there.
-    pub fn new(data: &Dataset, quantizer: &ResidualQuantizer, output: &Path) -> Result<Self, TrainError> {
+    /// Chooses the scene: the middle of the longest piece to judge by, if it is long enough.
+    pub fn new(data: &Dataset, output: &Path) -> Result<Self, TrainError> {
         let hop = data.spectrum.hop();
         let piece = data.judges().iter().max_by_key(|piece| piece.n_frames(hop));
         let room = |n_frames: usize| n_frames.checked_sub(SCENE.0 + SCENE.1);
         let scene = match piece.and_then(|piece| Some((piece, room(piece.n_frames(hop))?))) {
-            Some((piece, room)) => Some(Scene::cut(data, quantizer, piece, room / 2, SCENE)?),
+            Some((piece, room)) => Some(Scene::cut(data, piece, room / 2, SCENE)?),
             None => None,
         };
         let (spectrum, codec) = (data.spectrum.clone(), data.codec.clone());

@@ -186,6 +186,7 @@ fn framed(hop: usize) -> ModelConfig {
     let mut config = ModelConfig::preset("tiny").unwrap();
     config.forecast.deconvolution = 4;
     config.forecast.tones = true;
+    config.plan_transformer.refine = true;
     config.plan.hop = hop;
     config.plan.window = 4 * hop;
     config

@@ -14,6 +14,7 @@ use wavegen::generate::{Intervention, Options, Path as Continuation, Prompt};
 use wavegen::live::control::{HELP, RAMP_S};
 use wavegen::live::stream::Stats;
 use wavegen::live::{Change, Order, Report, Request};
+use wavegen::plan::bands_of;
 use wavegen::sink;
 
 use super::super::common::{interrupted, is_pipe, one_line};
@@ -231,10 +232,7 @@ impl Desk<'_> {
             Request::Own => (Order::Change(Change::Follow(None)), "its own way".to_owned()),
             Request::Follow(file) => {
                 let Song { name, prompt } = self.load(&file)?;
-                let codec = &self.checkpoint.config.codec;
-                let exact = self.checkpoint.spectrum()?.analyse(&codec.decode_all(prompt.tokens()));
-                let quantizer = &self.checkpoint.quantizer;
-                let bands = quantizer.decode_all(quantizer.encode_all(exact.view())?.view())?;
+                let bands = bands_of(&self.loaded.stream()?.plan_of(prompt.tokens())?);
                 (Order::Change(Change::Follow(Some(Arc::new(bands)))), format!("following {name}"))
             }
             Request::Prompt(file) => {

@@ -182,7 +182,7 @@ mirrored!(
         frame_scales: i32,
         frame_stride: i32,
         angle_width: i32,
-        reserved: i32,
+        refine: i32,
         cache_stride: i64,
     }
 );
@@ -394,6 +394,7 @@ impl DecodeGeometry {
         let wide = widest(&|s| (3 * n(s.dim)).max(n(linears[n(s.linears) + 3].n_in)))
             .max(seen)
             .max(3 * n(m.n_bands))
+            .max(n(m.n_bands) + n(m.plan.dim))
             .max(even(m.n_entries));
         let attention = |s: &DecodeStack| n(s.window).div_ceil(PART) * (n(s.dim) + 2 * n(s.n_heads)) * F32;
         let tiers = || m.tiers[..n(m.n_tiers)].iter().map(|t| &t.stack);

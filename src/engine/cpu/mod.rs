@@ -23,7 +23,7 @@ use crate::plan::PlanFrame;
 use crate::sampler::{PlanSampling, WaveSampling};
 use crate::simd::Isa;
 use lockstep::Member;
-use plan::PlanTurn;
+use plan::{PlanTurn, PlanWork};
 use stream::{Stream, Turn, Work};
 use weights::Weights;
 
@@ -249,16 +249,16 @@ impl Engine for CpuEngine {
         }
         let mut tokens = vec![weights.config.codec.silence(); n_frames * hop - prompt.len()];
         tokens.extend_from_slice(prompt);
-        let (codes, bands) = weights.plan_of(&tokens)?;
-        let centred = weights.centred(&bands);
-        let Stream { plan, sound } = stream;
-        let mut plan_work = std::mem::take(&mut work.plan);
-        let (_, read) = rayon::join(
-            || weights.plan.read(weights.kernels, plan, &codes, &centred, &mut plan_work, |_, _, _| ()),
-            || weights.read_end(sound, bands.view(), &tokens, work),
-        );
-        work.plan = plan_work;
-        read
+        let (_, bands) = weights.read_plan(&mut stream.plan, &tokens, &mut work.plan)?;
+        weights.read_end(&mut stream.sound, bands.view(), &tokens, work)
+    }
+
+    fn plan_of(&self, tokens: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {
+        check_tokens(&self.weights.config, tokens)?;
+        let mut state = self.weights.plan.new_state();
+        let (codes, bands) = self.weights.read_plan(&mut state, tokens, &mut PlanWork::default())?;
+        let frames = codes.chunks_exact(self.weights.config.plan.n_codebooks).zip(bands.rows());
+        Ok(frames.map(|(tokens, bands)| PlanFrame { tokens: tokens.to_vec(), bands: bands.to_vec() }).collect())
     }
 
     fn next_plan(&mut self, uniforms: &[f32], out: &mut PlanFrame) -> Result<(), EngineError> {
@@ -293,7 +293,7 @@ impl Engine for CpuEngine {
         self.reset()?;
         let Self { weights, stream, work, .. } = self;
         let hop = weights.config.plan.hop;
-        let (_, bands) = weights.plan_of(tokens)?;
+        let (_, bands) = weights.read_plan(&mut weights.plan.new_state(), tokens, &mut work.plan)?;
         expect("tokens (whole plan frames)", bands.nrows() * hop, tokens.len())?;
         let codec = &weights.config.codec;
         for (frame, (tokens, nll)) in tokens.chunks_exact(hop).zip(nll.chunks_exact_mut(hop)).enumerate() {
@@ -307,7 +307,7 @@ impl Engine for CpuEngine {
     fn score_plan(&mut self, tokens: &[Token]) -> Result<Vec<f32>, EngineError> {
         let weights = &self.weights;
         check_tokens(&weights.config, tokens)?;
-        let (codes, bands) = weights.plan_of(tokens)?;
+        let (codes, bands) = weights.quantised(tokens)?;
         Ok(weights.plan.nll(weights.kernels, &codes, &weights.centred(&bands), &mut self.work.plan))
     }
 

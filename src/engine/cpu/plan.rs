@@ -4,6 +4,7 @@ use super::linear::{Linear, LinearWork, Source, add, sized};
 use super::stack::{Rows, Stack, StackShape, StackState, StackWork, Successive};
 use crate::engine::EngineError;
 use crate::model::config::ModelConfig;
+use crate::model::plan_transformer::REFINE;
 use crate::plan::{PlanError, PlanFrame, ResidualQuantizer};
 use crate::sampler::{LogitSampler, PlanDraw, PlanSampling};
 use crate::simd::Kernels;
@@ -24,6 +25,7 @@ pub struct PlanTransformer {
     /// Per codebook but the last `[n_entries, dim]`.
     given: Vec<Vec<f32>>,
     heads: Vec<[Linear; 2]>,
+    refine: Option<Linear>,
 }
 
 /// What a stream remembers of its plan.
@@ -90,6 +92,7 @@ impl PlanTransformer {
             heads: (0..n_codebooks)
                 .map(|q| Ok([source.under(q).linear("head_in")?, source.under(q).linear("head_out")?]))
                 .collect::<Result<_, EngineError>>()?,
+            refine: if c.refine { Some(source.linear(REFINE)?) } else { None },
         })
     }
 
@@ -146,6 +149,42 @@ impl PlanTransformer {
         }
     }
 
+    /// Adds to a frame's bands, `[n_bands]`, what it is taken for beyond them by who has read it, `hidden`.
+    fn refine(
+        &self,
+        kernels: &Kernels,
+        centred: &[f32],
+        hidden: &[f32],
+        bands: &mut [f32],
+        linear: &mut LinearWork,
+        room: &mut Vec<f32>,
+    ) {
+        let Some(refine) = &self.refine else { return };
+        let (seen, out) = sized(room, refine.n_in() + refine.n_out()).split_at_mut(refine.n_in());
+        seen[..centred.len()].copy_from_slice(centred);
+        seen[centred.len()..].copy_from_slice(hidden);
+        refine.forward(kernels, seen, false, linear, out);
+        add(bands, out);
+    }
+
+    /// [`read`](Self::read), after which `bands`, `[frames, n_bands]`, are refined; `centred` are the same as they were.
+    pub fn read_refined(
+        &self,
+        kernels: &Kernels,
+        state: &mut PlanState,
+        codes: &[u16],
+        centred: &[f32],
+        bands: &mut [f32],
+        work: &mut PlanWork,
+    ) {
+        let n_bands = self.bands.n_in();
+        self.read(kernels, state, codes, centred, work, |i, hidden, work| {
+            let frame = i * n_bands..(i + 1) * n_bands;
+            let PlanWork { linear, inner, .. } = work;
+            self.refine(kernels, &centred[frame.clone()], hidden, &mut bands[frame], linear, inner);
+        });
+    }
+
     /// Draws the next frame of every stream and reads it, each weight read once for all of them.
     ///
     /// # Errors
@@ -174,7 +213,7 @@ impl PlanTransformer {
                 turn.frame.tokens.push(token as u16);
             }
         }
-        let PlanWork { stack, linear, x, hidden, codes, bands, .. } = work;
+        let PlanWork { stack, linear, x, inner, hidden, codes, bands, .. } = work;
         codes.clear();
         let bands = sized(bands, n * n_bands);
         for (turn, bands) in turns.iter_mut().zip(bands.chunks_exact_mut(n_bands)) {
@@ -189,9 +228,12 @@ impl PlanTransformer {
         self.stack.forward(kernels, x, &mut Streams(turns), stack);
         let hidden = sized(hidden, n * self.dim);
         self.normalize(kernels, x, hidden);
-        for (turn, hidden) in turns.iter_mut().zip(hidden.chunks_exact(self.dim)) {
+        for ((turn, hidden), centred) in
+            turns.iter_mut().zip(hidden.chunks_exact(self.dim)).zip(bands.chunks_exact(n_bands))
+        {
             turn.state.pos += 1;
             turn.state.hidden.copy_from_slice(hidden);
+            self.refine(kernels, centred, hidden, &mut turn.frame.bands, linear, inner);
         }
         Ok(())
     }

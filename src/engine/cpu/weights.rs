@@ -4,7 +4,7 @@ use ndarray::{Array2, ArrayView2, s};
 
 use super::CpuOptions;
 use super::linear::Source;
-use super::plan::{PlanTransformer, PlanTurn};
+use super::plan::{PlanState, PlanTransformer, PlanTurn, PlanWork};
 use super::stream::{Lane, Sound, Turn, Work};
 use super::wave::{Step, WaveTransformer};
 use crate::checkpoint::Checkpoint;
@@ -55,11 +55,25 @@ impl Weights {
     }
 
     /// Tokens -> quantised plan: tokens `[frames, n_codebooks]`, flat, and decoded bands `[frames, n_bands]`.
-    pub fn plan_of(&self, tokens: &[Token]) -> Result<(Vec<u16>, Array2<f32>), EngineError> {
+    pub fn quantised(&self, tokens: &[Token]) -> Result<(Vec<u16>, Array2<f32>), EngineError> {
         let exact = self.spectrum.analyse(&self.config.codec.decode_all(tokens));
         let codes = self.quantizer.encode_all(exact.view())?;
         let bands = self.quantizer.decode_all(codes.view())?;
         Ok((codes.into_iter().collect(), bands))
+    }
+
+    /// Tokens -> quantised plan, which a stream's plan transformer has read: tokens likewise, and refined bands.
+    pub fn read_plan(
+        &self,
+        state: &mut PlanState,
+        tokens: &[Token],
+        work: &mut PlanWork,
+    ) -> Result<(Vec<u16>, Array2<f32>), EngineError> {
+        let (codes, bands) = self.quantised(tokens)?;
+        let (centred, shape) = (self.centred(&bands), bands.raw_dim());
+        let mut refined: Vec<f32> = bands.into_iter().collect();
+        self.plan.read_refined(self.kernels, state, &codes, &centred, &mut refined, work);
+        Ok((codes, Array2::from_shape_vec(shape, refined).map_err(state_error)?))
     }
 
     /// Frames `[frames, n_bands]` as the plan transformer reads them.

@@ -118,13 +118,21 @@ impl<M: Machine> CudaEngine<M> {
         self.prefill(&silence)
     }
 
-    /// Tokens -> quantised plan: tokens `[frames, n_codebooks]` and decoded bands `[frames, n_bands]`.
-    fn plan_of(&self, tokens: &[Token]) -> Result<(Array2<u16>, Array2<f32>), EngineError> {
+    /// The plan tokens of tokens, `[frames, n_codebooks]`.
+    fn codes_of(&self, tokens: &[Token]) -> Result<Vec<i32>, EngineError> {
         let Model { config, spectrum, quantizer, .. } = &**self.model();
         let exact = spectrum.analyse(&config.codec.decode_all(tokens));
-        let codes = quantizer.encode_all(exact.view())?;
-        let bands = quantizer.decode_all(codes.view())?;
-        Ok((codes, bands))
+        Ok(quantizer.encode_all(exact.view())?.iter().map(|&code| code.into()).collect())
+    }
+
+    /// What becomes of the plan tokens of whole frames when they are read, beside the stream, which stays as it is.
+    fn read_plan(&self, codes: &[i32]) -> Result<Played, EngineError> {
+        let n_frames = codes.len() / self.model().config.plan.n_codebooks;
+        if n_frames == 0 {
+            return Ok(Played::default());
+        }
+        let mut streams = Streams::new(self.model().clone(), 1, self.streams.geometry())?;
+        streams.play(n_frames, Plan::Read(codes), Wave::Silent, &self.sampling)
     }
 
     /// Reads whole frames of tokens under their bands, `[frames, n_bands]`; nats of each token.
@@ -140,11 +148,6 @@ impl<M: Machine> CudaEngine<M> {
         }
         Ok(nats)
     }
-}
-
-/// Plan tokens as the machine takes them.
-fn codes_of(codes: &Array2<u16>) -> Vec<i32> {
-    codes.iter().map(|&code| code.into()).collect()
 }
 
 impl<M: Machine> Engine for CudaEngine<M> {
@@ -177,8 +180,10 @@ impl<M: Machine> Engine for CudaEngine<M> {
         }
         let mut tokens = vec![config.codec.silence(); n_frames * hop - prompt.len()];
         tokens.extend_from_slice(prompt);
-        let (codes, bands) = self.plan_of(&tokens)?;
-        self.streams.play(n_frames, Plan::Read(&codes_of(&codes)), Wave::Silent, &self.sampling)?;
+        let codes = self.codes_of(&tokens)?;
+        let read = self.streams.play(n_frames, Plan::Read(&codes), Wave::Silent, &self.sampling)?;
+        let bands =
+            Array2::from_shape_vec((n_frames, model.spectrum.n_bands()), read.bands).map_err(super::state_error)?;
         // Of the samples, what lies within reach of the wave transformer's windows, after what the forecasts hear before it.
         let first = n_frames.saturating_sub(WAVE_CONTEXT);
         if first > 0 {
@@ -204,6 +209,13 @@ impl<M: Machine> Engine for CudaEngine<M> {
         self.read(&tokens[first * hop..], &rest)?;
         self.heard = true;
         Ok(())
+    }
+
+    fn plan_of(&self, tokens: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {
+        check_tokens(&self.model().config, tokens)?;
+        let codes = self.codes_of(tokens)?;
+        let bands = self.read_plan(&codes)?.bands;
+        Ok(self.frames(&Played { plan_tokens: codes, bands, ..Played::default() }))
     }
 
     fn next_plan(&mut self, uniforms: &[f32], out: &mut PlanFrame) -> Result<(), EngineError> {
@@ -232,22 +244,17 @@ impl<M: Machine> Engine for CudaEngine<M> {
         expect("values", tokens.len(), nll.len())?;
         check_tokens(&self.model().config, tokens)?;
         self.reset()?;
-        let (_, bands) = self.plan_of(tokens)?;
-        expect("tokens (whole plan frames)", bands.nrows() * self.model().config.plan.hop, tokens.len())?;
-        let bands: Vec<f32> = bands.iter().copied().collect();
+        let codes = self.codes_of(tokens)?;
+        let config = &self.model().config.plan;
+        expect("tokens (whole plan frames)", codes.len() / config.n_codebooks * config.hop, tokens.len())?;
+        let bands = self.read_plan(&codes)?.bands;
         nll.copy_from_slice(&self.read(tokens, &bands)?);
         Ok(())
     }
 
     fn score_plan(&mut self, tokens: &[Token]) -> Result<Vec<f32>, EngineError> {
         check_tokens(&self.model().config, tokens)?;
-        let (codes, _) = self.plan_of(tokens)?;
-        if codes.nrows() == 0 {
-            return Ok(Vec::new());
-        }
-        // Beside the stream, which stays as it is.
-        let mut streams = Streams::new(self.model().clone(), 1, self.streams.geometry())?;
-        let played = streams.play(codes.nrows(), Plan::Read(&codes_of(&codes)), Wave::Silent, &self.sampling)?;
+        let played = self.read_plan(&self.codes_of(tokens)?)?;
         Ok(played.plan_draws.iter().skip(1).map(|draw| draw.surprisal).collect())
     }
 

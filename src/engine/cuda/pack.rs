@@ -223,6 +223,7 @@ impl Packed {
             p.linear(&format!("plan.{q}.head_in"), EXACT)?;
             p.linear(&format!("plan.{q}.head_out"), EXACT)?;
         }
+        m.refine = if plan.refine { p.linear("plan.refine", EXACT)? } else { -1 };
         let tables = |p: &Packer, n: usize, name: &str| -> Result<Vec<f32>, EngineError> {
             (0..n).map(|q| p.values(&format!("plan.{q}.{name}"))).collect::<Result<Vec<_>, _>>().map(|all| all.concat())
         };
