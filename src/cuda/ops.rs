@@ -28,7 +28,7 @@ pub(crate) static OPS: Ops = Ops {
     add_swiglu_linear,
     attention: |qkv, n_heads, window| match HEAD_DIMS.contains(&(qkv.dim(D::Minus1)? / 3 / n_heads)) {
         true => attention(qkv, n_heads, window),
-        false => plain::attention(qkv, n_heads, window),
+        false => plain::attention(&qkv.to_dtype(DType::F32)?, n_heads, window)?.to_dtype(qkv.dtype()),
     },
     spread: plain::spread,
     gather_add,
