@@ -576,6 +576,13 @@ fn a_full_disk_is_reported() {
 }
 
 #[test]
+fn bf16_is_for_gpus() {
+    let scene = Scene::new();
+    let args = ["train", "in.wav", "-o", "x.safetensors", "--preset", "tiny", "--steps", "1", "--bf16"];
+    scene.refuses(scene.wavegen(&args), 2, "--device cuda");
+}
+
+#[test]
 fn training_writes_a_model_that_plays() {
     let scene = Scene::new();
     scene.write_wav("long.wav", 1, &scene.chord(40_000));
