@@ -89,16 +89,19 @@ impl ReferenceEngine {
         let bands = Tensor::from_vec(centred, (1, bands.nrows(), bands.ncols()), &Device::Cpu)?;
         Ok((tokens, bands))
     }
-}
 
-impl ReferenceEngine {
+    /// Refines the bands of a whole plan, from its [tensors](Self::plan_tensors).
+    fn refine(&self, tokens: &Tensor, centred: &Tensor, bands: &mut Array2<f32>) -> Result<(), EngineError> {
+        let hidden = self.model.plan.forward(tokens, centred, None)?;
+        add_refinement(&self.model, centred, &hidden, bands.iter_mut())
+    }
+
     /// [`quantised`](Self::quantised) with refined bands.
     fn refined(&self, tokens: &[Token]) -> Result<(Array2<u16>, Array2<f32>), EngineError> {
         let (codes, mut bands) = self.quantised(tokens)?;
         if codes.nrows() > 0 {
-            let (plan_tokens, plan_bands) = self.plan_tensors(codes.view(), bands.view())?;
-            let hidden = self.model.plan.forward(&plan_tokens, &plan_bands, None)?;
-            add_refinement(&self.model, &plan_bands, &hidden, bands.iter_mut())?;
+            let (tokens, centred) = self.plan_tensors(codes.view(), bands.view())?;
+            self.refine(&tokens, &centred, &mut bands)?;
         }
         Ok((codes, bands))
     }
@@ -161,9 +164,9 @@ impl Engine for ReferenceEngine {
         }
         let mut tokens = vec![self.config.codec.silence(); n_frames * hop - prompt.len()];
         tokens.extend_from_slice(prompt);
-        let (codes, decoded) = self.quantised(&tokens)?;
-        let (plan_tokens, plan_bands) = self.plan_tensors(codes.view(), decoded.view())?;
-        let (_, bands) = self.refined(&tokens)?;
+        let (codes, mut bands) = self.quantised(&tokens)?;
+        let (plan_tokens, plan_bands) = self.plan_tensors(codes.view(), bands.view())?;
+        self.refine(&plan_tokens, &plan_bands, &mut bands)?;
         let stream = &mut self.stream;
         stream.plan_hidden = Some(self.model.plan.prefill(&plan_tokens, &plan_bands, &mut stream.plan_caches)?);
         stream.plan_pos = n_frames as u64;
