@@ -11,7 +11,7 @@ const FULL_SCALE: f32 = 0.999;
 const CLIPPED_RUN: usize = 3;
 
 /// What a manifest says of a piece besides where it lies.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Facts {
     /// The file that it was read from.
     pub source: String,

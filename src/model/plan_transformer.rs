@@ -94,6 +94,11 @@ impl PlanTransformer {
         self.norm.forward(&x)
     }
 
+    /// Whether there is a [`PlanTransformer::refinement`].
+    pub fn refines(&self) -> bool {
+        self.refine.is_some()
+    }
+
     /// What frames are taken for beyond their centred decoded bands `[.., n_bands]` once they have been read, hidden states `[.., dim]`:
     /// to be added to the bands.
     pub fn refinement(&self, bands: &Tensor, hidden: &Tensor) -> Result<Option<Tensor>> {

@@ -223,7 +223,16 @@ fn adapt_to(
 
     let forecaster = CpuForecaster { spectrum: &data.spectrum, config: &config.forecast };
     let history = model.wave.history();
-    let maker = wave::Maker { config, data, quantizer, forecaster: &forecaster, history, speed_variation: 0.0 };
+    let reader = adapted.model()?.plan;
+    let maker = wave::Maker {
+        config,
+        data,
+        quantizer,
+        reader: &reader,
+        forecaster: &forecaster,
+        history,
+        speed_variation: 0.0,
+    };
     let places = places(&tails);
     let tail_excerpts =
         workers.map(&places, |(tail, first)| maker.clean(tail.piece, first - wave::WARM..first + wave::EXCERPT))?;

@@ -249,13 +249,12 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
             break;
         }
         if part == Part::Plan && config.plan_transformer.refine {
-            if group.is_first() {
-                let (map, refined) = refine::fit(&checkpoint, &data, &Workers::new(settings.threads.max(1))?)?;
-                checkpoint.weights.extend(map);
-                let _ = observe(TrainEvent::Refined(refined));
-            }
+            let fit = || refine::fit(&checkpoint, &data, &Workers::new(settings.threads.max(1))?);
             // The others wait asleep.
-            group.of_first(())?;
+            if let Some(fitted) = group.of_first(group.is_first().then(fit).transpose()?)? {
+                let _ = observe(TrainEvent::Refined(fitted.refined));
+                checkpoint.weights.extend(fitted.weights(spectrum.n_bands())?);
+            }
         }
     }
     if going.is_continue() && settings.calibrate && settings.parts.contains(&Part::Wave) {

@@ -101,6 +101,24 @@ pub(super) fn tensors(quantizer: &ResidualQuantizer, codes: ArrayView2<u16>) -> 
     ))
 }
 
+/// An exact plan `[frames, n_bands]` as a model on the CPU takes it once it has heard it: through the codebooks, and refined.
+pub(super) fn as_read(
+    model: &PlanTransformer,
+    quantizer: &ResidualQuantizer,
+    exact: ArrayView2<f32>,
+) -> Result<Array2<f32>, TrainError> {
+    let codes = quantizer.encode_all(exact)?;
+    let mut bands = quantizer.decode_all(codes.view())?;
+    if model.refines() {
+        let (tokens, centred) = tensors(quantizer, codes.view())?;
+        if let Some(more) = model.refinement(&centred, &model.forward(&tokens, &centred, None)?)? {
+            let more = more.flatten_all()?.to_vec1::<f32>()?;
+            bands.iter_mut().zip(more).for_each(|(band, more)| *band += more);
+        }
+    }
+    Ok(bands)
+}
+
 /// Factors that drop a share of the features and keep the mean (candle's own draw from an unseeded generator).
 fn dropout(share: f32, dims: (usize, usize, usize), rng: &mut Rng) -> Result<Option<Tensor>, TrainError> {
     if share == 0.0 {

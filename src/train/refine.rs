@@ -3,6 +3,7 @@
 
 use candle_core::Device;
 use ndarray::{Array1, Array2, Axis, concatenate, s};
+use serde::{Deserialize, Serialize};
 
 use super::TrainError;
 use super::dataset::{Dataset, Recording};
@@ -21,10 +22,31 @@ const RIDGES: [f64; 4] = [1e-4, 1e-3, 1e-2, 1e-1];
 const AT_ONCE: usize = 16;
 
 /// How far frames lie from their recordings, dB rms over bands: decoded, and refined; the same where no map brings them nearer.
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Refined {
     pub decoded_db: f32,
     pub refined_db: f32,
+}
+
+/// A map, and what it is worth on held-out pieces (on the training's last tenth where there are none).
+#[derive(Serialize, Deserialize)]
+pub struct Fitted {
+    /// The bias, then a row of `n_bands` for every input.
+    map: Vec<f32>,
+    pub refined: Refined,
+}
+
+impl Fitted {
+    /// The map as weights of a model of so many bands.
+    pub fn weights(self, n_bands: usize) -> Result<Weights, TrainError> {
+        let rows = self.map.len() / n_bands.max(1);
+        let map = Array2::from_shape_vec((rows, n_bands), self.map).map_err(candle_core::Error::wrap)?;
+        Ok([
+            (name_of("weight"), map.slice(s![1.., ..]).to_owned().into_dyn().into()),
+            (name_of("bias"), map.row(0).to_owned().into_dyn().into()),
+        ]
+        .into())
+    }
 }
 
 /// Some contexts of recordings as pieces and their first frames, at most `frames` frames in all and evenly chosen.
@@ -57,12 +79,11 @@ fn seen(
     Ok((inputs, lacks))
 }
 
-/// The map's weights, and what it is worth on held-out pieces (on the training's last tenth where there are none). A pure function of model
-/// and recordings, whose plan tokens are made.
+/// A pure function of model and recordings, whose plan tokens are made.
 ///
 /// # Errors
 /// As training.
-pub fn fit(checkpoint: &Checkpoint, data: &Dataset, workers: &Workers) -> Result<(Weights, Refined), TrainError> {
+pub fn fit(checkpoint: &Checkpoint, data: &Dataset, workers: &Workers) -> Result<Fitted, TrainError> {
     let model = checkpoint.model()?;
     let (n_bands, dim) = (checkpoint.quantizer.mean.len(), checkpoint.config.plan_transformer.dim);
     let n = 1 + n_bands + dim;
@@ -102,11 +123,8 @@ pub fn fit(checkpoint: &Checkpoint, data: &Dataset, workers: &Workers) -> Result
     }
     let (refined, map) = best;
     let db = |power: f64| (power / n_values).sqrt() as f32 * DB_PER_UNIT;
-    let weights = [
-        (name_of("weight"), map.slice(s![1.., ..]).to_owned().into_dyn().into()),
-        (name_of("bias"), map.row(0).to_owned().into_dyn().into()),
-    ];
-    Ok((weights.into(), Refined { decoded_db: db(decoded), refined_db: db(refined) }))
+    let refined = Refined { decoded_db: db(decoded), refined_db: db(refined) };
+    Ok(Fitted { map: map.into_iter().collect(), refined })
 }
 
 fn name_of(what: &str) -> String {

@@ -179,8 +179,10 @@ mod tests {
     fn settings(folder: &Path, output: &str, steps: usize) -> TrainSettings {
         let files: Vec<PathBuf> = (0..3).map(|i| folder.join(format!("{i}.wav"))).collect();
         files.iter().zip(0..).filter(|(path, _)| !path.exists()).for_each(|(path, i)| write_melody(path, i));
+        let mut config = ModelConfig::preset("tiny").unwrap();
+        config.plan_transformer.refine = true;
         TrainSettings {
-            start: Start::New(ModelConfig::preset("tiny").unwrap().into()),
+            start: Start::New(config.into()),
             parts: vec![Part::Plan, Part::Wave],
             files,
             output: folder.join(output),
