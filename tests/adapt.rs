@@ -13,6 +13,8 @@ use wavegen::model::config::{GenerationSettings, ModelConfig};
 use wavegen::rng::Rng;
 use wavegen::train::Part;
 use wavegen::train::adapt::{AdaptError, AdaptEvent, AdaptSettings, Adaptation, Verdict, adapt};
+use wavegen::train::calibrate::Tried;
+use wavegen::train::scene::Follow;
 use wavegen::train::schedule::Budget;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_wavegen");
@@ -242,14 +244,15 @@ fn an_adapted_model_plays_with_the_settings_that_did_best() {
     })
     .unwrap();
     assert_eq!(adaptation.wave.verdict, Verdict::Adapted, "{adaptation:?}");
-    let best = tried.iter().find(|setting| setting.settings == model.generation).unwrap();
+    let best = tried.iter().rfind(|setting| setting.settings == model.generation).unwrap();
     assert!(tried.len() > 6, "{tried:?}");
-    // The level is the one nearest to what was planned, the rest is nearest to the recording at the level of that time.
+    // The level is the one nearest to what the model plans, the rest is nearest to the recordings at the level of that time.
     let at = |level_db| GenerationSettings { level_db, ..best.settings };
-    let levels = tried.iter().filter(|t| t.settings == at(t.settings.level_db));
+    let (own, theirs): (Vec<&Tried>, Vec<&Tried>) = tried.iter().partition(|t| t.plan == Follow::Own);
+    let levels = own.iter().filter(|t| t.settings == at(t.settings.level_db));
     assert!(levels.clone().count() > 6 && levels.clone().all(|t| t.bias_db.abs() >= best.bias_db.abs()), "{tried:?}");
     let then = tried.iter().find(|t| t.settings.grain != tried[0].settings.grain).unwrap().settings.level_db;
-    let chosen = tried.iter().find(|t| t.settings == at(then)).unwrap();
-    let grains = tried.iter().filter(|t| t.settings == GenerationSettings { grain: t.settings.grain, ..at(then) });
+    let chosen = theirs.iter().find(|t| t.settings == at(then)).unwrap();
+    let grains = theirs.iter().filter(|t| t.settings == GenerationSettings { grain: t.settings.grain, ..at(then) });
     assert!(grains.clone().count() > 5 && grains.clone().all(|t| t.error_db() >= chosen.error_db()), "{tried:?}");
 }

@@ -119,11 +119,16 @@ fn calibration_prints_what_it_tries_and_writes_what_was_best() {
     let report = scene.json(&["calibrate", "tiny.safetensors", "a.wav", "--excerpts", "2", "-o", "best.safetensors"]);
     let tried = report["tried"].as_array().unwrap();
     let error = |t: &serde_json::Value| t["distance_db"].as_f64().unwrap().hypot(t["bias_db"].as_f64().unwrap());
+    let by = |plan: &'static str| tried.iter().filter(move |t| t["plan"] == plan);
     assert!(tried.len() >= 12 && (tried[0]["grain"].as_f64().unwrap() - 0.33).abs() < 1e-6, "{tried:?}");
-    let best = tried.iter().min_by(|a, b| error(a).total_cmp(&error(b))).unwrap();
+    let best = by("recording").min_by(|a, b| error(a).total_cmp(&error(b))).unwrap();
     let written = Checkpoint::load(&scene.path("best.safetensors")).unwrap();
     let chosen: GenerationSettings = serde_json::from_value(report["best"].clone()).unwrap();
     assert_eq!((written.generation, &report["best"]["grain"]), (chosen, &best["grain"]));
+    // The level is that of the model's own plans.
+    let off = |t: &serde_json::Value| t["bias_db"].as_f64().unwrap().abs();
+    let level = by("own").min_by(|a, b| off(a).total_cmp(&off(b))).unwrap();
+    assert_eq!((&level["level_db"], &level["distance_db"]), (&report["best"]["level_db"], &serde_json::Value::Null));
     assert_eq!(written.weights, model.weights);
     // As a table, from a corpus, the same.
     scene.wavegen(&["prepare", "a.wav", "-o", "corpus"]).assert().success();
@@ -131,7 +136,10 @@ fn calibration_prints_what_it_tries_and_writes_what_was_best() {
     let table = String::from_utf8(table.get_output().stdout.clone()).unwrap();
     assert_eq!(table.lines().count(), tried.len() + 1, "{table}");
     let marked = table.lines().find(|line| line.ends_with("best")).unwrap();
-    assert!(marked.contains(&format!("{:.2} dB", best["distance_db"].as_f64().unwrap())), "{table}");
+    assert!(
+        marked.contains(" own ") && marked.contains(&format!("{:+.2} dB", level["bias_db"].as_f64().unwrap())),
+        "{table}"
+    );
     scene.wavegen(&["calibrate", "tiny.safetensors", "a.wav", "-o", "best.safetensors"]).assert().code(1);
     scene
         .wavegen(&["calibrate", "tiny.safetensors", "tiny.safetensors"])

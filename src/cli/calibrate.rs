@@ -8,6 +8,7 @@ use serde::Serialize;
 use wavegen::model::config::GenerationSettings;
 use wavegen::train::calibrate::{EXCERPTS, Tried, calibrate};
 use wavegen::train::dataset::{Dataset, Sources};
+use wavegen::train::scene::Follow;
 use wavegen::train::{TrainError, TrainEvent};
 
 use super::Outcome;
@@ -15,10 +16,10 @@ use super::common::{Refused, Talk, catch_interrupt, interrupted, print, start_th
 use super::prepare::check_inputs;
 use super::train::{check_output, load_model};
 
-/// Fit a model's grain, past, offset and level by letting it play: least distance from the plan, at the right level
+/// Fit a model's grain, past, offset and level by letting it play: least distance from the recordings, at the right level
 ///
-/// Excerpts of the recordings are played with their own plan by the CPU engine and analysed again. Training ends with the
-/// same. Recordings that the model was not trained on judge best.
+/// Excerpts of the recordings are played with their own plan by the CPU engine and analysed again, and in the end with plans of the
+/// model's own for the level. Training ends with the same. Recordings that the model was not trained on judge best.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -93,17 +94,20 @@ pub fn run(args: &Args) -> Result<Outcome> {
     refused.summarise(talk);
     if !talk.json {
         print(&format!(
-            "{:>6} {:>6} {:>6} {:>9} {:>11} {:>11} {:>9}",
-            "grain", "past", "offset", "level", "recording", "adherence", "bias"
+            "{:>6} {:>6} {:>6} {:>9} {:>9} {:>11} {:>11} {:>9}",
+            "grain", "past", "offset", "level", "plan", "recording", "adherence", "bias"
         ))?;
-        for (i, Tried { settings, distance_db, adherence_db, bias_db, .. }) in tried.iter().enumerate() {
-            let note = match (i, *settings == best) {
-                (_, true) => "  best",
-                (0, _) => "  what the model had",
+        let chosen = tried.iter().rposition(|tried| tried.settings == best);
+        for (i, Tried { settings, plan, distance_db, adherence_db, bias_db, .. }) in tried.iter().enumerate() {
+            let plan = if *plan == Follow::Own { "own" } else { "theirs" };
+            let distance = distance_db.map_or("-".to_owned(), |db| format!("{db:.2} dB"));
+            let note = match i {
+                _ if Some(i) == chosen => "  best",
+                0 => "  what the model had",
                 _ => "",
             };
             print(&format!(
-                "{:>6.2} {:>6.2} {:>6.2} {:>+6.1} dB {distance_db:>8.2} dB {adherence_db:>8.2} dB {bias_db:>+6.2} dB{note}",
+                "{:>6.2} {:>6.2} {:>6.2} {:>+6.1} dB {plan:>9} {distance:>11} {adherence_db:>8.2} dB {bias_db:>+6.2} dB{note}",
                 settings.grain, settings.past, settings.offset, settings.level_db
             ))?;
         }

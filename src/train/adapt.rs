@@ -15,7 +15,7 @@ use serde::Serialize;
 use super::dataset::{Dataset, Recording};
 use super::hash::Hash;
 use super::optimizer::AdamW;
-use super::scene::Scene;
+use super::scene::{Follow, Scene};
 use super::schedule::{Budget, PLAN_SHARE};
 use super::workers::Workers;
 use super::{Part, TrainError, TrainEvent, calibrate, plan, wave};
@@ -259,7 +259,7 @@ fn adapt_to(
         let scenes = scenes(data, &tails)?;
         let mut candidate = checkpoint.clone();
         candidate.weights.extend(best.clone());
-        let play = |model: &Checkpoint| calibrate::play(model, data, &scenes, model.generation);
+        let play = |model: &Checkpoint| calibrate::play(model, data, &scenes, model.generation, Follow::Recording);
         let played = FreeRun { before_db: play(checkpoint)?.0.rms_db, after_db: play(&candidate)?.0.rms_db };
         free_run = Some(played);
         if played.is_worse() {

@@ -1,6 +1,7 @@
 //! Fits the generation settings in free run: nearest to the recording, with bias near 0.
 //!
-//! The level is the one at which nothing is louder or softer than planned; the others are nearest to the recording at that level.
+//! The level is the one at which nothing is louder or softer than planned; the others are nearest to the recording at that level. In
+//! the end the level is fitted to plans of the model's own, by which it will play: their flicker is another than that of codebooks.
 //!
 //! Likelihood cannot choose them (the scale that is likeliest under real history is too large where a forecast
 //! follows its own noise), so held-out excerpts are played with their true plan and compared with what the recording does. Bands of
@@ -35,8 +36,9 @@ const LEVELS_DB: [f32; 7] = [0.0, -0.4, -0.8, -1.2, -1.6, -2.0, -2.4];
 pub struct Tried {
     #[serde(flatten)]
     pub settings: GenerationSettings,
-    /// From the recording: [`log_mel_distance_db`](crate::metrics::log_mel_distance_db).
-    pub distance_db: f32,
+    pub plan: Follow,
+    /// From the recording, by its plan: [`log_mel_distance_db`](crate::metrics::log_mel_distance_db).
+    pub distance_db: Option<f32>,
     /// From the plan.
     pub adherence_db: f32,
     pub bias_db: f32,
@@ -47,18 +49,19 @@ pub struct Tried {
 impl Tried {
     /// What is to be small: the distance, and any bias.
     pub fn error_db(&self) -> f32 {
-        self.distance_db.hypot(self.bias_db)
+        self.distance_db.unwrap_or(0.0).hypot(self.bias_db)
     }
 }
 
 impl std::fmt::Display for Tried {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        let Self { settings, distance_db, adherence_db, bias_db, chosen } = self;
+        let Self { settings, distance_db, adherence_db, bias_db, chosen, .. } = self;
         let GenerationSettings { grain, past, offset, level_db } = settings;
         let best = if *chosen { ", best so far" } else { "" };
+        let distance = distance_db.map_or("own plans".to_owned(), |db| format!("{db:.2} dB from the recording"));
         write!(
             f,
-            "grain {grain:.2} past {past:.2} offset {offset:.2} level {level_db:+.1} dB: {distance_db:.2} dB from the recording, adherence {adherence_db:.2} dB, bias {bias_db:+.2} dB{best}"
+            "grain {grain:.2} past {past:.2} offset {offset:.2} level {level_db:+.1} dB: {distance}, adherence {adherence_db:.2} dB, bias {bias_db:+.2} dB{best}"
         )
     }
 }
@@ -84,22 +87,23 @@ pub fn calibrate(
     let levels = |b: GenerationSettings| LEVELS_DB.map(|level_db| GenerationSettings { level_db, ..b }).to_vec();
     let off_level = |tried: &Tried| tried.bias_db.abs();
     let passes: [Pass; 6] = [
-        (&levels, &off_level),
-        (&grains, &Tried::error_db),
-        (&offsets, &Tried::error_db),
-        (&pasts, &Tried::error_db),
-        (&grains, &Tried::error_db),
-        (&levels, &off_level),
+        (Follow::Recording, &levels, &off_level),
+        (Follow::Recording, &grains, &Tried::error_db),
+        (Follow::Recording, &offsets, &Tried::error_db),
+        (Follow::Recording, &pasts, &Tried::error_db),
+        (Follow::Recording, &grains, &Tried::error_db),
+        (Follow::Own, &levels, &off_level),
     ];
-    for (candidates, error) in passes {
+    for (plan, candidates, error) in passes {
         let mut least = f32::INFINITY;
         for settings in std::iter::once(best).chain(candidates(best)) {
-            let known = tried.iter().find(|tried| tried.settings == settings).copied();
+            let known = tried.iter().find(|tried| (tried.settings, tried.plan) == (settings, plan)).copied();
             let mut now = match known {
                 Some(known) => known,
                 None => {
-                    let (Adherence { rms_db, bias_db }, distance_db) = play(checkpoint, data, &scenes, settings)?;
-                    Tried { settings, distance_db, adherence_db: rms_db, bias_db, chosen: false }
+                    let (Adherence { rms_db, bias_db }, distance) = play(checkpoint, data, &scenes, settings, plan)?;
+                    let distance_db = (plan == Follow::Recording).then_some(distance);
+                    Tried { settings, plan, distance_db, adherence_db: rms_db, bias_db, chosen: false }
                 }
             };
             now.chosen = error(&now) < least;
@@ -117,8 +121,8 @@ pub fn calibrate(
     Ok(best)
 }
 
-/// Settings to try, given the best so far, and what is to be small.
-type Pass<'a> = (&'a dyn Fn(GenerationSettings) -> Vec<GenerationSettings>, &'a dyn Fn(&Tried) -> f32);
+/// The plans played, the settings to try, given the best so far, and what is to be small.
+type Pass<'a> = (Follow, &'a dyn Fn(GenerationSettings) -> Vec<GenerationSettings>, &'a dyn Fn(&Tried) -> f32);
 
 /// Excerpts at even distances in the pieces to judge by.
 fn scenes(data: &Dataset, excerpts: usize) -> Result<Vec<Scene>, TrainError> {
@@ -137,12 +141,14 @@ fn scenes(data: &Dataset, excerpts: usize) -> Result<Vec<Scene>, TrainError> {
         .collect()
 }
 
-/// Adherence and distance from the recordings, dB, over all scenes, which are played side by side.
+/// Adherence and distance from the recordings, dB, over all scenes, which are played side by side (the distance says something
+/// where the plans are the recordings').
 pub(super) fn play(
     checkpoint: &Checkpoint,
     data: &Dataset,
     scenes: &[Scene],
     settings: GenerationSettings,
+    plan: Follow,
 ) -> Result<(Adherence, f32), TrainError> {
     let engine = CpuEngine::new(checkpoint, &CpuOptions::default())?;
     let results: Vec<(Adherence, f32)> = scenes
@@ -151,7 +157,7 @@ pub(super) fn play(
         .map(|(i, scene)| {
             let mut engine = engine.fork()?;
             engine.set_sampling(PlanSampling::default(), settings);
-            let played = scene.play(&mut engine, Follow::Recording, i as u64, &data.spectrum, &data.codec)?;
+            let played = scene.play(&mut engine, plan, i as u64, &data.spectrum, &data.codec)?;
             Ok((played.adherence(), scene.distance_db(&played, data.codec.sample_rate)))
         })
         .collect::<Result<_, TrainError>>()?;

@@ -1,6 +1,7 @@
 //! Turns a place in a recording into what a model plays there by itself, beside what the recording does.
 
 use ndarray::{Array2, ArrayView1, ArrayView2, s};
+use serde::Serialize;
 
 use super::TrainError;
 use super::dataset::{Dataset, Recording};
@@ -23,7 +24,8 @@ pub struct Scene {
 }
 
 /// Where the plan of what is played comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Follow {
     /// The recording's, through the codebooks, as the model takes it.
     Recording,
