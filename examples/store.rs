@@ -1,26 +1,28 @@
 //! Stores a model in another precision, or two parts that were trained apart as one model:
 //! `cargo run --release --example store -- wave.safetensors out.safetensors int8 plan.safetensors`.
-//! `built-in` for the model inside the program; `f32`, `f16` or `int8`; with a fourth name the codebooks and the plan transformer come from there.
+//! `built-in` for the model inside the program; `f32`, `f16` or `int8`; with a fourth name the codebooks and the plan transformer come from there,
+//! with `alone` the file has none, as that of the small model inside the program.
 
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use safetensors::SafeTensors;
 use wavegen::checkpoint::{Checkpoint, Precision};
 use wavegen::plan::PlanConfig;
 
-const USAGE: &str = "usage: store built-in|IN.safetensors OUT.safetensors f32|f16|int8 [PLAN.safetensors]";
+const USAGE: &str = "usage: store built-in|IN.safetensors OUT.safetensors f32|f16|int8 [PLAN.safetensors|alone]";
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let [input, output, name, plan @ ..] = &args[..] else { bail!(USAGE) };
     let all = [Precision::F32, Precision::F16, Precision::Int8];
     let precision = all.into_iter().find(|p| p.name() == name).context(USAGE)?;
-    let load = |name: &str| match name {
-        "built-in" => Checkpoint::built_in(),
-        path => Checkpoint::load(Path::new(path)),
-    };
+    let load = |name: &str| Checkpoint::named(Path::new(name));
     let mut checkpoint = load(input)?;
-    if let [name] = plan {
+    let alone = plan == ["alone"];
+    if let [name] = plan
+        && !alone
+    {
         let other = load(name)?;
         let PlanConfig { n_codebooks, n_entries, .. } = other.config.plan;
         ensure!(
@@ -36,5 +38,12 @@ fn main() -> Result<()> {
         checkpoint.weights.extend(other.weights.into_iter().filter(|(name, _)| name.starts_with("plan.")));
     }
     checkpoint.save(Path::new(output), precision)?;
+    if alone {
+        let bytes = std::fs::read(output)?;
+        let (_, header) = SafeTensors::read_metadata(&bytes)?;
+        let whole = SafeTensors::deserialize(&bytes)?;
+        let wave = whole.iter().filter(|(name, _)| name.starts_with("wave."));
+        std::fs::write(output, safetensors::serialize(wave, header.metadata().clone())?)?;
+    }
     Ok(())
 }

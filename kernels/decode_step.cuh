@@ -8,11 +8,12 @@
 
 namespace decode {
 
-/// Inputs that one thread sums.
+/// Inputs that one thread sums, and of how many it has the weights on their way at a time.
 constexpr int CHUNK = 32;
+constexpr int LOADED = 16;
 /// Positions of a window that one warp attends to.
 constexpr int PART = WARP;
-/// Positions whose angles are kept (ROPE_LOW of src/engine/cpu/stack.rs).
+/// Positions whose angles are kept (ROPE_LOW of src/engine/cpu/stack.rs), a power of two.
 constexpr int ANGLES = 64;
 constexpr int N_FEATURES = 12;
 /// NORM_EPS of src/model/block.rs.
@@ -32,14 +33,22 @@ static_assert(sizeof(Slice) == 40, "Slice differs from src/cuda/launch");
 struct Row {
   int64_t n;         // samples so far
   int64_t plan_pos;  // plan frames so far
-  int64_t pos;       // of the stack that runs
+  int64_t pos;       // of the stack that runs; what follows from it is told by `stand`
+  int slot, filled;  // its place in the caches' rings, and how many of theirs are taken with it
   float mean_square, scale;
   float log_scale, rms;  // of the frame
   float forecasts[2], uniforms[2];
   int stream, residual_code, past_code;
   float tone;  // in the sample
 };
-static_assert(sizeof(Row) == 72, "Row differs from src/cuda/launch");
+static_assert(sizeof(Row) == 80, "Row differs from src/cuda/launch");
+
+/// The row comes to a position of a stack. One thread: whole numbers of 64 bits are divided here, once.
+__device__ __forceinline__ void stand(Row& row, int64_t pos, int window) {
+  row.pos = pos;
+  row.slot = int(pos % window);
+  row.filled = int(min(pos + 1, int64_t(window)));
+}
 
 __device__ __forceinline__ int lane() { return threadIdx.x % WARP; }
 __device__ __forceinline__ int warp() { return threadIdx.x / WARP; }
@@ -77,9 +86,7 @@ __device__ NO_INLINE void sum_chunk(const Slice& s, int column, const float* in,
   const T* w = static_cast<const T*>(s.weights) + int64_t(begin) * s.stride + column;
   in += begin * ROWS;
   float sums[2][ROWS] = {};
-#pragma unroll 8
-  for (int k = 0; k < n; ++k, w += s.stride, in += ROWS) {
-    const float2 pair = load_pair(w);
+  const auto add = [&](float2 pair) {
     float values[ROWS];
     load_rows(in, values);
 #pragma unroll
@@ -87,7 +94,16 @@ __device__ NO_INLINE void sum_chunk(const Slice& s, int column, const float* in,
       sums[0][r] += pair.x * values[r];
       sums[1][r] += pair.y * values[r];
     }
+    in += ROWS;
+  };
+  for (; n >= LOADED; n -= LOADED) {
+    float2 pairs[LOADED];
+#pragma unroll
+    for (int k = 0; k < LOADED; ++k, w += s.stride) pairs[k] = load_pair(w);
+#pragma unroll
+    for (int k = 0; k < LOADED; ++k) add(pairs[k]);
   }
+  for (; n > 0; --n, w += s.stride) add(load_pair(w));
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     scratch[r * blockDim.x + threadIdx.x] = sums[0][r];
@@ -294,7 +310,8 @@ struct Room {
     const float* const low = a.exact + stack.angles;
     for (int i = threadIdx.x; i < n_rows * half; i += blockDim.x) {
       const int r = i / half, f = i % half;
-      const int64_t pos = rows[r].pos, rest = pos % ANGLES;
+      const int64_t pos = rows[r].pos;
+      const int rest = int(pos & (ANGLES - 1));
       float* const base = high + (which * ROWS + r) * m.angle_width + f;
       // Each thread keeps its own.
       if (fresh || rest == 0) {
@@ -324,7 +341,7 @@ struct Room {
       power = lanes_sum<WARP>(power);
       const float scale = (is_key ? 1.f : 1.f / sqrtf(float(head_dim))) / sqrtf(power / head_dim + NORM_EPS);
       float* const mine = a.caches + int64_t(rows[r].stream) * m.cache_stride + cache;
-      const int slot = int(rows[r].pos % stack.window);
+      const int slot = rows[r].slot;
       float* const key = mine + h * head_dim * stack.window + slot;
       float* const values = mine + int64_t(stack.dim) * stack.window + (h * stack.window + slot) * head_dim;
       for (int i = lane(); i < half; i += WARP) {
@@ -356,7 +373,7 @@ struct Room {
       for (int task = warp(); task < n * heads * parts; task += n_warps()) {
         const int part = task % parts, head = task / parts % heads, r = first + task / parts / heads;
         const int h = rank + head * size, slot = part * PART + lane();
-        const int filled = int(min(rows[r].pos + 1, int64_t(window)));
+        const int filled = rows[r].filled;
         if (part * PART >= filled) continue;  // the whole warp
         const float* const mine = a.caches + int64_t(rows[r].stream) * m.cache_stride + cache;
         const float* const keys = mine + h * head_dim * window + min(slot, window - 1);
@@ -372,7 +389,7 @@ struct Room {
         for (int i = lane(); i - lane() < head_dim; i += WARP) {
           float value = 0.f;
           const float* const column = values + min(i, head_dim - 1);
-#pragma unroll 8
+#pragma unroll 16
           for (int k = 0; k < in_part; ++k) value += __shfl_sync(ALL_LANES, weight, k) * column[k * head_dim];
           if (i < head_dim) out[2 + i] = value;
         }
@@ -384,7 +401,7 @@ struct Room {
       __syncthreads();  // publishes the parts
       for (int i = threadIdx.x; i < n * heads * head_dim; i += blockDim.x) {
         const int f = i % head_dim, head = i / head_dim % heads, r = first + i / head_dim / heads;
-        const int filled = int(min(rows[r].pos + 1, int64_t(window))), used = (filled + PART - 1) / PART;
+        const int used = (rows[r].filled + PART - 1) / PART;
         const float* const of = scratch + (i / head_dim) * parts * width;
         float most = of[0];
         for (int part = 1; part < used; ++part) most = fmaxf(most, of[part * width]);

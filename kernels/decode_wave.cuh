@@ -36,11 +36,14 @@ struct Codec {
 
   __device__ Codec(const DecodeModel& m, const float* exact) : centres(exact + m.centres), edges(exact + m.edges), pcm(m.pcm) {}
 
-  /// The bin of mu-law: the number of edges that are not above the sample. A warp; what is no number lies in the middle.
+  /// The bin of mu-law: the number of edges that are not above the sample; what is no number lies in the middle.
   __device__ int code(float sample) const {
-    int below = 0;
-    for (int i = lane(); i < N_CODES - 1; i += WARP) below += edges[i] <= sample;
-    return sample == sample ? lanes_sum<WARP>(below) : N_CODES / 2;
+    if (sample != sample) return N_CODES / 2;
+    // The logarithm is one off at most; the edges decide.
+    int code = int(fminf(fmaxf((compand(sample) + 1.f) * (N_CODES / 2), 0.f), N_CODES - 1.f));
+    while (code > 0 && edges[code - 1] > sample) --code;
+    while (code < N_CODES - 1 && edges[code] <= sample) ++code;
+    return code;
   }
   __device__ int encode(float sample) const {
     if (!pcm) return code(sample);
@@ -108,9 +111,9 @@ __device__ void describe(Room<W, ROWS>& room) {
   }
 }
 
-/// One step of a tier; its caches, and what it hands down, are left behind. `slot`: of the frame.
+/// One step of a tier, at sample in_frame of the frame in `slot`; its caches, and what it hands down, are left behind.
 template <class W, int ROWS>
-__device__ void step_tier(Room<W, ROWS>& room, int which, int slot) {
+__device__ void step_tier(Room<W, ROWS>& room, int which, int in_frame, int slot) {
   const DecodeArgs& a = room.a;
   const DecodeModel& m = room.m;
   const DecodeTier& tier = m.tiers[which];
@@ -126,7 +129,10 @@ __device__ void step_tier(Room<W, ROWS>& room, int which, int slot) {
                               : of == 0 ? codec.companded(token)
                                         : 2.f * codec.decode(token);
   }
-  for (int r = threadIdx.x; r < room.n_rows; r += blockDim.x) room.rows[r].pos = room.rows[r].n / tier.hop;
+  for (int r = threadIdx.x; r < room.n_rows; r += blockDim.x)
+    stand(room.rows[r], room.rows[r].n / tier.hop, tier.stack.window);
+  // Of the step that the tier above has handed down.
+  const int sub_step = which > 0 ? in_frame % m.tiers[which - 1].hop / tier.hop : 0;
   __syncthreads();  // publishes the tokens' features and the positions
   room.linear(tier.input, room.wide, false, [&](int j, int r, float low, float high) {
     const Row& row = room.rows[r];
@@ -152,7 +158,6 @@ __device__ void step_tier(Room<W, ROWS>& room, int which, int slot) {
     high += planned[1];
     if (which > 0) {
       const DecodeTier& above = m.tiers[which - 1];
-      const int sub_step = int(row.pos % (above.hop / tier.hop));
       const float* const handed = room.memory(r) + above.handed + sub_step * dim + j;
       low += handed[0];
       high += handed[1];
@@ -258,7 +263,7 @@ __device__ void draw(Room<W, ROWS>& room, int r, int t) {
     const float nats = mixture_nll(log_weight, mean, scale, n, codec.low(token), codec.high(token));
     if (lane() == 0 && room.rank == 0) a.nll[place] = nats;
   }
-  // All lanes have read the row (no emulated schedule shows it: they met in a sum above, which orders no memory).
+  // All lanes have read the row (no emulated schedule shows it: they met in shuffles above, which order no memory).
   __syncwarp();  // unseen
   if (lane() == 0) {
     const int64_t now = row.n;
@@ -297,7 +302,7 @@ __device__ void step(Room<W, ROWS>& room, int t, int slot) {
   __syncthreads();  // publishes the forecasts
   describe(room);  // published by the first barrier of the tiers, of which the last always runs
   for (int tier = 0; tier < m.n_tiers; ++tier)
-    if (in_frame % m.tiers[tier].hop == 0) step_tier(room, tier, slot);
+    if (in_frame % m.tiers[tier].hop == 0) step_tier(room, tier, in_frame, slot);
   room.fresh = false;
   finish(room, slot, in_frame / (m.plan_hop / m.slices));
   for (int r = warp(); r < room.n_rows; r += n_warps()) draw(room, r, t);

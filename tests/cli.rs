@@ -436,6 +436,7 @@ fn tokens_go_to_a_file_and_come_back_as_audio() {
 fn info_describes_audio_and_models() {
     let scene = Scene::new();
     scene.wavegen(&["info", "in.wav"]).assert().success().stdout(contains("16000 Hz, 2 channels, 0.200 s"));
+    scene.wavegen(&["info", "small"]).assert().success().stdout(contains("small"));
     scene
         .wavegen(&["info", "tiny.safetensors"])
         .assert()

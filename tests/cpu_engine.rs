@@ -121,14 +121,31 @@ fn in_f32_it_plays_the_reference_engines_tokens_over_many_ring_wraps() {
 }
 
 #[test]
-fn in_f32_it_plays_the_reference_engines_tokens_with_the_built_in_model() {
-    let checkpoint = Checkpoint::built_in().unwrap();
-    let mut reference = ReferenceEngine::new(&checkpoint).unwrap();
-    let mut cpu = CpuEngine::new(&checkpoint, &CpuOptions { precision: Precision::F32, ..Default::default() }).unwrap();
-    let prompt = music(&checkpoint, 20_000);
-    reference.prefill(&prompt).unwrap();
-    cpu.prefill(&prompt).unwrap();
-    assert_plays_like(&mut cpu, &mut reference, 4, "built-in");
+fn in_f32_it_plays_the_reference_engines_tokens_with_the_models_inside_the_program() {
+    for name in Checkpoint::INSIDE {
+        let checkpoint = Checkpoint::named(name.as_ref()).unwrap();
+        let mut reference = ReferenceEngine::new(&checkpoint).unwrap();
+        let options = CpuOptions { precision: Precision::F32, ..Default::default() };
+        let mut cpu = CpuEngine::new(&checkpoint, &options).unwrap();
+        let prompt = music(&checkpoint, 20_000);
+        reference.prefill(&prompt).unwrap();
+        cpu.prefill(&prompt).unwrap();
+        assert_plays_like(&mut cpu, &mut reference, 4, name);
+    }
+}
+
+#[test]
+fn the_small_model_plays_the_built_in_models_plans() {
+    let [large, small] = Checkpoint::INSIDE.map(|name| Checkpoint::named(name.as_ref()).unwrap());
+    assert!(2 * small.n_weights("wave.") < large.n_weights("wave."));
+    assert_eq!(small.config.codec, large.config.codec);
+    let prompt = music(&large, 9000);
+    let [(plan, large), (same, small)] = [large, small].map(|checkpoint| {
+        let mut engine = CpuEngine::new(&checkpoint, &CpuOptions::default()).unwrap();
+        engine.prefill(&prompt).unwrap();
+        play(&mut engine, 0..3, 0, None)
+    });
+    assert!(plan == same && large != small);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use wavegen::checkpoint::Checkpoint;
 use wavegen::codec::Token;
+use wavegen::engine::cpu::{CpuEngine, CpuOptions};
 use wavegen::engine::reference::ReferenceEngine;
 use wavegen::engine::{Engine, UNIFORMS_PER_SAMPLE};
 use wavegen::forecast::ForecastConfig;
@@ -52,6 +53,38 @@ fn a_restored_state_goes_on_with_the_same_tokens() {
     assert_eq!(play(&mut other, 2, &mut rngs[0]), expected, "in another engine");
     one.restore(&state).unwrap();
     assert_eq!(play(&mut one, 2, &mut rngs[1]), expected, "back in time");
+}
+
+#[test]
+fn plans_ahead_are_those_that_come_and_change_nothing() {
+    let mut config = ModelConfig::preset("tiny").unwrap();
+    config.plan_transformer.refine = true;
+    let checkpoint = Checkpoint::untrained(config, 6).unwrap();
+    let engines: [Box<dyn Engine>; 2] = [
+        Box::new(ReferenceEngine::new(&checkpoint).unwrap()),
+        Box::new(CpuEngine::new(&checkpoint, &CpuOptions::default()).unwrap()),
+    ];
+    for mut engine in engines {
+        let books = engine.config().plan.n_codebooks;
+        let mut rng = Rng::new(8);
+        let mut way = |frames: usize| (0..frames * books).map(|_| rng.uniform()).collect::<Vec<f32>>();
+        engine.prefill(&music(5000)).unwrap();
+        let ways = [way(6), way(6), way(6)];
+        let ahead = ways.each_ref().map(|uniforms| engine.plan_ahead(uniforms).unwrap());
+        let here = engine.snapshot().unwrap();
+        for (uniforms, ahead) in ways.iter().zip(ahead) {
+            let plan: Vec<PlanFrame> = uniforms
+                .chunks_exact(books)
+                .map(|uniforms| {
+                    let mut frame = PlanFrame::default();
+                    engine.next_plan(uniforms, &mut frame).unwrap();
+                    frame
+                })
+                .collect();
+            assert_eq!(plan, ahead);
+            engine.rewind(&here).unwrap();
+        }
+    }
 }
 
 #[test]

@@ -8,8 +8,9 @@ use wavegen::audio::decode::decode_tail;
 use wavegen::audio::{AudioSource, SampleFormat, WavFormat};
 use wavegen::checkpoint::Checkpoint;
 use wavegen::engine::Engine;
+use wavegen::engine::cpu::{CpuEngine, CpuOptions};
 use wavegen::engine::reference::ReferenceEngine;
-use wavegen::generate::{CONTEXT_S, Options, Played, Player, Prompt, Recording, Session, SessionError};
+use wavegen::generate::{CONTEXT_S, Manner, Options, Path, Played, Player, Prompt, Recording, Session, SessionError};
 use wavegen::model::config::ModelConfig;
 
 use memory::Memory;
@@ -99,6 +100,43 @@ fn a_session_in_a_file_goes_on_as_if_there_had_been_no_pause() {
         assert!(samples == whole, "{rate} Hz, {channels} channels: the parts are not the whole");
     }
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "temporary files are left");
+}
+
+#[test]
+fn second_after_second_the_way_most_like_the_prompt_is_taken() {
+    let checkpoint = Checkpoint::built_in().unwrap();
+    let spectrum = checkpoint.spectrum().unwrap();
+    let codec = &checkpoint.config.codec;
+    // Notes that are struck and die away.
+    let note = |i: usize| (i % 6000, [220.0, 277.2, 329.6, 440.0][i / 6000 % 4]);
+    let sound = |i: usize| {
+        let (t, hz): (usize, f32) = note(i);
+        let t = t as f32 / 16_000.0;
+        0.4 * (-4.0 * t).exp()
+            * ((std::f32::consts::TAU * hz * t).sin() + 0.3 * (2.0 * std::f32::consts::TAU * hz * t).sin())
+    };
+    let prompt = codec.encode_all(&(0..48_000).map(sound).collect::<Vec<_>>());
+    let mut engine = CpuEngine::new(&checkpoint, &CpuOptions::default()).unwrap();
+    let of_prompt = |n: usize| Manner::of_prompt(&engine, &prompt[..n], &spectrum).unwrap();
+    assert_eq!(of_prompt(15_000), None, "too short to tell");
+    let manner = of_prompt(48_000).unwrap();
+    let mut play = |choices, seed| {
+        let options = Options { seed, choices, ..Options::default() };
+        let mut path = Path::new(&mut engine, &options, &prompt, false).unwrap();
+        (0..96).map(|_| path.next(&mut engine).unwrap().plan.bands).collect::<Vec<_>>()
+    };
+    let far = |plan: &[Vec<f32>]| manner.distance(&Manner::of(plan.iter().map(Vec::as_slice), &spectrum));
+    let mut gained = [0.0; 2];
+    for seed in 0..3 {
+        let (first, chosen) = (play(1, seed), play(8, seed));
+        assert!(first[..32] == chosen[..32], "the first second is played at once");
+        // Both come from the same second; what came first was one of the eight.
+        let second = [far(&first[32..64]), far(&chosen[32..64])];
+        assert!(second[1] <= second[0], "seed {seed}: {second:?}");
+        gained[0] += second[0];
+        gained[1] += second[1];
+    }
+    assert!(gained[1] < 0.8 * gained[0], "{gained:?}");
 }
 
 #[test]

@@ -28,8 +28,11 @@ const FORMAT: &str = "wavegen";
 /// Version of the file's layout; a file of another version is refused.
 const VERSION: &str = "1";
 const BUILT_IN: &[u8] = include_bytes!("../../models/piano.safetensors");
-/// What error messages call the model inside the program.
+/// A wave transformer alone, which plays the plans of the built-in model.
+const SMALL: &[u8] = include_bytes!("../../models/piano-small.safetensors");
+/// What error messages call the models inside the program.
 const BUILT_IN_NAME: &str = "(built-in model)";
+const SMALL_NAME: &str = "(small built-in model)";
 
 /// Why a file is no model that can be used.
 #[derive(Debug, thiserror::Error)]
@@ -102,6 +105,27 @@ impl Checkpoint {
         Self::from_bytes(BUILT_IN, Path::new(BUILT_IN_NAME))
     }
 
+    /// The built-in model's plan transformer with a smaller wave transformer, for slow machines.
+    pub fn built_in_small() -> Result<Self, CheckpointError> {
+        let path = Path::new(SMALL_NAME);
+        let mut parts = Parts::read(SMALL, path)?;
+        let plan = Parts::read(BUILT_IN, Path::new(BUILT_IN_NAME))?;
+        parts.weights.extend(plan.weights.into_iter().filter(|(name, _)| !name.starts_with("wave.")));
+        parts.join(path)
+    }
+
+    /// A model by what users call it: one of [`Checkpoint::INSIDE`] or a file.
+    pub fn named(name: &Path) -> Result<Self, CheckpointError> {
+        match name.to_str() {
+            Some("built-in") => Self::built_in(),
+            Some("small") => Self::built_in_small(),
+            _ => Self::load(name),
+        }
+    }
+
+    /// What users call the models inside the program.
+    pub const INSIDE: [&str; 2] = ["built-in", "small"];
+
     /// Reads a file and checks that its tensors make the model that it describes.
     pub fn load(path: &Path) -> Result<Self, CheckpointError> {
         let bytes = std::fs::read(path).map_err(|source| CheckpointError::Io { path: path.to_owned(), source })?;
@@ -110,74 +134,7 @@ impl Checkpoint {
 
     /// `path` is only what error messages call the bytes.
     pub fn from_bytes(bytes: &[u8], path: &Path) -> Result<Self, CheckpointError> {
-        let foreign = |reason: String| CheckpointError::Foreign { path: path.to_owned(), reason };
-        let damaged = |what: String| CheckpointError::Damaged { path: path.to_owned(), what };
-        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| foreign(e.to_string()))?;
-        let metadata = header.metadata().clone().unwrap_or_default();
-        if metadata.get("format").map(String::as_str) != Some(FORMAT) {
-            return Err(foreign("its metadata does not say so".into()));
-        }
-        let version = metadata.get("version").cloned().unwrap_or_default();
-        if version != VERSION {
-            return Err(CheckpointError::Version { path: path.to_owned(), got: version });
-        }
-        let tensors = SafeTensors::deserialize(bytes).map_err(|e| damaged(e.to_string()))?;
-        let field = |name: &str| metadata.get(name).map(String::as_str).unwrap_or_default();
-        let config: ModelConfig =
-            serde_json::from_str(field("config")).map_err(|e| damaged(format!("its configuration: {e}")))?;
-        config.validate().map_err(|source| CheckpointError::Config { path: path.to_owned(), source })?;
-        let generation =
-            serde_json::from_str(field("generation")).map_err(|e| damaged(format!("its generation settings: {e}")))?;
-        let notes = serde_json::from_str(field("notes")).map_err(|e| damaged(format!("its notes: {e}")))?;
-        let read = |(name, view): &(&str, TensorView)| {
-            let (weight, finite): (Weight, _) = match view.dtype() {
-                Dtype::I8 => {
-                    let odd =
-                        || damaged(format!("tensor '{name}' is no matrix of -127 to 127 with a scale per output"));
-                    let matrix = scaled(&tensors, name, view).ok_or_else(odd)?;
-                    let finite = matrix.scales.iter().all(|scale| (127.0 * scale).is_finite());
-                    (Weight::Rounded(matrix), finite)
-                }
-                _ => {
-                    let values =
-                        decode(view).ok_or_else(|| damaged(format!("tensor '{name}' is {:?}", view.dtype())))?;
-                    let finite = values.iter().all(|v| v.is_finite());
-                    let array = ArrayD::from_shape_vec(IxDyn(view.shape()), values)
-                        .map_err(|e| damaged(format!("tensor '{name}': {e}")))?;
-                    (array.into(), finite)
-                }
-            };
-            if !finite {
-                return Err(damaged(format!("tensor '{name}' holds values that are not finite")));
-            }
-            Ok(((*name).to_owned(), weight))
-        };
-        let all: Vec<_> = tensors.iter().filter(|(name, _)| !is_scales(&tensors, name)).collect();
-        let mut weights: Weights = all.par_iter().map(read).collect::<Result<_, CheckpointError>>()?;
-        let mut take =
-            |name: &str| weights.remove(name).ok_or_else(|| damaged(ParamsError::Missing(name.into()).to_string()));
-        let shape = |e: ndarray::ShapeError| damaged(format!("codebooks: {e}"));
-        let mean = take(MEAN)?.floats().into_owned().into_dimensionality().map_err(shape)?;
-        let books = take(BOOKS)?.floats().into_owned().into_dimensionality().map_err(shape)?;
-        let expected = [config.plan.n_codebooks, config.plan.n_entries];
-        let quantizer = ResidualQuantizer::new(mean, books).map_err(|e| damaged(e.to_string()))?;
-        let stored_as = |dtype| all.iter().any(|(_, view)| view.dtype() == dtype);
-        let precision = match () {
-            () if stored_as(Dtype::I8) => Precision::Int8,
-            () if stored_as(Dtype::F16) => Precision::F16,
-            () => Precision::F32,
-        };
-        let checkpoint = Self { config, generation, quantizer, weights, notes, precision };
-        let n_bands = checkpoint.spectrum().map_err(|e| damaged(e.to_string()))?.n_bands();
-        let got = checkpoint.quantizer.books.shape();
-        if got != [expected[0], expected[1], n_bands] || checkpoint.quantizer.mean.len() != n_bands {
-            return Err(damaged(format!(
-                "codebooks of shape {got:?}, expected {:?}",
-                [expected[0], expected[1], n_bands]
-            )));
-        }
-        checkpoint.check_shapes().map_err(|e| damaged(e.to_string()))?;
-        Ok(checkpoint)
+        Parts::read(bytes, path)?.join(path)
     }
 
     /// Whether the weights are those of the model that the configuration describes.
@@ -309,6 +266,95 @@ impl Checkpoint {
         stored.push(floats(MEAN, mean.shape(), &mut mean.iter().copied(), false));
         stored.push(floats(BOOKS, books.shape(), &mut books.iter().copied(), false));
         stored
+    }
+}
+
+/// What a file holds, not yet looked at as a whole: codebooks are weights among the others.
+struct Parts {
+    config: ModelConfig,
+    generation: GenerationSettings,
+    weights: Weights,
+    notes: BTreeMap<String, String>,
+    precision: Precision,
+}
+
+impl Parts {
+    fn read(bytes: &[u8], path: &Path) -> Result<Self, CheckpointError> {
+        let foreign = |reason: String| CheckpointError::Foreign { path: path.to_owned(), reason };
+        let damaged = |what: String| CheckpointError::Damaged { path: path.to_owned(), what };
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| foreign(e.to_string()))?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        if metadata.get("format").map(String::as_str) != Some(FORMAT) {
+            return Err(foreign("its metadata does not say so".into()));
+        }
+        let version = metadata.get("version").cloned().unwrap_or_default();
+        if version != VERSION {
+            return Err(CheckpointError::Version { path: path.to_owned(), got: version });
+        }
+        let tensors = SafeTensors::deserialize(bytes).map_err(|e| damaged(e.to_string()))?;
+        let field = |name: &str| metadata.get(name).map(String::as_str).unwrap_or_default();
+        let config: ModelConfig =
+            serde_json::from_str(field("config")).map_err(|e| damaged(format!("its configuration: {e}")))?;
+        config.validate().map_err(|source| CheckpointError::Config { path: path.to_owned(), source })?;
+        let generation =
+            serde_json::from_str(field("generation")).map_err(|e| damaged(format!("its generation settings: {e}")))?;
+        let notes = serde_json::from_str(field("notes")).map_err(|e| damaged(format!("its notes: {e}")))?;
+        let read = |(name, view): &(&str, TensorView)| {
+            let (weight, finite): (Weight, _) = match view.dtype() {
+                Dtype::I8 => {
+                    let odd =
+                        || damaged(format!("tensor '{name}' is no matrix of -127 to 127 with a scale per output"));
+                    let matrix = scaled(&tensors, name, view).ok_or_else(odd)?;
+                    let finite = matrix.scales.iter().all(|scale| (127.0 * scale).is_finite());
+                    (Weight::Rounded(matrix), finite)
+                }
+                _ => {
+                    let values =
+                        decode(view).ok_or_else(|| damaged(format!("tensor '{name}' is {:?}", view.dtype())))?;
+                    let finite = values.iter().all(|v| v.is_finite());
+                    let array = ArrayD::from_shape_vec(IxDyn(view.shape()), values)
+                        .map_err(|e| damaged(format!("tensor '{name}': {e}")))?;
+                    (array.into(), finite)
+                }
+            };
+            if !finite {
+                return Err(damaged(format!("tensor '{name}' holds values that are not finite")));
+            }
+            Ok(((*name).to_owned(), weight))
+        };
+        let all: Vec<_> = tensors.iter().filter(|(name, _)| !is_scales(&tensors, name)).collect();
+        let weights: Weights = all.par_iter().map(read).collect::<Result<_, CheckpointError>>()?;
+        let stored_as = |dtype| all.iter().any(|(_, view)| view.dtype() == dtype);
+        let precision = match () {
+            () if stored_as(Dtype::I8) => Precision::Int8,
+            () if stored_as(Dtype::F16) => Precision::F16,
+            () => Precision::F32,
+        };
+        Ok(Self { config, generation, weights, notes, precision })
+    }
+
+    /// Makes sure that they are one model.
+    fn join(self, path: &Path) -> Result<Checkpoint, CheckpointError> {
+        let damaged = |what: String| CheckpointError::Damaged { path: path.to_owned(), what };
+        let Self { config, generation, mut weights, notes, precision } = self;
+        let mut take =
+            |name: &str| weights.remove(name).ok_or_else(|| damaged(ParamsError::Missing(name.into()).to_string()));
+        let shape = |e: ndarray::ShapeError| damaged(format!("codebooks: {e}"));
+        let mean = take(MEAN)?.floats().into_owned().into_dimensionality().map_err(shape)?;
+        let books = take(BOOKS)?.floats().into_owned().into_dimensionality().map_err(shape)?;
+        let expected = [config.plan.n_codebooks, config.plan.n_entries];
+        let quantizer = ResidualQuantizer::new(mean, books).map_err(|e| damaged(e.to_string()))?;
+        let checkpoint = Checkpoint { config, generation, quantizer, weights, notes, precision };
+        let n_bands = checkpoint.spectrum().map_err(|e| damaged(e.to_string()))?.n_bands();
+        let got = checkpoint.quantizer.books.shape();
+        if got != [expected[0], expected[1], n_bands] || checkpoint.quantizer.mean.len() != n_bands {
+            return Err(damaged(format!(
+                "codebooks of shape {got:?}, expected {:?}",
+                [expected[0], expected[1], n_bands]
+            )));
+        }
+        checkpoint.check_shapes().map_err(|e| damaged(e.to_string()))?;
+        Ok(checkpoint)
     }
 }
 

@@ -14,7 +14,7 @@ use wavegen::train::schedule::Budget;
 
 use super::Outcome;
 use super::common::{Talk, catch_interrupt, interrupted, seconds, start_threads};
-use super::train::{Store, check_output, load_model};
+use super::train::{Store, check_output};
 
 /// Fit a model to recordings in seconds to minutes: a few small steps on their heads, judged by their tails
 ///
@@ -76,7 +76,7 @@ struct Report {
 pub fn run(args: &Args) -> Result<Outcome> {
     let (talk, begun) = (&args.talk, Instant::now());
     let threads = start_threads(args.threads)?;
-    let checkpoint = load_model(&args.model)?;
+    let checkpoint = Checkpoint::named(&args.model)?;
     check_output(&args.output, args.force)?;
     let sounds = args.inputs.iter().map(|path| AudioSource::open(path)).collect::<Result<Vec<_>, _>>()?;
     let budget = match args.steps {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
+use wavegen::checkpoint::Checkpoint;
 use wavegen::model::config::GenerationSettings;
 use wavegen::train::calibrate::{EXCERPTS, Tried, calibrate};
 use wavegen::train::dataset::{Dataset, Sources};
@@ -14,7 +15,7 @@ use wavegen::train::{TrainError, TrainEvent};
 use super::Outcome;
 use super::common::{Refused, Talk, catch_interrupt, interrupted, print, start_threads};
 use super::prepare::check_inputs;
-use super::train::{check_output, load_model};
+use super::train::check_output;
 
 /// Fit a model's grain, past, offset and level by letting it play: least distance from the recordings, at the right level
 ///
@@ -60,7 +61,7 @@ struct Report {
 pub fn run(args: &Args) -> Result<Outcome> {
     let talk = &args.talk;
     let threads = start_threads(args.threads)?;
-    let mut checkpoint = load_model(&args.model)?;
+    let mut checkpoint = Checkpoint::named(&args.model)?;
     check_inputs(&args.inputs)?;
     if let Some(output) = &args.output {
         check_output(output, args.force)?;

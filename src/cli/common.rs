@@ -53,17 +53,14 @@ fn factor(text: &str) -> Result<f32, String> {
 
 #[derive(Args)]
 pub struct ModelArgs {
-    /// Model file (.safetensors); without it the model inside the program
-    #[arg(long, short, value_name = "FILE")]
-    pub model: Option<PathBuf>,
+    /// Model file (.safetensors); `built-in` and `small` are inside the program, the second for slow machines
+    #[arg(long, short, value_name = "FILE", default_value = "built-in")]
+    pub model: PathBuf,
 }
 
 impl ModelArgs {
     pub fn load(&self) -> Result<Checkpoint> {
-        Ok(match &self.model {
-            Some(path) => Checkpoint::load(path)?,
-            None => Checkpoint::built_in().context("the built-in model cannot be used; give another with --model")?,
-        })
+        Ok(Checkpoint::named(&self.model)?)
     }
 }
 
@@ -84,6 +81,10 @@ pub struct SamplingArgs {
     #[arg(long, value_parser = share, help = plan_help(
         "What is played: no choice less likely than this share of the likeliest", |plan| plan.min_p))]
     pub min_p: Option<f32>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64), help = format!(
+        "What is played: second after second, the one of so many ways on that is most like the prompt; 1 for the first [default: {}]",
+        Options::default().choices))]
+    pub choices: Option<u32>,
     /// How it sounds: breath and noise, 0 for none, 1 as in the recordings [default: the model's]
     #[arg(long, value_parser = factor)]
     pub grain: Option<f32>,
@@ -128,6 +129,7 @@ impl SamplingArgs {
         Options {
             seed: self.seed.unwrap_or(own.seed),
             stream: own.stream,
+            choices: self.choices.unwrap_or(own.choices),
             plan: PlanSampling {
                 temperature: self.temperature.unwrap_or(own.plan.temperature),
                 top_k: self.top_k.unwrap_or(own.plan.top_k),

@@ -20,6 +20,7 @@ use super::common::{Talk, is_pipe, print, report_damage};
 #[command(after_help = "\
 Examples:
   wavegen info                     the built-in model: sizes, licence, data
+  wavegen info small               the smaller model inside the program, for slow machines
   wavegen info my.safetensors
   wavegen info song.m4a --json")]
 pub struct Args {
@@ -67,7 +68,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
             report_device(&args.talk);
             model(&Checkpoint::built_in()?, &args.talk)?
         }
-        Some(path) if is_model(path) => model(&Checkpoint::load(path)?, &args.talk)?,
+        Some(path) if is_model(path) => model(&Checkpoint::named(path)?, &args.talk)?,
         Some(path) => audio(path, &args.talk)?,
     }
     Ok(Outcome::Done)
@@ -82,14 +83,15 @@ fn report_device(talk: &Talk) {
     }
 }
 
-/// By name or by content: a safetensors file begins with the length of its JSON header.
+/// By name or by content, where it is not inside the program: a safetensors file begins with the length of its JSON header.
 fn is_model(path: &Path) -> bool {
     let begins_so = || {
         let mut head = [0; 10];
         let read = File::open(path).and_then(|mut file| file.read_exact(&mut head));
         read.is_ok() && &head[4..] == b"\0\0\0\0{\""
     };
-    path.extension().is_some_and(|extension| extension == "safetensors")
+    Checkpoint::INSIDE.iter().any(|name| path.as_os_str() == *name)
+        || path.extension().is_some_and(|extension| extension == "safetensors")
         || (!is_pipe(path) && path.is_file() && begins_so())
 }
 

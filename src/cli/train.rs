@@ -367,18 +367,13 @@ fn going() -> ControlFlow<()> {
     if interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
 }
 
-/// A model file, or `built-in` for the one inside the program.
-pub fn load_model(path: &Path) -> Result<Checkpoint> {
-    Ok(if path.as_os_str() == "built-in" { Checkpoint::built_in()? } else { Checkpoint::load(path)? })
-}
-
 /// What training begins with.
 fn start(args: &Args, talk: &Talk) -> Result<Start> {
     let preset = |name: &str| ModelConfig::preset(name).map_err(|e| Usage(format!("--preset {name}: {e}")));
     let Some(path) = args.init.as_deref() else {
         return Ok(Start::New(preset(args.preset.as_deref().unwrap_or("base"))?.into()));
     };
-    let init = load_model(path)?;
+    let init = Checkpoint::named(path)?;
     let Some(name) = &args.preset else { return Ok(Start::From(init.into())) };
     let (model, fates) = grow(&init, &preset(name)?, args.seed).map_err(|e| Usage(format!("--preset {name}: {e}")))?;
     for (part, fate) in fates {

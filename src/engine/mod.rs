@@ -68,6 +68,19 @@ pub trait Engine: Send {
     /// Samples the next plan frame; `uniforms` holds one number in (0, 1) per codebook.
     fn next_plan(&mut self, uniforms: &[f32], out: &mut PlanFrame) -> Result<(), EngineError>;
 
+    /// What [`Engine::next_plan`] would give from here on by these uniforms, `[frames * n_codebooks]`. The stream stays where it is.
+    fn plan_ahead(&mut self, uniforms: &[f32]) -> Result<Vec<PlanFrame>, EngineError> {
+        let here = self.snapshot()?;
+        let mut plan = Vec::new();
+        for uniforms in uniforms.chunks_exact(self.config().plan.n_codebooks) {
+            let mut frame = PlanFrame::default();
+            self.next_plan(uniforms, &mut frame)?;
+            plan.push(frame);
+        }
+        self.rewind(&here)?;
+        Ok(plan)
+    }
+
     /// How surprising the frame of the last [`Engine::next_plan`] was.
     fn plan_draw(&self) -> PlanDraw;
 

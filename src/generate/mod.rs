@@ -3,12 +3,14 @@
 //! ```text
 //! tail of a file --Prompt--> tokens --Generator(engine, uniforms)--> tokens --Path(Governor)--> tokens --Seam--> frames --> sink
 //! ```
+//! Where a second begins, a generator looks at several plans for it and takes the one that is played most like the prompt ([`Options::choices`]).
 //! A path runs ahead and goes back where its [`Governor`] finds that the continuation fails. A [`Player`] is all of it in one; a [`Session`] is a player and its engine's state as plain data, for files and takes.
 //! Uniforms are drawn by (seed, stream, kind, t) with t counted from the join, so the same seed gives the same bytes.
 
 mod extrapolate;
 pub mod governor;
 mod habits;
+mod manner;
 mod path;
 mod player;
 mod prompt;
@@ -20,11 +22,12 @@ use serde::{Deserialize, Serialize};
 use crate::audio::AudioError;
 use crate::codec::Token;
 use crate::engine::{Engine, EngineError, UNIFORMS_PER_SAMPLE};
-use crate::plan::PlanFrame;
+use crate::plan::{PlanFrame, Spectrum};
 use crate::rng::{Kind, uniform};
 use crate::sampler::{PlanSampling, WaveSampling};
 
 pub use governor::{Alarm, Governor, Intervention};
+pub use manner::Manner;
 pub use path::{Guide, Path};
 pub use player::{Played, Player, Progress};
 pub use prompt::{CONTEXT_S, Prompt};
@@ -52,24 +55,33 @@ pub enum GenerateError {
 }
 
 /// How to draw.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Options {
     /// The same seed gives the same bytes.
     pub seed: u64,
     /// Independent continuations under one seed.
     pub stream: u32,
+    /// Ways to go on of which, second after second, the one most like the prompt is taken; 1 or 0: whatever comes.
+    pub choices: u32,
     /// How plan tokens are drawn.
     pub plan: PlanSampling,
     /// How samples are drawn.
     pub wave: WaveSampling,
 }
 
+impl Default for Options {
+    fn default() -> Self {
+        Self { seed: 0, stream: 0, choices: 4, plan: PlanSampling::default(), wave: WaveSampling::default() }
+    }
+}
+
 /// Draws uniforms and drives an engine, one plan frame at a time. The engine's state stays in the engine: every call is
 /// to be given the same one, or one that was restored to its state.
 pub struct Generator {
-    options: Options,
-    n_frames: u64,
-    branch: u64,
+    state: GeneratorState,
+    spectrum: Spectrum,
+    /// How far the ways that it has looked at, for the stretch that begins here, are from the prompt's manner.
+    looked_at: Vec<f32>,
     plan: PlanFrame,
     tokens: Vec<Token>,
 }
@@ -81,10 +93,29 @@ struct GeneratorState {
     n_frames: u64,
     /// Which of a seed's many ways is taken from here on.
     branch: u64,
+    /// Which of that way's own is taken, and the frame before which the next is chosen.
+    choice: u64,
+    due: u64,
+    /// How the prompt is played, where that can be told.
+    manner: Option<Manner>,
 }
 
-/// What a branch adds to the seed: apart from the seeds that people use.
+/// What a branch and a choice add to the seed: apart from the seeds that people use, and from each other.
 const BRANCH_STEP: u64 = 0x9E37_79B9_7F4A_7C15;
+const CHOICE_STEP: u64 = 0xD1B5_4A32_D192_ED03;
+/// Frames that are chosen together: a second at 16 kHz.
+const STRETCH: u64 = 32;
+
+impl GeneratorState {
+    /// The uniforms of a frame, `n` of them, on the way `choice`.
+    fn draws(&self, kind: Kind, choice: u64, frame: u64, n: usize) -> impl Iterator<Item = f32> {
+        let Options { seed, stream, .. } = self.options;
+        let seed =
+            seed.wrapping_add(self.branch.wrapping_mul(BRANCH_STEP)).wrapping_add(choice.wrapping_mul(CHOICE_STEP));
+        let first = frame * n as u64;
+        (first..first + n as u64).map(move |t| uniform(seed, stream, kind, t))
+    }
+}
 
 impl Generator {
     /// Gives the engine the context to play on.
@@ -92,17 +123,66 @@ impl Generator {
     /// # Errors
     /// The engine's own.
     pub fn new(engine: &mut dyn Engine, options: &Options, context: &[Token]) -> Result<Self, EngineError> {
+        let spectrum = Spectrum::new(engine.config().codec.sample_rate, &engine.config().plan)?;
+        let manner = Manner::of_prompt(engine, context, &spectrum)?;
         engine.prefill(context)?;
-        Ok(Self::from_state(engine, GeneratorState { options: *options, n_frames: 0, branch: 0 }))
+        let state = GeneratorState { options: *options, n_frames: 0, branch: 0, choice: 0, due: STRETCH, manner };
+        Ok(Self::from_state(engine, spectrum, state))
     }
 
-    fn state(&self) -> GeneratorState {
-        GeneratorState { options: self.options, n_frames: self.n_frames, branch: self.branch }
+    fn from_state(engine: &dyn Engine, spectrum: Spectrum, state: GeneratorState) -> Self {
+        Self {
+            state,
+            spectrum,
+            looked_at: Vec::new(),
+            plan: PlanFrame::default(),
+            tokens: vec![0; engine.config().plan.hop],
+        }
     }
 
-    fn from_state(engine: &dyn Engine, state: GeneratorState) -> Self {
-        let GeneratorState { options, n_frames, branch } = state;
-        Self { options, n_frames, branch, plan: PlanFrame::default(), tokens: vec![0; engine.config().plan.hop] }
+    /// What ways are chosen by, if they are.
+    fn manner(&self) -> Option<Manner> {
+        self.state.manner.filter(|_| self.state.options.choices > 1)
+    }
+
+    /// Looks at one of the ways through the next stretch, if it is time to choose one; says whether there is more to look at. The
+    /// first stretch is played at once.
+    fn consider(&mut self, engine: &mut dyn Engine) -> Result<bool, EngineError> {
+        let manner = self.manner();
+        let Self { state, spectrum, looked_at, .. } = self;
+        let Options { choices, plan, wave, .. } = state.options;
+        if state.n_frames < state.due {
+            return Ok(false);
+        }
+        if let Some(manner) = manner {
+            let n_codebooks = engine.config().plan.n_codebooks;
+            let frames = state.n_frames..state.n_frames + STRETCH;
+            let way = looked_at.len() as u64;
+            let uniforms: Vec<f32> = frames.flat_map(|k| state.draws(Kind::Plan, way, k, n_codebooks)).collect();
+            engine.set_sampling(plan, wave);
+            let plan = engine.plan_ahead(&uniforms)?;
+            let frames = plan.iter().map(|frame| frame.bands.as_slice());
+            looked_at.push(manner.distance(&Manner::of(frames, spectrum)));
+            if looked_at.len() < choices as usize {
+                return Ok(true);
+            }
+        }
+        let nearest = (0..looked_at.len()).min_by(|&a, &b| looked_at[a].total_cmp(&looked_at[b]));
+        (state.choice, state.due) = (nearest.unwrap_or(0) as u64, state.n_frames + STRETCH);
+        looked_at.clear();
+        Ok(false)
+    }
+
+    /// Takes another way from here on, a stretch of it at once: there may be little to play meanwhile.
+    fn branch(&mut self, branch: u64) {
+        (self.state.branch, self.state.due) = (branch, self.state.n_frames + STRETCH);
+        self.looked_at.clear();
+    }
+
+    /// Goes on from a state; forgets what it has looked at.
+    fn rewind(&mut self, state: GeneratorState) {
+        self.state = state;
+        self.looked_at.clear();
     }
 
     /// The next plan frame and its `hop` tokens. `given`: bands to play instead of the engine's own choice, `[n_bands]`.
@@ -114,21 +194,18 @@ impl Generator {
         engine: &mut dyn Engine,
         given: Option<&[f32]>,
     ) -> Result<(&PlanFrame, &[Token]), EngineError> {
-        let (Options { seed, stream, plan, wave }, frame) = (self.options, self.n_frames);
-        let seed = seed.wrapping_add(self.branch.wrapping_mul(BRANCH_STEP));
-        let draws = |kind, n: usize| -> Vec<f32> {
-            let first = frame * n as u64;
-            (first..first + n as u64).map(|t| uniform(seed, stream, kind, t)).collect()
-        };
+        let (Options { plan, wave, .. }, frame) = (self.state.options, self.state.n_frames);
+        while given.is_none() && self.consider(engine)? {}
+        engine.set_sampling(plan, wave);
+        let draws = |kind, n| self.state.draws(kind, self.state.choice, frame, n).collect::<Vec<f32>>();
         let plan_uniforms = draws(Kind::Plan, engine.config().plan.n_codebooks);
         let wave_uniforms = draws(Kind::Wave, self.tokens.len() * UNIFORMS_PER_SAMPLE);
-        engine.set_sampling(plan, wave);
         match given {
             Some(bands) => self.plan = PlanFrame { tokens: Vec::new(), bands: bands.to_vec() },
             None => engine.next_plan(&plan_uniforms, &mut self.plan)?,
         }
         engine.render(&self.plan, &wave_uniforms, &mut self.tokens)?;
-        self.n_frames += 1;
+        self.state.n_frames += 1;
         Ok((&self.plan, &self.tokens))
     }
 }

@@ -26,7 +26,7 @@ const BLOCK: u64 = 8;
 const LIVE_BLOCK: u64 = 2;
 /// Held frames that the governor leaves alone where nobody can wait: they play while what follows is made anew.
 const LIVE_FIRM: u64 = 4;
-/// Frames that are held back for the governor: 2 s at 16 kHz.
+/// Frames that are held back for the governor, or for a choice: 2 s at 16 kHz.
 const HOLD: usize = 64;
 /// Of played marks that lie nearer together than this the middle ones go: two seconds.
 const SPARSE: u64 = 64;
@@ -105,7 +105,6 @@ impl PathState {
 pub struct Path {
     generator: Generator,
     governor: Option<Governor>,
-    spectrum: Spectrum,
     guide: Guide,
     /// Oldest first; the first one lies at or before `released`.
     marks: VecDeque<Mark>,
@@ -136,14 +135,13 @@ impl Path {
     ) -> Result<Self, EngineError> {
         let spectrum = spectrum_of(engine)?;
         let governor = if governed { Some(Governor::new(engine, &spectrum, context)?) } else { None };
-        Ok(Self::at(Generator::new(engine, options, context)?, governor, spectrum))
+        Ok(Self::at(Generator::new(engine, options, context)?, governor))
     }
 
-    fn at(generator: Generator, governor: Option<Governor>, spectrum: Spectrum) -> Self {
+    fn at(generator: Generator, governor: Option<Governor>) -> Self {
         Self {
-            spectrum,
-            released: generator.n_frames,
-            branches: generator.branch,
+            released: generator.state.n_frames,
+            branches: generator.state.branch,
             generator,
             governor,
             guide: Guide::Own,
@@ -166,7 +164,7 @@ impl Path {
 
     /// How it draws.
     pub fn options(&self) -> &Options {
-        &self.generator.options
+        &self.generator.state.options
     }
 
     /// Frames played so far.
@@ -190,7 +188,8 @@ impl Path {
     }
 
     fn hold(&self) -> usize {
-        if self.governor.is_some() { HOLD } else { 1 }
+        // What is chosen live takes a while, for which something has to be there to play.
+        if self.governor.is_some() || (self.keep > 0 && self.generator.manner().is_some()) { HOLD } else { 1 }
     }
 
     /// The next frame, once it has run far enough ahead of it.
@@ -224,12 +223,16 @@ impl Path {
         Ok(frame)
     }
 
-    /// Generates one frame, or goes back where that fails.
+    /// Generates one frame, or goes back where that fails; or looks at one of the ways on from here. Each takes about as long, so that
+    /// what is held lasts.
     ///
     /// # Errors
     /// The engine's own.
     pub fn advance(&mut self, engine: &mut dyn Engine) -> Result<(), EngineError> {
-        let at = self.generator.n_frames;
+        let at = self.generator.state.n_frames;
+        if self.guide.at(at).is_none() && self.generator.consider(engine)? {
+            return Ok(());
+        }
         if self.remembers() && (at.is_multiple_of(self.block) || self.marks.is_empty()) {
             self.mark(engine)?;
         }
@@ -262,7 +265,7 @@ impl Path {
 
     fn mark(&mut self, engine: &dyn Engine) -> Result<(), EngineError> {
         if self.remembers() {
-            let generator = self.generator.state();
+            let generator = self.generator.state;
             self.marks.retain(|mark| mark.frame() < generator.n_frames);
             let (governor, branches) = (self.governor.clone(), self.branches);
             self.marks.push_back(Mark { engine: engine.snapshot()?, generator, governor, branches });
@@ -297,14 +300,14 @@ impl Path {
             return Err(EngineError::State("there is no way back that far".into()));
         };
         engine.rewind(&mark.engine)?;
-        let (state, governor) = (mark.generator, mark.governor.clone());
-        self.generator = Generator::from_state(engine, state);
+        let governor = mark.governor.clone();
+        self.generator.rewind(mark.generator);
         if let (Some(earlier), Some(now)) = (governor, &self.governor) {
             self.governor = Some(Governor::rewound(&earlier, now));
         }
         self.marks.retain(|mark| mark.frame() <= frame);
         self.held.truncate(frame.saturating_sub(self.released) as usize);
-        while self.generator.n_frames < frame {
+        while self.generator.state.n_frames < frame {
             self.generate(engine)?;
         }
         Ok(())
@@ -312,13 +315,17 @@ impl Path {
 
     /// One frame, which the governor hears; and what it thinks of it.
     fn generate(&mut self, engine: &mut dyn Engine) -> Result<(Frame, Option<Alarm>), EngineError> {
-        let given = self.guide.at(self.generator.n_frames);
+        let given = self.guide.at(self.generator.state.n_frames);
         let (plan, tokens) = self.generator.next_frame(engine, given.as_deref())?;
         let draw = if given.is_some() { PlanDraw::default() } else { engine.plan_draw() };
         let frame = Frame { tokens: tokens.to_vec(), plan: plan.clone(), draw };
         let Some(governor) = &mut self.governor else { return Ok((frame, None)) };
-        let alarm =
-            governor.hear(&engine.config().codec.decode_all(&frame.tokens), &frame.plan.bands, draw, &self.spectrum)?;
+        let alarm = governor.hear(
+            &engine.config().codec.decode_all(&frame.tokens),
+            &frame.plan.bands,
+            draw,
+            &self.generator.spectrum,
+        )?;
         // A plan that comes from elsewhere may ask for silence, or for one tone.
         Ok((frame, alarm.filter(|_| given.is_none())))
     }
@@ -326,13 +333,13 @@ impl Path {
     /// Takes another way from here on.
     fn branch(&mut self, engine: &dyn Engine) -> Result<(), EngineError> {
         self.branches += 1;
-        self.generator.branch = self.branches;
+        self.generator.branch(self.branches);
         self.mark(engine)
     }
 
     /// Drops what is held, so that what changes takes effect with the next frame.
     fn drop_held(&mut self, engine: &mut dyn Engine) -> Result<(), EngineError> {
-        if self.generator.n_frames > self.released {
+        if self.generator.state.n_frames > self.released {
             self.go_to(engine, self.released)?;
             self.pending.retain(|(from, _)| *from < self.released);
         }
@@ -346,7 +353,7 @@ impl Path {
     pub fn set_options(&mut self, engine: &mut dyn Engine, options: &Options) -> Result<(), EngineError> {
         if options != self.options() {
             self.drop_held(engine)?;
-            self.generator.options = *options;
+            self.generator.rewind(GeneratorState { options: *options, ..self.generator.state });
             self.mark(engine)?;
         }
         Ok(())
@@ -358,6 +365,7 @@ impl Path {
     /// The engine's own.
     pub fn set_guide(&mut self, engine: &mut dyn Engine, guide: Guide) -> Result<(), EngineError> {
         self.drop_held(engine)?;
+        self.generator.rewind(self.generator.state);
         self.guide = guide;
         self.mark(engine)
     }
@@ -385,9 +393,10 @@ impl Path {
 
     /// What it goes on from bit for bit, and the engine's state that belongs to it.
     pub(super) fn state(&self, engine: &mut dyn Engine) -> Result<(PathState, Vec<u8>), EngineError> {
-        let Some(mark) = self.mark_before(self.released).filter(|_| self.generator.n_frames > self.released) else {
+        let Some(mark) = self.mark_before(self.released).filter(|_| self.generator.state.n_frames > self.released)
+        else {
             let state = PathState {
-                generator: self.generator.state(),
+                generator: self.generator.state,
                 governor: self.governor.clone(),
                 branches: self.branches,
                 released_since: 0,
@@ -409,11 +418,11 @@ impl Path {
 
     /// The path that a state was taken of; the engine has been brought to where it belongs.
     pub(super) fn from_state(engine: &mut dyn Engine, state: &PathState) -> Result<Self, EngineError> {
-        let generator = Generator::from_state(engine, state.generator);
-        let mut path = Self::at(generator, state.governor.clone(), spectrum_of(engine)?);
+        let generator = Generator::from_state(engine, spectrum_of(engine)?, state.generator);
+        let mut path = Self::at(generator, state.governor.clone());
         path.branches = state.branches;
         path.released += state.released_since;
-        while path.generator.n_frames < path.released {
+        while path.generator.state.n_frames < path.released {
             // These frames were played, so whatever was thought of them, nothing was done.
             if let (_, Some(alarm)) = path.generate(engine)?
                 && let Some(governor) = &mut path.governor

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::plan::{DB_PER_UNIT, PlanError, Spectrum};
 
-pub use music::{Music, Timbre, log_mel_distance_db, music};
+pub use music::{Music, Timbre, log_mel_distance_db, music, pitch_class};
 
 /// Bands that carry the tone in [`tonality_db`].
 const STRONGEST: usize = 12;

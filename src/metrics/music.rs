@@ -169,14 +169,15 @@ impl Timbre {
     }
 }
 
+/// The pitch class of a frequency, in semitones above A, where partials say what is played.
+pub fn pitch_class(hz: f64) -> Option<usize> {
+    CHROMA_HZ.contains(&hz).then(|| (12.0 * (hz / 27.5).log2()).round() as usize % 12)
+}
+
 /// Shares of the 12 pitch classes in the power of each frame, from A upwards, `[n_frames, 12]`.
 fn chroma(samples: &[f32], sample_rate: u32) -> Array2<f32> {
     let bin_hz = f64::from(sample_rate) / LONG_FRAME as f64;
-    let class = |bin: usize| {
-        let hz = bin as f64 * bin_hz;
-        CHROMA_HZ.contains(&hz).then(|| (12.0 * (hz / 27.5).log2()).round() as usize % 12)
-    };
-    let classes: Vec<Option<usize>> = (0..=LONG_FRAME / 2).map(class).collect();
+    let classes: Vec<Option<usize>> = (0..=LONG_FRAME / 2).map(|bin| pitch_class(bin as f64 * bin_hz)).collect();
     let mut rows = Vec::new();
     frames(samples, LONG_FRAME, LONG_HOP, |power| {
         let mut shares = [0.0; 12];

@@ -17,7 +17,7 @@ pub const N_FLAGS: usize = 4;
 const N_FEATURES: usize = 12;
 /// Bytes of `Slice` and `Row` in kernels/decode_step.cuh.
 const SLICE_BYTES: usize = 40;
-const ROW_BYTES: usize = 72;
+const ROW_BYTES: usize = 80;
 /// Positions per warp in attention.
 const PART: usize = 32;
 /// Of `prediction::Window`.

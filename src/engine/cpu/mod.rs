@@ -106,6 +106,14 @@ impl CpuEngine {
         members.into_iter().map(|member| Ok(Self { member: Some(member), ..self.fork()? })).collect()
     }
 
+    /// Where nothing was heard yet, one frame of silence is.
+    fn begin(&mut self) -> Result<(), EngineError> {
+        if self.stream.plan.pos > 0 {
+            return Ok(());
+        }
+        self.prefill(&vec![self.weights.config.codec.silence(); self.weights.config.plan.hop])
+    }
+
     /// The instruction set that it runs on.
     pub fn isa(&self) -> Isa {
         self.weights.kernels.isa
@@ -263,17 +271,27 @@ impl Engine for CpuEngine {
 
     fn next_plan(&mut self, uniforms: &[f32], out: &mut PlanFrame) -> Result<(), EngineError> {
         expect("uniforms", self.weights.config.plan.n_codebooks, uniforms.len())?;
-        if self.stream.plan.pos == 0 {
-            // Nothing was heard yet: begin after one frame of silence.
-            let silence = vec![self.weights.config.codec.silence(); self.weights.config.plan.hop];
-            self.prefill(&silence)?;
-        }
+        self.begin()?;
         let Self { weights, stream, work, plan_sampling: sampling, plan_draw: draw, member, .. } = self;
         let turn = PlanTurn { state: &mut stream.plan, sampling, uniforms, frame: out, draw };
         match member {
             Some(member) => member.plan(weights, turn, work),
             None => weights.draw(&mut [turn], work),
         }
+    }
+
+    fn plan_ahead(&mut self, uniforms: &[f32]) -> Result<Vec<PlanFrame>, EngineError> {
+        self.begin()?;
+        let Self { weights, stream, work, plan_sampling: sampling, .. } = self;
+        let mut state = stream.plan.clone();
+        let mut plan = Vec::new();
+        for uniforms in uniforms.chunks_exact(weights.config.plan.n_codebooks) {
+            let (mut frame, mut draw) = <(PlanFrame, PlanDraw)>::default();
+            let turn = PlanTurn { state: &mut state, sampling, uniforms, frame: &mut frame, draw: &mut draw };
+            weights.draw(&mut [turn], work)?;
+            plan.push(frame);
+        }
+        Ok(plan)
     }
 
     fn plan_draw(&self) -> PlanDraw {

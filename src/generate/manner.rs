@@ -1,0 +1,129 @@
+//! Turns plan frames into how they are played: how much begins, what sounds, how loud it is. Of several ways to go on the one that
+//! is nearest to the prompt in this is taken.
+
+use serde::{Deserialize, Serialize};
+
+use crate::codec::Token;
+use crate::engine::{Engine, EngineError};
+use crate::metrics::pitch_class;
+use crate::plan::{DB_PER_UNIT, Spectrum};
+
+/// Seconds at the end of a prompt that it is taken from, at most and at least.
+const HEARD_S: f32 = 10.0;
+const LEAST_S: f32 = 1.0;
+/// Bands this far below a frame's loudest do not count for what begins, dB.
+const FAINT_DB: f32 = 50.0;
+/// Differences that count as much as each other: of the rise (its logarithm), of the entropy in bits, of the level in dB, and of the
+/// shares of pitch classes.
+const RISE: f32 = 0.3;
+const ENTROPY_BITS: f32 = 0.3;
+const LEVEL_DB: f32 = 3.0;
+const SHARES: f32 = 0.25;
+
+/// How a stretch of music is played, as far as plan frames tell; means over them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Manner {
+    /// What bands rise by from frame to frame; falling counts as nothing.
+    rise: f32,
+    level_db: f32,
+    /// Shares that the twelve pitch classes have in the power, and how many sound at a time: the entropy of a frame's shares.
+    shares: [f32; 12],
+    entropy_bits: f32,
+}
+
+impl Manner {
+    /// Of the end of a prompt, by its plan as the model reads it, for that is what it is compared with; `None` when it is too short to
+    /// tell.
+    ///
+    /// # Errors
+    /// The engine's own.
+    pub fn of_prompt(engine: &dyn Engine, prompt: &[Token], spectrum: &Spectrum) -> Result<Option<Self>, EngineError> {
+        let hop = spectrum.hop();
+        let [most, least] = [HEARD_S, LEAST_S].map(|seconds| (seconds * spectrum.sample_rate() as f32) as usize);
+        let n_frames = prompt.len().min(most) / hop;
+        if prompt.len() < least {
+            return Ok(None);
+        }
+        let plan = engine.plan_of(&prompt[prompt.len() - n_frames * hop..])?;
+        // The first frames look back into silence.
+        let blind = spectrum.window_len().div_ceil(hop).min(n_frames);
+        Ok(Some(Self::of(plan[blind..].iter().map(|frame| frame.bands.as_slice()), spectrum)))
+    }
+
+    /// Of frames that follow each other.
+    pub fn of<'a>(frames: impl Iterator<Item = &'a [f32]>, spectrum: &Spectrum) -> Self {
+        let classes: Vec<Option<usize>> = spectrum.centres_hz().iter().map(|&hz| pitch_class(hz)).collect();
+        let (mut sum, mut n, mut before) = (Self::default(), 0u32, None::<&[f32]>);
+        for frame in frames {
+            let floor = frame.iter().copied().fold(f32::NEG_INFINITY, f32::max) - FAINT_DB / DB_PER_UNIT;
+            if let Some(before) = before {
+                let rises = frame.iter().zip(before).map(|(now, before)| (now.max(floor) - before.max(floor)).max(0.0));
+                sum.rise += rises.sum::<f32>() / frame.len() as f32;
+            }
+            let (mut shares, mut total) = ([0.0f32; 12], 0.0);
+            for (band, class) in frame.iter().zip(&classes) {
+                // A band holds ln(power) / 4.
+                let power = (4.0 * band).exp();
+                total += power;
+                if let Some(class) = class {
+                    shares[*class] += power;
+                }
+            }
+            let of_classes = shares.iter().sum::<f32>().max(f32::MIN_POSITIVE);
+            for (sum_of, share) in sum.shares.iter_mut().zip(shares.map(|power| power / of_classes)) {
+                *sum_of += share;
+                sum.entropy_bits -= if share > 0.0 { share * share.log2() } else { 0.0 };
+            }
+            sum.level_db += 10.0 * total.max(f32::MIN_POSITIVE).log10();
+            n += 1;
+            before = Some(frame);
+        }
+        let each = 1.0 / n.max(1) as f32;
+        Self {
+            rise: sum.rise / n.saturating_sub(1).max(1) as f32,
+            level_db: sum.level_db * each,
+            shares: sum.shares.map(|share| share * each),
+            entropy_bits: sum.entropy_bits * each,
+        }
+    }
+
+    /// How differently something else is played: 1 where one thing differs by as much as counts.
+    pub fn distance(&self, other: &Self) -> f32 {
+        let rise = (self.rise.max(f32::MIN_POSITIVE) / other.rise.max(f32::MIN_POSITIVE)).ln();
+        let shares = self.shares.iter().zip(&other.shares).map(|(a, b)| (a - b).abs()).sum::<f32>() / 2.0;
+        let differences = [
+            rise / RISE,
+            (self.entropy_bits - other.entropy_bits) / ENTROPY_BITS,
+            (self.level_db - other.level_db) / LEVEL_DB,
+            shares / SHARES,
+        ];
+        differences.map(|difference| difference * difference).iter().sum::<f32>().sqrt()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::PlanConfig;
+
+    #[test]
+    fn each_difference_counts_by_itself() {
+        let spectrum = Spectrum::new(16_000, &PlanConfig::default()).unwrap();
+        let note = |class: usize, level_db: f32| -> Vec<f32> {
+            let power = |&hz: &f64| if pitch_class(hz) == Some(class) { level_db } else { -90.0 };
+            spectrum.centres_hz().iter().map(|hz| power(hz) / DB_PER_UNIT).collect()
+        };
+        let of = |frames: &[Vec<f32>]| Manner::of(frames.iter().map(Vec::as_slice), &spectrum);
+        let held = of(&vec![note(3, -20.0); 32]);
+        let struck = of(&(0..32).map(|k| note(3, -20.0 - 5.0 * (k % 4) as f32)).collect::<Vec<_>>());
+        let struck_twice_as_often = of(&(0..32).map(|k| note(3, -20.0 - 10.0 * (k % 2) as f32)).collect::<Vec<_>>());
+        let louder = of(&vec![note(3, -17.0); 32]);
+        let another = of(&vec![note(8, -20.0); 32]);
+        assert_eq!((held.distance(&held), held.rise, held.entropy_bits < 1e-3), (0.0, 0.0, true));
+        assert!(struck.rise > 0.0 && struck_twice_as_often.rise > 1.2 * struck.rise);
+        assert!((held.distance(&louder) - 1.0).abs() < 0.01, "{}", held.distance(&louder));
+        assert!((held.distance(&another) - 1.0 / SHARES).abs() < 0.1, "{}", held.distance(&another));
+        let chord: Vec<f32> = note(3, -20.0).iter().zip(note(8, -20.0)).map(|(a, b)| a.max(b)).collect();
+        assert!((of(&vec![chord; 32]).entropy_bits - 1.0).abs() < 0.1);
+    }
+}
