@@ -93,7 +93,7 @@ __device__ void plan_frame(Room<W, ROWS>& room, int k) {
   const int dim = m.plan.dim, books = m.n_codebooks;
   const auto frame_of = [&](int r) { return int64_t(room.rows[r].stream) * a.n_frames + k; };
   const auto token_of = [&](int r, int q) { return a.plan_tokens[frame_of(r) * books + q]; };
-  for (int r = threadIdx.x; r < room.n_rows; r += blockDim.x) 
+  for (int r = threadIdx.x; r < room.n_rows; r += blockDim.x)
     stand(room.rows[r], room.rows[r].plan_pos, m.plan.window);
   for (int q = 0; q < books && (a.plan_uniforms || a.plan_draws); ++q) {
     for (int i = threadIdx.x; i < room.n_rows * dim; i += blockDim.x) {

@@ -140,6 +140,30 @@ fn second_after_second_the_way_most_like_the_prompt_is_taken() {
 }
 
 #[test]
+fn a_session_may_end_anywhere_between_two_choices() {
+    let prompt = prompt(16_000, 1, 32_000);
+    let engine = || CpuEngine::new(&checkpoint(), &CpuOptions::default()).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("session.bin");
+    let play = |parts: &[f64], choices| {
+        let options = Options { choices, ..Options::default() };
+        let mut engine = engine();
+        let mut player = Player::new(&mut engine, &prompt, &options, false).unwrap();
+        let mut samples = Vec::new();
+        for &seconds in parts {
+            samples.extend(play_more(&mut player, &mut engine, seconds));
+            let recording = Recording { format: WavFormat::new(16_000, 1, SampleFormat::I16), n_frames: 1 };
+            Session::of(&player, &mut engine, recording).unwrap().save(&path, "the model").unwrap();
+            player = Session::load(&path, "the model").unwrap().resume(&mut engine).unwrap();
+        }
+        samples
+    };
+    let whole = play(&[3.6], 4);
+    assert!(play(&[0.9, 0.4, 0.748, 1.0, 0.552], 4) == whole);
+    assert!(play(&[3.6], 1) != whole, "nothing was chosen");
+}
+
+#[test]
 fn takes_from_one_prefill_are_those_of_separate_runs() {
     let prompt = prompt(44_100, 2, 4410);
     let mut engine = ReferenceEngine::new(&checkpoint()).unwrap();
