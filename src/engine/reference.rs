@@ -90,35 +90,15 @@ impl ReferenceEngine {
         Ok((tokens, bands))
     }
 
-    /// Refines the bands of a whole plan, from its [tensors](Self::plan_tensors).
-    fn refine(&self, tokens: &Tensor, centred: &Tensor, bands: &mut Array2<f32>) -> Result<(), EngineError> {
-        let hidden = self.model.plan.forward(tokens, centred, None)?;
-        add_refinement(&self.model, centred, &hidden, bands.iter_mut())
-    }
-
     /// [`quantised`](Self::quantised) with refined bands.
     fn refined(&self, tokens: &[Token]) -> Result<(Array2<u16>, Array2<f32>), EngineError> {
         let (codes, mut bands) = self.quantised(tokens)?;
         if codes.nrows() > 0 {
             let (tokens, centred) = self.plan_tensors(codes.view(), bands.view())?;
-            self.refine(&tokens, &centred, &mut bands)?;
+            self.model.plan.refine(&tokens, &centred, &mut bands)?;
         }
         Ok((codes, bands))
     }
-}
-
-/// Adds what frames are taken for beyond their centred decoded bands.
-fn add_refinement<'a>(
-    model: &Model,
-    centred: &Tensor,
-    hidden: &Tensor,
-    bands: impl Iterator<Item = &'a mut f32>,
-) -> Result<(), EngineError> {
-    if let Some(more) = model.plan.refinement(centred, hidden)? {
-        let more = more.flatten_all()?.to_vec1::<f32>()?;
-        bands.zip(more).for_each(|(band, more)| *band += more);
-    }
-    Ok(())
 }
 
 impl Stream {
@@ -166,7 +146,7 @@ impl Engine for ReferenceEngine {
         tokens.extend_from_slice(prompt);
         let (codes, mut bands) = self.quantised(&tokens)?;
         let (plan_tokens, plan_bands) = self.plan_tensors(codes.view(), bands.view())?;
-        self.refine(&plan_tokens, &plan_bands, &mut bands)?;
+        self.model.plan.refine(&plan_tokens, &plan_bands, &mut bands)?;
         let stream = &mut self.stream;
         stream.plan_hidden = Some(self.model.plan.prefill(&plan_tokens, &plan_bands, &mut stream.plan_caches)?);
         stream.plan_pos = n_frames as u64;
@@ -223,7 +203,7 @@ impl Engine for ReferenceEngine {
         let (tokens, bands) = self.plan_tensors(codes, bands)?;
         let stream = &mut self.stream;
         let hidden = self.model.plan.step(&tokens, &bands, &mut stream.plan_caches, stream.plan_pos)?;
-        add_refinement(&self.model, &bands, &hidden, out.bands.iter_mut())?;
+        self.model.plan.add_refinement(&bands, &hidden, &mut out.bands)?;
         stream.plan_hidden = Some(hidden);
         stream.plan_pos += 1;
         Ok(())

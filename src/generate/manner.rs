@@ -50,7 +50,7 @@ impl Manner {
         Ok(Some(Self::of(plan[blind..].iter().map(|frame| frame.bands.as_slice()), spectrum)))
     }
 
-    /// Of frames that follow each other.
+    /// Of plan frames that follow each other, `[n_bands]` each; zeros where there are none.
     pub fn of<'a>(frames: impl Iterator<Item = &'a [f32]>, spectrum: &Spectrum) -> Self {
         let classes: Vec<Option<usize>> = spectrum.centres_hz().iter().map(|&hz| pitch_class(hz)).collect();
         let (mut sum, mut n, mut before) = (Self::default(), 0u32, None::<&[f32]>);

@@ -94,16 +94,36 @@ impl PlanTransformer {
         self.norm.forward(&x)
     }
 
-    /// Whether there is a [`PlanTransformer::refinement`].
+    /// Whether frames are taken for more than their decoded bands once they have been read.
     pub fn refines(&self) -> bool {
         self.refine.is_some()
     }
 
-    /// What frames are taken for beyond their centred decoded bands `[.., n_bands]` once they have been read, hidden states `[.., dim]`:
-    /// to be added to the bands.
-    pub fn refinement(&self, bands: &Tensor, hidden: &Tensor) -> Result<Option<Tensor>> {
-        let Some(refine) = &self.refine else { return Ok(None) };
-        refine.forward(&Tensor::cat(&[bands, hidden], D::Minus1)?).map(Some)
+    /// Adds what frames are taken for beyond their centred decoded bands `[.., n_bands]`, given the hidden states after them `[..,
+    /// dim]`, to as many `bands`.
+    pub fn add_refinement<'a>(
+        &self,
+        centred: &Tensor,
+        hidden: &Tensor,
+        bands: impl IntoIterator<Item = &'a mut f32>,
+    ) -> Result<()> {
+        let Some(refine) = &self.refine else { return Ok(()) };
+        let more = refine.forward(&Tensor::cat(&[centred, hidden], D::Minus1)?)?.flatten_all()?.to_vec1::<f32>()?;
+        bands.into_iter().zip(more).for_each(|(band, more)| *band += more);
+        Ok(())
+    }
+
+    /// Refines the bands of a whole plan; tokens and centred bands as for [`PlanTransformer::forward`], on the CPU.
+    pub fn refine<'a>(
+        &self,
+        tokens: &Tensor,
+        centred: &Tensor,
+        bands: impl IntoIterator<Item = &'a mut f32>,
+    ) -> Result<()> {
+        if !self.refines() {
+            return Ok(());
+        }
+        self.add_refinement(centred, &self.forward(tokens, centred, None)?, bands)
     }
 
     /// Logits of codebook `q` of the next frame, `[..., n_entries]`, from hidden states `[..., dim]` and that frame's

@@ -109,13 +109,8 @@ pub(super) fn as_read(
 ) -> Result<Array2<f32>, TrainError> {
     let codes = quantizer.encode_all(exact)?;
     let mut bands = quantizer.decode_all(codes.view())?;
-    if model.refines() {
-        let (tokens, centred) = tensors(quantizer, codes.view())?;
-        if let Some(more) = model.refinement(&centred, &model.forward(&tokens, &centred, None)?)? {
-            let more = more.flatten_all()?.to_vec1::<f32>()?;
-            bands.iter_mut().zip(more).for_each(|(band, more)| *band += more);
-        }
-    }
+    let (tokens, centred) = tensors(quantizer, codes.view())?;
+    model.refine(&tokens, &centred, &mut bands)?;
     Ok(bands)
 }
 
