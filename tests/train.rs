@@ -59,6 +59,7 @@ fn settings(directory: &Path, steps: usize) -> TrainSettings {
         schedule: Schedule::default(),
         validation_share: 0.1,
         speed_variation: 0.0,
+        plan_noise_db: 0.0,
         validate_every: None,
         save_every: Duration::from_secs(40),
         patience: None,

@@ -17,7 +17,7 @@ use super::common::{Refused, Talk, catch_interrupt, interrupted, print, start_th
 use super::prepare::check_inputs;
 use super::train::check_output;
 
-/// Fit a model's grain, past, offset and level by letting it play: least distance from the recordings, at the right level
+/// Fit a model's grain, past, offset and level by letting it play: nearest to the recordings, as tonal, at the right level
 ///
 /// Excerpts of the recordings are played with their own plan by the CPU engine and analysed again, and in the end with plans of the
 /// model's own for the level. Training ends with the same. Recordings that the model was not trained on judge best.
@@ -52,7 +52,7 @@ pub struct Args {
 
 #[derive(Serialize)]
 struct Report {
-    /// In the order in which they were tried; the first is what the model had.
+    /// In the order in which they were tried, each at its own level; the first is what the model had.
     tried: Vec<Tried>,
     best: GenerationSettings,
     interrupted: bool,
@@ -95,20 +95,21 @@ pub fn run(args: &Args) -> Result<Outcome> {
     refused.summarise(talk);
     if !talk.json {
         print(&format!(
-            "{:>6} {:>6} {:>6} {:>9} {:>9} {:>11} {:>11} {:>9}",
-            "grain", "past", "offset", "level", "plan", "recording", "adherence", "bias"
+            "{:>6} {:>6} {:>6} {:>9} {:>9} {:>11} {:>9} {:>11} {:>9}",
+            "grain", "past", "offset", "level", "plan", "recording", "tonality", "adherence", "bias"
         ))?;
         let chosen = tried.iter().rposition(|tried| tried.settings == best);
-        for (i, Tried { settings, plan, distance_db, adherence_db, bias_db, .. }) in tried.iter().enumerate() {
+        for (i, Tried { settings, plan, recordings, adherence_db, bias_db, .. }) in tried.iter().enumerate() {
             let plan = if *plan == Follow::Own { "own" } else { "theirs" };
-            let distance = distance_db.map_or("-".to_owned(), |db| format!("{db:.2} dB"));
+            let distance = recordings.map_or("-".to_owned(), |of| format!("{:.2} dB", of.distance_db));
+            let tonality = recordings.map_or("-".to_owned(), |of| format!("{:+.2} dB", of.tonality_db));
             let note = match i {
                 _ if Some(i) == chosen => "  best",
-                0 => "  what the model had",
+                0 => "  the model's",
                 _ => "",
             };
             print(&format!(
-                "{:>6.2} {:>6.2} {:>6.2} {:>+6.1} dB {plan:>9} {distance:>11} {adherence_db:>8.2} dB {bias_db:>+6.2} dB{note}",
+                "{:>6.2} {:>6.2} {:>6.2} {:>+6.1} dB {plan:>9} {distance:>11} {tonality:>9} {adherence_db:>8.2} dB {bias_db:>+6.2} dB{note}",
                 settings.grain, settings.past, settings.offset, settings.level_db
             ))?;
         }

@@ -34,7 +34,7 @@ pub fn seconds(text: &str) -> Result<f64, String> {
     }
 }
 
-fn number_in(text: &str, range: std::ops::RangeInclusive<f32>) -> Result<f32, String> {
+pub fn number_in(text: &str, range: std::ops::RangeInclusive<f32>) -> Result<f32, String> {
     let value: f32 = text.parse().map_err(|_| format!("'{text}' is no number"))?;
     if range.contains(&value) { Ok(value) } else { Err(format!("must lie in {} to {}", range.start(), range.end())) }
 }

@@ -21,7 +21,7 @@ use wavegen::train::resume::StateFolder;
 use wavegen::train::schedule::{Budget, Schedule};
 use wavegen::train::{Part, Start, TrainError, TrainEvent, TrainSettings, train_in};
 
-use super::common::{Refused, Talk, Usage, catch_interrupt, interrupted, one_line, say, start_threads};
+use super::common::{Refused, Talk, Usage, catch_interrupt, interrupted, number_in, one_line, say, start_threads};
 use super::device::DeviceKind;
 use super::prepare::check_inputs;
 use super::{Outcome, dry_run, memory};
@@ -125,6 +125,10 @@ pub struct Args {
     /// Play excerpts faster or slower by up to this much, pitch and all: more material from little
     #[arg(long, value_name = "PERCENT", default_value = "0", value_parser = percent)]
     speed_variation: f64,
+    /// Let the plan transformer hear white noise of up to this much on the bands of most frames, as its own plans are never
+    /// quite right: 4 keeps them nearer to music
+    #[arg(long, value_name = "DB", default_value = "0", value_parser = plan_noise)]
+    plan_noise: f32,
     /// How the model's matrices are stored
     #[arg(long, value_enum, default_value = "f32")]
     store: Store,
@@ -230,6 +234,10 @@ fn percent(text: &str) -> Result<f64, String> {
     }
 }
 
+fn plan_noise(text: &str) -> Result<f32, String> {
+    number_in(text, 0.0..=24.0)
+}
+
 fn note(text: &str) -> Result<(String, String), String> {
     let (name, value) = text.split_once('=').ok_or("must be NAME=TEXT")?;
     Ok((name.trim().to_owned(), value.trim().to_owned()))
@@ -301,6 +309,7 @@ fn run_in(group: &dyn Group, args: &Args) -> Result<Outcome> {
         wave_learning_rate: args.wave_learning_rate,
         validation_share: args.validation_share,
         speed_variation: args.speed_variation / 100.0,
+        plan_noise_db: args.plan_noise,
         validate_every: args.validate_every.map(|n| n as usize),
         save_every: args.save_every,
         patience: args.patience.map(|n| n as usize),

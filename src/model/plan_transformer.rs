@@ -140,9 +140,20 @@ impl PlanTransformer {
 
     /// -ln P of frames 1.. given those before, `[batch, frames - 1]`, in nats per frame.
     pub fn nll(&self, tokens: &Tensor, bands: &Tensor, dropout: Option<&Tensor>) -> Result<Tensor> {
+        self.nll_after(tokens, bands, tokens, dropout)
+    }
+
+    /// The same of `tokens` after other frames than those before them: `heard`, and its `bands`, in their places.
+    pub fn nll_after(
+        &self,
+        heard: &Tensor,
+        bands: &Tensor,
+        tokens: &Tensor,
+        dropout: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let (batch, frames, n_codebooks) = tokens.dims3()?;
         let hidden = self.forward(
-            &tokens.narrow(1, 0, frames - 1)?.contiguous()?,
+            &heard.narrow(1, 0, frames - 1)?.contiguous()?,
             &bands.narrow(1, 0, frames - 1)?.contiguous()?,
             dropout,
         )?;

@@ -197,13 +197,14 @@ fn adapt_to(
     let begun = Instant::now();
     let mut adapted = checkpoint.clone();
 
+    let as_it_is = plan::Variation { speed: 0.0, noise_db: 0.0 };
     let judged: Vec<&Tail> = tails.iter().step_by(tails.len().div_ceil(TAILS).max(1)).collect();
     let study = Study {
         part: Part::Plan,
         learning_rate: settings.plan_learning_rate,
         seed: settings.seed,
         end: End::of(settings.budget, begun, PLAN_SHARE),
-        draw: &|rng| plan::draw(data, quantizer, &config.plan_transformer, 0.0, rng),
+        draw: &|rng| plan::draw(data, quantizer, &config.plan_transformer, as_it_is, rng),
         loss: &|context| plan::nll(&model.plan, context)?.mean_all(),
         judge: &|workers| {
             let scored = workers.map(&judged, |tail| {

@@ -1,7 +1,8 @@
-//! Fits the generation settings in free run: nearest to the recording, with bias near 0.
+//! Fits the generation settings in free run: nearest to the recordings and as tonal as they are, with bias near 0.
 //!
-//! The level is the one at which nothing is louder or softer than planned; the others are nearest to the recording at that level. In
-//! the end the level is fitted to plans of the model's own, by which it will play: their flicker is another than that of codebooks.
+//! Every setting is judged at its own level, the one at which nothing is louder or softer than planned: more grain is louder, and
+//! who fits one after the other creeps along a valley. In the end the level is fitted to plans of the model's own, by which it
+//! will play: their flicker is another than that of codebooks.
 //!
 //! Likelihood cannot choose them (the scale that is likeliest under real history is too large where a forecast
 //! follows its own noise), so held-out excerpts are played with their true plan and compared with what the recording does. Bands of
@@ -29,39 +30,56 @@ const PLAYED: usize = 48;
 const GRAINS: [f32; 6] = [0.7, 0.8, 0.9, 1.0, 1.1, 1.2];
 const OFFSETS: [f32; 5] = [0.0, 0.25, 0.5, 0.75, 1.0];
 const PASTS: [f32; 4] = [0.0, 0.1, 0.25, 0.5];
-const LEVELS_DB: [f32; 7] = [0.0, -0.4, -0.8, -1.2, -1.6, -2.0, -2.4];
+/// Levels that a model may be given.
+const LEVELS_DB: std::ops::RangeInclusive<f32> = -6.0..=3.0;
+/// How often the level of a setting is corrected at most, and the bias that needs no correction.
+const CORRECTIONS: usize = 2;
+const NEAR_DB: f32 = 0.1;
 
-/// One setting and how it played.
+/// One setting, at its level, and how it played.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Tried {
     #[serde(flatten)]
     pub settings: GenerationSettings,
     pub plan: Follow,
-    /// From the recording, by its plan: [`log_mel_distance_db`](crate::metrics::log_mel_distance_db).
-    pub distance_db: Option<f32>,
     /// From the plan.
     pub adherence_db: f32,
     pub bias_db: f32,
+    /// By their plans.
+    pub recordings: Option<Compared>,
     /// The best of its pass so far.
     pub chosen: bool,
 }
 
+/// What was played beside the recordings.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Compared {
+    /// [`log_mel_distance_db`](crate::metrics::log_mel_distance_db).
+    pub distance_db: f32,
+    /// How much more tonal it was, dB.
+    pub tonality_db: f32,
+}
+
 impl Tried {
-    /// What is to be small: the distance, and any bias.
+    /// What is to be small: distance, tonality gained or lost, bias left.
     pub fn error_db(&self) -> f32 {
-        self.distance_db.unwrap_or(0.0).hypot(self.bias_db)
+        let compared = |Compared { distance_db, tonality_db }| distance_db.hypot(tonality_db);
+        self.recordings.map_or(0.0, compared).hypot(self.bias_db)
     }
 }
 
 impl std::fmt::Display for Tried {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        let Self { settings, distance_db, adherence_db, bias_db, chosen, .. } = self;
+        let Self { settings, adherence_db, bias_db, recordings, chosen, .. } = self;
         let GenerationSettings { grain, past, offset, level_db } = settings;
         let best = if *chosen { ", best so far" } else { "" };
-        let distance = distance_db.map_or("own plans".to_owned(), |db| format!("{db:.2} dB from the recording"));
+        let compared = |Compared { distance_db, tonality_db }| {
+            format!("{distance_db:.2} dB from the recordings, tonality {tonality_db:+.2} dB")
+        };
+        let compared = recordings.map_or("own plans".to_owned(), compared);
         write!(
             f,
-            "grain {grain:.2} past {past:.2} offset {offset:.2} level {level_db:+.1} dB: {distance}, adherence {adherence_db:.2} dB, bias {bias_db:+.2} dB{best}"
+            "grain {grain:.2} past {past:.2} offset {offset:.2} level {level_db:+.1} dB: {compared}, adherence {adherence_db:.2} dB, bias {bias_db:+.2} dB{best}"
         )
     }
 }
@@ -84,31 +102,32 @@ pub fn calibrate(
     let grains = |b: GenerationSettings| GRAINS.map(|grain| GenerationSettings { grain, ..b }).to_vec();
     let offsets = |b: GenerationSettings| OFFSETS.map(|offset| GenerationSettings { offset, ..b }).to_vec();
     let pasts = |b: GenerationSettings| PASTS.map(|past| GenerationSettings { past, ..b }).to_vec();
-    let levels = |b: GenerationSettings| LEVELS_DB.map(|level_db| GenerationSettings { level_db, ..b }).to_vec();
-    let off_level = |tried: &Tried| tried.bias_db.abs();
-    let passes: [Pass; 6] = [
-        (Follow::Recording, &levels, &off_level),
-        (Follow::Recording, &grains, &Tried::error_db),
-        (Follow::Recording, &offsets, &Tried::error_db),
-        (Follow::Recording, &pasts, &Tried::error_db),
-        (Follow::Recording, &grains, &Tried::error_db),
-        (Follow::Own, &levels, &off_level),
+    let as_it_is = |_: GenerationSettings| Vec::new();
+    let passes: [Pass; 5] = [
+        (Follow::Recording, &grains),
+        (Follow::Recording, &offsets),
+        (Follow::Recording, &pasts),
+        (Follow::Recording, &grains),
+        (Follow::Own, &as_it_is),
     ];
-    for (plan, candidates, error) in passes {
+    for (plan, candidates) in passes {
         let mut least = f32::INFINITY;
         for settings in std::iter::once(best).chain(candidates(best)) {
-            let known = tried.iter().find(|tried| (tried.settings, tried.plan) == (settings, plan)).copied();
+            let but_for_level = |s: GenerationSettings| GenerationSettings { level_db: 0.0, ..s };
+            let same = |t: &&Tried| t.plan == plan && but_for_level(t.settings) == but_for_level(settings);
+            let known = tried.iter().find(same).copied();
             let mut now = match known {
                 Some(known) => known,
-                None => {
-                    let (Adherence { rms_db, bias_db }, distance) = play(checkpoint, data, &scenes, settings, plan)?;
-                    let distance_db = (plan == Follow::Recording).then_some(distance);
-                    Tried { settings, plan, distance_db, adherence_db: rms_db, bias_db, chosen: false }
-                }
+                None => at_its_level(settings, |settings| {
+                    let (adherence, compared) = play(checkpoint, data, &scenes, settings, plan)?;
+                    let Adherence { rms_db: adherence_db, bias_db } = adherence;
+                    let recordings = (plan == Follow::Recording).then_some(compared);
+                    Ok(Tried { settings, plan, adherence_db, bias_db, recordings, chosen: false })
+                })?,
             };
-            now.chosen = error(&now) < least;
+            now.chosen = now.error_db() < least;
             if now.chosen {
-                (least, best) = (error(&now), settings);
+                (least, best) = (now.error_db(), now.settings);
             }
             if known.is_none() {
                 tried.push(now);
@@ -121,8 +140,29 @@ pub fn calibrate(
     Ok(best)
 }
 
-/// The plans played, the settings to try, given the best so far, and what is to be small.
-type Pass<'a> = (Follow, &'a dyn Fn(GenerationSettings) -> Vec<GenerationSettings>, &'a dyn Fn(&Tried) -> f32);
+/// The plans played, and the settings to try, given the best so far.
+type Pass<'a> = (Follow, &'a dyn Fn(GenerationSettings) -> Vec<GenerationSettings>);
+
+/// Plays at the level of `settings` and at better ones: a dB more of it is about a dB more of bias.
+fn at_its_level(
+    settings: GenerationSettings,
+    mut play: impl FnMut(GenerationSettings) -> Result<Tried, TrainError>,
+) -> Result<Tried, TrainError> {
+    let mut best = play(settings)?;
+    for _ in 0..CORRECTIONS {
+        let level_db = ((best.settings.level_db - best.bias_db) * 10.0).round() / 10.0;
+        let level_db = level_db.clamp(*LEVELS_DB.start(), *LEVELS_DB.end());
+        if best.bias_db.abs() <= NEAR_DB || level_db == best.settings.level_db {
+            break;
+        }
+        let now = play(GenerationSettings { level_db, ..settings })?;
+        if now.bias_db.abs() >= best.bias_db.abs() {
+            break;
+        }
+        best = now;
+    }
+    Ok(best)
+}
 
 /// Excerpts at even distances in the pieces to judge by.
 fn scenes(data: &Dataset, excerpts: usize) -> Result<Vec<Scene>, TrainError> {
@@ -141,28 +181,56 @@ fn scenes(data: &Dataset, excerpts: usize) -> Result<Vec<Scene>, TrainError> {
         .collect()
 }
 
-/// Adherence and distance from the recordings, dB, over all scenes, which are played side by side (the distance says something
-/// where the plans are the recordings').
+/// Adherence, and what lies between this and the recordings, over all scenes, which are played side by side (the second says
+/// something where the plans are the recordings').
 pub(super) fn play(
     checkpoint: &Checkpoint,
     data: &Dataset,
     scenes: &[Scene],
     settings: GenerationSettings,
     plan: Follow,
-) -> Result<(Adherence, f32), TrainError> {
+) -> Result<(Adherence, Compared), TrainError> {
     let engine = CpuEngine::new(checkpoint, &CpuOptions::default())?;
-    let results: Vec<(Adherence, f32)> = scenes
+    let results: Vec<(Adherence, Compared)> = scenes
         .par_iter()
         .enumerate()
         .map(|(i, scene)| {
             let mut engine = engine.fork()?;
             engine.set_sampling(PlanSampling::default(), settings);
             let played = scene.play(&mut engine, plan, i as u64, &data.spectrum, &data.codec)?;
-            Ok((played.adherence(), scene.distance_db(&played, data.codec.sample_rate)))
+            let distance_db = scene.distance_db(&played, data.codec.sample_rate);
+            Ok((played.adherence(), Compared { distance_db, tonality_db: scene.tonality_gained_db(&played) }))
         })
         .collect::<Result<_, TrainError>>()?;
     let n = results.len().max(1) as f32;
-    let rms = |of: fn(&(Adherence, f32)) -> f32| (results.iter().map(|r| of(r).powi(2)).sum::<f32>() / n).sqrt();
-    let bias_db = results.iter().map(|(adherence, _)| adherence.bias_db).sum::<f32>() / n;
-    Ok((Adherence { rms_db: rms(|(adherence, _)| adherence.rms_db), bias_db }, rms(|(_, distance)| *distance)))
+    let mean = |of: fn(&(Adherence, Compared)) -> f32| results.iter().map(of).sum::<f32>() / n;
+    let adherence = Adherence { rms_db: mean(|(a, _)| a.rms_db.powi(2)).sqrt(), bias_db: mean(|(a, _)| a.bias_db) };
+    let distance_db = mean(|(_, c)| c.distance_db.powi(2)).sqrt();
+    Ok((adherence, Compared { distance_db, tonality_db: mean(|(_, c)| c.tonality_db) }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_settings_level_takes_the_bias_away_where_it_can() {
+        let levelled = |bias_at: &dyn Fn(f32) -> f32| {
+            let mut played = Vec::new();
+            let settings = GenerationSettings { level_db: -0.4, ..GenerationSettings::default() };
+            let play = |settings: GenerationSettings| {
+                played.push(settings.level_db);
+                let bias_db = bias_at(settings.level_db);
+                Ok(Tried { settings, plan: Follow::Own, adherence_db: 0.0, bias_db, recordings: None, chosen: false })
+            };
+            let best = at_its_level(settings, play).unwrap().settings.level_db;
+            (best, played)
+        };
+        assert_eq!(levelled(&|_| 0.1), (-0.4, vec![-0.4]));
+        assert_eq!(levelled(&|level| 1.3 + level), (-1.3, vec![-0.4, -1.3]));
+        // Half as steep, against the end, and the wrong way.
+        assert_eq!(levelled(&|level| 1.0 + 0.5 * level), (-1.6, vec![-0.4, -1.2, -1.6]));
+        assert_eq!(levelled(&|_| 20.0), (-0.4, vec![-0.4, -6.0]));
+        assert_eq!(levelled(&|level| -level), (-0.4, vec![-0.4, -0.8]));
+    }
 }

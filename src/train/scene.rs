@@ -7,7 +7,7 @@ use super::TrainError;
 use super::dataset::{Dataset, Recording};
 use crate::codec::{Codec, Token};
 use crate::engine::{Engine, UNIFORMS_PER_SAMPLE};
-use crate::metrics::{Adherence, adherence, log_mel_distance_db};
+use crate::metrics::{Adherence, adherence, log_mel_distance_db, tonality_db};
 use crate::plan::{PlanFrame, Spectrum};
 use crate::rng::Rng;
 
@@ -68,6 +68,12 @@ impl Scene {
     /// How far what was played lies from what the recording does, dB: [`log_mel_distance_db`].
     pub fn distance_db(&self, played: &Played, sample_rate: u32) -> f32 {
         log_mel_distance_db(&played.sound, &self.sound, sample_rate)
+    }
+
+    /// How much more tonal than the recording what was played is, dB: [`tonality_db`].
+    pub fn tonality_gained_db(&self, played: &Played) -> f32 {
+        let after = s![self.join.., ..];
+        tonality_db(played.heard.slice(after)) - tonality_db(self.recording.slice(after))
     }
 
     /// Plays on after the prompt; the same seed, the same sound.

@@ -50,6 +50,8 @@ pub struct TrainSettings {
     pub validation_share: f64,
     /// Excerpts are played faster or slower by up to this share, pitch and all.
     pub speed_variation: f64,
+    /// Most rms of the white noise on the bands that the plan transformer hears in most of its contexts, dB.
+    pub plan_noise_db: f32,
     /// Steps between validations; `None`: what suits the part.
     pub validate_every: Option<usize>,
     /// Time between states on disk, which is what a kill costs at most.
@@ -118,6 +120,7 @@ impl TrainSettings {
             ("plan learning rate", self.plan_learning_rate.to_string()),
             ("wave learning rate", self.wave_learning_rate.to_string()),
             ("speed variation", self.speed_variation.to_string()),
+            ("plan noise", self.plan_noise_db.to_string()),
         ]
         .map(|(name, value)| (name.to_owned(), value))
         .into()

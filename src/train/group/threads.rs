@@ -200,6 +200,7 @@ mod tests {
             schedule: Schedule::default(),
             validation_share: 0.3,
             speed_variation: 0.0,
+            plan_noise_db: 0.0,
             validate_every: Some(2),
             save_every: Duration::ZERO,
             patience: None,
