@@ -11,7 +11,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use super::weight::{Weight, Weights, rounded};
 use super::{Checkpoint, CheckpointError, Precision};
-use crate::model::config::{GenerationSettings, ModelConfig};
+use crate::model::config::{GenerationSettings, ModelConfig, PLAN_CONTEXT};
 use crate::model::params::ParamsError;
 use crate::model::rounding::{gain_of, is_rounded};
 use crate::plan::ResidualQuantizer;
@@ -109,8 +109,10 @@ impl Parts {
         }
         let tensors = SafeTensors::deserialize(bytes).map_err(|e| damaged(e.to_string()))?;
         let field = |name: &str| metadata.get(name).map(String::as_str).unwrap_or_default();
-        let config: ModelConfig =
+        let mut config: ModelConfig =
             serde_json::from_str(field("config")).map_err(|e| damaged(format!("its configuration: {e}")))?;
+        // Models of before 2026-11-27 say 1024, and were trained like all others.
+        config.plan_transformer.window = config.plan_transformer.window.min(PLAN_CONTEXT);
         config.validate().map_err(|source| CheckpointError::Config { path: path.to_owned(), source })?;
         let generation =
             serde_json::from_str(field("generation")).map_err(|e| damaged(format!("its generation settings: {e}")))?;

@@ -205,6 +205,7 @@ mod tests {
     use safetensors::tensor::TensorView;
 
     use super::*;
+    use crate::model::config::PLAN_CONTEXT;
     use crate::model::rounding::is_rounded;
     use crate::simd::panels::Rounded;
 
@@ -314,6 +315,16 @@ mod tests {
             other(&|m| m.weights.get_mut("wave.head.bias").unwrap().change(|bias| bias[0] += 1e-6)),
             model.fingerprint()
         );
+    }
+
+    #[test]
+    fn plans_attend_no_further_back_than_they_learned_to() {
+        let mut model = tiny();
+        model.config.plan_transformer.window = 2 * PLAN_CONTEXT;
+        assert!(message(&model.config.validate().unwrap_err()).contains("1024 frames is more than the 512"));
+        let bytes = model.to_bytes(Precision::F32).unwrap();
+        let back = Checkpoint::from_bytes(&bytes, Path::new("older")).unwrap();
+        assert_eq!(back.config.plan_transformer.window, PLAN_CONTEXT);
     }
 
     #[test]

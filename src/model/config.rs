@@ -22,6 +22,10 @@ pub struct ModelConfig {
     pub wave_transformer: WaveTransformerConfig,
 }
 
+/// Plan frames of a training context, where pieces are long enough: 16 s. What lies further back was never attended to in training, and is
+/// worse than nothing.
+pub const PLAN_CONTEXT: usize = 512;
+
 /// The causal language model over plan frames.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -30,7 +34,7 @@ pub struct PlanTransformerConfig {
     pub dim: usize,
     pub n_layers: usize,
     pub n_heads: usize,
-    /// Attention window in plan frames.
+    /// Attention window in plan frames, [`PLAN_CONTEXT`] at most.
     pub window: usize,
     /// Hidden width of the SwiGLU as a multiple of `dim`.
     pub hidden_multiple: usize,
@@ -42,7 +46,15 @@ pub struct PlanTransformerConfig {
 
 impl Default for PlanTransformerConfig {
     fn default() -> Self {
-        Self { dim: 320, n_layers: 5, n_heads: 5, window: 1024, hidden_multiple: 3, dropout: 0.1, refine: false }
+        Self {
+            dim: 320,
+            n_layers: 5,
+            n_heads: 5,
+            window: PLAN_CONTEXT,
+            hidden_multiple: 3,
+            dropout: 0.1,
+            refine: false,
+        }
     }
 }
 
@@ -191,6 +203,12 @@ impl ModelConfig {
         self.forecast.validate(&self.plan).map_err(|e| ConfigError::Invalid(e.to_string()))?;
         let plan = &self.plan_transformer;
         check_heads("plan transformer", plan.dim, plan.n_heads)?;
+        if plan.window > PLAN_CONTEXT {
+            return fail(format!(
+                "plan transformer: a window of {} frames is more than the {PLAN_CONTEXT} of its training",
+                plan.window
+            ));
+        }
         if plan.window == 0 || plan.n_layers == 0 || plan.hidden_multiple == 0 {
             return fail("plan transformer: window, n_layers and hidden_multiple must be at least 1".into());
         }

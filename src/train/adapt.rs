@@ -25,7 +25,7 @@ use crate::codec::Codec;
 use crate::corpus::piece;
 use crate::forecast::CpuForecaster;
 use crate::model::Model;
-use crate::model::config::ModelConfig;
+use crate::model::config::{ModelConfig, PLAN_CONTEXT};
 use crate::model::excerpt::Excerpt;
 use crate::model::params::Params;
 use crate::model::plan_transformer::is_fitted;
@@ -208,7 +208,7 @@ fn adapt_to(
         loss: &|context| plan::nll(&model.plan, context)?.mean_all(),
         judge: &|workers| {
             let scored = workers.map(&judged, |tail| {
-                let frames = tail.first.saturating_sub(plan::CONTEXT)..tail.end().min(tail.first + plan::CONTEXT);
+                let frames = tail.first.saturating_sub(PLAN_CONTEXT)..tail.end().min(tail.first + PLAN_CONTEXT);
                 let codes = tail.piece.plan_tokens.slice(s![frames.clone(), ..]);
                 let (tokens, bands) = plan::tensors(quantizer, codes)?;
                 let n = frames.end - tail.first;

@@ -11,13 +11,11 @@ use super::lesson::Lesson;
 use super::optimizer::AdamW;
 use super::workers::Workers;
 use super::{Part, Run, TrainError};
-use crate::model::config::PlanTransformerConfig;
+use crate::model::config::{PLAN_CONTEXT, PlanTransformerConfig};
 use crate::model::plan_transformer::PlanTransformer;
 use crate::plan::{DB_PER_UNIT, ResidualQuantizer};
 use crate::rng::Rng;
 
-/// Plan frames of a training context, where pieces are long enough.
-pub(super) const CONTEXT: usize = 512;
 /// Steps between validations, and most pieces that one listens to, at even distances.
 const VALIDATE: usize = 100;
 const JUDGES: usize = 48;
@@ -91,7 +89,7 @@ pub(super) fn draw(
     variation: Variation,
     rng: &mut Rng,
 ) -> Result<Context, TrainError> {
-    let context = CONTEXT.min(data.longest());
+    let context = PLAN_CONTEXT.min(data.longest());
     let picked = data.pick(context, variation.speed, rng);
     let codes = match picked.speed {
         1.0 => picked.recording.plan_tokens.slice(s![picked.first..picked.first + context, ..]).to_owned(),
@@ -181,7 +179,7 @@ fn validate(
     let judges: Vec<&Recording> = data.validation.iter().step_by(stride).collect();
     let scored = workers.map(&group.mine(0..judges.len()), |&i| {
         let recording = judges[i];
-        let n = recording.plan_tokens.nrows().min(CONTEXT);
+        let n = recording.plan_tokens.nrows().min(PLAN_CONTEXT);
         let (tokens, bands) = tensors(quantizer, recording.plan_tokens.slice(s![..n, ..]))?;
         let clean = Context { heard: tokens.clone(), tokens, bands, dropout: None };
         Ok((f64::from(nll(model, &clean)?.sum_all()?.to_scalar::<f32>()?), n - 1))

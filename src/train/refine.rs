@@ -7,9 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use super::TrainError;
 use super::dataset::{Dataset, Recording};
-use super::plan::{CONTEXT, tensors};
+use super::plan::tensors;
 use super::workers::Workers;
 use crate::checkpoint::{Checkpoint, Weights};
+use crate::model::config::PLAN_CONTEXT;
 use crate::model::plan_transformer::REFINE;
 use crate::plan::DB_PER_UNIT;
 
@@ -51,9 +52,9 @@ impl Fitted {
 
 /// Some contexts of recordings as pieces and their first frames, at most `frames` frames in all and evenly chosen.
 fn contexts(recordings: &[Recording], frames: usize) -> Vec<(&Recording, usize)> {
-    let firsts = |piece: &Recording| (0..piece.plan_tokens.nrows()).step_by(CONTEXT);
+    let firsts = |piece: &Recording| (0..piece.plan_tokens.nrows()).step_by(PLAN_CONTEXT);
     let all: Vec<_> = recordings.iter().flat_map(|piece| firsts(piece).map(move |first| (piece, first))).collect();
-    let stride = all.len().div_ceil((frames / CONTEXT).max(1)).max(1);
+    let stride = all.len().div_ceil((frames / PLAN_CONTEXT).max(1)).max(1);
     all.into_iter().step_by(stride).collect()
 }
 
@@ -64,7 +65,7 @@ fn seen(
     data: &Dataset,
     (piece, first): (&Recording, usize),
 ) -> Result<(Array2<f32>, Array2<f32>), TrainError> {
-    let end = piece.plan_tokens.nrows().min(first + CONTEXT);
+    let end = piece.plan_tokens.nrows().min(first + PLAN_CONTEXT);
     let quantizer = &checkpoint.quantizer;
     let codes = piece.plan_tokens.slice(s![first..end, ..]);
     let (tokens, bands) = tensors(quantizer, codes)?;
