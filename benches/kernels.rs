@@ -143,8 +143,8 @@ mod attention_i8 {
     }
 
     #[divan::bench(args = isas())]
-    fn plan_6_of_64_by_1024(bencher: Bencher, isa: &str) {
-        attention(bencher, isa, 6, 64, 1024);
+    fn plan_6_of_64_by_512(bencher: Bencher, isa: &str) {
+        attention(bencher, isa, 6, 64, 512);
     }
 }
 
