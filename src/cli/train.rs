@@ -126,7 +126,7 @@ pub struct Args {
     #[arg(long, value_name = "PERCENT", default_value = "0", value_parser = percent)]
     speed_variation: f64,
     /// Let the plan transformer hear white noise of up to this much on the bands of most frames, as its own plans are never
-    /// quite right: 4 keeps them nearer to music
+    /// quite right; 4 took away most of the harm that a high learning rate did to a trained model
     #[arg(long, value_name = "DB", default_value = "0", value_parser = plan_noise)]
     plan_noise: f32,
     /// How the model's matrices are stored

@@ -205,7 +205,8 @@ impl ModelConfig {
         check_heads("plan transformer", plan.dim, plan.n_heads)?;
         if plan.window > PLAN_CONTEXT {
             return fail(format!(
-                "plan transformer: a window of {} frames is more than the {PLAN_CONTEXT} of its training",
+                "plan transformer: a window of {} frames is more than the {PLAN_CONTEXT} that training hears at once; \
+                 give {PLAN_CONTEXT} at most",
                 plan.window
             ));
         }

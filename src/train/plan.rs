@@ -108,8 +108,8 @@ pub(super) fn draw(
 
 /// Plan tokens of the same frames under white noise of `rms_db`.
 ///
-/// A model goes on from its own frames, which are never quite right; one that learned from right ones only takes their errors for
-/// music (exposure bias; scheduled sampling, Bengio et al., 2015, is the remedy that costs a free run).
+/// A model goes on from its own frames, which are never quite right; one that learned from right ones only may take their errors for
+/// music (exposure bias; Bengio et al., 2015).
 fn with_noise(
     quantizer: &ResidualQuantizer,
     codes: ArrayView2<u16>,
