@@ -274,7 +274,8 @@ static_assert(sizeof(DecodeLinear) == 40, "DecodeLinear differs from src/cuda/la
 
 /// A stack of transformer blocks.
 struct DecodeStack {
-  int64_t cache;        // in a stream's caches: per block keys [n_heads, head_dim, window], values [n_heads, window, head_dim]
+  int64_t cache;        // floats of a stream's caches before its own: per block keys [n_heads, head_dim, window], values
+                        // [n_heads, window, head_dim]
   int32_t dim;
   int32_t n_layers;
   int32_t n_heads;
@@ -396,7 +397,7 @@ struct DecodeArgs {
   int64_t* counters;          // [streams, 4]: samples, plan frames, residual code, nothing
   int32_t* ring_tokens;       // [streams, n_tokens]
   float* memory;              // [streams, memory_stride]
-  float* caches;              // [streams, cache_stride]
+  float* caches;              // of cache_stride floats a stream: block after block, of each [streams, floats of its caches]
   float* frames;              // [streams, 2, frame_stride]
   float* past;                // [streams, order]: coefficients of the forecast from the past
   uint32_t* flags;            // [sets of streams, 4], 0 at launch: samples played, coefficients made, frames made, nothing

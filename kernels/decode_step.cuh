@@ -261,6 +261,7 @@ struct Room {
       for (int i = threadIdx.x; i < n * n_rows; i += threads) {
         const int r = i / n, pair = i % n;
         float low = 0.f, high = 0.f;
+#pragma unroll 4
         for (int c = 0; c < chunks; ++c) {
           low += scratch[r * threads + c * tile + pair];
           high += scratch[(ROWS + r) * threads + c * tile + pair];
@@ -327,6 +328,12 @@ struct Room {
     }
   }
 
+  /// A row's cache of the block of a stack whose caches begin at `cache`: those of all streams lie together, so that a fine tier's
+  /// are few pages.
+  __device__ float* cached(const DecodeStack& stack, int64_t cache, int r) const {
+    return a.caches + cache * a.streams + int64_t(rows[r].stream) * (2 * stack.dim * stack.window);
+  }
+
   /// Queries and keys of this block's heads normalised and rotated, keys and values into the caches.
   __device__ void place(const DecodeStack& stack, int64_t cache) {
     const int head_dim = stack.dim / stack.n_heads, half = head_dim / 2;
@@ -340,7 +347,7 @@ struct Room {
       for (int i = lane(); i < head_dim; i += WARP) power += part[i * ROWS] * part[i * ROWS];
       power = lanes_sum<WARP>(power);
       const float scale = (is_key ? 1.f : 1.f / sqrtf(float(head_dim))) / sqrtf(power / head_dim + NORM_EPS);
-      float* const mine = a.caches + int64_t(rows[r].stream) * m.cache_stride + cache;
+      float* const mine = cached(stack, cache, r);
       const int slot = rows[r].slot;
       float* const key = mine + h * head_dim * stack.window + slot;
       float* const values = mine + int64_t(stack.dim) * stack.window + (h * stack.window + slot) * head_dim;
@@ -375,7 +382,7 @@ struct Room {
         const int h = rank + head * size, slot = part * PART + lane();
         const int filled = rows[r].filled;
         if (part * PART >= filled) continue;  // the whole warp
-        const float* const mine = a.caches + int64_t(rows[r].stream) * m.cache_stride + cache;
+        const float* const mine = cached(stack, cache, r);
         const float* const keys = mine + h * head_dim * window + min(slot, window - 1);
         const float* const values = mine + int64_t(stack.dim) * window + (h * window + part * PART) * head_dim;
         const float* const q = wide + h * head_dim * ROWS + r;
@@ -386,12 +393,28 @@ struct Room {
         const float most = lanes_max<WARP>(score), weight = expf(score - most), sum = lanes_sum<WARP>(weight);
         float* const out = scratch + task * width;
         const int in_part = min(PART, filled - part * PART);
-        for (int i = lane(); i - lane() < head_dim; i += WARP) {
-          float value = 0.f;
-          const float* const column = values + min(i, head_dim - 1);
+        // Two features a lane, and of few features every so manyth position: many loads are on their way.
+        for (int begin = 0; begin < head_dim; begin += 2 * WARP) {
+          const int pairs = min(WARP, (head_dim - begin) / 2), sharers = WARP / pairs, sharer = lane() / pairs;
+          const int f = begin + 2 * (lane() % pairs);
+          float low = 0.f, high = 0.f;
 #pragma unroll 16
-          for (int k = 0; k < in_part; ++k) value += __shfl_sync(ALL_LANES, weight, k) * column[k * head_dim];
-          if (i < head_dim) out[2 + i] = value;
+          for (int k = sharer; k - sharer < in_part; k += sharers) {
+            const float of = __shfl_sync(ALL_LANES, weight, k % WARP);
+            float2 pair = {0.f, 0.f};
+            if (sharer < sharers && k < in_part) pair = load_pair(values + k * head_dim + f);
+            low += of * pair.x;
+            high += of * pair.y;
+          }
+          const float first_low = low, first_high = high;
+          for (int other = 1; other < sharers; ++other) {
+            low += __shfl_sync(ALL_LANES, first_low, (lane() + other * pairs) % WARP);
+            high += __shfl_sync(ALL_LANES, first_high, (lane() + other * pairs) % WARP);
+          }
+          if (sharer == 0) {
+            out[2 + f] = low;
+            out[3 + f] = high;
+          }
         }
         if (lane() == 0) {
           out[0] = most;

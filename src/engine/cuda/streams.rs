@@ -167,6 +167,18 @@ fn words(bytes: &[u8]) -> Vec<i32> {
     bytes.as_chunks().0.iter().map(|&b| i32::from_le_bytes(b)).collect()
 }
 
+/// A cache as the kernel has it, in kernels/args.cuh.
+fn laid(cache: &SavedCache) -> Vec<f32> {
+    let SavedCache { shape: [_, window, head_dim], keys, values } = cache;
+    let mut to = vec![0.0f32; keys.len()];
+    for (i, key) in keys.iter().enumerate() {
+        let (head, slot, f) = (i / head_dim / window, i / head_dim % window, i % head_dim);
+        to[(head * head_dim + f) * window + slot] = *key;
+    }
+    to.extend(values);
+    to
+}
+
 /// The places of a ring (a power of two) that the `n` samples before `end` lie in, oldest first.
 fn places(ring: i32, end: u64, n: usize) -> impl Iterator<Item = usize> {
     let mask = ring as u64 - 1;
@@ -286,32 +298,22 @@ impl<M: Machine> Streams<M> {
         put(&mut self.state.counters, counters.to_bytes())?;
         put(&mut self.state.ring_tokens, ring.to_bytes())?;
         put(&mut self.state.memory, memory.to_bytes())?;
-        if saved.caches.is_empty() {
-            let bytes = WORD * sizes.cache_stride as usize;
-            machine.clear(&mut self.state.caches, stream * bytes, bytes)?;
-        } else {
-            let caches = self.caches(saved).to_bytes();
-            put(&mut self.state.caches, caches)?;
+        let places: Vec<_> =
+            self.stacks().map(|(stack, block, name)| (self.cache_at(stream, stack, block), name)).collect();
+        for ((at, floats), name) in places {
+            let caches = &mut self.state.caches;
+            match saved.caches.get(&name) {
+                Some(cache) => machine.write(caches, WORD * at, &laid(cache).to_bytes())?,
+                None => machine.clear(caches, WORD * at, WORD * floats)?,
+            }
         }
         Ok(())
     }
 
-    /// A saved state's caches as the kernel has them, in kernels/args.cuh.
-    fn caches(&self, saved: &SavedStream) -> Vec<f32> {
-        let mut caches = vec![0.0f32; self.model.sizes().cache_stride as usize];
-        for (stack, block, name) in self.stacks() {
-            let Some(SavedCache { shape: [n_heads, window, head_dim], keys, values }) = saved.caches.get(&name) else {
-                continue;
-            };
-            let size = n_heads * window * head_dim;
-            let (to_keys, to_values) = caches[stack.cache as usize + 2 * block * size..][..2 * size].split_at_mut(size);
-            to_values.copy_from_slice(values);
-            for (i, key) in keys.iter().enumerate() {
-                let (head, slot, f) = (i / head_dim / window, i / head_dim % window, i % head_dim);
-                to_keys[(head * head_dim + f) * window + slot] = *key;
-            }
-        }
-        caches
+    /// Where a stream's cache of a block begins, and how long it is, in floats: `cached` of kernels/decode_step.cuh.
+    fn cache_at(&self, stream: usize, stack: DecodeStack, block: usize) -> (usize, usize) {
+        let floats = 2 * (stack.dim * stack.window) as usize;
+        ((stack.cache as usize + block * floats) * self.n + stream * floats, floats)
     }
 
     /// One stream's state.
@@ -320,17 +322,17 @@ impl<M: Machine> Streams<M> {
     /// When the machine fails.
     pub fn store(&self, stream: usize) -> Result<SavedStream, EngineError> {
         let (sizes, machine, config) = (self.model.sizes(), &*self.model.machine, &self.model.config);
-        let get = |buffer: &M::Buffer, len: usize| -> Result<Vec<u8>, MachineError> {
+        let read = |buffer: &M::Buffer, at: usize, len: usize| -> Result<Vec<u8>, MachineError> {
             let mut bytes = vec![0; len];
-            machine.read(buffer, stream * len, &mut bytes)?;
+            machine.read(buffer, at, &mut bytes)?;
             Ok(bytes)
         };
+        let get = |buffer: &M::Buffer, len: usize| read(buffer, stream * len, len);
         let counters = get(&self.state.counters, 8 * N_COUNTERS)?;
         let [n, plan_pos, residual_code] =
             [0, 1, 2].map(|i| counters.as_chunks().0.get(i).map_or(0, |&b| u64::from_le_bytes(b)));
         let memory = floats(&get(&self.state.memory, WORD * sizes.memory_stride as usize)?);
         let ring = words(&get(&self.state.ring_tokens, WORD * sizes.n_tokens as usize)?);
-        let caches = floats(&get(&self.state.caches, WORD * sizes.cache_stride as usize)?);
         let from_ring = |at: i32, ring: i32, len: usize| -> Vec<f32> {
             places(ring, n, len).map(|place| memory[at as usize + place]).collect()
         };
@@ -347,13 +349,15 @@ impl<M: Machine> Streams<M> {
         let saved_caches = self.stacks().map(|(stack, block, name)| {
             let (n_heads, window) = (stack.n_heads as usize, stack.window as usize);
             let head_dim = stack.dim as usize / n_heads;
-            let size = n_heads * window * head_dim;
-            let (keys, values) = caches[stack.cache as usize + 2 * block * size..][..2 * size].split_at(size);
+            let (at, len) = self.cache_at(stream, stack, block);
+            let cache = floats(&read(&self.state.caches, WORD * at, WORD * len)?);
+            let (keys, values) = cache.split_at(len / 2);
             let key =
                 |i: usize| keys[(i / head_dim / window * head_dim + i % head_dim) * window + i / head_dim % window];
-            let keys = (0..size).map(key).collect();
-            (name, SavedCache { shape: [n_heads, window, head_dim], keys, values: values.to_vec() })
+            let keys = (0..keys.len()).map(key).collect();
+            Ok((name, SavedCache { shape: [n_heads, window, head_dim], keys, values: values.to_vec() }))
         });
+        let saved_caches = saved_caches.collect::<Result<_, MachineError>>()?;
         let tokens = places(sizes.n_tokens, n, config.wave_transformer.history()).map(|place| ring[place] as u16);
         Ok(SavedStream {
             counters: Counters {
@@ -367,7 +371,7 @@ impl<M: Machine> Streams<M> {
                 drive: Drive { mean_square: memory[sizes.drive as usize] },
             },
             hidden: (plan_pos > 0).then(|| memory[sizes.hidden as usize..][..sizes.plan.dim as usize].to_vec()),
-            caches: saved_caches.collect(),
+            caches: saved_caches,
         })
     }
 
