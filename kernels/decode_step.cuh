@@ -393,7 +393,7 @@ struct Room {
         const float most = lanes_max<WARP>(score), weight = expf(score - most), sum = lanes_sum<WARP>(weight);
         float* const out = scratch + task * width;
         const int in_part = min(PART, filled - part * PART);
-        // Two features a lane, and of few features every so manyth position: many loads are on their way.
+        // Two features a lane; lanes left over share the positions. Many loads are on their way at once.
         for (int begin = 0; begin < head_dim; begin += 2 * WARP) {
           const int pairs = min(WARP, (head_dim - begin) / 2), sharers = WARP / pairs, sharer = lane() / pairs;
           const int f = begin + 2 * (lane() % pairs);
