@@ -259,13 +259,14 @@ static_assert(sizeof(AdamwArgs) == 64, "AdamwArgs differs from src/cuda/launch")
 
 // ---- generation ----------------------------------------------------------------------------------------------------
 
-/// A linear map: weights [n_in, stride] row-major, where stride is n_out or, if that is odd, one more.
+/// A linear map. Its weights come in tiles of 16 outputs, each in steps of 16 inputs, each in pieces (numbers in bf16 whose sum a weight
+/// is), each the 16 bytes of each of 32 lanes: see `multiply` in decode_step.cuh. What a tile has beyond n_out and n_in is 0.
 struct DecodeLinear {
-  int64_t weights;   // where they begin, in elements: in `exact` if the map is exact, else in `weights`
+  int64_t weights;   // where they begin
   int64_t bias;      // in `exact`; -1 for none
   int32_t n_in;
   int32_t n_out;
-  int32_t exact;     // 1: its weights are f32, whatever the others are
+  int32_t pieces;
   int32_t whole;     // 1: every block of a group computes all outputs; 0: each its share
   int32_t resident;  // where a block keeps its share in shared memory, in bytes; -1: it stays in device memory
   int32_t reserved;
@@ -274,8 +275,8 @@ static_assert(sizeof(DecodeLinear) == 40, "DecodeLinear differs from src/cuda/la
 
 /// A stack of transformer blocks.
 struct DecodeStack {
-  int64_t cache;        // floats of a stream's caches before its own: per block keys [n_heads, head_dim, window], values
-                        // [n_heads, window, head_dim]
+  int64_t cache;        // values of a stream's caches before its own: per block keys [n_heads, vectors, window, V], values
+                        // [n_heads, window, vectors, V], where vectors of V values, 16 bytes, hold a head's, the last filled up with 0
   int32_t dim;
   int32_t n_layers;
   int32_t n_heads;
@@ -284,7 +285,7 @@ struct DecodeStack {
                         // gate, value
   int32_t angles;       // in `exact`: cosines and sines of the positions 0..64, [64, head_dim]
   int32_t frequencies;  // in `doubles`: radians per position, [head_dim / 2]
-  int32_t reserved;
+  int32_t block_cache;  // values of a stream's cache of a block
 };
 static_assert(sizeof(DecodeStack) == 40, "DecodeStack differs from src/cuda/launch");
 
@@ -375,29 +376,29 @@ struct DecodeModel {
   int32_t frame_stride;
   int32_t angle_width;  // greatest head_dim
   int32_t refine;       // number of a map, or -1
-  int64_t cache_stride;  // floats of a stream's caches
+  int64_t cache_stride;  // values of a stream's caches
 };
 static_assert(sizeof(DecodeModel) == 584, "DecodeModel differs from src/cuda/launch");
 
-/// Regions of a block's shared memory; everything from ARENA on to RESIDENT is scratch.
+/// Regions of a block's shared memory, first these arguments and the model; everything from X on to RESIDENT is scratch where no activations are kept.
 enum DecodeRegion {
-  DECODE_MODEL, DECODE_SLICES, DECODE_ROWS, DECODE_SAMPLES, DECODE_LEFT, DECODE_TOKENS, DECODE_PAST, DECODE_PLANNED,
-  DECODE_FEATURES, DECODE_HEAD, DECODE_SHORTCUT, DECODE_HIGH, DECODE_ANGLES,
-  DECODE_X, DECODE_WIDE, DECODE_ATTENDED, DECODE_SCRATCH, DECODE_RESIDENT, DECODE_REGIONS
+  DECODE_HEADER, DECODE_SLICES, DECODE_ROWS, DECODE_SAMPLES, DECODE_LEFT, DECODE_TOKENS, DECODE_PAST, DECODE_PLANNED,
+  DECODE_FEATURES, DECODE_HEAD, DECODE_SHORTCUT, DECODE_TONES, DECODE_SCALES, DECODE_HIGH, DECODE_ANGLES,
+  DECODE_X, DECODE_STREAM, DECODE_POWER, DECODE_WIDE, DECODE_ATTENDED, DECODE_SCRATCH, DECODE_RESIDENT, DECODE_REGIONS
 };
 
 /// Generation of `n_frames` plan frames of `streams` streams.
 struct DecodeArgs {
   const DecodeModel* model;
   const DecodeLinear* linears;
-  const void* weights;
+  const bf16* weights;
   const float* exact;
   const double* doubles;
   const int32_t* places;      // of a PlanGrid
   int64_t* counters;          // [streams, 4]: samples, plan frames, residual code, nothing
   int32_t* ring_tokens;       // [streams, n_tokens]
   float* memory;              // [streams, memory_stride]
-  float* caches;              // of cache_stride floats a stream: block after block, of each [streams, floats of its caches]
+  void* caches;               // as weights are, cache_stride values a stream: block after block, of each [streams, block_cache]
   float* frames;              // [streams, 2, frame_stride]
   float* past;                // [streams, order]: coefficients of the forecast from the past
   uint32_t* flags;            // [sets of streams, 4], 0 at launch: samples played, coefficients made, frames made, nothing
@@ -423,8 +424,7 @@ struct DecodeArgs {
   float past_weight;
   float offset;
   float level;  // added to the bands of a frame before it is played
-  int32_t scratch[2];          // floats of the region SCRATCH: of blocks that play, of their helpers
   int32_t at[DECODE_REGIONS];  // where regions begin, in bytes
   int32_t reserved;
 };
-static_assert(sizeof(DecodeArgs) == 304, "DecodeArgs differs from src/cuda/launch");
+static_assert(sizeof(DecodeArgs) == 312, "DecodeArgs differs from src/cuda/launch");

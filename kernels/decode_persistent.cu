@@ -14,7 +14,7 @@
 
 namespace decode {
 
-constexpr int MAX_THREADS = 512;
+constexpr int MAX_THREADS = 384;
 /// Frames that the plan is ahead.
 constexpr int SLOTS = 2;
 enum Role { PLAY, RENEW, PLAN };
@@ -25,12 +25,12 @@ enum Flag { PLAYED, RENEWED, PLANNED, N_FLAGS = 4 };
 /// Rows become the streams of a set.
 template <class W, int ROWS>
 __device__ void take(Room<W, ROWS>& room, int set) {
-  const DecodeArgs& a = room.a;
-  const DecodeModel& m = room.m;
+  const DecodeArgs& a = room.a();
+  const DecodeModel& m = room.m();
   room.n_rows = min(ROWS, a.streams - set * ROWS);
   room.fresh = true;
   for (int r = threadIdx.x; r < room.n_rows; r += blockDim.x) {
-    Row& row = room.rows[r];
+    Row& row = room.rows()[r];
     row.stream = set * ROWS + r;
     const int64_t* const counters = a.counters + 4 * int64_t(row.stream);
     row.n = counters[0];
@@ -44,34 +44,39 @@ __device__ void take(Room<W, ROWS>& room, int set) {
 /// What the last samples were, for the block that plays.
 template <class W, int ROWS>
 __device__ void recall(Room<W, ROWS>& room) {
-  const DecodeModel& m = room.m;
+  const DecodeModel& m = room.m();
   for (int r = 0; r < room.n_rows; ++r) {
     const float* const memory = room.memory(r);
-    const int64_t n = room.rows[r].n, first = n - m.n_recent;
+    const int64_t n = room.rows()[r].n, first = n - m.n_recent;
     for (int i = threadIdx.x; i < m.n_recent; i += blockDim.x)
-      room.samples[r * m.n_recent + int((first + i) & (m.n_recent - 1))] =
+      room.samples()[r * m.n_recent + int((first + i) & (m.n_recent - 1))] =
           memory[m.samples + int((first + i) & (m.n_samples - 1))];
-    for (int i = threadIdx.x; i < m.n_left; i += blockDim.x) room.left[r * m.n_left + i] = memory[m.left + i];
+    for (int i = threadIdx.x; i < m.n_left; i += blockDim.x) room.left()[r * m.n_left + i] = memory[m.left + i];
     for (int i = threadIdx.x; i < m.n_tokens; i += blockDim.x)
-      room.tokens[r * m.n_tokens + i] = room.a.ring_tokens[int64_t(room.rows[r].stream) * m.n_tokens + i];
+      room.tokens()[r * m.n_tokens + i] = room.a().ring_tokens[int64_t(room.rows()[r].stream) * m.n_tokens + i];
   }
 }
 
-/// Coefficients of the forecast from the past, and with a new frame what it says of every sample, its forecast damped if what was
-/// played is too loud.
+/// Coefficients of the forecast from the past and tones from sample in_frame of the frame in `slot` on, and where that begins what it
+/// says of every sample, its forecast damped if what was played is too loud.
 template <class W, int ROWS>
-__device__ void fetch(Room<W, ROWS>& room, bool new_frame, int slot) {
-  const DecodeModel& m = room.m;
+__device__ void fetch(Room<W, ROWS>& room, int in_frame, int slot) {
+  const DecodeModel& m = room.m();
+  for (int i = threadIdx.x; i < room.n_rows * m.past_hop && m.n_heard > 0; i += blockDim.x)
+    room.tones()[i] = room.memory(i / m.past_hop)[m.tones + in_frame + i % m.past_hop];
   for (int i = threadIdx.x; i < room.n_rows * m.order; i += blockDim.x)
-    room.past[i] = room.a.past[int64_t(room.rows[i / m.order].stream) * m.order + i % m.order];
-  if (new_frame) {
+    room.past()[i] = room.a().past[int64_t(room.rows()[i / m.order].stream) * m.order + i % m.order];
+  if (in_frame == 0) {
+    const int n_scales = m.slices * m.n_components;
+    for (int i = threadIdx.x; i < room.n_rows * n_scales; i += blockDim.x)
+      room.scales()[i] = room.frame(i / n_scales, slot)[m.frame_scales + i % n_scales];
     const int order = m.planned_order, mask = m.n_left - 1;
     for (int r = warp(); r < room.n_rows; r += n_warps()) {
       const float* const frame = room.frame(r, slot);
       double damping = 0.0;
       if (m.deconvolution > 0) {
-        const float* const ring = room.left + r * m.n_left;
-        const int latest = int((room.rows[r].n - 1) & mask);
+        const float* const ring = room.left() + r * m.n_left;
+        const int latest = int((room.rows()[r].n - 1) & mask);
         double heard = 0.0;
         for (int i = lane(); i < order; i += WARP) {
           const double x = ring[(latest - i) & mask];
@@ -80,10 +85,10 @@ __device__ void fetch(Room<W, ROWS>& room, bool new_frame, int slot) {
         damping = prediction::damping(lanes_sum<WARP>(heard) / order, frame[2]);
       }
       for (int i = lane(); i < order; i += WARP)
-        room.planned[r * order + i] = prediction::damped(frame[m.frame_coefficients + i], i, damping);
+        room.planned()[r * order + i] = prediction::damped(frame[m.frame_coefficients + i], i, damping);
       if (lane() == 0) {
-        room.rows[r].log_scale = frame[0];
-        room.rows[r].rms = frame[1];
+        room.rows()[r].log_scale = frame[0];
+        room.rows()[r].rms = frame[1];
       }
     }
   }
@@ -96,8 +101,8 @@ __device__ void fetch(Room<W, ROWS>& room, bool new_frame, int slot) {
 /// Plays a set of streams; with `alone`, makes plan and coefficients as well.
 template <class W, int ROWS>
 __device__ __forceinline__ void play(Room<W, ROWS>& room, uint32_t* flags, bool alone) {
-  const DecodeArgs& a = room.a;
-  const DecodeModel& m = room.m;
+  const DecodeArgs& a = room.a();
+  const DecodeModel& m = room.m();
   if (a.make_wave) recall(room);
   for (int k = 0; k < a.n_frames; ++k) {
     if (alone && a.make_plan) plan_frame(room, k);
@@ -108,7 +113,8 @@ __device__ __forceinline__ void play(Room<W, ROWS>& room, uint32_t* flags, bool 
     if (alone) prepare_frame(room, k, k % SLOTS);
     for (int in_frame = 0; in_frame < m.plan_hop; ++in_frame) {
       const int t = k * m.plan_hop + in_frame;
-      if (in_frame % m.past_hop == 0) {
+      const int since = in_frame % m.past_hop;
+      if (since == 0) {
         if (alone) {
           double* const lags = past_lags(room, 0);
           renew_past(room, lags, 0);
@@ -123,13 +129,13 @@ __device__ __forceinline__ void play(Room<W, ROWS>& room, uint32_t* flags, bool 
           }
           __syncthreads();  // coefficients and frame are there
         }
-        fetch(room, in_frame == 0, k % SLOTS);
+        fetch(room, in_frame, k % SLOTS);
       }
-      step(room, t, k % SLOTS);
+      step(room, t, since, k % SLOTS);
     }
   }
   for (int r = threadIdx.x; r < room.n_rows && room.rank == 0; r += blockDim.x) {
-    const Row& row = room.rows[r];
+    const Row& row = room.rows()[r];
     int64_t* const counters = a.counters + 4 * int64_t(row.stream);
     counters[0] = row.n;
     if (alone) counters[1] = row.plan_pos;
@@ -142,8 +148,8 @@ __device__ __forceinline__ void play(Room<W, ROWS>& room, uint32_t* flags, bool 
 /// is played), and the tones of a frame that begins.
 template <class W, int ROWS>
 __device__ __forceinline__ void renew(Room<W, ROWS>& room, uint32_t* flags) {
-  const DecodeModel& m = room.m;
-  const int n_blocks = room.a.n_frames * (m.plan_hop / m.past_hop);
+  const DecodeModel& m = room.m();
+  const int n_blocks = room.a().n_frames * (m.plan_hop / m.past_hop);
   for (int block = 0; block < n_blocks; ++block) {
     const int played = block * m.past_hop;
     double* const lags = past_lags(room, played);
@@ -163,17 +169,17 @@ __device__ __forceinline__ void renew(Room<W, ROWS>& room, uint32_t* flags) {
 /// Makes the plan's frames, as far ahead as there are slots.
 template <class W, int ROWS>
 __device__ __forceinline__ void plan(Room<W, ROWS>& room, uint32_t* flags) {
-  const DecodeArgs& a = room.a;
+  const DecodeArgs& a = room.a();
   for (int k = 0; k < a.n_frames; ++k) {
     if (a.make_plan) plan_frame(room, k);
     room.fresh = false;
-    if (threadIdx.x == 0 && k >= SLOTS) WAIT_FOR(&flags[PLAYED], uint32_t((k - SLOTS + 1) * room.m.plan_hop));
+    if (threadIdx.x == 0 && k >= SLOTS) WAIT_FOR(&flags[PLAYED], uint32_t((k - SLOTS + 1) * room.m().plan_hop));
     // The frame that was in this slot has been played: the first barrier below tells the others, before they write to it.
     prepare_frame(room, k, k % SLOTS);
     if (threadIdx.x == 0) store_release(&flags[PLANNED], uint32_t(k + 1));
   }
   for (int r = threadIdx.x; r < room.n_rows; r += blockDim.x)
-    a.counters[4 * int64_t(room.rows[r].stream) + 1] = room.rows[r].plan_pos;
+    a.counters[4 * int64_t(room.rows()[r].stream) + 1] = room.rows()[r].plan_pos;
 }
 
 template <class W, int ROWS>
@@ -181,8 +187,8 @@ __device__ __forceinline__ void persistent(const DecodeArgs& a) {
   const int cluster = blockIdx.x / a.group_size, rank = blockIdx.x % a.group_size, roles = a.overlapped ? 3 : 1;
   const int role = cluster % roles, sets = (a.streams + ROWS - 1) / ROWS;
   if (role != PLAY && rank > 0) return;
-  Room<W, ROWS> room(a, role == PLAY ? rank : 0, role == PLAY ? a.group_size : 1, role == PLAY);
-  room.open(role == PLAY);
+  Room<W, ROWS> room(role == PLAY ? rank : 0, role == PLAY ? a.group_size : 1);
+  room.open(a, role == PLAY);
   for (int set = cluster / roles; set < sets; set += a.groups) {
     uint32_t* const flags = a.flags + N_FLAGS * set;
     take(room, set);

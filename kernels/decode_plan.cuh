@@ -15,10 +15,10 @@ __device__ __forceinline__ float possible(float x) { return x == x ? x : -INFINI
 /// Draws from logits [n_entries][ROWS] as LogitSampler in src/sampler.rs does, for row r; the whole block. Scratch: weights and
 /// order of the entries.
 template <class W, int ROWS>
-__device__ void draw_logits(Room<W, ROWS>& room, const float* logits, int r, float uniform, int32_t& token) {
-  const DecodeArgs& a = room.a;
-  const int n = room.m.n_entries;
-  double* const weights = reinterpret_cast<double*>(room.scratch);
+__device__ void draw_logits(const Room<W, ROWS>& room, const float* logits, int r, float uniform, int32_t& token) {
+  const DecodeArgs& a = room.a();
+  const int n = room.m().n_entries;
+  double* const weights = reinterpret_cast<double*>(room.scratch());
   int* const order = reinterpret_cast<int*>(weights + n);
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
     const float mine = possible(logits[i * ROWS + r]);
@@ -61,13 +61,13 @@ __device__ void draw_logits(Room<W, ROWS>& room, const float* logits, int r, flo
 template <class W, int ROWS>
 __device__ void add_surprise(const Room<W, ROWS>& room, const float* logits, int r, int token, float* draw, bool first) {
   float most = -INFINITY;
-  for (int i = lane(); i < room.m.n_entries; i += WARP) {
+  for (int i = lane(); i < room.m().n_entries; i += WARP) {
     const float logit = logits[i * ROWS + r];
     if (isfinite(logit)) most = fmaxf(most, logit);
   }
   most = lanes_max<WARP>(most);
   double total = 0.0, weighted = 0.0;
-  for (int i = lane(); i < room.m.n_entries; i += WARP) {
+  for (int i = lane(); i < room.m().n_entries; i += WARP) {
     const float logit = logits[i * ROWS + r];
     if (!isfinite(logit)) continue;
     const double above = double(logit) - double(most), weight = exp(above);
@@ -85,36 +85,59 @@ __device__ void add_surprise(const Room<W, ROWS>& room, const float* logits, int
   draw[1] = first ? entropy : draw[1] + entropy;
 }
 
+/// 1 / root mean square of every row of x [n][ROWS], a warp each, into the rows.
+template <int ROWS>
+__device__ void measure(const float* x, int n, Row* rows, int n_rows) {
+  for (int r = warp(); r < n_rows; r += n_warps()) {
+    float power = 0.f;
+    for (int k = lane(); k < n; k += WARP) power += x[k * ROWS + r] * x[k * ROWS + r];
+    power = lanes_sum<WARP>(power);
+    if (lane() == 0) rows[r].scale = 1.f / sqrtf(power / n + NORM_EPS);
+  }
+}
+
+/// `n` features of every row, value(r, j), for maps to read.
+template <class W, int ROWS, class Value>
+__device__ void each_pair(const Room<W, ROWS>& room, Split<PIECES<W>>* to, int n, Value value) {
+  const int pairs = (n + 1) / 2;
+  for (int i = threadIdx.x; i < room.n_rows * pairs; i += blockDim.x) {
+    const int r = i / pairs, j = 2 * (i % pairs);
+    room.put(to, j, r, value(r, j), j + 1 < n ? value(r, j + 1) : 0.f);
+  }
+}
+
 /// The tokens of frame k are drawn, or priced if they are given, and the plan transformer reads them.
 template <class W, int ROWS>
-__device__ void plan_frame(Room<W, ROWS>& room, int k) {
-  const DecodeArgs& a = room.a;
-  const DecodeModel& m = room.m;
+__device__ NO_INLINE void plan_frame(const Room<W, ROWS> room, int k) {
+  const DecodeArgs& a = room.a();
+  const DecodeModel& m = room.m();
   const int dim = m.plan.dim, books = m.n_codebooks;
-  const auto frame_of = [&](int r) { return int64_t(room.rows[r].stream) * a.n_frames + k; };
+  const auto frame_of = [&](int r) { return int64_t(room.rows()[r].stream) * a.n_frames + k; };
   const auto token_of = [&](int r, int q) { return a.plan_tokens[frame_of(r) * books + q]; };
   for (int r = threadIdx.x; r < room.n_rows; r += blockDim.x)
-    stand(room.rows[r], room.rows[r].plan_pos, m.plan.window);
+    stand(room.rows()[r], room.rows()[r].plan_pos, m.plan.window);
   for (int q = 0; q < books && (a.plan_uniforms || a.plan_draws); ++q) {
-    for (int i = threadIdx.x; i < room.n_rows * dim; i += blockDim.x) {
-      const int r = i / dim, j = i % dim;
+    each_pair(room, room.inputs(), dim, [&](int r, int j) {
       float x = room.memory(r)[m.hidden + j];
       for (int p = 0; p < q; ++p) x += a.exact[m.given + (int64_t(p) * m.n_entries + token_of(r, p)) * dim + j];
-      room.x[j * ROWS + r] = x;
-    }
+      return x;
+    });
     __syncthreads();  // publishes the inputs
-    room.linear_silu(room.attended, m.heads + 2 * q, room.x);
+    room.linear_silu(room.attended(), m.heads + 2 * q, room.inputs());
     __syncthreads();  // publishes the hidden layer
-    room.linear_to(room.wide, m.heads + 2 * q + 1, room.attended, false);
+    room.linear(m.heads + 2 * q + 1, room.attended(), false, [&](int j, int r, float low, float high) {
+      room.wide()[j * ROWS + r] = low;
+      room.wide()[(j + 1) * ROWS + r] = high;
+    });
     __syncthreads();  // publishes the logits
     if (a.plan_uniforms) {
       for (int r = 0; r < room.n_rows; ++r) {
         const int64_t at = frame_of(r) * books + q;
-        draw_logits(room, room.wide, r, a.plan_uniforms[at], a.plan_tokens[at]);
+        draw_logits(room, room.wide(), r, a.plan_uniforms[at], a.plan_tokens[at]);
       }
     }
     for (int r = warp(); r < room.n_rows && a.plan_draws; r += n_warps())
-      add_surprise(room, room.wide, r, token_of(r, q), a.plan_draws + 2 * frame_of(r), q == 0);
+      add_surprise(room, room.wide(), r, token_of(r, q), a.plan_draws + 2 * frame_of(r), q == 0);
     __syncthreads();  // the logits were read
   }
   for (int i = threadIdx.x; i < room.n_rows * m.n_bands; i += blockDim.x) {
@@ -125,37 +148,36 @@ __device__ void plan_frame(Room<W, ROWS>& room, int k) {
       band += a.exact[m.books + (int64_t(q) * m.n_entries + token_of(r, q)) * m.n_bands + j];
     band = fminf(band, a.exact[m.book_ceiling + j]);
     a.bands[frame_of(r) * m.n_bands + j] = band;
-    room.wide[j * ROWS + r] = band - mean;
   }
   __syncthreads();  // publishes the bands
-  room.linear(m.bands, room.wide, false, [&](int j, int r, float low, float high) {
+  const auto above_mean = [&](int r, int j) { return a.bands[frame_of(r) * m.n_bands + j] - a.exact[m.book_mean + j]; };
+  each_pair(room, room.inputs(), m.n_bands, above_mean);
+  __syncthreads();  // publishes them as inputs
+  room.linear_stream(m.bands, room.inputs(), -1, nullptr, [&](int j, int r) {
+    float2 sum = {0.f, 0.f};
     for (int q = 0; q < books; ++q) {
       const float* const embedding = a.exact + m.embeddings + (int64_t(q) * m.n_entries + token_of(r, q)) * dim;
-      low += 0.5f * embedding[j];
-      high += 0.5f * embedding[j + 1];
+      sum.x += 0.5f * embedding[j];
+      sum.y += 0.5f * embedding[j + 1];
     }
-    room.x[j * ROWS + r] = low;
-    room.x[(j + 1) * ROWS + r] = high;
+    return sum;
   });
   __syncthreads();  // publishes the residual stream
-  room.forward(m.plan, m.n_tiers);
-  measure<ROWS>(room.x, dim, room.rows, room.n_rows);
+  forward(room, m.plan, m.n_tiers, [](int) {});
+  measure<ROWS>(room.x(), dim, room.rows(), room.n_rows);
   __syncthreads();  // publishes the scales
   for (int i = threadIdx.x; i < room.n_rows * dim; i += blockDim.x) {
     const int r = i / dim, j = i % dim;
-    room.memory(r)[m.hidden + j] = room.x[j * ROWS + r] * room.rows[r].scale * a.exact[m.plan_gain + j];
-    if (j == 0) room.rows[r].plan_pos += 1;
+    room.memory(r)[m.hidden + j] = room.x()[j * ROWS + r] * room.rows()[r].scale * a.exact[m.plan_gain + j];
+    if (j == 0) room.rows()[r].plan_pos += 1;
   }
   __syncthreads();  // publishes the hidden state and the positions
   if (m.refine < 0) return;
   // What the frame is taken for, now that it has been read.
-  for (int i = threadIdx.x; i < room.n_rows * (m.n_bands + dim); i += blockDim.x) {
-    const int r = i / (m.n_bands + dim), j = i % (m.n_bands + dim);
-    room.wide[j * ROWS + r] = j < m.n_bands ? a.bands[frame_of(r) * m.n_bands + j] - a.exact[m.book_mean + j]
-                                            : room.memory(r)[m.hidden + j - m.n_bands];
-  }
+  each_pair(room, room.inputs(), m.n_bands + dim,
+            [&](int r, int j) { return j < m.n_bands ? above_mean(r, j) : room.memory(r)[m.hidden + j - m.n_bands]; });
   __syncthreads();  // publishes bands and hidden state
-  room.linear(m.refine, room.wide, false, [&](int j, int r, float low, float high) {
+  room.linear(m.refine, room.inputs(), false, [&](int j, int r, float low, float high) {
     float* const bands = a.bands + frame_of(r) * m.n_bands + j;
     bands[0] += low;
     if (j + 1 < m.n_bands) bands[1] += high;
@@ -184,9 +206,9 @@ __device__ void solve(const Room<W, ROWS>& room, const double* lags, int order, 
 
 /// The forecast by the last plan frame, into slot `slot` of the frames.
 template <class W, int ROWS>
-__device__ void forecast_frame(Room<W, ROWS>& room, int slot) {
-  const DecodeArgs& a = room.a;
-  const DecodeModel& m = room.m;
+__device__ void forecast_frame(const Room<W, ROWS>& room, int slot) {
+  const DecodeArgs& a = room.a();
+  const DecodeModel& m = room.m();
   const int order = m.planned_order;
   const prediction::PlanGrid grid(m.n_bands, m.n_bins, a.places, a.doubles + m.grid_numbers);
   const prediction::PlannedSpectrum spectrum(room.doubles(), grid);
@@ -214,11 +236,11 @@ __device__ void forecast_frame(Room<W, ROWS>& room, int slot) {
 
 /// Frame k of the plan becomes what the wave transformer reads, in slot `slot` of the frames.
 template <class W, int ROWS>
-__device__ void prepare_frame(Room<W, ROWS>& room, int k, int slot) {
-  const DecodeArgs& a = room.a;
-  const DecodeModel& m = room.m;
+__device__ NO_INLINE void prepare_frame(const Room<W, ROWS> room, int k, int slot) {
+  const DecodeArgs& a = room.a();
+  const DecodeModel& m = room.m();
   const int n_bands = m.n_bands;
-  const auto bands_of = [&](int r) { return a.bands + (int64_t(room.rows[r].stream) * a.n_frames + k) * n_bands; };
+  const auto bands_of = [&](int r) { return a.bands + (int64_t(room.rows()[r].stream) * a.n_frames + k) * n_bands; };
   for (int i = threadIdx.x; i < room.n_rows * n_bands; i += blockDim.x) {
     const int r = i / n_bands, j = i % n_bands;
     float* const frames = room.memory(r) + m.plan_frames + j;
@@ -226,25 +248,27 @@ __device__ void prepare_frame(Room<W, ROWS>& room, int k, int slot) {
     frames[0] = older;
     frames[n_bands] = old;
     frames[2 * n_bands] = current;
-    room.wide[j * ROWS + r] = current;
-    room.wide[(n_bands + j) * ROWS + r] = 2.f * (current - old);
-    room.wide[(2 * n_bands + j) * ROWS + r] = 2.f * (old - older);
   }
   __syncthreads();  // publishes the frames
-  room.linear_silu(room.attended, m.plan_mlp, room.wide);
+  each_pair(room, room.inputs(), 3 * n_bands, [&](int r, int j) {
+    const float* const frames = room.memory(r) + m.plan_frames + j % n_bands;
+    const float older = frames[0], old = frames[n_bands], current = frames[2 * n_bands];
+    return j < n_bands ? current : j < 2 * n_bands ? 2.f * (current - old) : 2.f * (old - older);
+  });
+  __syncthreads();  // publishes them as inputs
+  room.linear_silu(room.attended(), m.plan_mlp, room.inputs());
   __syncthreads();  // publishes the hidden layer
-  room.linear_silu(room.x, m.plan_mlp + 1, room.attended);
-  const auto into_frame = [&](int id, const float* in, int place) {
+  room.linear_silu(room.stream(), m.plan_mlp + 1, room.attended());
+  const auto into_frame = [&](int id, const auto* in, int place) {
     __syncthreads();  // publishes the inputs
     room.linear(id, in, false, [&](int j, int r, float low, float high) {
       room.frame(r, slot)[place + j] = low;
       room.frame(r, slot)[place + j + 1] = high;
     });
   };
-  for (int tier = 0; tier < m.n_tiers; ++tier) into_frame(m.tiers[tier].plan_in, room.x, m.tiers[tier].planned);
-  __syncthreads();  // the sums of the last map were read
-  room.linear_silu(room.attended, m.planned_scales, room.x);
-  into_frame(m.planned_scales + 1, room.attended, m.frame_scales);
+  for (int tier = 0; tier < m.n_tiers; ++tier) into_frame(m.tiers[tier].plan_in, room.stream(), m.tiers[tier].planned);
+  room.linear_silu(room.attended(), m.planned_scales, room.stream());
+  into_frame(m.planned_scales + 1, room.attended(), m.frame_scales);
   // The activations were read: their place is scratch now (what sharpening writes before its own first barrier lies elsewhere, so
   // that only plans that are not sharpened need this).
   __syncthreads();  // unseen
@@ -254,14 +278,14 @@ __device__ void prepare_frame(Room<W, ROWS>& room, int k, int slot) {
 /// Autocorrelations of the windows that end `played` samples after the rows' positions, without their last `past_hop` samples, which
 /// need not be known yet. Leaves them in scratch for `renew_past`.
 template <class W, int ROWS>
-__device__ double* past_lags(Room<W, ROWS>& room, int64_t played) {
-  const DecodeArgs& a = room.a;
-  const DecodeModel& m = room.m;
+__device__ NO_INLINE double* past_lags(const Room<W, ROWS> room, int64_t played) {
+  const DecodeArgs& a = room.a();
+  const DecodeModel& m = room.m();
   const int order = m.order, len = m.past_window;
   const prediction::Window window(room.doubles(), len, order);
   double* const lags = lags_of(room, window.size(), order);
   for (int r = 0; r < room.n_rows; ++r) {
-    const int64_t first = room.rows[r].n + played - len;
+    const int64_t first = room.rows()[r].n + played - len;
     for (int i = threadIdx.x; i < prediction::QUAD * window.columns; i += blockDim.x)
       window.at(i) = i < len - m.past_hop
                          ? double(room.memory(r)[m.samples + ((first + i) & (m.n_samples - 1))]) * a.doubles[m.window + i]
@@ -276,13 +300,13 @@ __device__ double* past_lags(Room<W, ROWS>& room, int64_t played) {
 
 /// Adds the products with the windows' last `past_hop` samples, and makes coefficients of it.
 template <class W, int ROWS>
-__device__ void renew_past(Room<W, ROWS>& room, double* lags, int64_t played) {
-  const DecodeArgs& a = room.a;
-  const DecodeModel& m = room.m;
+__device__ NO_INLINE void renew_past(const Room<W, ROWS> room, double* lags, int64_t played) {
+  const DecodeArgs& a = room.a();
+  const DecodeModel& m = room.m();
   const int order = m.order, len = m.past_window, begin = len - m.past_hop, reach = max(0, begin - order);
   const prediction::Window window(room.doubles(), len, order);
   for (int r = 0; r < room.n_rows; ++r) {
-    const int64_t first = room.rows[r].n + played - len;
+    const int64_t first = room.rows()[r].n + played - len;
     for (int i = reach + threadIdx.x; i < len; i += blockDim.x)
       window.at(i) = double(room.memory(r)[m.samples + ((first + i) & (m.n_samples - 1))]) * a.doubles[m.window + i];
     __syncthreads();  // publishes the samples
@@ -294,33 +318,31 @@ __device__ void renew_past(Room<W, ROWS>& room, double* lags, int64_t played) {
     __syncthreads();  // publishes the lags, and the samples were read
   }
   solve(
-      room, lags, order, [&](int r, int i, float c) { a.past[int64_t(room.rows[r].stream) * order + i] = c; },
+      room, lags, order, [&](int r, int i, float c) { a.past[int64_t(room.rows()[r].stream) * order + i] = c; },
       [](int, double) {});
   __syncthreads();  // publishes the coefficients to this block, and the scratch is free
 }
 
 /// The tones of the frame in slot `slot`, which begins `played` samples after the rows' positions.
 template <class W, int ROWS>
-__device__ __forceinline__ void begin_tones(Room<W, ROWS>& room, int slot, int64_t played) {
-  const DecodeArgs& a = room.a;
-  const DecodeModel& m = room.m;
+__device__ NO_INLINE void begin_tones(const Room<W, ROWS> room, int slot, int64_t played) {
+  const DecodeArgs& a = room.a();
+  const DecodeModel& m = room.m();
   const int hop = m.plan_hop;
   const prediction::PlanGrid grid(m.n_bands, m.n_bins, a.places, a.doubles + m.grid_numbers);
-  const tones::Past past(room.doubles(), grid, m.plan_window_len, a.doubles + m.plan_window, a.doubles + m.lobe);
+  const tones::Past past(room.doubles(), grid, hop, m.plan_window_len, a.doubles + m.plan_window, a.doubles + m.lobe);
   for (int r = 0; r < room.n_rows; ++r) {
     float* const memory = room.memory(r);
-    const int64_t first = room.rows[r].n + played - m.plan_window_len;
+    const int64_t first = room.rows()[r].n + played - m.plan_window_len;
     const auto heard = [&](int i) { return memory[m.heard + int((first + i) & (m.n_heard - 1))]; };
     const int n_tones = past.find_all(heard, room.frame(r, slot) + m.frame_lines);
+    past.sing(n_tones);
     for (int t = threadIdx.x; t < hop; t += blockDim.x) {
-      const tones::Sound sound = tones::sing(past.tones, n_tones, t, hop);
-      memory[m.tones + t] = tones::joined(sound.now, memory[m.rest + t], t, hop);
-      memory[m.rest + t] = float(sound.later);
+      memory[m.tones + t] = tones::joined(past.sound(t), memory[m.rest + t], t, hop);
+      memory[m.rest + t] = float(past.sound(hop + t));
     }
+    __syncthreads();  // publishes the tones to this block, and the scratch is free
   }
-  // Publishes the tones to this block, and the scratch is free (no emulated schedule leaves a thread behind for as long as it takes
-  // until its sample is played).
-  __syncthreads();  // unseen
 }
 
 }  // namespace decode

@@ -1,18 +1,27 @@
 // What the parts of decode_persistent.cu share: a block's shared memory, linear maps and transformer blocks of one position of
 // ROWS streams, divided over a group of thread blocks.
 //
-// Activations lie in shared memory as [feature][ROWS], a copy in every block of the group; whoever computes one writes it
-// into all copies. Every sum has one order, whatever ROWS, the group and the other rows are, so a stream plays the same alone.
+// Activations lie in shared memory as [feature][ROWS], those that maps read as pairs of features, a copy in every block of the group;
+// whoever computes one writes it into all copies. Every sum has one order, whatever the group, its threads and the other rows are, so a
+// stream plays the same alone.
 #pragma once
 #include "linear_prediction.cuh"
 
 namespace decode {
 
-/// Inputs that one thread sums, and of how many it has the weights on their way at a time.
-constexpr int CHUNK = 32;
-constexpr int LOADED = 16;
-/// Positions of a window that one warp attends to.
-constexpr int PART = WARP;
+/// Weights come in tiles of so many outputs; a warp has one at a time.
+constexpr int TILE = 16;
+/// Inputs of a step of a tile. A piece of its weights is 16 bytes for each lane, in the order in which it multiplies with them.
+constexpr int STEP = 16;
+constexpr int STEP_BYTES = 16 * WARP;
+/// Steps whose weights are on their way at a time; even.
+constexpr int LOADED = 6;
+/// Numbers in bf16 whose sum an activation is; weights have as many or fewer (`Slice`).
+template <class W>
+constexpr int PIECES = sizeof(W) == sizeof(float) ? 3 : 2;
+/// Values of 16 bytes, the unit of caches.
+template <class T>
+constexpr int VEC = 16 / int(sizeof(T));
 /// Positions whose angles are kept (ROPE_LOW of src/engine/cpu/stack.rs), a power of two.
 constexpr int ANGLES = 64;
 constexpr int N_FEATURES = 12;
@@ -21,11 +30,12 @@ constexpr float NORM_EPS = 1e-6f;
 
 /// A block's share of a linear map.
 struct Slice {
-  const void* weights;  // [n_in, stride], the first output's
-  const float* bias;    // of the first output, or null
-  int n_in, stride;
-  int first, count;  // outputs
-  int exact;
+  const char* weights;  // of the block's first tile
+  const float* bias;    // [n_out], or null
+  int n_in, n_out;
+  int first, count;  // tiles
+  int tile_bytes;
+  int pieces;  // numbers in bf16 whose sum a weight is
 };
 static_assert(sizeof(Slice) == 40, "Slice differs from src/cuda/launch");
 
@@ -37,7 +47,8 @@ struct Row {
   int slot, filled;  // its place in the caches' rings, and how many of theirs are taken with it
   float mean_square, scale;
   float log_scale, rms;  // of the frame
-  float forecasts[2], uniforms[2];
+  float forecasts[2];
+  float uniform, logit;  // what chooses a component, and the other uniform's ln(u / (1 - u))
   int stream, residual_code, past_code;
   float tone;  // in the sample
 };
@@ -55,274 +66,337 @@ __device__ __forceinline__ int warp() { return threadIdx.x / WARP; }
 __device__ __forceinline__ int n_warps() { return blockDim.x / WARP; }
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 
-__device__ __forceinline__ float2 load_pair(const float* w) { return *reinterpret_cast<const float2*>(w); }
-__device__ __forceinline__ float2 load_pair(const bf16* w) {
+/// Two features as sums of numbers in bf16, the large ones first, the first feature in the lower half.
+template <int N>
+struct alignas(N == 2 ? 8 : 4) Split {
+  uint32_t of[N];
+};
+
+template <int N>
+__device__ __forceinline__ Split<N> split(float low, float high) {
+  Split<N> to;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
 #ifdef __CUDACC__
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(w));
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    const float2 back = __bfloat1622float2(pair);
+    to.of[i] = *reinterpret_cast<const uint32_t*>(&pair);
 #else
-  return {to_float(w[0]), to_float(w[1])};
+    const bf16 pair[2] = {from_float<bf16>(low), from_float<bf16>(high)};
+    const float2 back = {to_float(pair[0]), to_float(pair[1])};
+    to.of[i] = pair[0].bits | uint32_t(pair[1].bits) << 16;
 #endif
+    low -= back.x;
+    high -= back.y;
+  }
+  return to;
 }
 
-/// A feature of every row.
-template <int ROWS>
-__device__ __forceinline__ void load_rows(const float* in, float (&values)[ROWS]) {
-  if constexpr (ROWS % 4 == 0) {
+/// A tile's products with all rows: what a lane gets of them, outputs 2 * (lane / 4) and the next of rows 2 * (lane % 4) and the next.
+struct Products {
+  float of[2][2];  // [output][row]
+};
+
+#ifdef __CUDACC__
+/// sums += weights x inputs, 16 outputs by 16 inputs by 8 rows.
+__device__ __forceinline__ void multiply_add(float (&sums)[4], uint4 w, uint32_t x, uint32_t y) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "r"(x), "r"(y));
+}
+
+/// A tile, whose weights have `OF` pieces, times `in` [n_in / 2][ROWS], by one warp; what is smaller than the smallest piece is left out.
+/// ROWS is 1 or 8.
+template <int OF, int N, int ROWS>
+__device__ __forceinline__ Products multiply(const char* tile, int n_in, const Split<N>* in) {
+  const int row = lane() / 4, pair = lane() % 4, steps = (n_in + STEP - 1) / STEP;
+  const uint4* const w = reinterpret_cast<const uint4*>(tile) + lane();
+  const Split<N>* const x = in + pair * ROWS + (ROWS == 1 ? 0 : row);
+  constexpr int AT_A_TIME = OF == 1 ? LOADED : 2;
+  float sums[2][2][4] = {};  // of steps in turn, of large and small
+  for (int first = 0; first < steps; first += AT_A_TIME) {
+    uint4 loaded[AT_A_TIME][OF];
 #pragma unroll
-    for (int r = 0; r < ROWS; r += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(in + r);
-      values[r] = four.x, values[r + 1] = four.y, values[r + 2] = four.z, values[r + 3] = four.w;
+    for (int i = 0; i < AT_A_TIME; ++i)
+#pragma unroll
+      for (int piece = 0; piece < OF; ++piece)
+        if (first + i < steps) loaded[i][piece] = w[((first + i) * OF + piece) * WARP];
+#pragma unroll
+    for (int i = 0; i < AT_A_TIME; ++i) {
+      if (first + i >= steps) continue;
+      Split<N> low = x[(first + i) * 8 * ROWS], high = x[((first + i) * 8 + 4) * ROWS];
+      // Beyond the inputs lies anything.
+      const int at = (first + i) * STEP + 2 * pair;
+      if (n_in % STEP != 0 && at >= n_in) low = {};
+      if (n_in % STEP != 0 && at + 8 >= n_in) high = {};
+      if (ROWS == 1 && row > 0) low = high = {};
+#pragma unroll
+      for (int of = 0; of < OF; ++of)
+#pragma unroll
+        for (int by = 0; of + by < N; ++by)
+          multiply_add(sums[i % 2][of + by > 0], loaded[i][of], low.of[by], high.of[by]);
     }
-  } else {
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) values[r] = in[r];
   }
-}
-
-/// Two neighbouring outputs of `n` inputs of every row from `begin` on, into the thread's place of scratch. No part of its callers'
-/// code: it is most of it.
-template <class T, int ROWS>
-__device__ NO_INLINE void sum_chunk(const Slice& s, int column, const float* in, int begin, int n, float* scratch) {
-  const T* w = static_cast<const T*>(s.weights) + int64_t(begin) * s.stride + column;
-  in += begin * ROWS;
-  float sums[2][ROWS] = {};
-  const auto add = [&](float2 pair) {
-    float values[ROWS];
-    load_rows(in, values);
+  Products products;
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      sums[0][r] += pair.x * values[r];
-      sums[1][r] += pair.y * values[r];
+  for (int i = 0; i < 4; ++i) products.of[i / 2][i % 2] = sums[0][0][i] + sums[1][0][i] + (sums[0][1][i] + sums[1][1][i]);
+  return products;
+}
+#else
+template <int OF, int N, int ROWS>
+Products multiply(const char* tile, int n_in, const Split<N>* in) {
+  const auto value = [](uint32_t pair, int which) { return to_float(bf16{uint16_t(pair >> 16 * which)}); };
+  const int pair = lane() % 4;
+  Products products = {};
+  for (int k = 0; k < n_in; ++k) {
+    float w[2] = {}, x[2] = {};
+    for (int of = 0; of < OF; ++of) {
+      const uint32_t* const words = reinterpret_cast<const uint32_t*>(tile) +
+                                    ((k / STEP * OF + of) * WARP + lane() / 4 * 4 + k / 2 % 4) * 4 + k % STEP / 8 * 2;
+      for (int output = 0; output < 2; ++output) w[output] += value(words[output], k % 2);
     }
-    in += ROWS;
-  };
-  for (; n >= LOADED; n -= LOADED) {
-    float2 pairs[LOADED];
-#pragma unroll
-    for (int k = 0; k < LOADED; ++k, w += s.stride) pairs[k] = load_pair(w);
-#pragma unroll
-    for (int k = 0; k < LOADED; ++k) add(pairs[k]);
+    for (int row = 0; row < 2 && 2 * pair + row < ROWS; ++row)
+      for (int by = 0; by < N; ++by) x[row] += value(in[k / 2 * ROWS + 2 * pair + row].of[by], k % 2);
+    for (int i = 0; i < 4; ++i) products.of[i / 2][i % 2] += w[i / 2] * x[i % 2];
   }
-  for (; n > 0; --n, w += s.stride) add(load_pair(w));
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    scratch[r * blockDim.x + threadIdx.x] = sums[0][r];
-    scratch[(ROWS + r) * blockDim.x + threadIdx.x] = sums[1][r];
-  }
+  return products;
 }
+#endif
 
-/// 1 / root mean square of every row of x [n][ROWS], a warp each, into the rows.
-template <int ROWS>
-__device__ NO_INLINE void measure(const float* x, int n, Row* rows, int n_rows) {
-  for (int r = warp(); r < n_rows; r += n_warps()) {
-    float power = 0.f;
-    for (int k = lane(); k < n; k += WARP) power += x[k * ROWS + r] * x[k * ROWS + r];
-    power = lanes_sum<WARP>(power);
-    if (lane() == 0) rows[r].scale = 1.f / sqrtf(power / n + NORM_EPS);
-  }
+/// Value e of 16 bytes of a cache.
+template <class T>
+__device__ __forceinline__ float value_of(const float4& vector, int e) {
+#ifdef __CUDACC__
+  const float words[4] = {vector.x, vector.y, vector.z, vector.w};
+  if constexpr (sizeof(T) == sizeof(float)) return words[e];
+  const uint32_t pair = __float_as_uint(words[e / 2]);
+  return __uint_as_float(e % 2 ? pair & 0xffff0000u : pair << 16);
+#else
+  T values[VEC<T>];
+  memcpy(values, &vector, sizeof(values));
+  return to_float(values[e]);
+#endif
 }
 
 /// A block, its role and its shared memory.
 template <class W, int ROWS>
 struct Room {
-  const DecodeArgs& a;
-  const DecodeModel& m;
-  Slice* slices;
-  Row* rows;
-  float *samples, *left;       // rings [ROWS][n_recent], [ROWS][n_left]
-  int32_t* tokens;             // ring [ROWS][n_tokens]
-  float *past, *planned;       // coefficients [ROWS][order], the latest sample's first
-  float* features;             // [N_FEATURES][ROWS]
-  float* head;                 // [3 * n_components][ROWS]
-  float* shortcut;             // two of [shortcut width][ROWS]
-  float *high, *angles;        // [stacks][ROWS][angle_width], [ROWS][angle_width]
-  float *x, *wide, *attended, *scratch;
-  int scratch_floats;
+  using Pair = Split<PIECES<W>>;
   int rank, size;  // in the group
+  int place;       // of the two that maps read the residual stream from
   int n_rows;
   bool fresh;  // no angles yet
 
-  template <class T>
-  __device__ static T* at(const DecodeArgs& a, int region) {
-    SHARED_MEMORY(char, memory);
-    return reinterpret_cast<T*>(memory + a.at[region]);
-  }
+  __device__ Room(int rank, int size) : rank(rank), size(size), place(0), n_rows(0), fresh(true) {}
 
-  __device__ Room(const DecodeArgs& a, int rank, int size, bool plays)
-      : a(a),
-        m(*at<DecodeModel>(a, DECODE_MODEL)),
-        slices(at<Slice>(a, DECODE_SLICES)),
-        rows(at<Row>(a, DECODE_ROWS)),
-        samples(at<float>(a, DECODE_SAMPLES)),
-        left(at<float>(a, DECODE_LEFT)),
-        tokens(at<int32_t>(a, DECODE_TOKENS)),
-        past(at<float>(a, DECODE_PAST)),
-        planned(at<float>(a, DECODE_PLANNED)),
-        features(at<float>(a, DECODE_FEATURES)),
-        head(at<float>(a, DECODE_HEAD)),
-        shortcut(at<float>(a, DECODE_SHORTCUT)),
-        high(at<float>(a, DECODE_HIGH)),
-        angles(at<float>(a, DECODE_ANGLES)),
-        x(at<float>(a, DECODE_X)),
-        wide(at<float>(a, DECODE_WIDE)),
-        attended(at<float>(a, DECODE_ATTENDED)),
-        scratch(at<float>(a, DECODE_SCRATCH)),
-        scratch_floats(a.scratch[plays ? 0 : 1]),
-        rank(rank),
-        size(size),
-        n_rows(0),
-        fresh(true) {}
+  /// Arguments and model lie first in shared memory: whatever function wants them knows where.
+  __device__ static const DecodeArgs& a() {
+    SHARED_MEMORY(char, memory);
+    return *reinterpret_cast<const DecodeArgs*>(memory);
+  }
+  __device__ static const DecodeModel& m() {
+    SHARED_MEMORY(char, memory);
+    return *reinterpret_cast<const DecodeModel*>(memory + sizeof(DecodeArgs));
+  }
+  template <class T>
+  __device__ static T* at(int region) {
+    SHARED_MEMORY(char, memory);
+    return reinterpret_cast<T*>(memory + a().at[region]);
+  }
+  // Places in shared memory follow from the arguments: registers are for other things.
+  __device__ Slice* slices() const { return at<Slice>(DECODE_SLICES); }
+  __device__ Row* rows() const { return at<Row>(DECODE_ROWS); }
+  __device__ float* samples() const { return at<float>(DECODE_SAMPLES); }  // ring [ROWS][n_recent]
+  __device__ float* left() const { return at<float>(DECODE_LEFT); }  // ring [ROWS][n_left]
+  __device__ int32_t* tokens() const { return at<int32_t>(DECODE_TOKENS); }  // ring [ROWS][n_tokens]
+  __device__ float* past() const { return at<float>(DECODE_PAST); }  // coefficients [ROWS][order], the latest sample's first
+  __device__ float* planned() const { return at<float>(DECODE_PLANNED); }  // likewise, [ROWS][planned_order]
+  __device__ Pair* features() const { return at<Pair>(DECODE_FEATURES); }  // [N_FEATURES / 2][ROWS]
+  __device__ float* head() const { return at<float>(DECODE_HEAD); }  // two of [3 * n_components][ROWS]: of the last tier, of the features by themselves
+  __device__ Pair* shortcut() const { return at<Pair>(DECODE_SHORTCUT); }  // two of [shortcut width / 2][ROWS]
+  __device__ float* tones() const { return at<float>(DECODE_TONES); }  // of the samples until coefficients are renewed, [ROWS][past_hop]
+  __device__ float* scales() const { return at<float>(DECODE_SCALES); }  // planned for the frame, [ROWS][slices, n_components]
+  __device__ float* bases() const { return at<float>(DECODE_HIGH); }  // [stacks][ROWS][angle_width]
+  __device__ float* angles() const { return at<float>(DECODE_ANGLES); }  // [ROWS][angle_width]
+  __device__ float* x() const { return at<float>(DECODE_X); }  // the residual stream; a block has what it computes
+  /// What maps read of it. A block may be a sample ahead of another that still reads its own: it changes places from sample to sample.
+  __device__ Pair* stream() const {
+    return at<Pair>(DECODE_STREAM) + place * ((a().at[DECODE_POWER] - a().at[DECODE_STREAM]) / int(2 * sizeof(Pair)));
+  }
+  /// Sums of squares over its tiles, [tile][ROWS], likewise.
+  __device__ float* power() const {
+    return at<float>(DECODE_POWER) + place * ((a().at[DECODE_WIDE] - a().at[DECODE_POWER]) / int(2 * sizeof(float)));
+  }
+  __device__ float* wide() const { return at<float>(DECODE_WIDE); }  // queries, keys, values; logits
+  __device__ Pair* inputs() const { return at<Pair>(DECODE_WIDE); }  // of other maps, in the same place: they take turns
+  __device__ Pair* attended() const { return at<Pair>(DECODE_ATTENDED); }
+  __device__ float* scratch() const { return at<float>(DECODE_SCRATCH); }
 
   /// Scratch as doubles: everything from the activations on.
-  __device__ double* doubles() const { return at<double>(a, DECODE_X); }
-  __device__ float* memory(int r) const { return a.memory + int64_t(rows[r].stream) * m.memory_stride; }
+  __device__ double* doubles() const { return at<double>(DECODE_X); }
+  __device__ float* memory(int r) const { return a().memory + int64_t(rows()[r].stream) * m().memory_stride; }
   __device__ float* frame(int r, int slot) const {
-    return a.frames + (int64_t(rows[r].stream) * 2 + slot) * m.frame_stride;
-  }
-
-  /// The residual stream changes places from sample to sample: a block may be a sample ahead of another that still reads its own.
-  __device__ void alternate(int t) {
-    x = at<float>(a, DECODE_X) + t % 2 * ((a.at[DECODE_WIDE] - a.at[DECODE_X]) / int(2 * sizeof(float)));
+    return a().frames + (int64_t(rows()[r].stream) * 2 + slot) * m().frame_stride;
   }
 
   /// Writes an activation into all copies.
-  __device__ void spread(float* to, float value) const {
+  template <class T>
+  __device__ void spread(T* to, T value) const {
     if (size == 1)
       *to = value;
     else
       for (int other = 0; other < size; ++other) *peer(to, other) = value;
   }
+  /// Features j (even) and j + 1 of row r for maps to read.
+  __device__ static void put(Pair* to, int j, int r, float low, float high) {
+    to[j / 2 * ROWS + r] = split<PIECES<W>>(low, high);
+  }
 
-  /// Copies the model and the shares of its maps. `divided`: this block is one of a group. A barrier after it is the caller's.
-  __device__ void open(bool divided) {
-    int32_t* const to = reinterpret_cast<int32_t*>(at<DecodeModel>(a, DECODE_MODEL));
-    for (int i = threadIdx.x; i < int(sizeof(DecodeModel) / 4); i += blockDim.x)
-      to[i] = reinterpret_cast<const int32_t*>(a.model)[i];
-    __syncthreads();  // publishes the model
-    for (int id = threadIdx.x; id < m.n_linears; id += blockDim.x) {
-      const DecodeLinear l = a.linears[id];
-      const int stride = (l.n_out + 1) / 2 * 2, pairs = stride / 2;
-      const int parts = divided && !l.whole ? size : 1, share = (pairs + parts - 1) / parts;
-      const int first = parts == 1 ? 0 : min(2 * rank * share, stride), end = min(first + 2 * share, stride);
-      Slice& s = slices[id];
-      const int64_t offset = l.weights + first;
-      s.weights = l.exact ? static_cast<const void*>(a.exact + offset)
-                          : static_cast<const void*>(static_cast<const W*>(a.weights) + offset);
-      s.bias = l.bias < 0 ? nullptr : a.exact + l.bias + first;
+  /// Copies arguments, the model and the shares of its maps. `divided`: this block is one of a group. A barrier after it is the
+  /// caller's.
+  __device__ void open(const DecodeArgs& args, bool divided) const {
+    SHARED_MEMORY(int32_t, to);
+    constexpr int N_ARGS = sizeof(DecodeArgs) / sizeof(int32_t), N_MODEL = sizeof(DecodeModel) / sizeof(int32_t);
+    for (int i = threadIdx.x; i < N_ARGS + N_MODEL; i += blockDim.x)
+      to[i] = i < N_ARGS ? reinterpret_cast<const int32_t*>(&args)[i] : reinterpret_cast<const int32_t*>(args.model)[i - N_ARGS];
+    __syncthreads();  // publishes arguments and model
+    for (int id = threadIdx.x; id < m().n_linears; id += blockDim.x) {
+      const DecodeLinear l = a().linears[id];
+      const int tiles = (l.n_out + TILE - 1) / TILE, parts = divided && !l.whole ? size : 1;
+      const int share = (tiles + parts - 1) / parts;
+      Slice& s = slices()[id];
       s.n_in = l.n_in;
-      s.stride = stride;
-      s.first = first;
-      s.count = end - first;
-      s.exact = l.exact;
+      s.n_out = l.n_out;
+      s.first = parts == 1 ? 0 : min(rank * share, tiles);
+      s.count = min(s.first + share, tiles) - s.first;
+      s.pieces = l.pieces;
+      s.tile_bytes = (l.n_in + STEP - 1) / STEP * l.pieces * STEP_BYTES;
+      s.weights = reinterpret_cast<const char*>(a().weights + l.weights) + s.first * s.tile_bytes;
+      s.bias = l.bias < 0 ? nullptr : a().exact + l.bias;
     }
     __syncthreads();  // publishes the shares
     if (!divided) return;
-    for (int id = 0; id < m.n_linears; ++id) {
-      const int place = a.linears[id].resident;
+    for (int id = 0; id < m().n_linears; ++id) {
+      const int place = a().linears[id].resident;
       if (place < 0) continue;
-      const Slice s = slices[id];
-      char* const room = at<char>(a, DECODE_RESIDENT) + place;
-      for (int i = threadIdx.x; i < s.n_in * s.count; i += blockDim.x) {
-        const int from = i / s.count * s.stride + i % s.count;
-        if (s.exact)
-          reinterpret_cast<float*>(room)[i] = static_cast<const float*>(s.weights)[from];
-        else
-          reinterpret_cast<W*>(room)[i] = static_cast<const W*>(s.weights)[from];
-      }
+      const Slice s = slices()[id];
+      float4* const room = at<float4>(DECODE_RESIDENT) + place / sizeof(float4);
+      for (int i = threadIdx.x; i < s.count * s.tile_bytes / int(sizeof(float4)); i += blockDim.x)
+        room[i] = reinterpret_cast<const float4*>(s.weights)[i];
     }
     __syncthreads();  // the shares were read, and publishes the copies
-    for (int id = threadIdx.x; id < m.n_linears; id += blockDim.x)
-      if (const int place = a.linears[id].resident; place >= 0) {
-        slices[id].weights = at<char>(a, DECODE_RESIDENT) + place;
-        slices[id].stride = slices[id].count;
-      }
+    for (int id = threadIdx.x; id < m().n_linears; id += blockDim.x)
+      if (const int place = a().linears[id].resident; place >= 0)
+        slices()[id].weights = at<char>(DECODE_RESIDENT) + place;
   }
 
-  /// y = x W + b, where x [n_in][ROWS] is divided by its root mean square first if it is to be normalised. `done(j, r, y_j, y_j+1)`
-  /// gets the outputs in pairs. A barrier before the next map is the caller's.
-  template <class Done>
-  __device__ void linear(int id, const float* in, bool normalize, Done done) {
-    const Slice s = slices[id];
-    if (normalize) measure<ROWS>(in, s.n_in, rows, n_rows);
-    const int threads = blockDim.x, pairs = s.count / 2;
-    const int length = max(CHUNK, (s.n_in + threads - 1) / threads), chunks = (s.n_in + length - 1) / length;
-    const int tile = max(1, min(threads / chunks, pairs));
-    for (int first = 0; first < pairs; first += tile) {
-      const int chunk = threadIdx.x / tile, pair = first + threadIdx.x % tile;
-      if (chunk < chunks && pair < pairs) {
-        const int begin = chunk * length, n = min(length, s.n_in - begin);
-        if (s.exact)
-          sum_chunk<float, ROWS>(s, 2 * pair, in, begin, n, scratch);
-        else
-          sum_chunk<W, ROWS>(s, 2 * pair, in, begin, n, scratch);
+  /// A tile of this block's share of a map.
+  __device__ Products products(const Slice& s, int tile, const Pair* in) const {
+    const char* const weights = s.weights + tile * s.tile_bytes;
+    constexpr int N = PIECES<W>;
+    if constexpr (N == 2)
+      if (s.pieces == 1) return multiply<1, N, ROWS>(weights, s.n_in, in);
+    return multiply<N, N, ROWS>(weights, s.n_in, in);
+  }
+
+  /// y = x W + b + start, where x [n_in][ROWS] is divided by its root mean square first if it is to be normalised (then it is the
+  /// residual stream), plus another such map of the same outputs unless `other` is negative. `start(j, r)` gives what outputs j and
+  /// j + 1 begin with, `done(tile, j, y)` gets both of rows `row()` and the next. The first `busy` warps come last. Barriers before and
+  /// after are the caller's.
+  template <class Start, class Done>
+  __device__ void linear_from(int id, const Pair* in, bool normalize, int other, const Pair* other_in, int busy, Start start,
+                              Done done) const {
+    const Slice& s = slices()[id];
+    for (int tile = (warp() + n_warps() - busy % n_warps()) % n_warps(); tile < s.count; tile += n_warps()) {
+      const int j = (s.first + tile) * TILE + 2 * (lane() / 4);
+      float begun[2][2] = {};
+      for (int i = 0; i < 2; ++i) {
+        if (row() + i >= n_rows || j >= s.n_out) continue;
+        const float2 first = start(j, row() + i);
+        begun[0][i] = first.x, begun[1][i] = first.y;
+        if (s.bias) begun[0][i] += s.bias[j], begun[1][i] += s.bias[j + 1];
+        if (other < 0 || !slices()[other].bias) continue;
+        begun[0][i] += slices()[other].bias[j], begun[1][i] += slices()[other].bias[j + 1];
       }
-      __syncthreads();  // publishes the chunks' sums
-      const int n = min(tile, pairs - first);
-      for (int i = threadIdx.x; i < n * n_rows; i += threads) {
-        const int r = i / n, pair = i % n;
-        float low = 0.f, high = 0.f;
-#pragma unroll 4
-        for (int c = 0; c < chunks; ++c) {
-          low += scratch[r * threads + c * tile + pair];
-          high += scratch[(ROWS + r) * threads + c * tile + pair];
-        }
-        if (normalize) {
-          low *= rows[r].scale;
-          high *= rows[r].scale;
-        }
-        const int j = 2 * (first + pair);
-        if (s.bias) {
-          low += s.bias[j];
-          high += s.bias[j + 1];
-        }
-        done(s.first + j, r, low, high);
+      float scale[2] = {1.f, 1.f};
+      if (normalize) {
+        float sum[2] = {};
+        for (int of = 0; of < (s.n_in + TILE - 1) / TILE; ++of)
+          for (int i = 0; i < 2; ++i)
+            if (row() + i < ROWS) sum[i] += power()[of * ROWS + row() + i];
+        for (int i = 0; i < 2; ++i) scale[i] = rsqrtf(sum[i] / s.n_in + NORM_EPS);
       }
-      if (first + tile < pairs) __syncthreads();  // the chunks' sums were read
+      Products y = products(s, tile, in);
+      for (int i = 0; i < 4; ++i) y.of[i / 2][i % 2] = y.of[i / 2][i % 2] * scale[i % 2] + begun[i / 2][i % 2];
+      if (other >= 0) {
+        const Products more = products(slices()[other], tile, other_in);
+        for (int i = 0; i < 4; ++i) y.of[i / 2][i % 2] += more.of[i / 2][i % 2];
+      }
+      done(s.first + tile, j, y);
     }
   }
+  __device__ static int row() { return 2 * (lane() % 4); }
 
-  /// A map whose outputs become activations `to`.
-  __device__ void linear_to(float* to, int id, const float* in, bool normalize) {
-    linear(id, in, normalize, [&](int j, int r, float low, float high) {
-      spread(&to[j * ROWS + r], low);
-      spread(&to[(j + 1) * ROWS + r], high);
-    });
+  /// The same, whose `done(j, r, y_j, y_j+1)` gets a row at a time.
+  template <class Done>
+  __device__ void linear(int id, const Pair* in, bool normalize, Done done, int busy = 0) const {
+    linear_from(
+        id, in, normalize, -1, nullptr, busy, [](int, int) { return float2{0.f, 0.f}; },
+        [&](int, int j, const Products& y) {
+          for (int i = 0; i < 2; ++i)
+            if (row() + i < n_rows && j < slices()[id].n_out) done(j, row() + i, y.of[0][i], y.of[1][i]);
+        });
   }
 
-  /// silu(x W + b), computed whole by every block.
-  __device__ void linear_silu(float* to, int id, const float* in) {
-    linear(id, in, false, [&](int j, int r, float low, float high) {
-      to[j * ROWS + r] = silu(low);
-      to[(j + 1) * ROWS + r] = silu(high);
+  /// silu(x W + b) for maps to read, computed whole by every block.
+  __device__ void linear_silu(Pair* to, int id, const Pair* in, int busy = 0) const {
+    linear(id, in, false, [&](int j, int r, float low, float high) { put(to, j, r, silu(low), silu(high)); }, busy);
+  }
+
+  /// A map, and another one unless it is negative, whose outputs are the new residual stream.
+  template <class Start>
+  __device__ void linear_stream(int id, const Pair* in, int other, const Pair* other_in, Start start) const {
+    const int n_out = slices()[id].n_out;
+    linear_from(id, in, false, other, other_in, 0, start, [&](int tile, int j, const Products& y) {
+      for (int i = 0; i < 2; ++i) {
+        const int r = row() + i;
+        const bool there = r < n_rows && j < n_out;
+        const float low = y.of[0][i], high = y.of[1][i];
+        if (there) {
+          x()[j * ROWS + r] = low;
+          x()[(j + 1) * ROWS + r] = high;
+          spread(&stream()[j / 2 * ROWS + r], split<PIECES<W>>(low, high));
+        }
+        float sum = there ? low * low + high * high : 0.f;
+        for (int distance = 4; distance < WARP; distance *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, distance);
+        if (there && lane() < 4) spread(&power()[tile * ROWS + r], sum);
+      }
     });
   }
 
   /// A map whose outputs are added to the residual stream.
-  __device__ void linear_add(int id, const float* in) {
-    linear(id, in, false, [&](int j, int r, float low, float high) {
-      spread(&x[j * ROWS + r], x[j * ROWS + r] + low);
-      spread(&x[(j + 1) * ROWS + r], x[(j + 1) * ROWS + r] + high);
-    });
+  __device__ void linear_add(int id, const Pair* in) const {
+    linear_stream(id, in, -1, nullptr, [&](int j, int r) { return float2{x()[j * ROWS + r], x()[(j + 1) * ROWS + r]}; });
   }
 
   /// Cosines and sines at the rows' positions: those of the multiple of ANGLES below, reduced in f64, turned on by the rest.
-  __device__ void turn(const DecodeStack& stack, int which) {
+  __device__ void turn(const DecodeStack& stack, int which) const {
     const int head_dim = stack.dim / stack.n_heads, half = head_dim / 2;
-    const float* const low = a.exact + stack.angles;
+    const float* const low = a().exact + stack.angles;
     for (int i = threadIdx.x; i < n_rows * half; i += blockDim.x) {
       const int r = i / half, f = i % half;
-      const int64_t pos = rows[r].pos;
+      const int64_t pos = rows()[r].pos;
       const int rest = int(pos & (ANGLES - 1));
-      float* const base = high + (which * ROWS + r) * m.angle_width + f;
+      float* const base = bases() + (which * ROWS + r) * m().angle_width + f;
       // Each thread keeps its own.
       if (fresh || rest == 0) {
-        const double angle = double(pos - rest) * a.doubles[stack.frequencies + f];
+        const double angle = double(pos - rest) * a().doubles[stack.frequencies + f];
         base[0] = float(cos(angle));
         base[half] = float(sin(angle));
       }
       const float cos_a = base[0], sin_a = base[half];
       const float cos_b = low[rest * head_dim + f], sin_b = low[rest * head_dim + half + f];
-      float* const out = angles + r * m.angle_width + f;
+      float* const out = angles() + r * m().angle_width + f;
       out[0] = cos_a * cos_b - sin_a * sin_b;
       out[half] = sin_a * cos_b + cos_a * sin_b;
     }
@@ -330,139 +404,177 @@ struct Room {
 
   /// A row's cache of the block of a stack whose caches begin at `cache`: those of all streams lie together, so that a fine tier's
   /// are few pages.
-  __device__ float* cached(const DecodeStack& stack, int64_t cache, int r) const {
-    return a.caches + cache * a.streams + int64_t(rows[r].stream) * (2 * stack.dim * stack.window);
+  __device__ W* cached(const DecodeStack& stack, int64_t cache, int r) const {
+    return static_cast<W*>(a().caches) + cache * a().streams + int64_t(rows()[r].stream) * stack.block_cache;
   }
 
-  /// Queries and keys of this block's heads normalised and rotated, keys and values into the caches.
-  __device__ void place(const DecodeStack& stack, int64_t cache) {
-    const int head_dim = stack.dim / stack.n_heads, half = head_dim / 2;
+  /// Attention of this block's heads, a warp for a head of a row: queries and keys of `wide` normalised and rotated, keys and values
+  /// into the caches, softmax over what is there; `attended` in all copies. Heads of as many vectors as presets have know it when they
+  /// are compiled.
+  __device__ void attend(const DecodeStack& stack, int64_t cache) const {
+    const int head_dim = stack.dim / stack.n_heads;
+    switch (head_dim) {
+      case 32: return attend_over<32 / VEC<W>>(stack, head_dim, cache);
+      case 48: return attend_over<48 / VEC<W>>(stack, head_dim, cache);
+      case 64: return attend_over<64 / VEC<W>>(stack, head_dim, cache);
+      default: return attend_over<0>(stack, head_dim, cache);
+    }
+  }
+
+  /// Lanes that share the positions, when each has one of so many vectors of the values; a power of two.
+  __device__ static constexpr int sharing(int vectors) {
+    int sharers = 1;
+    while (2 * sharers * vectors <= WARP) sharers *= 2;
+    return sharers;
+  }
+
+  template <int VECTORS>
+  __device__ __forceinline__ void attend_over(const DecodeStack& stack, int head_dim, int64_t cache) const {
+    constexpr int V = VEC<W>, LOADS = 8;
+    const int half = head_dim / 2, window = stack.window;
+    const int vectors = VECTORS > 0 ? VECTORS : (head_dim + V - 1) / V, padded = vectors * V;
+    const int sharers = VECTORS > 0 ? sharing(VECTORS) : sharing(vectors), shared_by = WARP / sharers;
+    const int sharer = lane() / vectors, mine = lane() % vectors;
     const int heads = (stack.n_heads - rank + size - 1) / size;
-    for (int task = warp(); task < n_rows * heads * 2; task += n_warps()) {
-      const bool is_key = task % 2;
-      const int h = rank + task / 2 % heads * size, r = task / 2 / heads;
-      float* const part = wide + (is_key ? stack.dim + h * head_dim : h * head_dim) * ROWS + r;
-      const float* const turned = angles + r * m.angle_width;
-      float power = 0.f;
-      for (int i = lane(); i < head_dim; i += WARP) power += part[i * ROWS] * part[i * ROWS];
-      power = lanes_sum<WARP>(power);
-      const float scale = (is_key ? 1.f : 1.f / sqrtf(float(head_dim))) / sqrtf(power / head_dim + NORM_EPS);
-      float* const mine = cached(stack, cache, r);
-      const int slot = rows[r].slot;
-      float* const key = mine + h * head_dim * stack.window + slot;
-      float* const values = mine + int64_t(stack.dim) * stack.window + (h * stack.window + slot) * head_dim;
+    float* const query = scratch() + warp() * ((m().angle_width + VEC<bf16> - 1) / VEC<bf16> * VEC<bf16>);
+    for (int task = warp(); task < n_rows * heads; task += n_warps()) {
+      const int r = ROWS == 1 ? 0 : task % n_rows, h = rank + (ROWS == 1 ? task : task / n_rows) * size;
+      const int slot = rows()[r].slot, filled = rows()[r].filled;
+      W* const keys = cached(stack, cache, r) + h * window * padded;                      // [vectors][window][V]
+      W* const values = cached(stack, cache, r) + (stack.n_heads + h) * window * padded;  // [window][padded]
+      const float *const q = wide() + h * head_dim * ROWS + r, *const k = q + stack.dim * ROWS, *const v = k + stack.dim * ROWS;
+      const float* const turned = angles() + r * m().angle_width;
+      float power_q = 0.f, power_k = 0.f;
+      for (int i = lane(); i < head_dim; i += WARP) {
+        power_q += q[i * ROWS] * q[i * ROWS];
+        power_k += k[i * ROWS] * k[i * ROWS];
+        values[slot * padded + i] = from_float<W>(v[i * ROWS]);
+      }
+      const float scale_q = rsqrtf((lanes_sum<WARP>(power_q) / head_dim + NORM_EPS) * head_dim);
+      const float scale_k = rsqrtf(lanes_sum<WARP>(power_k) / head_dim + NORM_EPS);
+      const auto place_key = [&](int i, float x) { keys[(i / V * window + slot) * V + i % V] = from_float<W>(x); };
       for (int i = lane(); i < half; i += WARP) {
         const float cosine = turned[i], sine = turned[half + i];
-        const float low = part[i * ROWS] * scale, high = part[(half + i) * ROWS] * scale;
-        const float new_low = low * cosine - high * sine, new_high = low * sine + high * cosine;
-        if (is_key) {
-          key[i * stack.window] = new_low;
-          key[(half + i) * stack.window] = new_high;
-        } else {
-          part[i * ROWS] = new_low;
-          part[(half + i) * ROWS] = new_high;
-        }
+        const float low_q = q[i * ROWS] * scale_q, high_q = q[(half + i) * ROWS] * scale_q;
+        const float low_k = k[i * ROWS] * scale_k, high_k = k[(half + i) * ROWS] * scale_k;
+        query[i] = low_q * cosine - high_q * sine;
+        query[half + i] = low_q * sine + high_q * cosine;
+        place_key(i, low_k * cosine - high_k * sine);
+        place_key(half + i, low_k * sine + high_k * cosine);
       }
-      if (is_key)
-        for (int i = lane(); i < head_dim; i += WARP) values[i] = wide[(2 * stack.dim + h * head_dim + i) * ROWS + r];
-    }
-  }
-
-  /// Softmax attention of this block's heads over the caches, a warp per PART positions; `attended` in all copies.
-  __device__ void attend(const DecodeStack& stack, int64_t cache) {
-    const int head_dim = stack.dim / stack.n_heads, window = stack.window;
-    const int heads = (stack.n_heads - rank + size - 1) / size, parts = (window + PART - 1) / PART;
-    // Of each part: greatest score, sum of exponentials, sum of values.
-    const int width = head_dim + 2;
-    const int at_once = heads == 0 ? n_rows : min(n_rows, scratch_floats / (heads * parts * width));
-    for (int first = 0; first < n_rows; first += at_once) {
-      const int n = min(at_once, n_rows - first);
-      for (int task = warp(); task < n * heads * parts; task += n_warps()) {
-        const int part = task % parts, head = task / parts % heads, r = first + task / parts / heads;
-        const int h = rank + head * size, slot = part * PART + lane();
-        const int filled = rows[r].filled;
-        if (part * PART >= filled) continue;  // the whole warp
-        const float* const mine = cached(stack, cache, r);
-        const float* const keys = mine + h * head_dim * window + min(slot, window - 1);
-        const float* const values = mine + int64_t(stack.dim) * window + (h * window + part * PART) * head_dim;
-        const float* const q = wide + h * head_dim * ROWS + r;
+      if (VECTORS == 0 && head_dim + lane() < padded) query[head_dim + lane()] = 0.f;
+      __syncwarp();  // publishes query, key and value
+      float most = -INFINITY, total = 0.f, sum[V] = {};
+      for (int first = 0; first < filled; first += WARP) {
+        // Everything is on its way before anything is waited for.
+        float4 value[LOADS];
+        const auto load_values = [&](int begin) {
+#pragma unroll
+          for (int i = 0; i < LOADS; ++i) {
+            if (begin + i >= shared_by) continue;
+            const int at = first + sharer + (begin + i) * sharers;
+            value[i] = sharer < sharers && at < filled ? *reinterpret_cast<const float4*>(values + at * padded + mine * V)
+                                                       : float4{0.f, 0.f, 0.f, 0.f};
+          }
+        };
+        const int at = min(first + lane(), filled - 1);
         float score = 0.f;
-#pragma unroll 16
-        for (int i = 0; i < head_dim; ++i) score += q[i * ROWS] * keys[i * window];
-        if (slot >= filled) score = -INFINITY;
-        const float most = lanes_max<WARP>(score), weight = expf(score - most), sum = lanes_sum<WARP>(weight);
-        float* const out = scratch + task * width;
-        const int in_part = min(PART, filled - part * PART);
-        // Two features a lane; lanes left over share the positions. Many loads are on their way at once.
-        for (int begin = 0; begin < head_dim; begin += 2 * WARP) {
-          const int pairs = min(WARP, (head_dim - begin) / 2), sharers = WARP / pairs, sharer = lane() / pairs;
-          const int f = begin + 2 * (lane() % pairs);
-          float low = 0.f, high = 0.f;
-#pragma unroll 16
-          for (int k = sharer; k - sharer < in_part; k += sharers) {
-            const float of = __shfl_sync(ALL_LANES, weight, k % WARP);
-            float2 pair = {0.f, 0.f};
-            if (sharer < sharers && k < in_part) pair = load_pair(values + k * head_dim + f);
-            low += of * pair.x;
-            high += of * pair.y;
-          }
-          const float first_low = low, first_high = high;
-          for (int other = 1; other < sharers; ++other) {
-            low += __shfl_sync(ALL_LANES, first_low, (lane() + other * pairs) % WARP);
-            high += __shfl_sync(ALL_LANES, first_high, (lane() + other * pairs) % WARP);
-          }
-          if (sharer == 0) {
-            out[2 + f] = low;
-            out[3 + f] = high;
+#pragma unroll
+        for (int begin = 0; begin < vectors; begin += LOADS) {
+          float4 key[LOADS];
+#pragma unroll
+          for (int i = 0; i < LOADS; ++i)
+            if (begin + i < vectors) key[i] = *reinterpret_cast<const float4*>(keys + ((begin + i) * window + at) * V);
+          if (begin == 0) load_values(0);
+#pragma unroll
+          for (int i = 0; i < LOADS; ++i) {
+            if (begin + i >= vectors) continue;
+#pragma unroll
+            for (int e = 0; e < V; ++e) score += query[(begin + i) * V + e] * value_of<W>(key[i], e);
           }
         }
-        if (lane() == 0) {
-          out[0] = most;
-          out[1] = sum;
+        if (first + lane() >= filled) score = -INFINITY;
+        const float before = most;
+        most = fmaxf(most, lanes_max<WARP>(score));
+        const float factor = __expf(before - most), weight = __expf(score - most);
+        total = total * factor + weight;
+#pragma unroll
+        for (int e = 0; e < V; ++e) sum[e] *= factor;
+#pragma unroll
+        for (int begin = 0; begin < shared_by; begin += LOADS) {
+          if (begin > 0) load_values(begin);
+#pragma unroll
+          for (int i = 0; i < LOADS; ++i) {
+            if (begin + i >= shared_by) continue;
+            const float of = __shfl_sync(ALL_LANES, weight, (sharer + (begin + i) * sharers) % WARP);
+#pragma unroll
+            for (int e = 0; e < V; ++e) sum[e] += of * value_of<W>(value[i], e);
+          }
         }
       }
-      __syncthreads();  // publishes the parts
-      for (int i = threadIdx.x; i < n * heads * head_dim; i += blockDim.x) {
-        const int f = i % head_dim, head = i / head_dim % heads, r = first + i / head_dim / heads;
-        const int used = (rows[r].filled + PART - 1) / PART;
-        const float* const of = scratch + (i / head_dim) * parts * width;
-        float most = of[0];
-        for (int part = 1; part < used; ++part) most = fmaxf(most, of[part * width]);
-        float total = 0.f, value = 0.f;
-        for (int part = 0; part < used; ++part) {
-          const float factor = expf(of[part * width] - most);
-          total += factor * of[part * width + 1];
-          value += factor * of[part * width + 2 + f];
-        }
-        spread(&attended[((rank + head * size) * head_dim + f) * ROWS + r], value / total);
-      }
-      if (first + at_once < n_rows) __syncthreads();  // the parts were read
+      total = lanes_sum<WARP>(total);
+#pragma unroll
+      for (int other = sharers / 2; other > 0; other /= 2)
+#pragma unroll
+        for (int e = 0; e < V; ++e) sum[e] += __shfl_sync(ALL_LANES, sum[e], ((sharer ^ other) * vectors + mine) % WARP);
+#pragma unroll
+      for (int e = 0; e < V; e += 2)
+        if (const int f = mine * V + e; sharer < sharers && e / 2 % sharers == sharer && f < head_dim)
+          spread(&attended()[(h * head_dim + f) / 2 * ROWS + r], split<PIECES<W>>(sum[e] / total, sum[e + 1] / total));
+      __syncwarp();  // the query was read
     }
   }
 
-  /// The residual stream x through all blocks of a stack at the rows' positions; `which` counts the stacks.
-  __device__ void forward(const DecodeStack& stack, int which) {
-    turn(stack, which);
-    const int64_t block_cache = 2 * int64_t(stack.dim) * stack.window;
-    for (int block = 0; block < stack.n_layers; ++block) {
-      const int maps = stack.linears + 4 * block;
-      const int64_t cache = stack.cache + block * block_cache;
-      linear_to(wide, maps, x, true);
-      GROUP_BARRIER(size);  // publishes queries, keys, values (and, in its block, the angles)
-      place(stack, cache);
-      __syncthreads();  // publishes rotated queries and the caches
-      attend(stack, cache);
-      GROUP_BARRIER(size);  // publishes what was attended to
-      linear_add(maps + 1, attended);
-      GROUP_BARRIER(size);  // publishes the residual stream
-      linear(maps + 2, x, true, [&](int j, int r, float gate, float value) {
-        spread(&wide[j / 2 * ROWS + r], silu(gate) * value);
-      });
-      GROUP_BARRIER(size);  // publishes the gated values
-      linear_add(maps + 3, wide);
-      GROUP_BARRIER(size);  // publishes the residual stream
-    }
+  /// Queries, keys and values into `wide`.
+  __device__ void project(const DecodeStack& stack, int id) const {
+    const int head_dim = stack.dim / stack.n_heads;
+    linear(id, stream(), true, [&](int j, int r, float low, float high) {
+      // To the block that has the head.
+      float* const to = &wide()[j * ROWS + r];
+      float* const there = size == 1 ? to : peer(to, j % stack.dim / head_dim % size);
+      there[0] = low;
+      there[ROWS] = high;
+    });
+  }
+
+  /// silu(gate) * value of the two halves of a map of the residual stream, into `inputs`. Outputs j and j + 1 are gate and value of unit
+  /// j / 2; four lanes on are the next unit's.
+  __device__ void gate(int id) const {
+    const int n_out = slices()[id].n_out;
+    linear_from(
+        id, stream(), true, -1, nullptr, 0, [](int, int) { return float2{0.f, 0.f}; },
+        [&](int, int j, const Products& y) {
+          for (int i = 0; i < 2; ++i) {
+            const float unit = silu(y.of[0][i]) * y.of[1][i], next = __shfl_sync(ALL_LANES, unit, (lane() + 4) % WARP);
+            if (row() + i < n_rows && j < n_out && lane() / 4 % 2 == 0)
+              spread(&inputs()[j / 4 * ROWS + row() + i], split<PIECES<W>>(unit, next));
+          }
+        });
   }
 };
+
+/// The residual stream through all blocks of a stack at the rows' positions; `which` counts the stacks. `beside(i)` is done beside the
+/// i-th map of the first block.
+template <class W, int ROWS, class Beside>
+__device__ __forceinline__ void forward(const Room<W, ROWS>& room, const DecodeStack& stack, int which, Beside beside) {
+  for (int block = 0; block < stack.n_layers; ++block) {
+    const int maps = stack.linears + 4 * block;
+    room.project(stack, maps);
+    if (block == 0) {
+      room.turn(stack, which);
+      beside(0);
+    }
+    GROUP_BARRIER(room.size);  // publishes queries, keys, values (and, in its block, the angles)
+    room.attend(stack, stack.cache + int64_t(block) * stack.block_cache);
+    GROUP_BARRIER(room.size);  // publishes what was attended to
+    room.linear_add(maps + 1, room.attended());
+    if (block == 0) beside(1);
+    GROUP_BARRIER(room.size);  // publishes the residual stream
+    room.gate(maps + 2);
+    GROUP_BARRIER(room.size);  // publishes the gated values
+    room.linear_add(maps + 3, room.inputs());
+    GROUP_BARRIER(room.size);  // publishes the residual stream
+  }
+}
 
 }  // namespace decode

@@ -71,137 +71,117 @@ __device__ __forceinline__ double log_sigmoid(double x) {
   return x >= 0.0 ? -log1p(exp(-x)) : x - log1p(exp(x));
 }
 
-/// Both forecasts of every row's sample in_frame of a frame, a warp each.
+/// Both forecasts of every row's sample, the `since`th since there are coefficients, and their features (src/model/features.rs), a
+/// warp per row.
 template <class W, int ROWS>
-__device__ void predict(Room<W, ROWS>& room, int in_frame) {
-  const DecodeModel& m = room.m;
-  for (int task = warp(); task < 2 * room.n_rows; task += n_warps()) {
-    const int r = task / 2, which = task % 2;
-    const int order = which ? m.planned_order : m.order, mask = (which ? m.n_left : m.n_recent) - 1;
-    const float* const c = which ? room.planned + r * m.planned_order : room.past + r * m.order;
-    const float* const ring = which ? room.left + r * m.n_left : room.samples + r * m.n_recent;
-    const float tone = which && m.n_heard > 0 ? room.memory(r)[m.tones + in_frame] : 0.f;
-    const int latest = int((room.rows[r].n - 1) & mask);
-    float sum = 0.f;
-    for (int i = lane(); i < order; i += WARP) sum += c[i] * ring[(latest - i) & mask];
-    sum = lanes_sum<WARP>(sum);
-    if (lane() != 0) continue;
-    room.rows[r].forecasts[which] = prediction::held(tone + (sum == sum ? prediction::held(sum) : 0.f));
-    if (which) room.rows[r].tone = tone;
-  }
-}
-
-/// Features of the forecasts (src/model/features.rs) of every row, a thread per forecast.
-template <class W, int ROWS>
-__device__ void describe(Room<W, ROWS>& room) {
-  for (int i = threadIdx.x; i < 2 * room.n_rows; i += blockDim.x) {
-    const int r = i / 2, which = i % 2;
-    Row& row = room.rows[r];
-    const float forecast = row.forecasts[which], companded = compand(forecast), half = N_CODES / 2;
+__device__ __forceinline__ void predict(const Room<W, ROWS>& room, int since) {
+  const DecodeModel& m = room.m();
+  for (int r = warp(); r < room.n_rows; r += n_warps()) {
+    Row& row = room.rows()[r];
+    float sums[2] = {};
+    const auto add = [&](int which, const float* c, int order, const float* ring, int places) {
+      const int latest = int((row.n - 1) & (places - 1));
+#pragma unroll 8
+      for (int i = lane(); i < order; i += WARP) sums[which] += c[i] * ring[(latest - i) & (places - 1)];
+    };
+    add(0, room.past() + r * m.order, m.order, room.samples() + r * m.n_recent, m.n_recent);
+    add(1, room.planned() + r * m.planned_order, m.planned_order, room.left() + r * m.n_left, m.n_left);
+    for (float& sum : sums) sum = lanes_sum<WARP>(sum);
+    const float tone = m.n_heard > 0 ? room.tones()[r * m.past_hop + since] : 0.f;
+    const auto of = [&](float sum, float base) { return prediction::held(base + (sum == sum ? prediction::held(sum) : 0.f)); };
+    const float past = of(sums[0], 0.f), planned = of(sums[1], tone);
+    const int which = lane() % 2;
+    const float forecast = which ? planned : past, companded = compand(forecast), half = N_CODES / 2;
     const float place = fminf(fmaxf((companded + 1.f) * half, 0.f), N_CODES - 0.001f), code = floorf(place);
     const float fraction = place - code;
     const float values[5] = {fraction, sinf(2.f * PI * fraction), companded, 4.f * forecast,
                              logf(fabsf(forecast) + 1e-4f) / 4.f};
-    for (int kind = 0; kind < 5; ++kind) room.features[(2 * kind + which) * ROWS + r] = values[kind];
-    if (which == 0) {
-      row.past_code = int(code);
-      room.features[10 * ROWS + r] = row.log_scale / 4.f + 1.f;
-      room.features[11 * ROWS + r] = (companded - compand(row.forecasts[1])) * 32.f;
-    }
+    float others[5];
+    for (int kind = 0; kind < 5; ++kind) others[kind] = __shfl_xor_sync(ALL_LANES, values[kind], 1);
+    if (lane() > 0) continue;
+    for (int kind = 0; kind < 5; ++kind) room.put(room.features(), 2 * kind, r, values[kind], others[kind]);
+    room.put(room.features(), 10, r, row.log_scale / 4.f + 1.f, (companded - others[2]) * 32.f);
+    row.forecasts[0] = past;
+    row.forecasts[1] = planned;
+    row.tone = tone;
+    row.past_code = int(code);
   }
 }
 
-/// One step of a tier, at sample in_frame of the frame in `slot`; its caches, and what it hands down, are left behind.
+/// What a tier's step reads: the features of the last tokens, and where the rows stand. `busy` warps have other work.
 template <class W, int ROWS>
-__device__ void step_tier(Room<W, ROWS>& room, int which, int in_frame, int slot) {
-  const DecodeArgs& a = room.a;
-  const DecodeModel& m = room.m;
-  const DecodeTier& tier = m.tiers[which];
-  const int width = m.token_width, dim = tier.stack.dim;
-  const bool last = which == m.n_tiers - 1;
+__device__ __forceinline__ void gather(const Room<W, ROWS>& room, const DecodeTier& tier, int busy) {
+  const DecodeArgs& a = room.a();
+  const DecodeModel& m = room.m();
+  const int width = m.token_width;
   const Codec codec(m, a.exact);
-  for (int i = threadIdx.x; i < room.n_rows * tier.seen * width; i += blockDim.x) {
-    const int r = i % room.n_rows, j = i / room.n_rows;
-    const int64_t at = room.rows[r].n - tier.seen + j / width;
-    const int coded = room.tokens[r * m.n_tokens + int(at & (m.n_tokens - 1))];
+  const int thread = (threadIdx.x + blockDim.x - busy % n_warps() * WARP) % blockDim.x;
+  const int n_in = tier.seen * width;
+  const auto feature = [&](int r, int j) {
+    if (j >= n_in) return 0.f;
+    const int at = int(room.rows()[r].n) - tier.seen + j / width;
+    const int coded = room.tokens()[r * m.n_tokens + (at & (m.n_tokens - 1))];
     const int token = coded & ((1 << TOKEN_BITS) - 1), code = coded >> TOKEN_BITS, of = j % width - (width - 2);
-    room.wide[j * ROWS + r] = of < 0    ? a.exact[m.code_vectors + code * (width - 2) + j % width]
-                              : of == 0 ? codec.companded(token)
-                                        : 2.f * codec.decode(token);
+    return of < 0    ? a.exact[m.code_vectors + code * (width - 2) + j % width]
+           : of == 0 ? codec.companded(token)
+                     : 2.f * codec.decode(token);
+  };
+  for (int i = thread; i < room.n_rows * ((n_in + 1) / 2); i += blockDim.x) {
+    const int r = ROWS == 1 ? 0 : i % room.n_rows, j = 2 * (ROWS == 1 ? i : i / room.n_rows);
+    room.put(room.inputs(), j, r, feature(r, j), feature(r, j + 1));
   }
-  for (int r = threadIdx.x; r < room.n_rows; r += blockDim.x)
-    stand(room.rows[r], room.rows[r].n / tier.hop, tier.stack.window);
+  if (const int r = int(blockDim.x) - 1 - int(threadIdx.x); r < room.n_rows)
+    stand(room.rows()[r], room.rows()[r].n / tier.hop, tier.stack.window);
+}
+
+/// One step of a tier, at sample in_frame of the frame in `slot`, after `gather` and a barrier; its caches, and what it hands down,
+/// or the head's outputs, are left behind, for a barrier to publish.
+template <class W, int ROWS>
+__device__ __forceinline__ void step_tier(const Room<W, ROWS>& room, int which, int in_frame, int slot) {
+  const DecodeArgs& a = room.a();
+  const DecodeModel& m = room.m();
+  const DecodeTier& tier = m.tiers[which];
+  const int dim = tier.stack.dim;
+  const bool last = which == m.n_tiers - 1;
   // Of the step that the tier above has handed down.
   const int sub_step = which > 0 ? in_frame % m.tiers[which - 1].hop / tier.hop : 0;
-  __syncthreads();  // publishes the tokens' features and the positions
-  room.linear(tier.input, room.wide, false, [&](int j, int r, float low, float high) {
-    const Row& row = room.rows[r];
-    if (last) {
-      const Slice& s = room.slices[m.feature_in];
-      const float* w = static_cast<const float*>(s.weights) + j;
-      float of_low = 0.f, of_high = 0.f;
-      for (int k = 0; k < N_FEATURES; ++k, w += s.stride) {
-        of_low += room.features[k * ROWS + r] * w[0];
-        of_high += room.features[k * ROWS + r] * w[1];
-      }
-      if (s.bias) {
-        of_low += s.bias[j];
-        of_high += s.bias[j + 1];
-      }
-      const float* const past_code = a.exact + m.past_code_in + row.past_code * dim + j;
-      const float* const residual_code = a.exact + m.residual_code_in + row.residual_code * dim + j;
-      low = low + of_low + past_code[0] + residual_code[0];
-      high = high + of_high + past_code[1] + residual_code[1];
-    }
+  const auto from_elsewhere = [&](int j, int r) {
     const float* const planned = room.frame(r, slot) + tier.planned + j;
-    low += planned[0];
-    high += planned[1];
-    if (which > 0) {
-      const DecodeTier& above = m.tiers[which - 1];
-      const float* const handed = room.memory(r) + above.handed + sub_step * dim + j;
-      low += handed[0];
-      high += handed[1];
+    float2 sum = {planned[0], planned[1]};
+    const auto add = [&](const float* more) { sum.x += more[0], sum.y += more[1]; };
+    if (which > 0) add(room.memory(r) + m.tiers[which - 1].handed + sub_step * dim + j);
+    if (last) {
+      add(a.exact + m.past_code_in + room.rows()[r].past_code * dim + j);
+      add(a.exact + m.residual_code_in + room.rows()[r].residual_code * dim + j);
     }
-    room.spread(&room.x[j * ROWS + r], low);
-    room.spread(&room.x[(j + 1) * ROWS + r], high);
-  });
-  GROUP_BARRIER(room.size);  // publishes the residual stream
-  room.forward(tier.stack, which);
-  if (last) return;
-  room.linear(tier.down, room.x, false, [&](int j, int r, float low, float high) {
-    room.memory(r)[tier.handed + j] = low;
-    room.memory(r)[tier.handed + j + 1] = high;
-  });
-  GROUP_BARRIER(room.size);  // publishes what is handed down
-}
-
-/// The head's outputs: the last tier's, what the features say by themselves, and the planned scales.
-template <class W, int ROWS>
-__device__ void finish(Room<W, ROWS>& room, int slot, int slice) {
-  const DecodeModel& m = room.m;
-  float* const first = room.shortcut;
-  float* const second = first + room.slices[m.shortcut].stride * ROWS;
-  room.linear_silu(first, m.shortcut, room.features);
-  __syncthreads();  // publishes the first layer
-  room.linear_silu(second, m.shortcut + 1, first);
-  __syncthreads();  // publishes the second layer
-  const auto whole = [&](int j, int r, float low, float high) {
-    room.head[j * ROWS + r] = low;
-    room.head[(j + 1) * ROWS + r] = high;
+    return sum;
   };
-  room.linear(m.head, room.x, true, whole);
-  __syncthreads();  // publishes the last tier's outputs, and its sums were read
-  room.linear(m.shortcut + 2, second, false, [&](int j, int r, float low, float high) {
-    const float of[2] = {low, high};
-    for (int i = 0; i < 2; ++i) {
-      float& out = room.head[(j + i) * ROWS + r];
-      out += of[i];
-      if (const int scale = j + i - 2 * m.n_components; scale >= 0)
-        out = tanhf(out / m.own_scale) * m.own_scale +
-              room.frame(r, slot)[m.frame_scales + slice * m.n_components + scale];
-    }
+  room.linear_stream(tier.input, room.inputs(), last ? m.feature_in : -1, room.features(), from_elsewhere);
+  // What the features say by themselves runs beside the last tier, in the warps that it leaves idle.
+  auto* const first = room.shortcut();
+  auto* const second = first + (room.slices()[m.shortcut].n_out + 1) / 2 * ROWS;
+  if (last) room.linear_silu(first, m.shortcut, room.features(), room.slices()[tier.input].count);
+  GROUP_BARRIER(room.size);  // publishes the residual stream, and in its block the first layer
+  forward(room, tier.stack, which, [&](int i) {
+    if (!last) return;
+    const int busy = room.slices()[tier.stack.linears + i].count;
+    if (i == 0)
+      room.linear_silu(second, m.shortcut + 1, first, busy);
+    else
+      room.linear(
+          m.shortcut + 2, second, false,
+          [&](int j, int r, float low, float high) {
+            float* const direct = room.head() + 3 * m.n_components * ROWS;
+            direct[j * ROWS + r] = low;
+            direct[(j + 1) * ROWS + r] = high;
+          },
+          busy);
   });
-  __syncthreads();  // publishes the head's outputs
+  room.linear(last ? m.head : tier.down, room.stream(), last, [&](int j, int r, float low, float high) {
+    float* const to = last ? room.head() + j * ROWS + r : room.memory(r) + tier.handed + j;
+    to[0] = low;
+    to[last ? ROWS : 1] = high;
+  });
 }
 
 /// -ln of the mass in a token's bin, of lane k's component; the same in all lanes.
@@ -214,39 +194,40 @@ __device__ __forceinline__ float mixture_nll(float log_weight, float mean, float
   return float(-(top + log(sum)));
 }
 
-/// Draws (or takes) sample t of row r and tells the stream of it; a warp, a component per lane. src/sampler.rs.
+/// Draws (or takes) sample t of row r, in the `slice`th part of its frame, and tells the stream of it; a warp, a component per lane.
+/// src/sampler.rs.
 template <class W, int ROWS>
-__device__ void draw(Room<W, ROWS>& room, int r, int t) {
-  const DecodeArgs& a = room.a;
-  const DecodeModel& m = room.m;
-  Row& row = room.rows[r];
+__device__ __forceinline__ void draw(const Room<W, ROWS>& room, int r, int t, int slice) {
+  const DecodeArgs& a = room.a();
+  const DecodeModel& m = room.m();
+  Row& row = room.rows()[r];
   const Codec codec(m, a.exact);
   const int n = m.n_components, k = min(lane(), n - 1), of = k / (n / 2);
-  const float* const head = room.head + r;
+  const auto head = [&](int i) { return room.head()[i * ROWS + r] + room.head()[(3 * n + i) * ROWS + r]; };
   float top = -INFINITY, total = 0.f;
-  for (int i = 0; i < n; ++i) top = fmaxf(top, head[i * ROWS]);
-  for (int i = 0; i < n; ++i) total += expf(head[i * ROWS] - top);
-  const float log_weight = head[k * ROWS] - (top + logf(total)), forecast = row.forecasts[of];
+  for (int i = 0; i < n; ++i) top = fmaxf(top, head(i));
+  for (int i = 0; i < n; ++i) total += __expf(head(i) - top);
+  const float log_weight = head(k) - (top + logf(total)), forecast = row.forecasts[of];
   const float unit = 0.5f * expf(row.log_scale) + 0.25f * codec.bin_width(forecast);
-  const float mean = forecast + unit * MAX_OFFSET * tanhf(head[(n + k) * ROWS] / MAX_OFFSET);
-  const float scale = unit * expf(MAX_LOG_SCALE * tanhf(head[(2 * n + k) * ROWS] / MAX_LOG_SCALE));
+  const float mean = forecast + unit * MAX_OFFSET * tanhf(head(n + k) / MAX_OFFSET);
+  const float log_scale = tanhf(head(2 * n + k) / m.own_scale) * m.own_scale + room.scales()[(r * m.slices + slice) * n + k];
+  const float scale = unit * expf(MAX_LOG_SCALE * tanhf(log_scale / MAX_LOG_SCALE));
   const int64_t place = (int64_t(row.stream) * a.n_frames) * m.plan_hop + t;
   float sample, mean_square = row.mean_square;
   int token;
   if (a.wave_uniforms) {
-    const double weight = exp(double(log_weight)) * (of == 0 ? double(a.past_weight) : 1.0);
-    double all = 0.0, sum = 0.0;
+    const float weight = expf(log_weight) * (of == 0 ? a.past_weight : 1.f);
+    float all = 0.f, sum = 0.f;
     for (int i = 0; i < n; ++i) all += __shfl_sync(ALL_LANES, weight, i);
     int chosen = n;
     for (int i = 0; i < n; ++i) {
       sum += __shfl_sync(ALL_LANES, weight, i);
-      if (chosen == n && double(row.uniforms[0]) * all < sum) chosen = i;
+      if (chosen == n && row.uniform * all < sum) chosen = i;
     }
     chosen = min(chosen, n - 1);
-    const double centre = row.forecasts[chosen / (n / 2)];
-    const double at = centre + double(a.offset) * (double(__shfl_sync(ALL_LANES, mean, chosen)) - centre);
-    const double u = fmin(fmax(double(row.uniforms[1]), TAIL), 1.0 - TAIL);
-    const float drawn = float(at + double(__shfl_sync(ALL_LANES, scale, chosen)) * log(u / (1.0 - u)));
+    const float centre = row.forecasts[chosen / (n / 2)];
+    const float at = centre + a.offset * (__shfl_sync(ALL_LANES, mean, chosen) - centre);
+    const float drawn = at + __shfl_sync(ALL_LANES, scale, chosen) * row.logit;
     // Drive: holds the power of what is drawn to the plan's.
     const float innovation = drawn - row.forecasts[1], ratio = innovation / row.rms;
     mean_square += (fminf(ratio * ratio, MOST_SQUARE) - mean_square) / DRIVE_SAMPLES;
@@ -267,9 +248,9 @@ __device__ void draw(Room<W, ROWS>& room, int r, int t) {
   __syncwarp();  // unseen
   if (lane() == 0) {
     const int64_t now = row.n;
-    room.samples[r * m.n_recent + int(now & (m.n_recent - 1))] = heard;
-    room.left[r * m.n_left + int(now & (m.n_left - 1))] = sample - row.tone;
-    room.tokens[r * m.n_tokens + int(now & (m.n_tokens - 1))] = coded;
+    room.samples()[r * m.n_recent + int(now & (m.n_recent - 1))] = heard;
+    room.left()[r * m.n_left + int(now & (m.n_left - 1))] = sample - row.tone;
+    room.tokens()[r * m.n_tokens + int(now & (m.n_tokens - 1))] = coded;
     row.mean_square = mean_square;
     row.residual_code = m.fine_residual ? fine_residual_code(heard - row.forecasts[0])
                                         : (code + N_CODES - row.past_code) % N_CODES;
@@ -285,27 +266,35 @@ __device__ void draw(Room<W, ROWS>& room, int r, int t) {
   }
 }
 
-/// Sample t of all rows, where sample t % plan_hop of the frame in `slot`.
+/// Sample t of all rows, the `since`th since there are coefficients, where sample t % plan_hop of the frame in `slot`.
 template <class W, int ROWS>
-__device__ void step(Room<W, ROWS>& room, int t, int slot) {
-  const DecodeModel& m = room.m;
-  const DecodeArgs& a = room.a;
-  room.alternate(t);
-  // Loaded here so that they are there when the draw wants them.
-  if (a.wave_uniforms)
-    for (int i = threadIdx.x; i < 2 * room.n_rows; i += blockDim.x) {
-      Row& row = room.rows[i / 2];
-      row.uniforms[i % 2] = a.wave_uniforms[2 * (int64_t(row.stream) * a.n_frames * m.plan_hop + t) + i % 2];
-    }
+__device__ void step(Room<W, ROWS>& room, int t, int since, int slot) {
+  const DecodeModel& m = room.m();
+  const DecodeArgs& a = room.a();
   const int in_frame = t % m.plan_hop;
-  predict(room, in_frame);
-  __syncthreads();  // publishes the forecasts
-  describe(room);  // published by the first barrier of the tiers, of which the last always runs
-  for (int tier = 0; tier < m.n_tiers; ++tier)
-    if (in_frame % m.tiers[tier].hop == 0) step_tier(room, tier, in_frame, slot);
+  room.place = t % 2;
+  int tier = 0;
+  while (in_frame % m.tiers[tier].hop != 0) ++tier;  // the last one's is 1
+  // Forecasts, tokens, places and uniforms are the work of different warps where there are enough.
+  gather(room, m.tiers[tier], room.n_rows);
+  if (const int i = int(blockDim.x) - 1 - WARP % int(blockDim.x) - int(threadIdx.x); a.wave_uniforms && 0 <= i && i < room.n_rows) {
+    Row& row = room.rows()[i];
+    const float* const uniforms = a.wave_uniforms + 2 * (int64_t(row.stream) * a.n_frames * m.plan_hop + t);
+    const double u = fmin(fmax(double(uniforms[1]), TAIL), 1.0 - TAIL);
+    row.uniform = uniforms[0];
+    row.logit = float(log(u / (1.0 - u)));
+  }
+  predict(room, since);
+  __syncthreads();  // publishes forecasts, tokens' features, positions
+  for (;;) {
+    step_tier(room, tier, in_frame, slot);
+    if (++tier == m.n_tiers) break;
+    gather(room, m.tiers[tier], 0);
+    GROUP_BARRIER(room.size);  // publishes what is handed down, tokens' features, positions
+  }
+  __syncthreads();  // publishes the head's outputs
   room.fresh = false;
-  finish(room, slot, in_frame / (m.plan_hop / m.slices));
-  for (int r = warp(); r < room.n_rows; r += n_warps()) draw(room, r, t);
+  for (int r = warp(); r < room.n_rows; r += n_warps()) draw(room, r, t, in_frame / (m.plan_hop / m.slices));
   __syncthreads();  // publishes the sample
 }
 

@@ -53,16 +53,16 @@ __device__ void planned_autocorrelation(const PlannedAutocorrelationArgs& a) {
 __device__ void find_tones(const TonesArgs& a) {
   SHARED_MEMORY(double, room);
   const prediction::PlanGrid grid(a.n_bands, a.n_bins, a.places, a.numbers);
-  const tones::Past past(room, grid, a.window_len, a.window, a.lobe);
+  const tones::Past past(room, grid, a.hop, a.window_len, a.window, a.lobe);
   const float* const samples = a.samples + size_t(blockIdx.y) * a.len;
   const int first = (a.first_block + int(blockIdx.x)) * a.hop - a.window_len;
   const auto heard = [&](int i) { return first + i >= 0 ? samples[first + i] : 0.f; };
   const size_t block = size_t(blockIdx.y) * a.n_blocks + blockIdx.x;
   const int n_tones = past.find_all(heard, a.lines + block * a.n_bins);
+  past.sing(n_tones);
   for (int t = threadIdx.x; t < a.hop; t += blockDim.x) {
-    const tones::Sound sound = tones::sing(past.tones, n_tones, t, a.hop);
-    a.now[block * a.hop + t] = float(sound.now);
-    a.later[block * a.hop + t] = float(sound.later);
+    a.now[block * a.hop + t] = float(past.sound(t));
+    a.later[block * a.hop + t] = float(past.sound(a.hop + t));
   }
 }
 

@@ -9,34 +9,42 @@ namespace tones {
 constexpr double NEAR = 0.01455, NEAR_BINS = 1.5;
 constexpr double HEARD = 0.063, BEGINS = 3.0;
 constexpr int RISE = 128, STEPS = 32;
+/// Parts that the tones are cut into, and samples that a thread sums one of them for.
+constexpr int PARTS = 4, RUN = 16;
 constexpr double PI = 3.14159265358979323846;
 
 /// A tone: `amplitude cos(pi (turn t + phase))`, t samples after the frame began.
 struct Tone {
   double turn, phase;
+  double twice;  // 2 cos(pi turn)
   float amplitude;
   int32_t rises;  // 1: it begins now
 
   __device__ double at(int t) const {
     const double turns = turn * t + phase;
-    return amplitude * double(cospif(float(turns - 2.0 * rint(0.5 * turns))));
+    return amplitude * cospi(turns - 2.0 * rint(0.5 * turns));
   }
 };
-static_assert(sizeof(Tone) == 24, "Tone differs from src/cuda/launch");
+static_assert(sizeof(Tone) == 32, "Tone differs from src/cuda/launch");
 
 /// From 0 to 1 over n samples as the square of a sine, and 1 from there on.
 __device__ __forceinline__ double quarter_turn(int t, int n) { return t < n ? 0.5 - 0.5 * cospi((t + 0.5) / n) : 1.0; }
 
-/// The past under the plan's window. Room: the transform's block, and a tone for every other bin.
+/// The past under the plan's window. Room: the transform's block, which sums [PARTS][2 * hop] take later, and a tone for every other bin.
 struct Past {
   fourier::Transform transform;
+  double* sums;
   Tone* tones;
+  int hop;
   int window_len;
   const double *window, *lobe;  // as DecodeModel has them
 
-  __device__ Past(double* room, const prediction::PlanGrid& grid, int window_len, const double* window, const double* lobe)
+  __device__ Past(double* room, const prediction::PlanGrid& grid, int hop, int window_len, const double* window,
+                  const double* lobe)
       : transform{2 * (grid.n_bins - 1), reinterpret_cast<const double2*>(grid.turns), reinterpret_cast<double2*>(room)},
-        tones(reinterpret_cast<Tone*>(room + transform.n)),
+        sums(room),
+        tones(reinterpret_cast<Tone*>(room + max(transform.n, PARTS * 2 * hop))),
+        hop(hop),
         window_len(window_len),
         window(window),
         lobe(lobe) {}
@@ -103,27 +111,52 @@ struct Past {
     const double angle = square(turned) > 0.0 ? atan2(turned.y, turned.x) : 0.0;
     const double turn = 2.0 * (bin + offset) / transform.n;
     const bool begins = planned > exp(BEGINS) * 2.0 * square(heard) / square(unit);
-    return {turn, angle / PI + turn * window_len, float(sqrt(2.0 * planned)), begins};
+    return {turn, angle / PI + turn * window_len, 2.0 * cospi(turn), float(sqrt(2.0 * planned)), begins};
+  }
+
+  /// Sums all tones over the frame in which they begin and over the next, where they would go on. Ends in a barrier. No part of its
+  /// callers' code, likewise.
+  __device__ NO_INLINE void sing(int n_tones) const {
+    const int hop = this->hop, runs = (2 * hop + RUN - 1) / RUN;
+    const Tone* const tones = this->tones;
+    for (int task = threadIdx.x; task < PARTS * runs; task += blockDim.x) {
+      const int part = task / runs, begin = task % runs * RUN;
+      double* const out = sums + part * 2 * hop + begin;
+      for (int rising = 0; rising < 2; ++rising) {
+        double sum[RUN] = {};
+        for (int i = n_tones * part / PARTS; i < n_tones * (part + 1) / PARTS; ++i) {
+          if (tones[i].rises != rising) continue;
+          // Chebyshev's recurrence.
+          const double twice = tones[i].twice;
+          double now = tones[i].at(begin), next = tones[i].at(begin + 1);
+#pragma unroll
+          for (int k = 0; k < RUN; ++k) {
+            sum[k] += now;
+            const double after = twice * next - now;
+            now = next;
+            next = after;
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < RUN; ++k) {
+          const int t = begin + k;
+          if (t >= 2 * hop) continue;
+          out[k] = (rising ? out[k] : 0.0) + sum[k] * (t < hop ? quarter_turn(t, rising ? RISE : hop) : 1.0);
+        }
+      }
+    }
+    __syncthreads();  // publishes the sums
+  }
+
+  /// What was summed at a time, of this frame or the next.
+  __device__ double sound(int t) const {
+    double sum = 0.0;
+    for (int part = 0; part < PARTS; ++part) sum += sums[part * 2 * hop + t];
+    return sum;
   }
 };
 
-/// What tones sound like at a time t, and would a frame later.
-struct Sound {
-  double now, later;
-};
-
-/// All tones together at a time of the frame in which they begin. No part of its callers' code, likewise.
-__device__ NO_INLINE Sound sing(const Tone* tones, int n_tones, int t, int hop) {
-  double steady = 0.0, rising = 0.0, later = 0.0;
-  for (int i = 0; i < n_tones; ++i) {
-    const double now = tones[i].at(t);
-    (tones[i].rises ? rising : steady) += now;
-    later += tones[i].at(hop + t);
-  }
-  return {steady * quarter_turn(t, hop) + rising * quarter_turn(t, RISE), later};
-}
-
-/// That, and the tones of the frame before, which would go on as `rest`, fading out.
+/// The tones of a frame, and those of the frame before, which would go on as `rest`, fading out.
 __device__ __forceinline__ float joined(double now, float rest, int t, int hop) {
   return float(now + rest * (1.0 - quarter_turn(t, hop)));
 }

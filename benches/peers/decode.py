@@ -14,7 +14,7 @@ except ImportError as reason:
     sys.exit(f"nothing measured: {reason}")
 
 # hop, dim, layers, heads, window, inputs of the default tiers (src/model/config.rs)
-TIERS = [(64, 256, 4, 4, 128, 64 * 18), (8, 192, 3, 3, 128, 8 * 18), (1, 96, 2, 2, 32, 8 * 18)]
+TIERS = [(64, 256, 4, 4, 128, 64 * 18), (8, 160, 3, 5, 128, 8 * 18), (1, 96, 2, 2, 32, 8 * 18)]
 BATCHES, STEPS, ROUNDS = (1, 16, 256, 2048), 100, 7
 
 

@@ -1,12 +1,14 @@
 //! Launches of kernels/decode_persistent.cu: argument structs, and how a model lies in a block's shared memory.
 
+use half::bf16;
+
 use super::tones::tones_room;
 use super::{Element, Launch, LaunchError, PlanGrid, SHARED_BYTES, WARP, shared};
 
 /// Tiers that a model may have.
 pub const MAX_TIERS: usize = 4;
 /// Most threads of a block.
-pub const MAX_THREADS: usize = 512;
+pub const MAX_THREADS: usize = 384;
 /// Streams that a group of blocks plays side by side, if there are several.
 pub const SET: usize = 8;
 /// Blocks that may share a stream's work, by size of cluster.
@@ -18,8 +20,10 @@ const N_FEATURES: usize = 12;
 /// Bytes of `Slice` and `Row` in kernels/decode_step.cuh.
 const SLICE_BYTES: usize = 40;
 const ROW_BYTES: usize = 80;
-/// Positions per warp in attention.
-const PART: usize = 32;
+/// Outputs of a tile of weights, inputs of a step of one, and bytes of a piece of these: 16 for each lane.
+const TILE: usize = 16;
+const STEP: usize = 16;
+const STEP_BYTES: usize = 16 * WARP;
 /// Of `prediction::Window`.
 const QUAD: usize = 4;
 const PARTS: usize = 4;
@@ -82,7 +86,7 @@ mirrored!(
         bias: i64,
         n_in: i32,
         n_out: i32,
-        exact: i32,
+        pieces: i32,
         whole: i32,
         resident: i32,
         reserved: i32,
@@ -99,7 +103,7 @@ mirrored!(
         linears: i32,
         angles: i32,
         frequencies: i32,
-        reserved: i32,
+        block_cache: i32,
     }
 );
 mirrored!(
@@ -188,13 +192,13 @@ mirrored!(
 );
 
 /// Regions of a block's shared memory, in the order of `DecodeRegion` in kernels/args.cuh; the last two of them.
-const SCRATCH: usize = 16;
-const RESIDENT: usize = 17;
-const N_REGIONS: usize = 18;
+const SCRATCH: usize = 20;
+const RESIDENT: usize = 21;
+const N_REGIONS: usize = 22;
 
 mirrored!(
     /// Arguments of `decode_persistent_*`; the pointers come first.
-    DecodeArgs, 304, {
+    DecodeArgs, 312, {
         model: u64,
         linears: u64,
         weights: u64,
@@ -230,7 +234,6 @@ mirrored!(
         past_weight: f32,
         offset: f32,
         level: f32,
-        scratch: [i32; 2],
         at: [i32; N_REGIONS],
         reserved: i32,
     }
@@ -272,6 +275,33 @@ impl DecodeArgs {
     }
 }
 
+/// A map's weights `[n_in, n_out]` as its tiles have them, as sums of `pieces` numbers in bf16; `weight(k, j)` is that of input k for
+/// output j. Lane l of a warp holds, of outputs l / 4 * 2 and the next, the pairs of inputs l % 4 and l % 4 + 4, in the order of the
+/// fragments of `mma.sync`.
+pub fn tiled(n_in: usize, n_out: usize, pieces: usize, weight: impl Fn(usize, usize) -> f32) -> Vec<bf16> {
+    const VALUES: usize = 8;
+    let steps = n_in.div_ceil(STEP);
+    let mut out = Vec::with_capacity(n_out.div_ceil(TILE) * steps * pieces * WARP * VALUES);
+    for (tile, step) in (0..n_out.div_ceil(TILE)).flat_map(|tile| (0..steps).map(move |step| (tile, step))) {
+        let mut left: Vec<f32> = (0..WARP * VALUES)
+            .map(|place| {
+                let (lane, at) = (place / VALUES, place % VALUES);
+                let j = tile * TILE + lane / 4 * 2 + at / 2 % 2;
+                let k = step * STEP + lane % 4 * 2 + at / 4 * 8 + at % 2;
+                if k < n_in && j < n_out { weight(k, j) } else { 0.0 }
+            })
+            .collect();
+        for _ in 0..pieces {
+            out.extend(left.iter_mut().map(|left| {
+                let piece = bf16::from_f32(*left);
+                *left -= piece.to_f32();
+                piece
+            }));
+        }
+    }
+    out
+}
+
 /// How blocks share the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DecodeGeometry {
@@ -309,7 +339,6 @@ impl Default for DecodeLimits {
 pub struct DecodeLayout {
     pub launch: Launch,
     at: [i32; N_REGIONS],
-    scratch: [i32; 2],
     /// The model's maps, each with its place in shared memory.
     pub linears: Vec<DecodeLinear>,
     /// Multiply-adds' weights that stay in shared memory, of those of the wave transformer's tiers.
@@ -391,28 +420,29 @@ impl DecodeGeometry {
         let outputs = |id: i32| even(linears[n(id)].n_out);
         let dim = widest(&|s| n(s.dim)).max(outputs(m.plan_mlp)).max(outputs(m.planned_scales));
         let seen = m.tiers[..n(m.n_tiers)].iter().map(|t| n(t.seen * m.token_width)).max().unwrap_or(0);
-        let wide = widest(&|s| (3 * n(s.dim)).max(n(linears[n(s.linears) + 3].n_in)))
+        let wide = widest(&|s| 3 * n(s.dim)).max(even(m.n_entries));
+        let inputs = widest(&|s| n(linears[n(s.linears) + 3].n_in))
             .max(seen)
             .max(3 * n(m.n_bands))
-            .max(n(m.n_bands) + n(m.plan.dim))
-            .max(even(m.n_entries));
-        let attention = |s: &DecodeStack| n(s.window).div_ceil(PART) * (n(s.dim) + 2 * n(s.n_heads)) * F32;
-        let tiers = || m.tiers[..n(m.n_tiers)].iter().map(|t| &t.stack);
-        let played = (2 * rows * self.threads * F32).max(tiers().map(attention).max().unwrap_or(0));
-        let activations = rows * (3 * dim + wide) * F32;
+            .max(n(m.n_bands) + n(m.plan.dim));
+        // Bytes of a pair of features of every row.
+        let pair = rows * F32 * element.pieces();
+        let wide = (rows * wide * F32).max(inputs.div_ceil(2) * pair);
+        // A query for each warp.
+        let played = self.threads / WARP * n(m.angle_width).next_multiple_of(Element::Bf16.vector()) * F32;
+        let activations = rows * (dim + 2 * dim.div_ceil(TILE)) * F32 + 3 * dim.div_ceil(2) * pair + wide;
         let (quads, lag_quads) = (n(m.past_window).div_ceil(QUAD), n(m.order) / QUAD + 1);
         // Autocorrelations lie after what they are made in, which coefficients take later.
         let solved = |order: i32, room: usize| room.max(rows * n(order)) + rows * (n(order) + 1);
         let past = solved(m.order, QUAD * (quads + lag_quads + 1) + PARTS * lag_quads * QUAD);
         let planned = solved(m.planned_order, PlanGrid::room(n(m.n_bins), n(m.n_bands)));
-        let tones = if m.n_heard > 0 { tones_room(n(m.n_bins)) } else { 0 };
+        let tones = if m.n_heard > 0 { tones_room(n(m.n_bins), n(m.plan_hop)) } else { 0 };
         let helped = played
-            .max(attention(&m.plan))
             .max(n(m.n_entries) * (F64 + F32))
             .max((F64 * past.max(planned)).max(tones).saturating_sub(activations));
 
         let sizes: [usize; N_REGIONS - 1] = [
-            size_of::<DecodeModel>(),
+            size_of::<DecodeArgs>() + size_of::<DecodeModel>(),
             linears.len() * SLICE_BYTES,
             rows * ROW_BYTES,
             rows * n(m.n_recent) * F32,
@@ -420,14 +450,18 @@ impl DecodeGeometry {
             rows * n(m.n_tokens) * F32,
             rows * n(m.order) * F32,
             rows * n(m.planned_order) * F32,
-            rows * N_FEATURES * F32,
-            rows * 3 * n(m.n_components) * F32,
-            rows * (outputs(m.shortcut) + outputs(m.shortcut + 1)) * F32,
+            N_FEATURES / 2 * pair,
+            2 * rows * 3 * n(m.n_components) * F32,
+            (outputs(m.shortcut) + outputs(m.shortcut + 1)) / 2 * pair,
+            if m.n_heard > 0 { rows * n(m.past_hop) * F32 } else { 0 },
+            rows * n(m.slices) * n(m.n_components) * F32,
             rows * (n(m.n_tiers) + 1) * n(m.angle_width) * F32,
             rows * n(m.angle_width) * F32,
-            2 * rows * dim * F32,
-            rows * wide * F32,
             rows * dim * F32,
+            2 * dim.div_ceil(2) * pair,
+            2 * dim.div_ceil(TILE) * rows * F32,
+            wide,
+            dim.div_ceil(2) * pair,
             // The blocks that play hold weights where their helpers have more scratch.
             if self.overlapped { played } else { helped },
         ];
@@ -444,9 +478,7 @@ impl DecodeGeometry {
         }
         let bytes_of = |l: &DecodeLinear| {
             let parts = if l.whole == 1 { 1 } else { self.group_size };
-            let share = 2 * even(l.n_out).div_ceil(2).div_ceil(parts);
-            let each = if l.exact == 1 || element == Element::F32 { F32 } else { F32 / 2 };
-            (n(l.n_in) * share * each).next_multiple_of(16)
+            n(l.n_out).div_ceil(TILE).div_ceil(parts) * n(l.n_in).div_ceil(STEP) * n(l.pieces) * STEP_BYTES
         };
         let mut placed = linears.to_vec();
         let (mut resident, mut all) = (0, 0);
@@ -470,8 +502,7 @@ impl DecodeGeometry {
             shared_bytes: shared("generation", end.max(least))?,
             cluster: self.group_size as u32,
         };
-        let scratch = [sizes[SCRATCH], helped].map(|bytes| (bytes / F32) as i32);
-        Ok(DecodeLayout { launch, at, scratch, linears: placed, resident: resident as f64 / all.max(1) as f64 })
+        Ok(DecodeLayout { launch, at, linears: placed, resident: resident as f64 / all.max(1) as f64 })
     }
 
     /// Everything of the arguments but pointers, counts and settings.
@@ -480,7 +511,6 @@ impl DecodeGeometry {
             groups: self.groups as i32,
             group_size: self.group_size as i32,
             overlapped: self.overlapped.into(),
-            scratch: layout.scratch,
             at: layout.at,
             ..DecodeArgs::default()
         }

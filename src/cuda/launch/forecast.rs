@@ -227,7 +227,7 @@ impl ForecastShape {
             kernel: "forecast_tones".to_string(),
             grid: [self.n_blocks() as u32, self.batch as u32, 1],
             threads: PLANNED_THREADS as u32,
-            shared_bytes: shared("tones", tones_room(n_bins))?,
+            shared_bytes: shared("tones", tones_room(n_bins, self.hop))?,
             cluster: 0,
         };
         let args = TonesArgs {

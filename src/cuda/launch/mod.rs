@@ -8,10 +8,12 @@ mod plan_grid;
 mod tones;
 mod training;
 
+use half::bf16;
+
 pub use attention::{AttentionArgs, AttentionShape, HEAD_DIMS};
 pub use decode::{
     DecodeArgs, DecodeGeometry, DecodeLayout, DecodeLimits, DecodeLinear, DecodeModel, DecodeStack, DecodeTier,
-    GROUP_SIZES, MAX_TIERS, N_FLAGS, N_POINTERS, SET, Words,
+    GROUP_SIZES, MAX_TIERS, N_FLAGS, N_POINTERS, SET, Words, tiled,
 };
 pub use forecast::{
     ForecastShape, LeftArgs, LevinsonArgs, PastAutocorrelationArgs, PlannedAutocorrelationArgs, PredictArgs, TonesArgs,
@@ -35,6 +37,43 @@ impl Element {
         match self {
             Element::F32 => "f32",
             Element::Bf16 => "bf16",
+        }
+    }
+
+    /// Bytes of one.
+    pub fn size(self) -> usize {
+        match self {
+            Element::F32 => 4,
+            Element::Bf16 => 2,
+        }
+    }
+
+    /// Numbers in bf16 whose sum one is, or nearly: an activation of a model with such weights.
+    pub fn pieces(self) -> usize {
+        match self {
+            Element::F32 => 3,
+            Element::Bf16 => 2,
+        }
+    }
+
+    /// How many 16 bytes hold.
+    pub fn vector(self) -> usize {
+        16 / self.size()
+    }
+
+    /// Values as these, little-endian.
+    pub fn to_bytes(self, values: &[f32]) -> Vec<u8> {
+        match self {
+            Element::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Element::Bf16 => values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
+        }
+    }
+
+    /// The values of [`Self::to_bytes`].
+    pub fn values(self, bytes: &[u8]) -> Vec<f32> {
+        match self {
+            Element::F32 => bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+            Element::Bf16 => bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
         }
     }
 }

@@ -25,10 +25,12 @@ impl ToneTables {
     }
 }
 
-/// Bytes of `Tone` in kernels/tones.cuh.
-const TONE_BYTES: usize = 24;
+/// Bytes of `Tone` in kernels/tones.cuh, and the parts that tones are cut into.
+const TONE_BYTES: usize = 32;
+const PARTS: usize = 4;
 
-/// Bytes of shared memory in which tones are found: the past, transformed, and a tone for every other bin at most.
-pub(super) fn tones_room(n_bins: usize) -> usize {
-    (2 * size_of::<f64>() + TONE_BYTES / 2) * (n_bins - 1)
+/// Bytes of shared memory in which tones are found and summed: the past, transformed, or sums over two frames, and a tone for every
+/// other bin at most.
+pub(super) fn tones_room(n_bins: usize, hop: usize) -> usize {
+    size_of::<f64>() * (2 * (n_bins - 1)).max(PARTS * 2 * hop) + TONE_BYTES * (n_bins - 1) / 2
 }

@@ -5,7 +5,7 @@ use half::bf16;
 use crate::checkpoint::{Checkpoint, Weight};
 use crate::codec::{Codec, N_CODES, Quantizer, Token};
 use crate::cuda::launch::{
-    DecodeLinear, DecodeModel, DecodeStack, DecodeTier, Element, MAX_TIERS, PlanGrid, ToneTables, Words,
+    DecodeLinear, DecodeModel, DecodeStack, DecodeTier, Element, MAX_TIERS, PlanGrid, ToneTables, Words, tiled,
 };
 use crate::engine::EngineError;
 use crate::forecast::PastForecast;
@@ -18,13 +18,15 @@ const ROPE_BASE: f64 = 10_000.0;
 const ANGLES: usize = 64;
 /// The kernel gives each component of the mixture a lane.
 const MAX_COMPONENTS: usize = 32;
+/// And 16 bytes of a head's values.
+const MAX_HEAD_DIM: usize = 128;
 
 /// A model as device memory holds it.
 pub struct Packed {
     pub model: DecodeModel,
     pub linears: Vec<DecodeLinear>,
     pub element: Element,
-    /// Large matrices, in `element`.
+    /// Matrices, in tiles of bf16.
     pub weights: Vec<u8>,
     /// What is always f32.
     pub exact: Vec<u8>,
@@ -38,15 +40,17 @@ struct Packer<'a> {
     checkpoint: &'a Checkpoint,
     element: Element,
     linears: Vec<DecodeLinear>,
-    weights: Vec<f32>,
+    weights: Vec<bf16>,
     exact: Vec<f32>,
     doubles: Vec<f64>,
+    /// Values of a stream's caches so far.
+    caches: i64,
 }
 
 /// What becomes of a linear map.
 #[derive(Clone, Copy, Default)]
 struct Kind<'a> {
-    /// f32 whatever the element.
+    /// As exact as activations, whatever the element.
     exact: bool,
     /// Every block of a group computes all of it.
     whole: bool,
@@ -97,31 +101,24 @@ impl Packer<'_> {
         }
         let bias = format!("{name}.bias");
         let bias = if self.checkpoint.weights.contains_key(&bias) { Some(self.values(&bias)?) } else { None };
-        let stride = n_out.next_multiple_of(2);
         let column = |row: &[f32], j: usize| {
             let from = if kind.alternate { j / 2 + j % 2 * (n_out / 2) } else { j };
             row.get(from).copied().unwrap_or(0.0)
         };
-        let laid: Vec<f32> =
-            matrix.chunks_exact(n_out).flat_map(|row| (0..stride).map(move |j| column(row, j))).collect();
+        let pieces = if self.element == Element::Bf16 && !kind.exact { 1 } else { self.element.pieces() };
+        let laid = tiled(n_in, n_out, pieces, |k, j| column(&matrix[k * n_out..][..n_out], j));
         let bias = match bias {
-            Some(bias) => i64::from(self.table((0..stride).map(|j| column(&bias, j)))),
+            Some(bias) => i64::from(self.table((0..n_out.next_multiple_of(2)).map(|j| column(&bias, j)))),
             None => -1,
         };
-        let weights = if kind.exact {
-            i64::from(self.table(laid))
-        } else {
-            self.weights.resize(self.weights.len().next_multiple_of(8), 0.0);
-            let at = self.weights.len() as i64;
-            self.weights.extend(laid);
-            at
-        };
+        let weights = self.weights.len() as i64;
+        self.weights.extend(laid);
         self.linears.push(DecodeLinear {
             weights,
             bias,
             n_in: n_in as i32,
             n_out: n_out as i32,
-            exact: kind.exact.into(),
+            pieces: pieces as i32,
             whole: kind.whole.into(),
             resident: -1,
             reserved: 0,
@@ -129,14 +126,17 @@ impl Packer<'_> {
         Ok(self.linears.len() as i32 - 1)
     }
 
-    /// A stack whose blocks are `name.blocks.0`, ...; its caches begin at `cache`.
-    fn stack(
-        &mut self,
-        name: &str,
-        [dim, n_layers, n_heads, window]: [usize; 4],
-        cache: i64,
-    ) -> Result<DecodeStack, EngineError> {
+    /// A stack whose blocks are `name.blocks.0`, ...; its caches come after those of the stacks before it.
+    fn stack(&mut self, name: &str, [dim, n_layers, n_heads, window]: [usize; 4]) -> Result<DecodeStack, EngineError> {
         let head_dim = dim / n_heads;
+        if head_dim > MAX_HEAD_DIM {
+            return Err(EngineError::State(format!(
+                "'{name}' has heads of {head_dim} values, the CUDA engine takes at most {MAX_HEAD_DIM}"
+            )));
+        }
+        let (cache, block_cache) =
+            (self.caches, 2 * n_heads * window * head_dim.next_multiple_of(self.element.vector()));
+        self.caches += (n_layers * block_cache) as i64;
         let frequencies: Vec<f64> =
             (0..head_dim / 2).map(|i| ROPE_BASE.powf(-2.0 * i as f64 / head_dim as f64)).collect();
         let angles = self.table((0..ANGLES).flat_map(|pos| {
@@ -162,7 +162,7 @@ impl Packer<'_> {
             linears,
             angles,
             frequencies,
-            reserved: 0,
+            block_cache: block_cache as i32,
         })
     }
 }
@@ -190,6 +190,7 @@ impl Packed {
             weights: Vec::new(),
             exact: Vec::new(),
             doubles: Vec::new(),
+            caches: 0,
         };
         let mut m = DecodeModel {
             n_tiers: n_tiers as i32,
@@ -214,9 +215,7 @@ impl Packed {
         };
         const _: () = assert!(N_FORECASTS == 2 && PLAN_FRAMES == 3, "kernels/decode_wave.cuh counts on it");
 
-        let mut cache = 0;
-        m.plan = p.stack("plan", [plan.dim, plan.n_layers, plan.n_heads, plan.window], cache)?;
-        cache += 2 * (plan.n_layers * plan.dim * plan.window) as i64;
+        m.plan = p.stack("plan", [plan.dim, plan.n_layers, plan.n_heads, plan.window])?;
         m.bands = p.linear("plan.bands", EXACT)?;
         m.heads = p.linears.len() as i32;
         for q in 0..config.plan.n_codebooks {
@@ -264,8 +263,7 @@ impl Packed {
             let name = format!("wave.tiers.{i}");
             let input = p.linear(&format!("{name}.input"), DIVIDED)?;
             let plan_in = p.linear(&format!("{name}.plan_in"), EXACT)?;
-            let stack = p.stack(&name, [tier.dim, tier.n_layers, tier.n_heads, tier.window], cache)?;
-            cache += 2 * (tier.n_layers * tier.dim * tier.window) as i64;
+            let stack = p.stack(&name, [tier.dim, tier.n_layers, tier.n_heads, tier.window])?;
             let down = if i + 1 < n_tiers { p.linear(&format!("{name}.down"), DIVIDED)? } else { -1 };
             m.tiers[i] = DecodeTier {
                 stack,
@@ -285,8 +283,8 @@ impl Packed {
         }
         m.memory_stride = (m.memory_stride as usize).next_multiple_of(4) as i32;
         m.frame_stride = (planned as usize).next_multiple_of(4) as i32;
-        m.cache_stride = (cache as usize).next_multiple_of(4) as i64;
-        m.feature_in = p.linear("wave.feature_in", EXACT)?;
+        m.cache_stride = p.caches;
+        m.feature_in = p.linear("wave.feature_in", Kind { exact: true, ..DIVIDED })?;
         m.head = p.linear("wave.head", Kind { gain: Some("wave.norm"), ..EXACT })?;
         m.shortcut = p.linear("wave.shortcut.0", EXACT)?;
         p.linear("wave.shortcut.1", Kind { whole: true, ..DIVIDED })?;
@@ -315,10 +313,7 @@ impl Packed {
         Ok(Self {
             model: m,
             element,
-            weights: match p.element {
-                Element::F32 => p.weights.to_bytes(),
-                Element::Bf16 => p.weights.iter().flat_map(|&w| bf16::from_f32(w).to_le_bytes()).collect(),
-            },
+            weights: p.weights.iter().flat_map(|w| w.to_le_bytes()).collect(),
             exact: p.exact.to_bytes(),
             doubles: p.doubles.to_bytes(),
             places: grid.places.to_bytes(),

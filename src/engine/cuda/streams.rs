@@ -167,16 +167,12 @@ fn words(bytes: &[u8]) -> Vec<i32> {
     bytes.as_chunks().0.iter().map(|&b| i32::from_le_bytes(b)).collect()
 }
 
-/// A cache as the kernel has it, in kernels/args.cuh.
-fn laid(cache: &SavedCache) -> Vec<f32> {
-    let SavedCache { shape: [_, window, head_dim], keys, values } = cache;
-    let mut to = vec![0.0f32; keys.len()];
-    for (i, key) in keys.iter().enumerate() {
-        let (head, slot, f) = (i / head_dim / window, i / head_dim % window, i % head_dim);
-        to[(head * head_dim + f) * window + slot] = *key;
-    }
-    to.extend(values);
-    to
+/// Where a cache of heads of `head_dim` values has key and value `i` of `[n_heads, window, head_dim]` (kernels/args.cuh).
+fn place_of(i: usize, [n_heads, window, head_dim]: [usize; 3], vector: usize) -> (usize, usize) {
+    let (head, slot, f) = (i / head_dim / window, i / head_dim % window, i % head_dim);
+    let (vectors, padded) = (head_dim.div_ceil(vector), head_dim.next_multiple_of(vector));
+    let key = ((head * vectors + f / vector) * window + slot) * vector + f % vector;
+    (key, ((n_heads + head) * window + slot) * padded + f)
 }
 
 /// The places of a ring (a power of two) that the `n` samples before `end` lie in, oldest first.
@@ -197,7 +193,7 @@ impl<M: Machine> Streams<M> {
             counters: of(N_COUNTERS as i64, 8)?,
             ring_tokens: of(sizes.n_tokens.into(), WORD)?,
             memory: of(sizes.memory_stride.into(), WORD)?,
-            caches: of(sizes.cache_stride, WORD)?,
+            caches: of(sizes.cache_stride, model.packed.element.size())?,
             frames: of(2 * i64::from(sizes.frame_stride), WORD)?,
             past: of(sizes.order.into(), WORD)?,
         };
@@ -300,20 +296,25 @@ impl<M: Machine> Streams<M> {
         put(&mut self.state.memory, memory.to_bytes())?;
         let places: Vec<_> =
             self.stacks().map(|(stack, block, name)| (self.cache_at(stream, stack, block), name)).collect();
-        for ((at, floats), name) in places {
+        let element = model.packed.element;
+        for ((at, len), name) in places {
             let caches = &mut self.state.caches;
-            match saved.caches.get(&name) {
-                Some(cache) => machine.write(caches, WORD * at, &laid(cache).to_bytes())?,
-                None => machine.clear(caches, WORD * at, WORD * floats)?,
+            machine.clear(caches, element.size() * at, element.size() * len)?;
+            let Some(SavedCache { shape, keys, values }) = saved.caches.get(&name) else { continue };
+            let mut laid = vec![0.0f32; len];
+            for (i, (key, value)) in keys.iter().zip(values).enumerate() {
+                let (of_key, of_value) = place_of(i, *shape, element.vector());
+                (laid[of_key], laid[of_value]) = (*key, *value);
             }
+            machine.write(caches, element.size() * at, &element.to_bytes(&laid))?;
         }
         Ok(())
     }
 
-    /// Where a stream's cache of a block begins, and how long it is, in floats: `cached` of kernels/decode_step.cuh.
+    /// Where a stream's cache of a block begins, and how long it is, in values: `cached` of kernels/decode_step.cuh.
     fn cache_at(&self, stream: usize, stack: DecodeStack, block: usize) -> (usize, usize) {
-        let floats = 2 * (stack.dim * stack.window) as usize;
-        ((stack.cache as usize + block * floats) * self.n + stream * floats, floats)
+        let len = stack.block_cache as usize;
+        ((stack.cache as usize + block * len) * self.n + stream * len, len)
     }
 
     /// One stream's state.
@@ -350,12 +351,12 @@ impl<M: Machine> Streams<M> {
             let (n_heads, window) = (stack.n_heads as usize, stack.window as usize);
             let head_dim = stack.dim as usize / n_heads;
             let (at, len) = self.cache_at(stream, stack, block);
-            let cache = floats(&read(&self.state.caches, WORD * at, WORD * len)?);
-            let (keys, values) = cache.split_at(len / 2);
-            let key =
-                |i: usize| keys[(i / head_dim / window * head_dim + i % head_dim) * window + i / head_dim % window];
-            let keys = (0..keys.len()).map(key).collect();
-            Ok((name, SavedCache { shape: [n_heads, window, head_dim], keys, values: values.to_vec() }))
+            let element = self.model.packed.element;
+            let cache = element.values(&read(&self.state.caches, element.size() * at, element.size() * len)?);
+            let shape = [n_heads, window, head_dim];
+            let at = |i| place_of(i, shape, element.vector());
+            let (keys, values) = (0..n_heads * window * head_dim).map(|i| (cache[at(i).0], cache[at(i).1])).unzip();
+            Ok((name, SavedCache { shape, keys, values }))
         });
         let saved_caches = saved_caches.collect::<Result<_, MachineError>>()?;
         let tokens = places(sizes.n_tokens, n, config.wave_transformer.history()).map(|place| ring[place] as u16);
