@@ -383,7 +383,7 @@ static_assert(sizeof(DecodeModel) == 584, "DecodeModel differs from src/cuda/lau
 /// Regions of a block's shared memory, first these arguments and the model; everything from X on to RESIDENT is scratch where no activations are kept.
 enum DecodeRegion {
   DECODE_HEADER, DECODE_SLICES, DECODE_ROWS, DECODE_SAMPLES, DECODE_LEFT, DECODE_TOKENS, DECODE_PAST, DECODE_PLANNED,
-  DECODE_FEATURES, DECODE_HEAD, DECODE_SHORTCUT, DECODE_TONES, DECODE_SCALES, DECODE_HIGH, DECODE_ANGLES,
+  DECODE_FEATURES, DECODE_HEAD, DECODE_SHORTCUT, DECODE_TONES, DECODE_SCALES, DECODE_HIGH, DECODE_ANGLES, DECODE_TABLES,
   DECODE_X, DECODE_STREAM, DECODE_POWER, DECODE_WIDE, DECODE_ATTENDED, DECODE_SCRATCH, DECODE_RESIDENT, DECODE_REGIONS
 };
 
@@ -425,6 +425,5 @@ struct DecodeArgs {
   float offset;
   float level;  // added to the bands of a frame before it is played
   int32_t at[DECODE_REGIONS];  // where regions begin, in bytes
-  int32_t reserved;
 };
 static_assert(sizeof(DecodeArgs) == 312, "DecodeArgs differs from src/cuda/launch");

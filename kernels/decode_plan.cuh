@@ -153,7 +153,7 @@ __device__ NO_INLINE void plan_frame(const Room<W, ROWS> room, int k) {
   const auto above_mean = [&](int r, int j) { return a.bands[frame_of(r) * m.n_bands + j] - a.exact[m.book_mean + j]; };
   each_pair(room, room.inputs(), m.n_bands, above_mean);
   __syncthreads();  // publishes them as inputs
-  room.linear_stream(m.bands, room.inputs(), -1, nullptr, [&](int j, int r) {
+  room.template linear_stream<0>(m.bands, room.inputs(), -1, nullptr, [&](int j, int r) {
     float2 sum = {0.f, 0.f};
     for (int q = 0; q < books; ++q) {
       const float* const embedding = a.exact + m.embeddings + (int64_t(q) * m.n_entries + token_of(r, q)) * dim;
@@ -163,7 +163,7 @@ __device__ NO_INLINE void plan_frame(const Room<W, ROWS> room, int k) {
     return sum;
   });
   __syncthreads();  // publishes the residual stream
-  forward(room, m.plan, m.n_tiers, [](int) {});
+  forward_any(room, m.plan, m.n_tiers);
   measure<ROWS>(room.x(), dim, room.rows(), room.n_rows);
   __syncthreads();  // publishes the scales
   for (int i = threadIdx.x; i < room.n_rows * dim; i += blockDim.x) {
@@ -194,7 +194,7 @@ __device__ double* lags_of(const Room<W, ROWS>& room, int room_for_them, int ord
 
 /// Coefficients from autocorrelations `lags`, a warp per row, in what they were made in; `done(r, power)` once.
 template <class W, int ROWS, class Store, class Done>
-__device__ void solve(const Room<W, ROWS>& room, const double* lags, int order, Store store, Done done) {
+__device__ void solve(const Room<W, ROWS>& room, double* lags, int order, Store store, Done done) {
   for (int r = warp(); r < room.n_rows; r += n_warps()) {
     double* const a = room.doubles() + r * order;
     double power;

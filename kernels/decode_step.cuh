@@ -25,6 +25,8 @@ constexpr int VEC = 16 / int(sizeof(T));
 /// Positions whose angles are kept (ROPE_LOW of src/engine/cpu/stack.rs), a power of two.
 constexpr int ANGLES = 64;
 constexpr int N_FEATURES = 12;
+/// As in src/codec.rs.
+constexpr int N_CODES = 256;
 /// NORM_EPS of src/model/block.rs.
 constexpr float NORM_EPS = 1e-6f;
 
@@ -57,14 +59,21 @@ static_assert(sizeof(Row) == 80, "Row differs from src/cuda/launch");
 /// The row comes to a position of a stack. One thread: whole numbers of 64 bits are divided here, once.
 __device__ __forceinline__ void stand(Row& row, int64_t pos, int window) {
   row.pos = pos;
-  row.slot = int(pos % window);
+  row.slot = int(pos >> 31 == 0 ? int(pos) % window : pos % window);
   row.filled = int(min(pos + 1, int64_t(window)));
 }
 
 __device__ __forceinline__ int lane() { return threadIdx.x % WARP; }
 __device__ __forceinline__ int warp() { return threadIdx.x / WARP; }
 __device__ __forceinline__ int n_warps() { return blockDim.x / WARP; }
-__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, __fadd_rn(1.f, __expf(-x))); }
+/// x * cosine - y * sine, rounded the same wherever it is compiled: of two products, which one is fused is for the compiler to say.
+__device__ __forceinline__ float turned_low(float x, float y, float cosine, float sine) {
+  return fmaf(x, cosine, -__fmul_rn(y, sine));
+}
+__device__ __forceinline__ float turned_high(float x, float y, float cosine, float sine) {
+  return fmaf(x, sine, __fmul_rn(y, cosine));
+}
 
 /// Two features as sums of numbers in bf16, the large ones first, the first feature in the lower half.
 template <int N>
@@ -108,7 +117,7 @@ __device__ __forceinline__ void multiply_add(float (&sums)[4], uint4 w, uint32_t
 /// A tile, whose weights have `OF` pieces, times `in` [n_in / 2][ROWS], by one warp; what is smaller than the smallest piece is left out.
 /// ROWS is 1 or 8.
 template <int OF, int N, int ROWS>
-__device__ __forceinline__ Products multiply(const char* tile, int n_in, const Split<N>* in) {
+__device__ __forceinline__ Products multiply(const char* tile, const int n_in, const Split<N>* in) {
   const int row = lane() / 4, pair = lane() % 4, steps = (n_in + STEP - 1) / STEP;
   const uint4* const w = reinterpret_cast<const uint4*>(tile) + lane();
   const Split<N>* const x = in + pair * ROWS + (ROWS == 1 ? 0 : row);
@@ -218,6 +227,7 @@ struct Room {
   __device__ float* scales() const { return at<float>(DECODE_SCALES); }  // planned for the frame, [ROWS][slices, n_components]
   __device__ float* bases() const { return at<float>(DECODE_HIGH); }  // [stacks][ROWS][angle_width]
   __device__ float* angles() const { return at<float>(DECODE_ANGLES); }  // [ROWS][angle_width]
+  __device__ float* tables() const { return at<float>(DECODE_TABLES); }  // centres and edges of mu-law's tokens
   __device__ float* x() const { return at<float>(DECODE_X); }  // the residual stream; a block has what it computes
   /// What maps read of it. A block may be a sample ahead of another that still reads its own: it changes places from sample to sample.
   __device__ Pair* stream() const {
@@ -242,10 +252,13 @@ struct Room {
   /// Writes an activation into all copies.
   template <class T>
   __device__ void spread(T* to, T value) const {
-    if (size == 1)
+    if (size == 1) {
       *to = value;
-    else
+    } else {
+      // Code that is fetched, not instructions that are issued, is what a sample waits for.
+#pragma unroll 1
       for (int other = 0; other < size; ++other) *peer(to, other) = value;
+    }
   }
   /// Features j (even) and j + 1 of row r for maps to read.
   __device__ static void put(Pair* to, int j, int r, float low, float high) {
@@ -260,6 +273,8 @@ struct Room {
     for (int i = threadIdx.x; i < N_ARGS + N_MODEL; i += blockDim.x)
       to[i] = i < N_ARGS ? reinterpret_cast<const int32_t*>(&args)[i] : reinterpret_cast<const int32_t*>(args.model)[i - N_ARGS];
     __syncthreads();  // publishes arguments and model
+    for (int i = threadIdx.x; i < 2 * N_CODES - 1; i += blockDim.x)
+      tables()[i] = i < N_CODES ? args.exact[m().centres + i] : args.exact[m().edges + i - N_CODES];
     for (int id = threadIdx.x; id < m().n_linears; id += blockDim.x) {
       const DecodeLinear l = a().linears[id];
       const int tiles = (l.n_out + TILE - 1) / TILE, parts = divided && !l.whole ? size : 1;
@@ -290,46 +305,58 @@ struct Room {
         slices()[id].weights = at<char>(DECODE_RESIDENT) + place;
   }
 
-  /// A tile of this block's share of a map.
-  __device__ Products products(const Slice& s, int tile, const Pair* in) const {
+  /// A tile of this block's share of a map. Maps of blocks, whose inputs are N_IN unless that is 0, have the fewest pieces.
+  template <int N_IN>
+  __device__ __forceinline__ Products products(const Slice& s, int tile, const Pair* in) const {
+    constexpr int N = PIECES<W>, FEWEST = N == 2 ? 1 : N;
     const char* const weights = s.weights + tile * s.tile_bytes;
-    constexpr int N = PIECES<W>;
-    if constexpr (N == 2)
-      if (s.pieces == 1) return multiply<1, N, ROWS>(weights, s.n_in, in);
+    if constexpr (N_IN > 0) return multiply<FEWEST, N, ROWS>(weights, N_IN, in);
+    if constexpr (FEWEST < N)
+      if (s.pieces == FEWEST) return multiply<FEWEST, N, ROWS>(weights, s.n_in, in);
     return multiply<N, N, ROWS>(weights, s.n_in, in);
+  }
+
+  /// What the residual stream of a row and the next is to be multiplied with to be normalised.
+  template <int DIM>
+  __device__ __forceinline__ float2 inverse_rms(int dim) const {
+    const int n = DIM > 0 ? DIM : dim;
+    const float* const sums = power() + (ROWS == 1 ? 0 : row());
+    float2 sum = {0.f, 0.f};
+#pragma unroll 8
+    for (int tile = 0; tile < (n + TILE - 1) / TILE; ++tile) {
+      sum.x += sums[tile * ROWS];
+      if (ROWS > 1) sum.y += sums[tile * ROWS + 1];
+    }
+    return {rsqrtf(sum.x / n + NORM_EPS), rsqrtf(sum.y / n + NORM_EPS)};
   }
 
   /// y = x W + b + start, where x [n_in][ROWS] is divided by its root mean square first if it is to be normalised (then it is the
   /// residual stream), plus another such map of the same outputs unless `other` is negative. `start(j, r)` gives what outputs j and
   /// j + 1 begin with, `done(tile, j, y)` gets both of rows `row()` and the next. The first `busy` warps come last. Barriers before and
   /// after are the caller's.
-  template <class Start, class Done>
-  __device__ void linear_from(int id, const Pair* in, bool normalize, int other, const Pair* other_in, int busy, Start start,
-                              Done done) const {
+  template <int N_IN, class Start, class Done>
+  __device__ __forceinline__ void linear_from(int id, const Pair* in, bool normalize, int other, const Pair* other_in, int busy,
+                                              Start start, Done done) const {
     const Slice& s = slices()[id];
-    for (int tile = (warp() + n_warps() - busy % n_warps()) % n_warps(); tile < s.count; tile += n_warps()) {
+    const int n_out = s.n_out, count = s.count;
+    float2 scale = {1.f, 1.f};
+    if (normalize) scale = inverse_rms<N_IN>(s.n_in);
+#pragma unroll 1
+    for (int tile = busy == 0 ? warp() : (warp() + n_warps() - busy % n_warps()) % n_warps(); tile < count; tile += n_warps()) {
       const int j = (s.first + tile) * TILE + 2 * (lane() / 4);
       float begun[2][2] = {};
-      for (int i = 0; i < 2; ++i) {
-        if (row() + i >= n_rows || j >= s.n_out) continue;
+      for (int i = 0; i < (ROWS == 1 ? 1 : 2); ++i) {
+        if (row() + i >= n_rows || j >= n_out) continue;
         const float2 first = start(j, row() + i);
         begun[0][i] = first.x, begun[1][i] = first.y;
         if (s.bias) begun[0][i] += s.bias[j], begun[1][i] += s.bias[j + 1];
         if (other < 0 || !slices()[other].bias) continue;
         begun[0][i] += slices()[other].bias[j], begun[1][i] += slices()[other].bias[j + 1];
       }
-      float scale[2] = {1.f, 1.f};
-      if (normalize) {
-        float sum[2] = {};
-        for (int of = 0; of < (s.n_in + TILE - 1) / TILE; ++of)
-          for (int i = 0; i < 2; ++i)
-            if (row() + i < ROWS) sum[i] += power()[of * ROWS + row() + i];
-        for (int i = 0; i < 2; ++i) scale[i] = rsqrtf(sum[i] / s.n_in + NORM_EPS);
-      }
-      Products y = products(s, tile, in);
-      for (int i = 0; i < 4; ++i) y.of[i / 2][i % 2] = y.of[i / 2][i % 2] * scale[i % 2] + begun[i / 2][i % 2];
+      Products y = products<N_IN>(s, tile, in);
+      for (int i = 0; i < 4; ++i) y.of[i / 2][i % 2] = y.of[i / 2][i % 2] * (i % 2 ? scale.y : scale.x) + begun[i / 2][i % 2];
       if (other >= 0) {
-        const Products more = products(slices()[other], tile, other_in);
+        const Products more = products<0>(slices()[other], tile, other_in);
         for (int i = 0; i < 4; ++i) y.of[i / 2][i % 2] += more.of[i / 2][i % 2];
       }
       done(s.first + tile, j, y);
@@ -338,13 +365,14 @@ struct Room {
   __device__ static int row() { return 2 * (lane() % 4); }
 
   /// The same, whose `done(j, r, y_j, y_j+1)` gets a row at a time.
-  template <class Done>
-  __device__ void linear(int id, const Pair* in, bool normalize, Done done, int busy = 0) const {
-    linear_from(
+  template <int N_IN = 0, class Done>
+  __device__ __forceinline__ void linear(int id, const Pair* in, bool normalize, Done done, int busy = 0) const {
+    const int n_out = slices()[id].n_out;
+    linear_from<N_IN>(
         id, in, normalize, -1, nullptr, busy, [](int, int) { return float2{0.f, 0.f}; },
         [&](int, int j, const Products& y) {
-          for (int i = 0; i < 2; ++i)
-            if (row() + i < n_rows && j < slices()[id].n_out) done(j, row() + i, y.of[0][i], y.of[1][i]);
+          for (int i = 0; i < (ROWS == 1 ? 1 : 2); ++i)
+            if (row() + i < n_rows && j < n_out) done(j, row() + i, y.of[0][i], y.of[1][i]);
         });
   }
 
@@ -354,29 +382,35 @@ struct Room {
   }
 
   /// A map, and another one unless it is negative, whose outputs are the new residual stream.
-  template <class Start>
-  __device__ void linear_stream(int id, const Pair* in, int other, const Pair* other_in, Start start) const {
+  template <int N_IN, class Start>
+  __device__ __forceinline__ void linear_stream(int id, const Pair* in, int other, const Pair* other_in, Start start) const {
     const int n_out = slices()[id].n_out;
-    linear_from(id, in, false, other, other_in, 0, start, [&](int tile, int j, const Products& y) {
-      for (int i = 0; i < 2; ++i) {
+    float* const mine = x();
+    Pair* const all = stream();
+    float* const sums = power();
+    linear_from<N_IN>(id, in, false, other, other_in, 0, start, [&](int tile, int j, const Products& y) {
+      for (int i = 0; i < (ROWS == 1 ? 1 : 2); ++i) {
         const int r = row() + i;
         const bool there = r < n_rows && j < n_out;
         const float low = y.of[0][i], high = y.of[1][i];
+        float sum = there ? fmaf(low, low, __fmul_rn(high, high)) : 0.f;
         if (there) {
-          x()[j * ROWS + r] = low;
-          x()[(j + 1) * ROWS + r] = high;
-          spread(&stream()[j / 2 * ROWS + r], split<PIECES<W>>(low, high));
+          mine[j * ROWS + r] = low;
+          mine[(j + 1) * ROWS + r] = high;
+          spread(&all[j / 2 * ROWS + r], split<PIECES<W>>(low, high));
         }
-        float sum = there ? low * low + high * high : 0.f;
+#pragma unroll
         for (int distance = 4; distance < WARP; distance *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, distance);
-        if (there && lane() < 4) spread(&power()[tile * ROWS + r], sum);
+        if (there && lane() < 4) spread(&sums[tile * ROWS + r], sum);
       }
     });
   }
 
   /// A map whose outputs are added to the residual stream.
-  __device__ void linear_add(int id, const Pair* in) const {
-    linear_stream(id, in, -1, nullptr, [&](int j, int r) { return float2{x()[j * ROWS + r], x()[(j + 1) * ROWS + r]}; });
+  template <int N_IN>
+  __device__ __forceinline__ void linear_add(int id, const Pair* in) const {
+    const float* const before = x();
+    linear_stream<N_IN>(id, in, -1, nullptr, [&](int j, int r) { return float2{before[j * ROWS + r], before[(j + 1) * ROWS + r]}; });
   }
 
   /// Cosines and sines at the rows' positions: those of the multiple of ANGLES below, reduced in f64, turned on by the rest.
@@ -397,8 +431,8 @@ struct Room {
       const float cos_a = base[0], sin_a = base[half];
       const float cos_b = low[rest * head_dim + f], sin_b = low[rest * head_dim + half + f];
       float* const out = angles() + r * m().angle_width + f;
-      out[0] = cos_a * cos_b - sin_a * sin_b;
-      out[half] = sin_a * cos_b + cos_a * sin_b;
+      out[0] = turned_low(cos_a, sin_a, cos_b, sin_b);
+      out[half] = turned_high(cos_a, sin_a, cos_b, sin_b);
     }
   }
 
@@ -408,19 +442,6 @@ struct Room {
     return static_cast<W*>(a().caches) + cache * a().streams + int64_t(rows()[r].stream) * stack.block_cache;
   }
 
-  /// Attention of this block's heads, a warp for a head of a row: queries and keys of `wide` normalised and rotated, keys and values
-  /// into the caches, softmax over what is there; `attended` in all copies. Heads of as many vectors as presets have know it when they
-  /// are compiled.
-  __device__ void attend(const DecodeStack& stack, int64_t cache) const {
-    const int head_dim = stack.dim / stack.n_heads;
-    switch (head_dim) {
-      case 32: return attend_over<32 / VEC<W>>(stack, head_dim, cache);
-      case 48: return attend_over<48 / VEC<W>>(stack, head_dim, cache);
-      case 64: return attend_over<64 / VEC<W>>(stack, head_dim, cache);
-      default: return attend_over<0>(stack, head_dim, cache);
-    }
-  }
-
   /// Lanes that share the positions, when each has one of so many vectors of the values; a power of two.
   __device__ static constexpr int sharing(int vectors) {
     int sharers = 1;
@@ -428,110 +449,142 @@ struct Room {
     return sharers;
   }
 
-  template <int VECTORS>
-  __device__ __forceinline__ void attend_over(const DecodeStack& stack, int head_dim, int64_t cache) const {
-    constexpr int V = VEC<W>, LOADS = 8;
-    const int half = head_dim / 2, window = stack.window;
-    const int vectors = VECTORS > 0 ? VECTORS : (head_dim + V - 1) / V, padded = vectors * V;
-    const int sharers = VECTORS > 0 ? sharing(VECTORS) : sharing(vectors), shared_by = WARP / sharers;
-    const int sharer = lane() / vectors, mine = lane() % vectors;
-    const int heads = (stack.n_heads - rank + size - 1) / size;
-    float* const query = scratch() + warp() * ((m().angle_width + VEC<bf16> - 1) / VEC<bf16> * VEC<bf16>);
+  /// Attention of this block's heads, a warp for a head of a row: queries and keys of `wide` normalised and rotated, keys and values
+  /// into the caches, softmax over what is there; `attended` in all copies. HEAD_DIM is 0 where it is known only at run time.
+  template <int HEAD_DIM>
+  __device__ __forceinline__ void attend(const DecodeStack& stack, int64_t cache) const {
+    // 16 bytes on their way at a time; a lane's pairs of features.
+    constexpr int V = VEC<W>, LOADS = 8, PAIRS = HEAD_DIM > 0 ? (HEAD_DIM / 2 + WARP - 1) / WARP : 2;
+    const int head_dim = HEAD_DIM > 0 ? HEAD_DIM : stack.dim / stack.n_heads, half = head_dim / 2, window = stack.window;
+    const int vectors = (head_dim + V - 1) / V, padded = vectors * V, sharers = sharing(vectors), shared_by = WARP / sharers;
+    const int sharer = lane() / vectors, mine = lane() % vectors, heads = (stack.n_heads - rank + size - 1) / size;
+    const int room = (m().angle_width + VEC<bf16> - 1) / VEC<bf16> * VEC<bf16>;
+    float* const query = scratch() + warp() * 3 * room;
+    // Of the position that is added: it is not waited for.
+    W *const new_key = reinterpret_cast<W*>(query + room), *const new_value = reinterpret_cast<W*>(query + 2 * room);
+    const auto vector = [](const W* from) { return *reinterpret_cast<const float4*>(from); };
     for (int task = warp(); task < n_rows * heads; task += n_warps()) {
       const int r = ROWS == 1 ? 0 : task % n_rows, h = rank + (ROWS == 1 ? task : task / n_rows) * size;
       const int slot = rows()[r].slot, filled = rows()[r].filled;
       W* const keys = cached(stack, cache, r) + h * window * padded;                      // [vectors][window][V]
       W* const values = cached(stack, cache, r) + (stack.n_heads + h) * window * padded;  // [window][padded]
+      float4 key[LOADS], value[LOADS];
+      const auto load_keys = [&](int first, int begin) {
+        const int at = min(first + lane(), filled - 1);
+#pragma unroll
+        for (int i = 0; i < LOADS; ++i)
+          if (begin + i < vectors) key[i] = vector(keys + ((begin + i) * window + at) * V);
+      };
+      const auto load_values = [&](int first, int begin) {
+#pragma unroll
+        for (int i = 0; i < LOADS; ++i) {
+          if (begin + i >= shared_by) continue;
+          const int at = first + sharer + (begin + i) * sharers;
+          value[i] = sharer < sharers && at < filled ? vector(values + at * padded + mine * V) : float4{0.f, 0.f, 0.f, 0.f};
+        }
+      };
+      load_keys(0, 0);
+      load_values(0, 0);
       const float *const q = wide() + h * head_dim * ROWS + r, *const k = q + stack.dim * ROWS, *const v = k + stack.dim * ROWS;
       const float* const turned = angles() + r * m().angle_width;
-      float power_q = 0.f, power_k = 0.f;
-      for (int i = lane(); i < head_dim; i += WARP) {
-        power_q += q[i * ROWS] * q[i * ROWS];
-        power_k += k[i * ROWS] * k[i * ROWS];
-        values[slot * padded + i] = from_float<W>(v[i * ROWS]);
-      }
+      float of_q[PAIRS][2], of_k[PAIRS][2], power_q = 0.f, power_k = 0.f;
+#pragma unroll
+      for (int p = 0; p < PAIRS; ++p)
+#pragma unroll
+        for (int second = 0; second < 2; ++second) {
+          const int i = p * WARP + lane(), f = second * half + i;
+          const bool there = i < half;
+          of_q[p][second] = there ? q[f * ROWS] : 0.f;
+          of_k[p][second] = there ? k[f * ROWS] : 0.f;
+          power_q += of_q[p][second] * of_q[p][second];
+          power_k += of_k[p][second] * of_k[p][second];
+          if (there) values[slot * padded + f] = new_value[f] = from_float<W>(v[f * ROWS]);
+        }
       const float scale_q = rsqrtf((lanes_sum<WARP>(power_q) / head_dim + NORM_EPS) * head_dim);
       const float scale_k = rsqrtf(lanes_sum<WARP>(power_k) / head_dim + NORM_EPS);
-      const auto place_key = [&](int i, float x) { keys[(i / V * window + slot) * V + i % V] = from_float<W>(x); };
-      for (int i = lane(); i < half; i += WARP) {
+      const auto place_key = [&](int f, float x) { keys[(f / V * window + slot) * V + f % V] = new_key[f] = from_float<W>(x); };
+#pragma unroll
+      for (int p = 0; p < PAIRS; ++p) {
+        const int i = p * WARP + lane();
+        if (i >= half) continue;
         const float cosine = turned[i], sine = turned[half + i];
-        const float low_q = q[i * ROWS] * scale_q, high_q = q[(half + i) * ROWS] * scale_q;
-        const float low_k = k[i * ROWS] * scale_k, high_k = k[(half + i) * ROWS] * scale_k;
-        query[i] = low_q * cosine - high_q * sine;
-        query[half + i] = low_q * sine + high_q * cosine;
-        place_key(i, low_k * cosine - high_k * sine);
-        place_key(half + i, low_k * sine + high_k * cosine);
+        const float low_q = of_q[p][0] * scale_q, high_q = of_q[p][1] * scale_q, low_k = of_k[p][0] * scale_k,
+                    high_k = of_k[p][1] * scale_k;
+        query[i] = turned_low(low_q, high_q, cosine, sine);
+        query[half + i] = turned_high(low_q, high_q, cosine, sine);
+        place_key(i, turned_low(low_k, high_k, cosine, sine));
+        place_key(half + i, turned_high(low_k, high_k, cosine, sine));
       }
-      if (VECTORS == 0 && head_dim + lane() < padded) query[head_dim + lane()] = 0.f;
+      if (const int f = head_dim + lane(); HEAD_DIM % V != 0 || HEAD_DIM == 0)
+        if (f < padded) query[f] = 0.f, new_key[f] = new_value[f] = from_float<W>(0.f);
       __syncwarp();  // publishes query, key and value
       float most = -INFINITY, total = 0.f, sum[V] = {};
       for (int first = 0; first < filled; first += WARP) {
-        // Everything is on its way before anything is waited for.
-        float4 value[LOADS];
-        const auto load_values = [&](int begin) {
-#pragma unroll
-          for (int i = 0; i < LOADS; ++i) {
-            if (begin + i >= shared_by) continue;
-            const int at = first + sharer + (begin + i) * sharers;
-            value[i] = sharer < sharers && at < filled ? *reinterpret_cast<const float4*>(values + at * padded + mine * V)
-                                                       : float4{0.f, 0.f, 0.f, 0.f};
-          }
-        };
-        const int at = min(first + lane(), filled - 1);
-        float score = 0.f;
+        if (first > 0) {
+          load_keys(first, 0);
+          load_values(first, 0);
+        }
+        const bool has_new = first <= slot && slot < first + WARP;
+        float score[2] = {};
 #pragma unroll
         for (int begin = 0; begin < vectors; begin += LOADS) {
-          float4 key[LOADS];
-#pragma unroll
-          for (int i = 0; i < LOADS; ++i)
-            if (begin + i < vectors) key[i] = *reinterpret_cast<const float4*>(keys + ((begin + i) * window + at) * V);
-          if (begin == 0) load_values(0);
+          if (begin > 0) load_keys(first, begin);
 #pragma unroll
           for (int i = 0; i < LOADS; ++i) {
             if (begin + i >= vectors) continue;
+            if (has_new && first + lane() == slot) key[i] = vector(new_key + (begin + i) * V);
 #pragma unroll
-            for (int e = 0; e < V; ++e) score += query[(begin + i) * V + e] * value_of<W>(key[i], e);
+            for (int e = 0; e < V; ++e) score[e % 2] += query[(begin + i) * V + e] * value_of<W>(key[i], e);
           }
         }
-        if (first + lane() >= filled) score = -INFINITY;
-        const float before = most;
-        most = fmaxf(most, lanes_max<WARP>(score));
-        const float factor = __expf(before - most), weight = __expf(score - most);
-        total = total * factor + weight;
+        const float scored = first + lane() < filled ? score[0] + score[1] : -INFINITY, before = most;
+        most = fmaxf(most, lanes_max<WARP>(scored));
+        const float factor = __expf(before - most), weight = __expf(scored - most);
+        total = fmaf(total, factor, weight);
 #pragma unroll
         for (int e = 0; e < V; ++e) sum[e] *= factor;
 #pragma unroll
         for (int begin = 0; begin < shared_by; begin += LOADS) {
-          if (begin > 0) load_values(begin);
+          if (begin > 0) load_values(first, begin);
 #pragma unroll
           for (int i = 0; i < LOADS; ++i) {
             if (begin + i >= shared_by) continue;
-            const float of = __shfl_sync(ALL_LANES, weight, (sharer + (begin + i) * sharers) % WARP);
+            const int at = sharer + (begin + i) * sharers;
+            if (has_new && first + at == slot && sharer < sharers) value[i] = vector(new_value + mine * V);
+            const float of = __shfl_sync(ALL_LANES, weight, at % WARP);
 #pragma unroll
             for (int e = 0; e < V; ++e) sum[e] += of * value_of<W>(value[i], e);
           }
         }
       }
-      total = lanes_sum<WARP>(total);
+      const float inverse = __fdividef(1.f, lanes_sum<WARP>(total));
 #pragma unroll
       for (int other = sharers / 2; other > 0; other /= 2)
 #pragma unroll
         for (int e = 0; e < V; ++e) sum[e] += __shfl_sync(ALL_LANES, sum[e], ((sharer ^ other) * vectors + mine) % WARP);
+      // The sharers, who all have the sums now, write a pair in turn.
+      Pair* const to = attended() + (h * head_dim + mine * V) / 2 * ROWS + r;
+#pragma unroll 1
+      for (int pair = sharer; pair < V / 2 && sharer < sharers; pair += sharers) {
+        float low = sum[0], high = sum[1];
 #pragma unroll
-      for (int e = 0; e < V; e += 2)
-        if (const int f = mine * V + e; sharer < sharers && e / 2 % sharers == sharer && f < head_dim)
-          spread(&attended()[(h * head_dim + f) / 2 * ROWS + r], split<PIECES<W>>(sum[e] / total, sum[e + 1] / total));
-      __syncwarp();  // the query was read
+        for (int other = 1; other < V / 2; ++other)
+          if (other == pair) low = sum[2 * other], high = sum[2 * other + 1];
+        if (mine * V + 2 * pair < head_dim) spread(&to[pair * ROWS], split<PIECES<W>>(low * inverse, high * inverse));
+      }
+      __syncwarp();  // what the warp keeps was read
     }
   }
 
   /// Queries, keys and values into `wide`.
-  __device__ void project(const DecodeStack& stack, int id) const {
-    const int head_dim = stack.dim / stack.n_heads;
-    linear(id, stream(), true, [&](int j, int r, float low, float high) {
+  template <int DIM>
+  __device__ __forceinline__ void project(const DecodeStack& stack, int id) const {
+    const int dim = DIM > 0 ? DIM : stack.dim, head_dim = dim / stack.n_heads;
+    float* const all = wide();
+    linear<DIM>(id, stream(), true, [&](int j, int r, float low, float high) {
       // To the block that has the head.
-      float* const to = &wide()[j * ROWS + r];
-      float* const there = size == 1 ? to : peer(to, j % stack.dim / head_dim % size);
+      float* const to = &all[j * ROWS + r];
+      float* const there = size == 1 ? to : peer(to, j % dim / head_dim % size);
       there[0] = low;
       there[ROWS] = high;
     });
@@ -539,42 +592,50 @@ struct Room {
 
   /// silu(gate) * value of the two halves of a map of the residual stream, into `inputs`. Outputs j and j + 1 are gate and value of unit
   /// j / 2; four lanes on are the next unit's.
-  __device__ void gate(int id) const {
+  template <int DIM>
+  __device__ __forceinline__ void gate(int id) const {
     const int n_out = slices()[id].n_out;
-    linear_from(
+    Pair* const to = inputs();
+    linear_from<DIM>(
         id, stream(), true, -1, nullptr, 0, [](int, int) { return float2{0.f, 0.f}; },
         [&](int, int j, const Products& y) {
-          for (int i = 0; i < 2; ++i) {
+          for (int i = 0; i < (ROWS == 1 ? 1 : 2); ++i) {
             const float unit = silu(y.of[0][i]) * y.of[1][i], next = __shfl_sync(ALL_LANES, unit, (lane() + 4) % WARP);
             if (row() + i < n_rows && j < n_out && lane() / 4 % 2 == 0)
-              spread(&inputs()[j / 4 * ROWS + row() + i], split<PIECES<W>>(unit, next));
+              spread(&to[j / 4 * ROWS + row() + i], split<PIECES<W>>(unit, next));
           }
         });
   }
 };
 
 /// The residual stream through all blocks of a stack at the rows' positions; `which` counts the stacks. `beside(i)` is done beside the
-/// i-th map of the first block.
-template <class W, int ROWS, class Beside>
+/// i-th map of the first block. Sizes are 0 where they are known only at run time.
+template <int DIM, int HEAD_DIM, int HIDDEN, class W, int ROWS, class Beside>
 __device__ __forceinline__ void forward(const Room<W, ROWS>& room, const DecodeStack& stack, int which, Beside beside) {
   for (int block = 0; block < stack.n_layers; ++block) {
     const int maps = stack.linears + 4 * block;
-    room.project(stack, maps);
+    room.template project<DIM>(stack, maps);
     if (block == 0) {
       room.turn(stack, which);
       beside(0);
     }
     GROUP_BARRIER(room.size);  // publishes queries, keys, values (and, in its block, the angles)
-    room.attend(stack, stack.cache + int64_t(block) * stack.block_cache);
+    room.template attend<HEAD_DIM>(stack, stack.cache + int64_t(block) * stack.block_cache);
     GROUP_BARRIER(room.size);  // publishes what was attended to
-    room.linear_add(maps + 1, room.attended());
+    room.template linear_add<DIM>(maps + 1, room.attended());
     if (block == 0) beside(1);
     GROUP_BARRIER(room.size);  // publishes the residual stream
-    room.gate(maps + 2);
+    room.template gate<DIM>(maps + 2);
     GROUP_BARRIER(room.size);  // publishes the gated values
-    room.linear_add(maps + 3, room.inputs());
+    room.template linear_add<HIDDEN>(maps + 3, room.inputs());
     GROUP_BARRIER(room.size);  // publishes the residual stream
   }
+}
+
+/// A stack of any sizes, out of its callers' way.
+template <class W, int ROWS>
+__device__ NO_INLINE void forward_any(const Room<W, ROWS> room, const DecodeStack& stack, int which) {
+  forward<0, 0, 0>(room, stack, which, [](int) {});
 }
 
 }  // namespace decode

@@ -5,7 +5,6 @@
 namespace decode {
 
 /// As in src/codec.rs, src/model/features.rs and src/sampler.rs.
-constexpr int N_CODES = 256;
 constexpr float PCM_UNIT = 32768.f;
 /// In a ring of tokens a token's code lies above its 16 bits.
 constexpr int TOKEN_BITS = 16;
@@ -34,7 +33,7 @@ struct Codec {
   const float* edges;    // [N_CODES - 1]: between their bins
   bool pcm;
 
-  __device__ Codec(const DecodeModel& m, const float* exact) : centres(exact + m.centres), edges(exact + m.edges), pcm(m.pcm) {}
+  __device__ Codec(const float* tables, bool pcm) : centres(tables), edges(tables + N_CODES), pcm(pcm) {}
 
   /// The bin of mu-law: the number of edges that are not above the sample; what is no number lies in the middle.
   __device__ int code(float sample) const {
@@ -94,8 +93,8 @@ __device__ __forceinline__ void predict(const Room<W, ROWS>& room, int since) {
     const float forecast = which ? planned : past, companded = compand(forecast), half = N_CODES / 2;
     const float place = fminf(fmaxf((companded + 1.f) * half, 0.f), N_CODES - 0.001f), code = floorf(place);
     const float fraction = place - code;
-    const float values[5] = {fraction, sinf(2.f * PI * fraction), companded, 4.f * forecast,
-                             logf(fabsf(forecast) + 1e-4f) / 4.f};
+    const float values[5] = {fraction, __sinf(2.f * PI * fraction), companded, 4.f * forecast,
+                             __logf(fabsf(forecast) + 1e-4f) / 4.f};
     float others[5];
     for (int kind = 0; kind < 5; ++kind) others[kind] = __shfl_xor_sync(ALL_LANES, values[kind], 1);
     if (lane() > 0) continue;
@@ -114,7 +113,7 @@ __device__ __forceinline__ void gather(const Room<W, ROWS>& room, const DecodeTi
   const DecodeArgs& a = room.a();
   const DecodeModel& m = room.m();
   const int width = m.token_width;
-  const Codec codec(m, a.exact);
+  const Codec codec(room.tables(), m.pcm);
   const int thread = (threadIdx.x + blockDim.x - busy % n_warps() * WARP) % blockDim.x;
   const int n_in = tier.seen * width;
   const auto feature = [&](int r, int j) {
@@ -156,14 +155,13 @@ __device__ __forceinline__ void step_tier(const Room<W, ROWS>& room, int which, 
     }
     return sum;
   };
-  room.linear_stream(tier.input, room.inputs(), last ? m.feature_in : -1, room.features(), from_elsewhere);
+  room.template linear_stream<0>(tier.input, room.inputs(), last ? m.feature_in : -1, room.features(), from_elsewhere);
   // What the features say by themselves runs beside the last tier, in the warps that it leaves idle.
   auto* const first = room.shortcut();
   auto* const second = first + (room.slices()[m.shortcut].n_out + 1) / 2 * ROWS;
   if (last) room.linear_silu(first, m.shortcut, room.features(), room.slices()[tier.input].count);
   GROUP_BARRIER(room.size);  // publishes the residual stream, and in its block the first layer
-  forward(room, tier.stack, which, [&](int i) {
-    if (!last) return;
+  const auto beside = [&](int i) {
     const int busy = room.slices()[tier.stack.linears + i].count;
     if (i == 0)
       room.linear_silu(second, m.shortcut + 1, first, busy);
@@ -176,7 +174,21 @@ __device__ __forceinline__ void step_tier(const Room<W, ROWS>& room, int which, 
             direct[(j + 1) * ROWS + r] = high;
           },
           busy);
-  });
+  };
+  // The tiers of the preset `base` are compiled for their sizes.
+  const auto is = [&](int its_dim, int head_dim) {
+    return dim == its_dim && dim / tier.stack.n_heads == head_dim && room.slices()[tier.stack.linears + 3].n_in == 3 * dim;
+  };
+  if (last && is(96, 48))
+    forward<96, 48, 288>(room, tier.stack, which, beside);
+  else if (last)
+    forward<0, 0, 0>(room, tier.stack, which, beside);
+  else if (is(160, 32))
+    forward<160, 32, 480>(room, tier.stack, which, [](int) {});
+  else if (is(256, 64))
+    forward<256, 64, 768>(room, tier.stack, which, [](int) {});
+  else
+    forward_any(room, tier.stack, which);
   room.linear(last ? m.head : tier.down, room.stream(), last, [&](int j, int r, float low, float high) {
     float* const to = last ? room.head() + j * ROWS + r : room.memory(r) + tier.handed + j;
     to[0] = low;
@@ -201,37 +213,36 @@ __device__ __forceinline__ void draw(const Room<W, ROWS>& room, int r, int t, in
   const DecodeArgs& a = room.a();
   const DecodeModel& m = room.m();
   Row& row = room.rows()[r];
-  const Codec codec(m, a.exact);
+  const Codec codec(room.tables(), m.pcm);
   const int n = m.n_components, k = min(lane(), n - 1), of = k / (n / 2);
   const auto head = [&](int i) { return room.head()[i * ROWS + r] + room.head()[(3 * n + i) * ROWS + r]; };
-  float top = -INFINITY, total = 0.f;
-  for (int i = 0; i < n; ++i) top = fmaxf(top, head(i));
-  for (int i = 0; i < n; ++i) total += __expf(head(i) - top);
-  const float log_weight = head(k) - (top + logf(total)), forecast = row.forecasts[of];
-  const float unit = 0.5f * expf(row.log_scale) + 0.25f * codec.bin_width(forecast);
-  const float mean = forecast + unit * MAX_OFFSET * tanhf(head(n + k) / MAX_OFFSET);
-  const float log_scale = tanhf(head(2 * n + k) / m.own_scale) * m.own_scale + room.scales()[(r * m.slices + slice) * n + k];
-  const float scale = unit * expf(MAX_LOG_SCALE * tanhf(log_scale / MAX_LOG_SCALE));
+  const float mine = lane() < n ? head(k) : -INFINITY, top = lanes_max<WARP>(mine), forecast = row.forecasts[of];
+  const auto bounded = [](float x) { return 1.f - __fdividef(2.f, __fadd_rn(1.f, __expf(2.f * x))); };  // tanh
+  const float unit = 0.5f * __expf(row.log_scale) + 0.25f * codec.bin_width(forecast);
+  const float mean = forecast + unit * MAX_OFFSET * bounded(head(n + k) / MAX_OFFSET);
+  const float log_scale = bounded(head(2 * n + k) / m.own_scale) * m.own_scale + room.scales()[(r * m.slices + slice) * n + k];
+  const float scale = unit * __expf(MAX_LOG_SCALE * bounded(log_scale / MAX_LOG_SCALE));
   const int64_t place = (int64_t(row.stream) * a.n_frames) * m.plan_hop + t;
   float sample, mean_square = row.mean_square;
   int token;
   if (a.wave_uniforms) {
-    const float weight = expf(log_weight) * (of == 0 ? a.past_weight : 1.f);
-    float all = 0.f, sum = 0.f;
-    for (int i = 0; i < n; ++i) all += __shfl_sync(ALL_LANES, weight, i);
-    int chosen = n;
-    for (int i = 0; i < n; ++i) {
-      sum += __shfl_sync(ALL_LANES, weight, i);
-      if (chosen == n && row.uniform * all < sum) chosen = i;
+    const float weight = __expf(mine - top) * (of == 0 ? a.past_weight : 1.f);
+    float sum = weight;  // of the components up to this one
+#pragma unroll
+    for (int distance = 1; distance < WARP; distance *= 2) {
+      const float before = __shfl_sync(ALL_LANES, sum, max(lane() - distance, 0));
+      if (lane() >= distance) sum += before;
     }
-    chosen = min(chosen, n - 1);
+    const float all = __shfl_sync(ALL_LANES, sum, n - 1);
+    // The first component that reaches it.
+    const int chosen = n - 1 - int(lanes_max<WARP>(lane() < n && row.uniform * all < sum ? float(n - 1 - lane()) : 0.f));
     const float centre = row.forecasts[chosen / (n / 2)];
     const float at = centre + a.offset * (__shfl_sync(ALL_LANES, mean, chosen) - centre);
     const float drawn = at + __shfl_sync(ALL_LANES, scale, chosen) * row.logit;
     // Drive: holds the power of what is drawn to the plan's.
     const float innovation = drawn - row.forecasts[1], ratio = innovation / row.rms;
     mean_square += (fminf(ratio * ratio, MOST_SQUARE) - mean_square) / DRIVE_SAMPLES;
-    const float factor = fminf(fmaxf(1.f / sqrtf(mean_square), LEAST_DRIVE), MOST_DRIVE);
+    const float factor = fminf(fmaxf(rsqrtf(mean_square), LEAST_DRIVE), MOST_DRIVE);
     sample = prediction::held(row.forecasts[1] + innovation * factor * a.grain);
     token = codec.encode(sample);
   } else {
@@ -241,6 +252,7 @@ __device__ __forceinline__ void draw(const Room<W, ROWS>& room, int r, int t, in
   const float heard = codec.decode(token);
   const int code = codec.pcm ? codec.code(heard) : token, coded = token | code << TOKEN_BITS;
   if (a.nll) {
+    const float log_weight = mine - (top + logf(lanes_sum<WARP>(__expf(mine - top))));
     const float nats = mixture_nll(log_weight, mean, scale, n, codec.low(token), codec.high(token));
     if (lane() == 0 && room.rank == 0) a.nll[place] = nats;
   }
@@ -268,7 +280,7 @@ __device__ __forceinline__ void draw(const Room<W, ROWS>& room, int r, int t, in
 
 /// Sample t of all rows, the `since`th since there are coefficients, where sample t % plan_hop of the frame in `slot`.
 template <class W, int ROWS>
-__device__ void step(Room<W, ROWS>& room, int t, int since, int slot) {
+__device__ __forceinline__ void step(Room<W, ROWS>& room, int t, int since, int slot) {
   const DecodeModel& m = room.m();
   const DecodeArgs& a = room.a();
   const int in_frame = t % m.plan_hop;

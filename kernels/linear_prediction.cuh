@@ -69,17 +69,40 @@ __device__ __forceinline__ double with_noise(double r, int lag, White white) {
 }
 
 /// r [order + 1] -> a [order], both in shared memory, by one warp; gives the number of coefficients that could be had (the rest
-/// counts as 0) and the residual power. r has been published to the warp; a is when it returns.
-__device__ __forceinline__ int levinson(const double* r, double* a, int order, double& power) {
+/// counts as 0) and the residual power. Of r only r[0] is left. r has been published to the warp; a is when it returns.
+///
+/// Schur's recursion (Le Roux and Gueguen, 1977): the reflections need no sum. At step k, r[k + 1..] are the correlations of the forward
+/// residual with the past, a[k..] those of the backward residual, and a[..k] are coefficients.
+__device__ __forceinline__ int levinson(double* r, double* a, int order, double& power) {
+  constexpr int GROUP = 4;
   const int lane = threadIdx.x % WARP;
+  for (int i = lane; i < order; i += WARP) a[i] = r[i];
+  __syncwarp();  // publishes a
   power = r[0];
+  double ahead = order > 0 ? r[1] : 0.0;  // forward, at k + 1
   int k = 0;
   // Stops early where r is not positive definite, or no number. All lanes know the same power.
   for (; k < order && power > 0.0; ++k) {
-    double sum = 0.0;
-    for (int i = lane; i < k; i += WARP) sum += a[i] * r[k - i];
-    // What every lane read of a is in this sum, so a may change after it.
-    const double reflection = (r[k + 1] - lanes_sum<WARP>(sum)) / power;
+    const double reflection = ahead / power;
+    const double next_forward = k + 2 <= order ? r[k + 2] : 0.0, next_backward = k + 1 < order ? a[k + 1] : 0.0;
+    // From the end on: a's places are read before they are written.
+    for (int end = order; end > k; end -= GROUP * WARP) {
+      double forward[GROUP], backward[GROUP];
+#pragma unroll
+      for (int j = 0; j < GROUP; ++j) {
+        const int i = end - j * WARP - lane;
+        forward[j] = i > k ? r[i] : 0.0;
+        backward[j] = i > k ? a[i - 1] : 0.0;
+      }
+      __syncwarp();  // they were read
+#pragma unroll
+      for (int j = 0; j < GROUP; ++j) {
+        const int i = end - j * WARP - lane;
+        if (i <= k) continue;
+        r[i] = forward[j] - reflection * backward[j];
+        if (i < order) a[i] = backward[j] - reflection * forward[j];
+      }
+    }
     for (int i = lane; i < (k + 1) / 2; i += WARP) {
       const int mirror = k - 1 - i;
       const double low = a[i], high = a[mirror];
@@ -87,8 +110,9 @@ __device__ __forceinline__ int levinson(const double* r, double* a, int order, d
       a[mirror] = high - reflection * low;
     }
     if (lane == 0) a[k] = reflection;
-    power *= 1.0 - reflection * reflection;
-    __syncwarp();  // publishes a
+    power -= reflection * ahead;
+    ahead = next_forward - reflection * next_backward;
+    __syncwarp();  // publishes r and a
   }
   power = power > 0.0 ? power : 0.0;
   return k;

@@ -55,6 +55,7 @@ struct PlanGrid {
   __device__ double find(int band, const double* powers) const {
     const int first = rows[2 * band], begin = rows[2 * band + 1], end = rows[2 * band + 3];
     double sum = 0.0;
+#pragma unroll 4
     for (int i = begin + int(threadIdx.x) % WARP; i < end; i += WARP) sum += row_weights[i] * powers[first + i - begin];
     return lanes_sum<WARP>(sum);
   }
@@ -62,6 +63,7 @@ struct PlanGrid {
   /// The mean over the bands that see a bin, each as much as it sees of it.
   __device__ double back(int bin, const double* of_bands) const {
     double sum = 0.0;
+#pragma unroll 4
     for (int band = columns[2 * bin]; band < columns[2 * bin + 1]; ++band)
       sum += of_bands[band] * row_weights[rows[2 * band + 1] + bin - rows[2 * band]];
     return sum * per_column[bin];
@@ -178,24 +180,26 @@ struct PlannedSpectrum {
     __syncthreads();  // powers and what is left were read
   }
 
-  /// The number of lines, and of each its peak and the power that was taken, by rising peaks: [1 + 2 * lines].
+  /// The number of lines, and of each its peak and the power that was taken, by rising peaks: [1 + 2 * lines]. Every warp counts all
+  /// lines and lists those of its turns.
   __device__ void list(float* lines) const {
-    const auto is_line = [&](int bin) { return blunt[bin] < 1.0 && is_peak(bin); };
-    for (int bin = threadIdx.x; bin < grid.n_bins; bin += blockDim.x) {
-      const bool is_last = bin == grid.n_bins - 1;
-      if (!is_last && !is_line(bin)) continue;
-      int below = 0;
-      for (int other = 0; other < bin; ++other) below += is_line(other);
-      if (is_last) {
-        lines[0] = float(below);
-        continue;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
+    int below = 0;
+    for (int first = 0, turn = 0; first < grid.n_bins; first += WARP, turn = (turn + 1) % n_warps) {
+      const int bin = first + lane;
+      const bool is_line = bin < grid.n_bins && blunt[bin] < 1.0 && is_peak(bin);
+      const unsigned all = __ballot_sync(ALL_LANES, is_line);
+      if (is_line && turn == warp) {
+        const int place = below + __popc(all & ((1u << lane) - 1));
+        const Line line = line_of(bin);
+        double power = 0.0;
+        for (int i = line.first; i < line.end; ++i) power += powers[i];
+        lines[1 + 2 * place] = float(bin);
+        lines[2 + 2 * place] = float((1.0 - blunt[bin]) * power);
       }
-      const Line line = line_of(bin);
-      double power = 0.0;
-      for (int i = line.first; i < line.end; ++i) power += powers[i];
-      lines[1 + 2 * below] = float(bin);
-      lines[2 + 2 * below] = float((1.0 - blunt[bin]) * power);
+      below += __popc(all);
     }
+    if (threadIdx.x == 0) lines[0] = float(below);
   }
 
   __device__ bool is_peak(int bin) const {

@@ -174,6 +174,13 @@ T exchange(T mine, int from, unsigned place) {
   return theirs;
 }
 
+/// A bit for every lane that says yes.
+inline unsigned ballot(bool yes, unsigned place) {
+  unsigned bits = unsigned(yes) << lane();
+  for (int distance = 1; distance < LANES; distance *= 2) bits |= exchange(bits, lane() ^ distance, place);
+  return bits;
+}
+
 inline void set_thread(size_t i) {
   current = i;
   blockIdx = blocks[i / block_threads].index;
@@ -294,6 +301,8 @@ inline bool add(Kernel kernel) {
 #define __syncwarp() emulator::barrier(emulator::Waits::ForWarp, HERE)
 #define __shfl_xor_sync(mask, value, distance) emulator::exchange(value, emulator::lane() ^ (distance), HERE)
 #define __shfl_sync(mask, value, from) emulator::exchange(value, from, HERE)
+#define __ballot_sync(mask, yes) emulator::ballot(yes, HERE)
+#define __popc(bits) __builtin_popcount(bits)
 #define GROUP_BARRIER(size) emulator::barrier((size) > 1 ? emulator::Waits::ForCluster : emulator::Waits::ForBlock, HERE)
 #define WAIT_FOR(flag, value) emulator::wait_for(flag, value, HERE)
 template <class T>
@@ -303,6 +312,10 @@ T* peer(T* mine, int rank) {
 inline void store_release(uint32_t* flag, uint32_t value) { *flag = value; }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
+inline float __sinf(float x) { return std::sin(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
 inline float cospif(float x) { return float(std::cos(3.14159265358979323846 * x)); }
 inline double cospi(double x) { return std::cos(3.14159265358979323846 * x); }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }

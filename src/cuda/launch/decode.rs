@@ -4,6 +4,7 @@ use half::bf16;
 
 use super::tones::tones_room;
 use super::{Element, Launch, LaunchError, PlanGrid, SHARED_BYTES, WARP, shared};
+use crate::codec::N_CODES;
 
 /// Tiers that a model may have.
 pub const MAX_TIERS: usize = 4;
@@ -192,9 +193,9 @@ mirrored!(
 );
 
 /// Regions of a block's shared memory, in the order of `DecodeRegion` in kernels/args.cuh; the last two of them.
-const SCRATCH: usize = 20;
-const RESIDENT: usize = 21;
-const N_REGIONS: usize = 22;
+const SCRATCH: usize = 21;
+const RESIDENT: usize = 22;
+const N_REGIONS: usize = 23;
 
 mirrored!(
     /// Arguments of `decode_persistent_*`; the pointers come first.
@@ -235,7 +236,6 @@ mirrored!(
         offset: f32,
         level: f32,
         at: [i32; N_REGIONS],
-        reserved: i32,
     }
 );
 words!(u64);
@@ -428,8 +428,8 @@ impl DecodeGeometry {
         // Bytes of a pair of features of every row.
         let pair = rows * F32 * element.pieces();
         let wide = (rows * wide * F32).max(inputs.div_ceil(2) * pair);
-        // A query for each warp.
-        let played = self.threads / WARP * n(m.angle_width).next_multiple_of(Element::Bf16.vector()) * F32;
+        // Query, key and value for each warp.
+        let played = 3 * self.threads / WARP * n(m.angle_width).next_multiple_of(Element::Bf16.vector()) * F32;
         let activations = rows * (dim + 2 * dim.div_ceil(TILE)) * F32 + 3 * dim.div_ceil(2) * pair + wide;
         let (quads, lag_quads) = (n(m.past_window).div_ceil(QUAD), n(m.order) / QUAD + 1);
         // Autocorrelations lie after what they are made in, which coefficients take later.
@@ -457,6 +457,7 @@ impl DecodeGeometry {
             rows * n(m.slices) * n(m.n_components) * F32,
             rows * (n(m.n_tiers) + 1) * n(m.angle_width) * F32,
             rows * n(m.angle_width) * F32,
+            2 * N_CODES * F32,
             rows * dim * F32,
             2 * dim.div_ceil(2) * pair,
             2 * dim.div_ceil(TILE) * rows * F32,
