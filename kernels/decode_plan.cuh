@@ -90,7 +90,7 @@ template <int ROWS>
 __device__ void measure(const float* x, int n, Row* rows, int n_rows) {
   for (int r = warp(); r < n_rows; r += n_warps()) {
     float power = 0.f;
-    for (int k = lane(); k < n; k += WARP) power += x[k * ROWS + r] * x[k * ROWS + r];
+    for (int k = lane(); k < n; k += WARP) power = fmaf(x[k * ROWS + r], x[k * ROWS + r], power);
     power = lanes_sum<WARP>(power);
     if (lane() == 0) rows[r].scale = 1.f / sqrtf(power / n + NORM_EPS);
   }
@@ -312,7 +312,7 @@ __device__ NO_INLINE void renew_past(const Room<W, ROWS> room, double* lags, int
     __syncthreads();  // publishes the samples
     for (int lag = threadIdx.x; lag <= order; lag += blockDim.x) {
       double& sum = lags[r * (order + 1) + lag];
-      for (int i = max(begin, lag); i < len; ++i) sum += window.at(i) * window.at(i - lag);
+      for (int i = max(begin, lag); i < len; ++i) sum = fma(window.at(i), window.at(i - lag), sum);
       sum = prediction::with_noise(sum, lag, PAST_WHITE);
     }
     __syncthreads();  // publishes the lags, and the samples were read

@@ -67,7 +67,8 @@ __device__ __forceinline__ int lane() { return threadIdx.x % WARP; }
 __device__ __forceinline__ int warp() { return threadIdx.x / WARP; }
 __device__ __forceinline__ int n_warps() { return blockDim.x / WARP; }
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, __fadd_rn(1.f, __expf(-x))); }
-/// x * cosine - y * sine, rounded the same wherever it is compiled: of two products, which one is fused is for the compiler to say.
+/// x * cosine - y * sine, rounded the same wherever it is compiled: of two products in a sum, the compiler may fuse either, and not
+/// the same for every ROWS. So sums of products are spelt out here.
 __device__ __forceinline__ float turned_low(float x, float y, float cosine, float sine) {
   return fmaf(x, cosine, -__fmul_rn(y, sine));
 }
@@ -354,7 +355,7 @@ struct Room {
         begun[0][i] += slices()[other].bias[j], begun[1][i] += slices()[other].bias[j + 1];
       }
       Products y = products<N_IN>(s, tile, in);
-      for (int i = 0; i < 4; ++i) y.of[i / 2][i % 2] = y.of[i / 2][i % 2] * (i % 2 ? scale.y : scale.x) + begun[i / 2][i % 2];
+      for (int i = 0; i < 4; ++i) y.of[i / 2][i % 2] = fmaf(y.of[i / 2][i % 2], i % 2 ? scale.y : scale.x, begun[i / 2][i % 2]);
       if (other >= 0) {
         const Products more = products<0>(slices()[other], tile, other_in);
         for (int i = 0; i < 4; ++i) y.of[i / 2][i % 2] += more.of[i / 2][i % 2];
@@ -496,8 +497,8 @@ struct Room {
           const bool there = i < half;
           of_q[p][second] = there ? q[f * ROWS] : 0.f;
           of_k[p][second] = there ? k[f * ROWS] : 0.f;
-          power_q += of_q[p][second] * of_q[p][second];
-          power_k += of_k[p][second] * of_k[p][second];
+          power_q = fmaf(of_q[p][second], of_q[p][second], power_q);
+          power_k = fmaf(of_k[p][second], of_k[p][second], power_k);
           if (there) values[slot * padded + f] = new_value[f] = from_float<W>(v[f * ROWS]);
         }
       const float scale_q = rsqrtf((lanes_sum<WARP>(power_q) / head_dim + NORM_EPS) * head_dim);
@@ -534,7 +535,7 @@ struct Room {
             if (begin + i >= vectors) continue;
             if (has_new && first + lane() == slot) key[i] = vector(new_key + (begin + i) * V);
 #pragma unroll
-            for (int e = 0; e < V; ++e) score[e % 2] += query[(begin + i) * V + e] * value_of<W>(key[i], e);
+            for (int e = 0; e < V; ++e) score[e % 2] = fmaf(query[(begin + i) * V + e], value_of<W>(key[i], e), score[e % 2]);
           }
         }
         const float scored = first + lane() < filled ? score[0] + score[1] : -INFINITY, before = most;
@@ -542,7 +543,7 @@ struct Room {
         const float factor = __expf(before - most), weight = __expf(scored - most);
         total = fmaf(total, factor, weight);
 #pragma unroll
-        for (int e = 0; e < V; ++e) sum[e] *= factor;
+        for (int e = 0; e < V; ++e) sum[e] = __fmul_rn(sum[e], factor);
 #pragma unroll
         for (int begin = 0; begin < shared_by; begin += LOADS) {
           if (begin > 0) load_values(first, begin);
@@ -553,7 +554,7 @@ struct Room {
             if (has_new && first + at == slot && sharer < sharers) value[i] = vector(new_value + mine * V);
             const float of = __shfl_sync(ALL_LANES, weight, at % WARP);
 #pragma unroll
-            for (int e = 0; e < V; ++e) sum[e] += of * value_of<W>(value[i], e);
+            for (int e = 0; e < V; ++e) sum[e] = fmaf(of, value_of<W>(value[i], e), sum[e]);
           }
         }
       }
@@ -572,7 +573,8 @@ struct Room {
           if (other == pair) low = sum[2 * other], high = sum[2 * other + 1];
         if (mine * V + 2 * pair < head_dim) spread(&to[pair * ROWS], split<PIECES<W>>(low * inverse, high * inverse));
       }
-      __syncwarp();  // what the warp keeps was read
+      // What the warp keeps was read (no emulated schedule shows it: lanes met in shuffles since, which order no memory).
+      __syncwarp();  // unseen
     }
   }
 

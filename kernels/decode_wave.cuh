@@ -81,7 +81,7 @@ __device__ __forceinline__ void predict(const Room<W, ROWS>& room, int since) {
     const auto add = [&](int which, const float* c, int order, const float* ring, int places) {
       const int latest = int((row.n - 1) & (places - 1));
 #pragma unroll 8
-      for (int i = lane(); i < order; i += WARP) sums[which] += c[i] * ring[(latest - i) & (places - 1)];
+      for (int i = lane(); i < order; i += WARP) sums[which] = fmaf(c[i], ring[(latest - i) & (places - 1)], sums[which]);
     };
     add(0, room.past() + r * m.order, m.order, room.samples() + r * m.n_recent, m.n_recent);
     add(1, room.planned() + r * m.planned_order, m.planned_order, room.left() + r * m.n_left, m.n_left);
@@ -237,8 +237,8 @@ __device__ __forceinline__ void draw(const Room<W, ROWS>& room, int r, int t, in
     // The first component that reaches it.
     const int chosen = n - 1 - int(lanes_max<WARP>(lane() < n && row.uniform * all < sum ? float(n - 1 - lane()) : 0.f));
     const float centre = row.forecasts[chosen / (n / 2)];
-    const float at = centre + a.offset * (__shfl_sync(ALL_LANES, mean, chosen) - centre);
-    const float drawn = at + __shfl_sync(ALL_LANES, scale, chosen) * row.logit;
+    const float at = fmaf(a.offset, __shfl_sync(ALL_LANES, mean, chosen) - centre, centre);
+    const float drawn = fmaf(__shfl_sync(ALL_LANES, scale, chosen), row.logit, at);
     // Drive: holds the power of what is drawn to the plan's.
     const float innovation = drawn - row.forecasts[1], ratio = innovation / row.rms;
     mean_square += (fminf(ratio * ratio, MOST_SQUARE) - mean_square) / DRIVE_SAMPLES;

@@ -89,7 +89,6 @@ __device__ void levinson(const LevinsonArgs& args) {
   double* const r = shared + warp * (2 * order + 1);
   double* const a = r + order + 1;
   for (int i = lane; i <= order; i += WARP) r[i] = args.r[size_t(problem) * (order + 1) + i];
-  __syncwarp();  // publishes r
   double power;
   const int found = prediction::levinson(r, a, order, power);
   double damping = 0.0;

@@ -10,7 +10,9 @@ namespace fourier {
 
 __device__ __forceinline__ double2 sum(double2 a, double2 b) { return {a.x + b.x, a.y + b.y}; }
 __device__ __forceinline__ double2 difference(double2 a, double2 b) { return {a.x - b.x, a.y - b.y}; }
-__device__ __forceinline__ double2 product(double2 a, double2 b) { return {a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x}; }
+__device__ __forceinline__ double2 product(double2 a, double2 b) {
+  return {fma(a.x, b.x, -__dmul_rn(a.y, b.y)), fma(a.x, b.y, __dmul_rn(a.y, b.x))};
+}
 /// -i a.
 __device__ __forceinline__ double2 turned(double2 a) { return {a.y, -a.x}; }
 

@@ -49,7 +49,7 @@ struct Window {
         for (int i = 0; i < QUAD; ++i) {
           const double x = rows[i * columns + quad];
 #pragma unroll
-          for (int lag = 0; lag < QUAD; ++lag) sum[lag] += x * later[i + lag];
+          for (int lag = 0; lag < QUAD; ++lag) sum[lag] = fma(x, later[i + lag], sum[lag]);
         }
       }
       for (int lag = 0; lag < QUAD; ++lag) sums[(part * lag_quads + lags) * QUAD + lag] = sum[lag];
@@ -69,7 +69,8 @@ __device__ __forceinline__ double with_noise(double r, int lag, White white) {
 }
 
 /// r [order + 1] -> a [order], both in shared memory, by one warp; gives the number of coefficients that could be had (the rest
-/// counts as 0) and the residual power. Of r only r[0] is left. r has been published to the warp; a is when it returns.
+/// counts as 0) and the residual power. Of r only r[0] is left. r has been
+/// published to the warp, or lane l has written r[l], r[l + 32] and so on itself; a is published when it returns.
 ///
 /// Schur's recursion (Le Roux and Gueguen, 1977): the reflections need no sum. At step k, r[k + 1..] are the correlations of the forward
 /// residual with the past, a[k..] those of the backward residual, and a[..k] are coefficients.

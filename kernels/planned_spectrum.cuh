@@ -45,7 +45,7 @@ struct PlanGrid {
   template <class Value>
   __device__ double between(int bin, Value value) const {
     const double weight = upper[bin];
-    return value(neighbours[2 * bin]) * (1.0 - weight) + value(neighbours[2 * bin + 1]) * weight;
+    return fma(value(neighbours[2 * bin + 1]), weight, __dmul_rn(value(neighbours[2 * bin]), 1.0 - weight));
   }
 
   /// Of the window's energy, what lies on a frame's own samples: after the last weight, where plans are sharpened.
@@ -56,7 +56,7 @@ struct PlanGrid {
     const int first = rows[2 * band], begin = rows[2 * band + 1], end = rows[2 * band + 3];
     double sum = 0.0;
 #pragma unroll 4
-    for (int i = begin + int(threadIdx.x) % WARP; i < end; i += WARP) sum += row_weights[i] * powers[first + i - begin];
+    for (int i = begin + int(threadIdx.x) % WARP; i < end; i += WARP) sum = fma(row_weights[i], powers[first + i - begin], sum);
     return lanes_sum<WARP>(sum);
   }
 
@@ -65,7 +65,7 @@ struct PlanGrid {
     double sum = 0.0;
 #pragma unroll 4
     for (int band = columns[2 * bin]; band < columns[2 * bin + 1]; ++band)
-      sum += of_bands[band] * row_weights[rows[2 * band + 1] + bin - rows[2 * band]];
+      sum = fma(of_bands[band], row_weights[rows[2 * band + 1] + bin - rows[2 * band]], sum);
     return sum * per_column[bin];
   }
 };

@@ -66,7 +66,7 @@ struct Past {
     return n_lines;
   }
 
-  __device__ static double square(double2 x) { return x.x * x.x + x.y * x.y; }
+  __device__ static double square(double2 x) { return fma(x.x, x.x, __dmul_rn(x.y, x.y)); }
   __device__ double power(int bin) const { return square(transform.bin(bin)); }
 
   /// The window's transform at a bin that lies `offset` bins below a line.
@@ -75,7 +75,7 @@ struct Past {
     const int step = min(int(place), 2 * STEPS - 1);
     const double weight = place - step;
     const double* const low = lobe + 2 * step;
-    return {low[0] * (1.0 - weight) + low[2] * weight, low[1] * (1.0 - weight) + low[3] * weight};
+    return {fma(low[2], weight, __dmul_rn(low[0], 1.0 - weight)), fma(low[3], weight, __dmul_rn(low[1], 1.0 - weight))};
   }
 
   /// The tone of a line of the plan whose bins have the power `of_bins` in sum; by a warp, the same in all lanes. No part of

@@ -421,44 +421,109 @@ fn states_go_to_other_engines_and_back() {
     assert!(cuda.restore(&state[..state.len() / 2]).is_err());
 }
 
+/// Every tier as in the preset `base`, for whose sizes the kernel is compiled, but shorter.
+fn base_sized() -> Checkpoint {
+    let mut config = framed(64);
+    let tiers = ModelConfig::preset("base").unwrap().wave_transformer.tiers;
+    let short = |tier: TierConfig| TierConfig { n_layers: 1, window: tier.window / 2 + 5, ..tier };
+    config.wave_transformer.tiers = tiers.into_iter().map(short).collect();
+    config.plan.window = 512;
+    config.validate().unwrap();
+    lively(config, 9)
+}
+
 #[test]
 fn many_streams_play_what_they_play_alone() {
-    let checkpoint = tiny(3);
-    let (hop, books) = (checkpoint.config.plan.hop, checkpoint.config.plan.n_codebooks);
     let many = DecodeGeometry { rows: SET, ..ALONE };
     for (n, geometry) in [
         (3, many),
         (11, DecodeGeometry { groups: 2, threads: 96, ..many }),
         (17, DecodeGeometry { overlapped: true, groups: 2, group_size: 2, ..many }),
     ] {
-        let Some(machine) = machine(Schedule::seeded(n as u64)) else { return };
-        let model = Arc::new(Model::new(machine, &checkpoint, Element::F32).unwrap());
-        let mut streams = Streams::new(model.clone(), n, geometry).unwrap();
-        let sampling = Sampling { plan: PlanSampling::default(), wave: checkpoint.generation };
-        let mut alone = CudaEngine::over(model, ALONE).unwrap();
-        let states: Vec<Vec<u8>> = (0..n.min(4))
-            .map(|i| {
-                alone.prefill(&music(&checkpoint, 100 + 200 * i)).unwrap();
-                alone.save().unwrap()
-            })
-            .collect();
-        for stream in 0..n {
-            alone.restore(&states[stream % states.len()]).unwrap();
-            streams.load(stream, &alone.stream().unwrap()).unwrap();
-        }
-        let all = |kind, per_frame: usize| -> Vec<f32> {
-            (0..n as u32).flat_map(|stream| uniforms(stream, kind, 0, 2 * per_frame)).collect()
-        };
-        let (plan, wave) = (all(Kind::Plan, books), all(Kind::Wave, UNIFORMS_PER_SAMPLE * hop));
-        let played = streams.play(2, Plan::Draw(&plan), Wave::Draw(&wave), &sampling).unwrap();
-        for stream in [0, n / 2, n - 1] {
-            alone.restore(&states[stream % states.len()]).unwrap();
-            let (_, tokens) =
-                alone.play(2, &plan[stream * 2 * books..][..2 * books], &wave[stream * 4 * hop..][..4 * hop]).unwrap();
-            let together = played.tokens[stream * 2 * hop..][..2 * hop].iter().map(|&token| token as Token);
-            assert!(together.eq(tokens), "stream {stream} of {n}, {geometry:?}");
+        for element in [Element::F32, Element::Bf16] {
+            assert_plays_as_alone(&tiny(3), element, n, geometry);
         }
     }
+    for element in [Element::F32, Element::Bf16] {
+        assert_plays_as_alone(&base_sized(), element, SET, DecodeGeometry { threads: 384, ..many });
+    }
+}
+
+fn assert_plays_as_alone(checkpoint: &Checkpoint, element: Element, n: usize, geometry: DecodeGeometry) {
+    let (hop, books) = (checkpoint.config.plan.hop, checkpoint.config.plan.n_codebooks);
+    let Some(machine) = machine(Schedule::seeded(n as u64)) else { return };
+    let model = Arc::new(Model::new(machine, checkpoint, element).unwrap());
+    let mut streams = Streams::new(model.clone(), n, geometry).unwrap();
+    let sampling = Sampling { plan: PlanSampling::default(), wave: checkpoint.generation };
+    let mut alone = CudaEngine::over(model, ALONE).unwrap();
+    let states: Vec<Vec<u8>> = (0..n.min(4))
+        .map(|i| {
+            alone.prefill(&music(checkpoint, 100 + 200 * i)).unwrap();
+            alone.save().unwrap()
+        })
+        .collect();
+    for stream in 0..n {
+        alone.restore(&states[stream % states.len()]).unwrap();
+        streams.load(stream, &alone.stream().unwrap()).unwrap();
+    }
+    let all = |kind, per_frame: usize| -> Vec<f32> {
+        (0..n as u32).flat_map(|stream| uniforms(stream, kind, 0, 2 * per_frame)).collect()
+    };
+    let (plan, wave) = (all(Kind::Plan, books), all(Kind::Wave, UNIFORMS_PER_SAMPLE * hop));
+    let played = streams.play(2, Plan::Draw(&plan), Wave::Draw(&wave), &sampling).unwrap();
+    for stream in [0, n / 2, n - 1] {
+        alone.restore(&states[stream % states.len()]).unwrap();
+        let (_, tokens) =
+            alone.play(2, &plan[stream * 2 * books..][..2 * books], &wave[stream * 4 * hop..][..4 * hop]).unwrap();
+        let together = played.tokens[stream * 2 * hop..][..2 * hop].iter().map(|&token| token as Token);
+        assert!(together.eq(tokens), "stream {stream} of {n}, {element:?}, {geometry:?}");
+    }
+}
+
+/// Tensor cores are no part of the emulator: on a GPU every geometry plays the same bits, in either precision.
+#[cfg(feature = "cuda")]
+#[test]
+fn the_built_in_model_plays_the_same_however_the_work_is_shared() {
+    if !crate::gpu::is_there() {
+        return;
+    }
+    const N: usize = 11;
+    let checkpoint = Checkpoint::built_in().unwrap();
+    let (hop, books) = (checkpoint.config.plan.hop, checkpoint.config.plan.n_codebooks);
+    let machine = machine(Schedule::default()).unwrap();
+    let frames = 4;
+    let all = |kind, per_frame: usize| -> Vec<f32> {
+        (0..N as u32).flat_map(|stream| uniforms(stream, kind, 0, frames * per_frame)).collect()
+    };
+    let (plan, wave) = (all(Kind::Plan, books), all(Kind::Wave, UNIFORMS_PER_SAMPLE * hop));
+    let sampling = Sampling { plan: PlanSampling::default(), wave: checkpoint.generation };
+    let one = DecodeGeometry { threads: 384, ..ALONE };
+    let mut wrong = Vec::new();
+    for element in [Element::F32, Element::Bf16] {
+        let model = Arc::new(Model::new(machine.clone(), &checkpoint, element).unwrap());
+        let play = |geometry| {
+            let mut streams = Streams::new(model.clone(), N, geometry).unwrap();
+            streams.play(frames, Plan::Draw(&plan), Wave::Draw(&wave), &sampling).unwrap()
+        };
+        let expected = play(one);
+        let groups = [1, 2, 4, 8].map(|group_size| DecodeGeometry { group_size, overlapped: true, ..one });
+        let together = [(false, 1), (true, 1), (true, 4)].map(|(overlapped, group_size)| DecodeGeometry {
+            rows: SET,
+            overlapped,
+            group_size,
+            ..one
+        });
+        for geometry in [one].into_iter().chain(groups).chain(together) {
+            let played = play(geometry);
+            let first = played.tokens.iter().zip(&expected.tokens).position(|(a, b)| a != b);
+            let plans = played.plan_tokens.iter().zip(&expected.plan_tokens).position(|(a, b)| a != b);
+            let bands = played.bands.iter().zip(&expected.bands).position(|(a, b)| a != b);
+            if (first, plans, bands) != (None, None, None) {
+                wrong.push(format!("{element:?} {geometry:?}: sample {first:?}, plan {plans:?}, band {bands:?}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
 #[test]
