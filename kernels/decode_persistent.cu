@@ -7,7 +7,7 @@
 //
 // Geometry: clusters of `group_size` blocks; cluster c serves group c / roles in role c % roles (play, renew, plan), where roles
 // is 3 if overlapped, else 1 (and group_size 1). The helpers' clusters use their first block. Threads: a multiple of 32, at
-// most 512. Layouts in args.cuh, shared memory in src/cuda/launch/decode.rs.
+// most 384. Layouts in args.cuh, shared memory in src/cuda/launch/decode.rs.
 // Oracle: the CPU engine in f32 (src/engine/cpu), in tests/decode.rs.
 #include "decode_plan.cuh"
 #include "decode_wave.cuh"

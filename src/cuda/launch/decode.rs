@@ -363,7 +363,7 @@ impl DecodeModel {
 }
 
 impl DecodeGeometry {
-    /// How many streams are played on a machine by default; not measured yet.
+    /// How many streams are played on a machine by default.
     pub fn of(
         streams: usize,
         model: &DecodeModel,
