@@ -118,7 +118,7 @@ __device__ __forceinline__ void gather(const Room<W, ROWS>& room, const DecodeTi
   const int n_in = tier.seen * width;
   const auto feature = [&](int r, int j) {
     if (j >= n_in) return 0.f;
-    const int at = int(room.rows()[r].n) - tier.seen + j / width;
+    const unsigned at = unsigned(room.rows()[r].n) - tier.seen + j / width;
     const int coded = room.tokens()[r * m.n_tokens + (at & (m.n_tokens - 1))];
     const int token = coded & ((1 << TOKEN_BITS) - 1), code = coded >> TOKEN_BITS, of = j % width - (width - 2);
     return of < 0    ? a.exact[m.code_vectors + code * (width - 2) + j % width]
