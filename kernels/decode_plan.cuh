@@ -85,17 +85,6 @@ __device__ void add_surprise(const Room<W, ROWS>& room, const float* logits, int
   draw[1] = first ? entropy : draw[1] + entropy;
 }
 
-/// 1 / root mean square of every row of x [n][ROWS], a warp each, into the rows.
-template <int ROWS>
-__device__ void measure(const float* x, int n, Row* rows, int n_rows) {
-  for (int r = warp(); r < n_rows; r += n_warps()) {
-    float power = 0.f;
-    for (int k = lane(); k < n; k += WARP) power = fmaf(x[k * ROWS + r], x[k * ROWS + r], power);
-    power = lanes_sum<WARP>(power);
-    if (lane() == 0) rows[r].scale = 1.f / sqrtf(power / n + NORM_EPS);
-  }
-}
-
 /// `n` features of every row, value(r, j), for maps to read.
 template <class W, int ROWS, class Value>
 __device__ void each_pair(const Room<W, ROWS>& room, Split<PIECES<W>>* to, int n, Value value) {
@@ -164,11 +153,9 @@ __device__ NO_INLINE void plan_frame(const Room<W, ROWS> room, int k) {
   });
   __syncthreads();  // publishes the residual stream
   forward_any(room, m.plan, m.n_tiers);
-  measure<ROWS>(room.x(), dim, room.rows(), room.n_rows);
-  __syncthreads();  // publishes the scales
   for (int i = threadIdx.x; i < room.n_rows * dim; i += blockDim.x) {
     const int r = i / dim, j = i % dim;
-    room.memory(r)[m.hidden + j] = room.x()[j * ROWS + r] * room.rows()[r].scale * a.exact[m.plan_gain + j];
+    room.memory(r)[m.hidden + j] = room.x()[j * ROWS + r] * room.template inverse_rms<0>(r, dim).x * a.exact[m.plan_gain + j];
     if (j == 0) room.rows()[r].plan_pos += 1;
   }
   __syncthreads();  // publishes the hidden state and the positions

@@ -24,7 +24,6 @@ template <class T>
 constexpr int VEC = 16 / int(sizeof(T));
 /// Positions whose angles are kept (ROPE_LOW of src/engine/cpu/stack.rs), a power of two.
 constexpr int ANGLES = 64;
-constexpr int N_FEATURES = 12;
 /// As in src/codec.rs.
 constexpr int N_CODES = 256;
 /// NORM_EPS of src/model/block.rs.
@@ -47,7 +46,7 @@ struct Row {
   int64_t plan_pos;  // plan frames so far
   int64_t pos;       // of the stack that runs; what follows from it is told by `stand`
   int slot, filled;  // its place in the caches' rings, and how many of theirs are taken with it
-  float mean_square, scale;
+  float mean_square;
   float log_scale, rms;  // of the frame
   float forecasts[2];
   float uniform, logit;  // what chooses a component, and the other uniform's ln(u / (1 - u))
@@ -221,7 +220,7 @@ struct Room {
   __device__ int32_t* tokens() const { return at<int32_t>(DECODE_TOKENS); }  // ring [ROWS][n_tokens]
   __device__ float* past() const { return at<float>(DECODE_PAST); }  // coefficients [ROWS][order], the latest sample's first
   __device__ float* planned() const { return at<float>(DECODE_PLANNED); }  // likewise, [ROWS][planned_order]
-  __device__ Pair* features() const { return at<Pair>(DECODE_FEATURES); }  // [N_FEATURES / 2][ROWS]
+  __device__ Pair* features() const { return at<Pair>(DECODE_FEATURES); }  // of the forecasts, [6][ROWS]
   __device__ float* head() const { return at<float>(DECODE_HEAD); }  // two of [3 * n_components][ROWS]: of the last tier, of the features by themselves
   __device__ Pair* shortcut() const { return at<Pair>(DECODE_SHORTCUT); }  // two of [shortcut width / 2][ROWS]
   __device__ float* tones() const { return at<float>(DECODE_TONES); }  // of the samples until coefficients are renewed, [ROWS][past_hop]
@@ -317,16 +316,16 @@ struct Room {
     return multiply<N, N, ROWS>(weights, s.n_in, in);
   }
 
-  /// What the residual stream of a row and the next is to be multiplied with to be normalised.
+  /// What the residual stream of row r and the next (the last one's is 0) is to be multiplied with to be normalised.
   template <int DIM>
-  __device__ __forceinline__ float2 inverse_rms(int dim) const {
+  __device__ __forceinline__ float2 inverse_rms(int r, int dim) const {
     const int n = DIM > 0 ? DIM : dim;
-    const float* const sums = power() + (ROWS == 1 ? 0 : row());
+    const float* const sums = power() + (ROWS == 1 ? 0 : r);
     float2 sum = {0.f, 0.f};
 #pragma unroll 8
     for (int tile = 0; tile < (n + TILE - 1) / TILE; ++tile) {
       sum.x += sums[tile * ROWS];
-      if (ROWS > 1) sum.y += sums[tile * ROWS + 1];
+      if (r + 1 < ROWS) sum.y += sums[tile * ROWS + 1];
     }
     return {rsqrtf(sum.x / n + NORM_EPS), rsqrtf(sum.y / n + NORM_EPS)};
   }
@@ -341,7 +340,7 @@ struct Room {
     const Slice& s = slices()[id];
     const int n_out = s.n_out, count = s.count;
     float2 scale = {1.f, 1.f};
-    if (normalize) scale = inverse_rms<N_IN>(s.n_in);
+    if (normalize) scale = inverse_rms<N_IN>(row(), s.n_in);
 #pragma unroll 1
     for (int tile = busy == 0 ? warp() : (warp() + n_warps() - busy % n_warps()) % n_warps(); tile < count; tile += n_warps()) {
       const int j = (s.first + tile) * TILE + 2 * (lane() / 4);

@@ -317,7 +317,6 @@ inline float __fdividef(float x, float y) { return x / y; }
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline double __dmul_rn(double x, double y) { return x * y; }
-inline float cospif(float x) { return float(std::cos(3.14159265358979323846 * x)); }
 inline double cospi(double x) { return std::cos(3.14159265358979323846 * x); }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 using std::isfinite;

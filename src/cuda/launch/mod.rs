@@ -64,7 +64,7 @@ impl Element {
     /// Values as these, little-endian.
     pub fn to_bytes(self, values: &[f32]) -> Vec<u8> {
         match self {
-            Element::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Element::F32 => Words::to_bytes(values),
             Element::Bf16 => values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
         }
     }

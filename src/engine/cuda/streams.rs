@@ -160,7 +160,7 @@ fn filled<M: Machine>(machine: &M, bytes: &[u8]) -> Result<M::Buffer, MachineErr
 }
 
 fn floats(bytes: &[u8]) -> Vec<f32> {
-    bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
+    Element::F32.values(bytes)
 }
 
 fn words(bytes: &[u8]) -> Vec<i32> {
@@ -299,8 +299,10 @@ impl<M: Machine> Streams<M> {
         let element = model.packed.element;
         for ((at, len), name) in places {
             let caches = &mut self.state.caches;
-            machine.clear(caches, element.size() * at, element.size() * len)?;
-            let Some(SavedCache { shape, keys, values }) = saved.caches.get(&name) else { continue };
+            let Some(SavedCache { shape, keys, values }) = saved.caches.get(&name) else {
+                machine.clear(caches, element.size() * at, element.size() * len)?;
+                continue;
+            };
             let mut laid = vec![0.0f32; len];
             for (i, (key, value)) in keys.iter().zip(values).enumerate() {
                 let (of_key, of_value) = place_of(i, *shape, element.vector());
