@@ -26,7 +26,7 @@ pub(super) const EXCERPT: usize = 32;
 const READ: usize = 64;
 /// Share of the excerpts whose history is noisy, whose plan is one as generated, and that are digital silence from one place
 /// to another, as between the takes and under the fades of real recordings.
-const NOISY: f32 = 0.5;
+const NOISY: f32 = 0.1;
 const AS_READ: f32 = 0.7;
 const SILENCED: f32 = 0.05;
 /// Most rms of a noisy history's noise, in bins of mu-law.
