@@ -104,7 +104,7 @@ __device__ NO_INLINE void plan_frame(const Room<W, ROWS> room, int k) {
   const auto frame_of = [&](int r) { return int64_t(room.rows()[r].stream) * a.n_frames + k; };
   const auto token_of = [&](int r, int q) { return a.plan_tokens[frame_of(r) * books + q]; };
   for (int r = threadIdx.x; r < room.n_rows; r += blockDim.x)
-    stand(room.rows()[r], room.rows()[r].plan_pos, m.plan.window);
+    stand(room.rows()[r], room.rows()[r].plan_pos, 1, m.plan.window);
   for (int q = 0; q < books && (a.plan_uniforms || a.plan_draws); ++q) {
     each_pair(room, room.inputs(), dim, [&](int r, int j) {
       float x = room.memory(r)[m.hidden + j];
@@ -114,7 +114,7 @@ __device__ NO_INLINE void plan_frame(const Room<W, ROWS> room, int k) {
     __syncthreads();  // publishes the inputs
     room.linear_silu(room.attended(), m.heads + 2 * q, room.inputs());
     __syncthreads();  // publishes the hidden layer
-    room.linear(m.heads + 2 * q + 1, room.attended(), false, [&](int j, int r, float low, float high) {
+    room.linear(m.heads + 2 * q + 1, room.attended(), [&](int j, int r, float low, float high) {
       room.wide()[j * ROWS + r] = low;
       room.wide()[(j + 1) * ROWS + r] = high;
     });
@@ -142,7 +142,7 @@ __device__ NO_INLINE void plan_frame(const Room<W, ROWS> room, int k) {
   const auto above_mean = [&](int r, int j) { return a.bands[frame_of(r) * m.n_bands + j] - a.exact[m.book_mean + j]; };
   each_pair(room, room.inputs(), m.n_bands, above_mean);
   __syncthreads();  // publishes them as inputs
-  room.template linear_stream<0>(m.bands, room.inputs(), -1, nullptr, [&](int j, int r) {
+  room.linear_stream(m.bands, room.inputs(), [&](int j, int r) {
     float2 sum = {0.f, 0.f};
     for (int q = 0; q < books; ++q) {
       const float* const embedding = a.exact + m.embeddings + (int64_t(q) * m.n_entries + token_of(r, q)) * dim;
@@ -152,10 +152,12 @@ __device__ NO_INLINE void plan_frame(const Room<W, ROWS> room, int k) {
     return sum;
   });
   __syncthreads();  // publishes the residual stream
-  forward_any(room, m.plan, m.n_tiers);
+  forward(
+      room, m.plan, m.n_tiers, {-1, -1, -1, false}, [&](int64_t cache) { attend_any(room, m.plan, cache); },
+      [](int, int) { return float2{0.f, 0.f}; }, [&](int) { return room.nothing(); }, [](What, int, int, float, float) {});
   for (int i = threadIdx.x; i < room.n_rows * dim; i += blockDim.x) {
     const int r = i / dim, j = i % dim;
-    room.memory(r)[m.hidden + j] = room.x()[j * ROWS + r] * room.template inverse_rms<0>(r, dim).x * a.exact[m.plan_gain + j];
+    room.memory(r)[m.hidden + j] = room.x()[j * ROWS + r] * room.inverse_rms(r, dim).x * a.exact[m.plan_gain + j];
     if (j == 0) room.rows()[r].plan_pos += 1;
   }
   __syncthreads();  // publishes the hidden state and the positions
@@ -164,7 +166,7 @@ __device__ NO_INLINE void plan_frame(const Room<W, ROWS> room, int k) {
   each_pair(room, room.inputs(), m.n_bands + dim,
             [&](int r, int j) { return j < m.n_bands ? above_mean(r, j) : room.memory(r)[m.hidden + j - m.n_bands]; });
   __syncthreads();  // publishes bands and hidden state
-  room.linear(m.refine, room.inputs(), false, [&](int j, int r, float low, float high) {
+  room.linear(m.refine, room.inputs(), [&](int j, int r, float low, float high) {
     float* const bands = a.bands + frame_of(r) * m.n_bands + j;
     bands[0] += low;
     if (j + 1 < m.n_bands) bands[1] += high;
@@ -248,7 +250,7 @@ __device__ NO_INLINE void prepare_frame(const Room<W, ROWS> room, int k, int slo
   room.linear_silu(room.stream(), m.plan_mlp + 1, room.attended());
   const auto into_frame = [&](int id, const auto* in, int place) {
     __syncthreads();  // publishes the inputs
-    room.linear(id, in, false, [&](int j, int r, float low, float high) {
+    room.linear(id, in, [&](int j, int r, float low, float high) {
       room.frame(r, slot)[place + j] = low;
       room.frame(r, slot)[place + j + 1] = high;
     });

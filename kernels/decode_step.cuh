@@ -55,11 +55,17 @@ struct Row {
 };
 static_assert(sizeof(Row) == 80, "Row differs from src/cuda/launch");
 
-/// The row comes to a position of a stack. One thread: whole numbers of 64 bits are divided here, once.
-__device__ __forceinline__ void stand(Row& row, int64_t pos, int window) {
-  row.pos = pos;
-  row.slot = int(pos >> 31 == 0 ? int(pos) % window : pos % window);
-  row.filled = int(min(pos + 1, int64_t(window)));
+/// n / d, out of the way: it is seldom needed.
+__device__ NO_INLINE inline int64_t divided(int64_t n, int64_t d) { return n / d; }
+/// Cosine and sine, likewise.
+__device__ NO_INLINE inline float2 turn_of(double angle) { return {float(cos(angle)), float(sin(angle))}; }
+
+/// The row comes to position n / hop of a stack. One thread.
+__device__ __forceinline__ void stand(Row& row, int64_t n, int hop, int window) {
+  const bool small = n >> 31 == 0;
+  row.pos = small ? int(n) / hop : divided(n, hop);
+  row.slot = small ? int(row.pos) % window : int(row.pos - divided(row.pos, window) * window);
+  row.filled = int(min(row.pos + 1, int64_t(window)));
 }
 
 __device__ __forceinline__ int lane() { return threadIdx.x % WARP; }
@@ -100,6 +106,20 @@ __device__ __forceinline__ Split<N> split(float low, float high) {
   }
   return to;
 }
+
+/// What becomes of a map's outputs.
+enum What {
+  BEGINNING,  // they are a residual stream that is added to before it is read
+  BEGUN,      // they are the residual stream
+  ADDED,      // they are added to it
+  HEADS,      // they are queries, keys and values
+  GATES,      // gates and values
+  // What does not stay in a stack.
+  AFTER,
+  FIRST,
+  SECOND,
+  DIRECT
+};
 
 /// A tile's products with all rows: what a lane gets of them, outputs 2 * (lane / 4) and the next of rows 2 * (lane % 4) and the next.
 struct Products {
@@ -191,6 +211,14 @@ __device__ __forceinline__ float value_of(const float4& vector, int e) {
 template <class W, int ROWS>
 struct Room {
   using Pair = Split<PIECES<W>>;
+  /// A linear map to be computed; none if `id` is negative.
+  struct Map {
+    int id;
+    const Pair* in;
+    What what;
+    bool normalized;  // its inputs are the residual stream, to be divided by their root mean square
+  };
+  __device__ static Map nothing() { return {-1, nullptr, BEGUN, false}; }
   int rank, size;  // in the group
   int place;       // of the two that maps read the residual stream from
   int n_rows;
@@ -305,112 +333,97 @@ struct Room {
         slices()[id].weights = at<char>(DECODE_RESIDENT) + place;
   }
 
-  /// A tile of this block's share of a map. Maps of blocks, whose inputs are N_IN unless that is 0, have the fewest pieces.
-  template <int N_IN>
+  /// A tile of this block's share of a map.
   __device__ __forceinline__ Products products(const Slice& s, int tile, const Pair* in) const {
     constexpr int N = PIECES<W>, FEWEST = N == 2 ? 1 : N;
     const char* const weights = s.weights + tile * s.tile_bytes;
-    if constexpr (N_IN > 0) return multiply<FEWEST, N, ROWS>(weights, N_IN, in);
     if constexpr (FEWEST < N)
       if (s.pieces == FEWEST) return multiply<FEWEST, N, ROWS>(weights, s.n_in, in);
     return multiply<N, N, ROWS>(weights, s.n_in, in);
   }
 
   /// What the residual stream of row r and the next (the last one's is 0) is to be multiplied with to be normalised.
-  template <int DIM>
   __device__ __forceinline__ float2 inverse_rms(int r, int dim) const {
-    const int n = DIM > 0 ? DIM : dim;
     const float* const sums = power() + (ROWS == 1 ? 0 : r);
     float2 sum = {0.f, 0.f};
-#pragma unroll 8
-    for (int tile = 0; tile < (n + TILE - 1) / TILE; ++tile) {
+#pragma unroll 4
+    for (int tile = 0; tile < (dim + TILE - 1) / TILE; ++tile) {
       sum.x += sums[tile * ROWS];
       if (r + 1 < ROWS) sum.y += sums[tile * ROWS + 1];
     }
-    return {rsqrtf(sum.x / n + NORM_EPS), rsqrtf(sum.y / n + NORM_EPS)};
+    return {rsqrtf(sum.x / dim + NORM_EPS), rsqrtf(sum.y / dim + NORM_EPS)};
   }
 
-  /// y = x W + b + start, where x [n_in][ROWS] is divided by its root mean square first if it is to be normalised (then it is the
-  /// residual stream), plus another such map of the same outputs unless `other` is negative. `start(j, r)` gives what outputs j and
-  /// j + 1 begin with, `done(tile, j, y)` gets both of rows `row()` and the next. The first `busy` warps come last. Barriers before and
-  /// after are the caller's.
-  template <int N_IN, class Start, class Done>
-  __device__ __forceinline__ void linear_from(int id, const Pair* in, bool normalize, int other, const Pair* other_in, int busy,
-                                              Start start, Done done) const {
-    const Slice& s = slices()[id];
-    const int n_out = s.n_out, count = s.count;
+  /// y = x W + b + start of a map, whose inputs are divided by their root mean square first if they are the residual stream to be
+  /// normalised, and then of a second map, for the warps that the first leaves idle. `start(what, j, r)` gives what outputs j and j + 1
+  /// begin with; `done(what, tile, j, r, there, y_j, y_j+1)` is called by whole warps, also where there is no such output or row. Barriers
+  /// before and after are the caller's.
+  template <class Start, class Done>
+  __device__ __forceinline__ void linear_from(const Map first, const Map second, Start start, Done done) const {
+    const int count = slices()[first.id].count, all = second.id < 0 ? count : count + slices()[second.id].count;
     float2 scale = {1.f, 1.f};
-    if (normalize) scale = inverse_rms<N_IN>(row(), s.n_in);
+    if (first.normalized) scale = inverse_rms(row(), slices()[first.id].n_in);
 #pragma unroll 1
-    for (int tile = busy == 0 ? warp() : (warp() + n_warps() - busy % n_warps()) % n_warps(); tile < count; tile += n_warps()) {
-      const int j = (s.first + tile) * TILE + 2 * (lane() / 4);
+    for (int task = warp(); task < all; task += n_warps()) {
+      const bool is_first = task < count;
+      const Map map = is_first ? first : second;
+      const Slice& s = slices()[map.id];
+      const int tile = is_first ? task : task - count, j = (s.first + tile) * TILE + 2 * (lane() / 4);
       float begun[2][2] = {};
       for (int i = 0; i < (ROWS == 1 ? 1 : 2); ++i) {
-        if (row() + i >= n_rows || j >= n_out) continue;
-        const float2 first = start(j, row() + i);
-        begun[0][i] = first.x, begun[1][i] = first.y;
+        if (row() + i >= n_rows || j >= s.n_out) continue;
+        const float2 from = start(map.what, j, row() + i);
+        begun[0][i] = from.x, begun[1][i] = from.y;
         if (s.bias) begun[0][i] += s.bias[j], begun[1][i] += s.bias[j + 1];
-        if (other < 0 || !slices()[other].bias) continue;
-        begun[0][i] += slices()[other].bias[j], begun[1][i] += slices()[other].bias[j + 1];
       }
-      Products y = products<N_IN>(s, tile, in);
-      for (int i = 0; i < 4; ++i) y.of[i / 2][i % 2] = fmaf(y.of[i / 2][i % 2], i % 2 ? scale.y : scale.x, begun[i / 2][i % 2]);
-      if (other >= 0) {
-        const Products more = products<0>(slices()[other], tile, other_in);
-        for (int i = 0; i < 4; ++i) y.of[i / 2][i % 2] += more.of[i / 2][i % 2];
+      const Products y = products(s, tile, map.in);
+#pragma unroll 1
+      for (int i = 0; i < (ROWS == 1 ? 1 : 2); ++i) {
+        const bool next = ROWS > 1 && i > 0;
+        const auto of = [&](int output) {
+          const float factor = is_first ? next ? scale.y : scale.x : 1.f;
+          return fmaf(next ? y.of[output][1] : y.of[output][0], factor, next ? begun[output][1] : begun[output][0]);
+        };
+        done(map.what, s.first + tile, j, row() + i, row() + i < n_rows && j < s.n_out, of(0), of(1));
       }
-      done(s.first + tile, j, y);
     }
   }
   __device__ static int row() { return 2 * (lane() % 4); }
 
-  /// The same, whose `done(j, r, y_j, y_j+1)` gets a row at a time.
-  template <int N_IN = 0, class Done>
-  __device__ __forceinline__ void linear(int id, const Pair* in, bool normalize, Done done, int busy = 0) const {
-    const int n_out = slices()[id].n_out;
-    linear_from<N_IN>(
-        id, in, normalize, -1, nullptr, busy, [](int, int) { return float2{0.f, 0.f}; },
-        [&](int, int j, const Products& y) {
-          for (int i = 0; i < (ROWS == 1 ? 1 : 2); ++i)
-            if (row() + i < n_rows && j < n_out) done(j, row() + i, y.of[0][i], y.of[1][i]);
+  /// x W + b; `done(j, r, y_j, y_j+1)` gets what there is.
+  template <class Done>
+  __device__ __forceinline__ void linear(int id, const Pair* in, Done done) const {
+    linear_from(
+        {id, in, BEGUN, false}, nothing(), [](What, int, int) { return float2{0.f, 0.f}; },
+        [&](What, int, int j, int r, bool there, float low, float high) {
+          if (there) done(j, r, low, high);
         });
   }
 
   /// silu(x W + b) for maps to read, computed whole by every block.
-  __device__ void linear_silu(Pair* to, int id, const Pair* in, int busy = 0) const {
-    linear(id, in, false, [&](int j, int r, float low, float high) { put(to, j, r, silu(low), silu(high)); }, busy);
+  __device__ void linear_silu(Pair* to, int id, const Pair* in) const {
+    linear(id, in, [&](int j, int r, float low, float high) { put(to, j, r, silu(low), silu(high)); });
   }
 
-  /// A map, and another one unless it is negative, whose outputs are the new residual stream.
-  template <int N_IN, class Start>
-  __device__ __forceinline__ void linear_stream(int id, const Pair* in, int other, const Pair* other_in, Start start) const {
-    const int n_out = slices()[id].n_out;
-    float* const mine = x();
-    Pair* const all = stream();
-    float* const sums = power();
-    linear_from<N_IN>(id, in, false, other, other_in, 0, start, [&](int tile, int j, const Products& y) {
-      for (int i = 0; i < (ROWS == 1 ? 1 : 2); ++i) {
-        const int r = row() + i;
-        const bool there = r < n_rows && j < n_out;
-        const float low = y.of[0][i], high = y.of[1][i];
-        float sum = there ? fmaf(low, low, __fmul_rn(high, high)) : 0.f;
-        if (there) {
-          mine[j * ROWS + r] = low;
-          mine[(j + 1) * ROWS + r] = high;
-          spread(&all[j / 2 * ROWS + r], split<PIECES<W>>(low, high));
-        }
+  /// A tile's outputs j and j + 1 are the new residual stream's.
+  __device__ __forceinline__ void to_stream(int tile, int j, int r, bool there, float low, float high) const {
+    float sum = there ? fmaf(low, low, __fmul_rn(high, high)) : 0.f;
+    if (there) {
+      x()[j * ROWS + r] = low;
+      x()[(j + 1) * ROWS + r] = high;
+      spread(&stream()[j / 2 * ROWS + r], split<PIECES<W>>(low, high));
+    }
 #pragma unroll
-        for (int distance = 4; distance < WARP; distance *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, distance);
-        if (there && lane() < 4) spread(&sums[tile * ROWS + r], sum);
-      }
-    });
+    for (int distance = 4; distance < WARP; distance *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, distance);
+    if (there && lane() < 4) spread(&power()[tile * ROWS + r], sum);
   }
 
-  /// A map whose outputs are added to the residual stream.
-  template <int N_IN>
-  __device__ __forceinline__ void linear_add(int id, const Pair* in) const {
-    const float* const before = x();
-    linear_stream<N_IN>(id, in, -1, nullptr, [&](int j, int r) { return float2{before[j * ROWS + r], before[(j + 1) * ROWS + r]}; });
+  /// A map whose outputs are the new residual stream.
+  template <class Start>
+  __device__ __forceinline__ void linear_stream(int id, const Pair* in, Start start) const {
+    linear_from(
+        {id, in, BEGUN, false}, nothing(), [&](What, int j, int r) { return start(j, r); },
+        [&](What, int tile, int j, int r, bool there, float low, float high) { to_stream(tile, j, r, there, low, high); });
   }
 
   /// Cosines and sines at the rows' positions: those of the multiple of ANGLES below, reduced in f64, turned on by the rest.
@@ -424,9 +437,9 @@ struct Room {
       float* const base = bases() + (which * ROWS + r) * m().angle_width + f;
       // Each thread keeps its own.
       if (fresh || rest == 0) {
-        const double angle = double(pos - rest) * a().doubles[stack.frequencies + f];
-        base[0] = float(cos(angle));
-        base[half] = float(sin(angle));
+        const float2 turned = turn_of(double(pos - rest) * a().doubles[stack.frequencies + f]);
+        base[0] = turned.x;
+        base[half] = turned.y;
       }
       const float cos_a = base[0], sin_a = base[half];
       const float cos_b = low[rest * head_dim + f], sin_b = low[rest * head_dim + half + f];
@@ -459,9 +472,8 @@ struct Room {
     const int vectors = (head_dim + V - 1) / V, padded = vectors * V, sharers = sharing(vectors), shared_by = WARP / sharers;
     const int sharer = lane() / vectors, mine = lane() % vectors, heads = (stack.n_heads - rank + size - 1) / size;
     const int room = (m().angle_width + VEC<bf16> - 1) / VEC<bf16> * VEC<bf16>;
-    float* const query = scratch() + warp() * 3 * room;
-    // Of the position that is added: it is not waited for.
-    W *const new_key = reinterpret_cast<W*>(query + room), *const new_value = reinterpret_cast<W*>(query + 2 * room);
+    float* const query = scratch() + warp() * 2 * room;
+    W* const new_value = reinterpret_cast<W*>(query + room);
     const auto vector = [](const W* from) { return *reinterpret_cast<const float4*>(from); };
     for (int task = warp(); task < n_rows * heads; task += n_warps()) {
       const int r = ROWS == 1 ? 0 : task % n_rows, h = rank + (ROWS == 1 ? task : task / n_rows) * size;
@@ -469,75 +481,86 @@ struct Room {
       W* const keys = cached(stack, cache, r) + h * window * padded;                      // [vectors][window][V]
       W* const values = cached(stack, cache, r) + (stack.n_heads + h) * window * padded;  // [window][padded]
       float4 key[LOADS], value[LOADS];
-      const auto load_keys = [&](int first, int begin) {
-        const int at = min(first + lane(), filled - 1);
-#pragma unroll
-        for (int i = 0; i < LOADS; ++i)
-          if (begin + i < vectors) key[i] = vector(keys + ((begin + i) * window + at) * V);
-      };
-      const auto load_values = [&](int first, int begin) {
-#pragma unroll
-        for (int i = 0; i < LOADS; ++i) {
-          if (begin + i >= shared_by) continue;
-          const int at = first + sharer + (begin + i) * sharers;
-          value[i] = sharer < sharers && at < filled ? vector(values + at * padded + mine * V) : float4{0.f, 0.f, 0.f, 0.f};
-        }
-      };
-      load_keys(0, 0);
-      load_values(0, 0);
-      const float *const q = wide() + h * head_dim * ROWS + r, *const k = q + stack.dim * ROWS, *const v = k + stack.dim * ROWS;
-      const float* const turned = angles() + r * m().angle_width;
-      float of_q[PAIRS][2], of_k[PAIRS][2], power_q = 0.f, power_k = 0.f;
-#pragma unroll
-      for (int p = 0; p < PAIRS; ++p)
-#pragma unroll
-        for (int second = 0; second < 2; ++second) {
-          const int i = p * WARP + lane(), f = second * half + i;
-          const bool there = i < half;
-          of_q[p][second] = there ? q[f * ROWS] : 0.f;
-          of_k[p][second] = there ? k[f * ROWS] : 0.f;
-          power_q = fmaf(of_q[p][second], of_q[p][second], power_q);
-          power_k = fmaf(of_k[p][second], of_k[p][second], power_k);
-          if (there) values[slot * padded + f] = new_value[f] = from_float<W>(v[f * ROWS]);
-        }
-      const float scale_q = rsqrtf((lanes_sum<WARP>(power_q) / head_dim + NORM_EPS) * head_dim);
-      const float scale_k = rsqrtf(lanes_sum<WARP>(power_k) / head_dim + NORM_EPS);
-      const auto place_key = [&](int f, float x) { keys[(f / V * window + slot) * V + f % V] = new_key[f] = from_float<W>(x); };
-#pragma unroll
-      for (int p = 0; p < PAIRS; ++p) {
-        const int i = p * WARP + lane();
-        if (i >= half) continue;
-        const float cosine = turned[i], sine = turned[half + i];
-        const float low_q = of_q[p][0] * scale_q, high_q = of_q[p][1] * scale_q, low_k = of_k[p][0] * scale_k,
-                    high_k = of_k[p][1] * scale_k;
-        query[i] = turned_low(low_q, high_q, cosine, sine);
-        query[half + i] = turned_high(low_q, high_q, cosine, sine);
-        place_key(i, turned_low(low_k, high_k, cosine, sine));
-        place_key(half + i, turned_high(low_k, high_k, cosine, sine));
-      }
-      if (const int f = head_dim + lane(); HEAD_DIM % V != 0 || HEAD_DIM == 0)
-        if (f < padded) query[f] = 0.f, new_key[f] = new_value[f] = from_float<W>(0.f);
-      __syncwarp();  // publishes query, key and value
-      float most = -INFINITY, total = 0.f, sum[V] = {};
+      float most = 0.f, total = 0.f, sum[V] = {};
+#pragma unroll 1
       for (int first = 0; first < filled; first += WARP) {
-        if (first > 0) {
-          load_keys(first, 0);
-          load_values(first, 0);
+        const auto load_keys = [&](int begin) {
+          const int at = min(first + lane(), filled - 1);
+#pragma unroll
+          for (int i = 0; i < LOADS; ++i)
+            if (begin + i < vectors) key[i] = vector(keys + ((begin + i) * window + at) * V);
+        };
+        const auto load_values = [&](int begin) {
+#pragma unroll
+          for (int i = 0; i < LOADS; ++i) {
+            if (begin + i >= shared_by) continue;
+            const int at = first + sharer + (begin + i) * sharers;
+            value[i] = sharer < sharers && at < filled ? vector(values + at * padded + mine * V) : float4{0.f, 0.f, 0.f, 0.f};
+          }
+        };
+        load_keys(0);
+        load_values(0);
+        if (first == 0) {
+          // While they are on their way: the position that is added, which needs no memory.
+          const float *const q = wide() + h * head_dim * ROWS + r, *const k = q + stack.dim * ROWS, *const v = k + stack.dim * ROWS;
+          const float* const turned = angles() + r * m().angle_width;
+          float of_q[PAIRS][2], of_k[PAIRS][2], power_q = 0.f, power_k = 0.f, score = 0.f;
+#pragma unroll
+          for (int p = 0; p < PAIRS; ++p)
+#pragma unroll
+            for (int second = 0; second < 2; ++second) {
+              const int i = p * WARP + lane(), f = second * half + i;
+              const bool there = i < half;
+              of_q[p][second] = there ? q[f * ROWS] : 0.f;
+              of_k[p][second] = there ? k[f * ROWS] : 0.f;
+              power_q = fmaf(of_q[p][second], of_q[p][second], power_q);
+              power_k = fmaf(of_k[p][second], of_k[p][second], power_k);
+              if (there) values[slot * padded + f] = new_value[f] = from_float<W>(v[f * ROWS]);
+            }
+          const float scale_q = rsqrtf((lanes_sum<WARP>(power_q) / head_dim + NORM_EPS) * head_dim);
+          const float scale_k = rsqrtf(lanes_sum<WARP>(power_k) / head_dim + NORM_EPS);
+#pragma unroll
+          for (int p = 0; p < PAIRS; ++p) {
+            const int i = p * WARP + lane();
+            if (i >= half) continue;
+            const float cosine = turned[i], sine = turned[half + i];
+            const float low_q = of_q[p][0] * scale_q, high_q = of_q[p][1] * scale_q, low_k = of_k[p][0] * scale_k,
+                        high_k = of_k[p][1] * scale_k;
+            const auto place = [&](int f, float of_query, float of_key) {
+              const W as_kept = from_float<W>(of_key);
+              query[f] = of_query;
+              keys[(f / V * window + slot) * V + f % V] = as_kept;
+              score = fmaf(of_query, to_float(as_kept), score);
+            };
+            place(i, turned_low(low_q, high_q, cosine, sine), turned_low(low_k, high_k, cosine, sine));
+            place(half + i, turned_high(low_q, high_q, cosine, sine), turned_high(low_k, high_k, cosine, sine));
+          }
+          if (const int f = head_dim + lane(); HEAD_DIM % V != 0 || HEAD_DIM == 0)
+            if (f < padded) query[f] = 0.f, new_value[f] = from_float<W>(0.f);
+          most = lanes_sum<WARP>(score);
+          total = lane() == 0 ? 1.f : 0.f;
+          // Publishes query and value (no emulated schedule shows it: lanes met in shuffles since, which order no memory).
+          __syncwarp();  // unseen
+          if (sharer == 0) {
+            const float4 own = vector(new_value + mine * V);
+#pragma unroll
+            for (int e = 0; e < V; ++e) sum[e] = value_of<W>(own, e);
+          }
         }
-        const bool has_new = first <= slot && slot < first + WARP;
-        float score[2] = {};
+        float scores[2] = {};
 #pragma unroll
         for (int begin = 0; begin < vectors; begin += LOADS) {
-          if (begin > 0) load_keys(first, begin);
+          if (begin > 0) load_keys(begin);
 #pragma unroll
           for (int i = 0; i < LOADS; ++i) {
             if (begin + i >= vectors) continue;
-            if (has_new && first + lane() == slot) key[i] = vector(new_key + (begin + i) * V);
 #pragma unroll
-            for (int e = 0; e < V; ++e) score[e % 2] = fmaf(query[(begin + i) * V + e], value_of<W>(key[i], e), score[e % 2]);
+            for (int e = 0; e < V; ++e) scores[e % 2] = fmaf(query[(begin + i) * V + e], value_of<W>(key[i], e), scores[e % 2]);
           }
         }
-        const float scored = first + lane() < filled ? score[0] + score[1] : -INFINITY, before = most;
+        // In the new position's place lies what was there before it.
+        const int at = first + lane();
+        const float scored = at < filled && at != slot ? scores[0] + scores[1] : -INFINITY, before = most;
         most = fmaxf(most, lanes_max<WARP>(scored));
         const float factor = __expf(before - most), weight = __expf(scored - most);
         total = fmaf(total, factor, weight);
@@ -545,13 +568,11 @@ struct Room {
         for (int e = 0; e < V; ++e) sum[e] = __fmul_rn(sum[e], factor);
 #pragma unroll
         for (int begin = 0; begin < shared_by; begin += LOADS) {
-          if (begin > 0) load_values(first, begin);
+          if (begin > 0) load_values(begin);
 #pragma unroll
           for (int i = 0; i < LOADS; ++i) {
             if (begin + i >= shared_by) continue;
-            const int at = sharer + (begin + i) * sharers;
-            if (has_new && first + at == slot && sharer < sharers) value[i] = vector(new_value + mine * V);
-            const float of = __shfl_sync(ALL_LANES, weight, at % WARP);
+            const float of = __shfl_sync(ALL_LANES, weight, (sharer + (begin + i) * sharers) % WARP);
 #pragma unroll
             for (int e = 0; e < V; ++e) sum[e] = fmaf(of, value_of<W>(value[i], e), sum[e]);
           }
@@ -577,66 +598,78 @@ struct Room {
     }
   }
 
-  /// Queries, keys and values into `wide`.
-  template <int DIM>
-  __device__ __forceinline__ void project(const DecodeStack& stack, int id) const {
-    const int dim = DIM > 0 ? DIM : stack.dim, head_dim = dim / stack.n_heads;
-    float* const all = wide();
-    linear<DIM>(id, stream(), true, [&](int j, int r, float low, float high) {
-      // To the block that has the head.
-      float* const to = &all[j * ROWS + r];
-      float* const there = size == 1 ? to : peer(to, j % dim / head_dim % size);
-      there[0] = low;
-      there[ROWS] = high;
-    });
-  }
-
-  /// silu(gate) * value of the two halves of a map of the residual stream, into `inputs`. Outputs j and j + 1 are gate and value of unit
-  /// j / 2; four lanes on are the next unit's.
-  template <int DIM>
-  __device__ __forceinline__ void gate(int id) const {
-    const int n_out = slices()[id].n_out;
-    Pair* const to = inputs();
-    linear_from<DIM>(
-        id, stream(), true, -1, nullptr, 0, [](int, int) { return float2{0.f, 0.f}; },
-        [&](int, int j, const Products& y) {
-          for (int i = 0; i < (ROWS == 1 ? 1 : 2); ++i) {
-            const float unit = silu(y.of[0][i]) * y.of[1][i], next = __shfl_sync(ALL_LANES, unit, (lane() + 4) % WARP);
-            if (row() + i < n_rows && j < n_out && lane() / 4 % 2 == 0)
-              spread(&to[j / 4 * ROWS + row() + i], split<PIECES<W>>(unit, next));
-          }
-        });
+  /// A tile's outputs j and j + 1 of a map of the stack's blocks, or of the tier's that leads into it. Queries, keys and values go into
+  /// `wide`, to the block that has the head. Of gates and values, outputs j and j + 1 are gate and value of unit j / 2; four lanes on are the
+  /// next unit's; silu(gate) * value into `inputs`.
+  __device__ __forceinline__ void keep(What what, const DecodeStack& stack, int tile, int j, int r, bool there, float low, float high) const {
+    if (what == BEGUN || what == ADDED) {
+      to_stream(tile, j, r, there, low, high);
+    } else if (what == GATES) {
+      const float unit = silu(low) * high, next = __shfl_sync(ALL_LANES, unit, (lane() + 4) % WARP);
+      if (there && lane() / 4 % 2 == 0) spread(&inputs()[j / 4 * ROWS + r], split<PIECES<W>>(unit, next));
+    } else if (there) {
+      float* const to = what == HEADS ? &wide()[j * ROWS + r] : &x()[j * ROWS + r];
+      float* const at = what == HEADS && size > 1 ? peer(to, j % stack.dim / (stack.dim / stack.n_heads) % size) : to;
+      at[0] = low;
+      at[ROWS] = high;
+    }
   }
 };
 
-/// The residual stream through all blocks of a stack at the rows' positions; `which` counts the stacks. `beside(i)` is done beside the
-/// i-th map of the first block. Sizes are 0 where they are known only at run time.
-template <int DIM, int HEAD_DIM, int HIDDEN, class W, int ROWS, class Beside>
-__device__ __forceinline__ void forward(const Room<W, ROWS>& room, const DecodeStack& stack, int which, Beside beside) {
-  for (int block = 0; block < stack.n_layers; ++block) {
-    const int maps = stack.linears + 4 * block;
-    room.template project<DIM>(stack, maps);
-    if (block == 0) {
-      room.turn(stack, which);
-      beside(0);
+/// What leads into a stack and out of it: maps, or less than 0.
+struct Ends {
+  int before;  // of the inputs, what the residual stream begins with
+  int added;   // of the features, added to it
+  int after;   // of the residual stream
+  bool normalized;  // that is, first
+};
+
+/// The residual stream through all blocks of a stack at the rows' positions; `which` counts the stacks. `attend(cache)` is the stack's
+/// attention, `start(j, r)` what the map before begins with, `beside(k)` a map for the warps that the k-th map leaves idle (k from 0,
+/// which adds the features), `done(what, j, r, y_j, y_j+1)` gets outputs that do not stay in the stack. No barrier comes after the map after.
+///
+/// One loop for all maps, and nothing in it twice: a sample goes through this code once, so that what it waits for is the code.
+template <class W, int ROWS, class Attend, class Start, class Beside, class Done>
+__device__ __forceinline__ void forward(const Room<W, ROWS>& room, const DecodeStack& stack, int which, const Ends ends, Attend attend,
+                                        Start start, Beside beside, Done done) {
+  constexpr int BEFORE = -2, ADD = -1, OF_A_BLOCK = 5, ATTEND = 1, GATE = 3, DOWN = 4;
+  const int n = OF_A_BLOCK * stack.n_layers;
+#pragma unroll 1
+  for (int i = BEFORE; i <= n; ++i) {
+    const int block = i / OF_A_BLOCK, part = i % OF_A_BLOCK;
+    if (part == ATTEND && i < n) {
+      attend(stack.cache + int64_t(block) * stack.block_cache);
+    } else {
+      typename Room<W, ROWS>::Map map = {stack.linears + 4 * block + max(part - 1, 0), room.stream(), part == GATE ? GATES : HEADS, true};
+      if (part > ATTEND && part != GATE) map = {map.id, part == DOWN ? room.inputs() : room.attended(), ADDED, false};
+      if (i == BEFORE) map = {ends.before, room.inputs(), ends.added < 0 ? BEGUN : BEGINNING, false};
+      if (i == ADD) map = {ends.added, room.features(), ADDED, false};
+      if (i == n) map = {ends.after, room.stream(), AFTER, ends.normalized};
+      if (map.id < 0) continue;
+      room.linear_from(
+          map, beside(i <= 0 ? i - ADD : i),
+          [&](What what, int j, int r) {
+            if (what == ADDED) return float2{room.x()[j * ROWS + r], room.x()[(j + 1) * ROWS + r]};
+            return what == BEGUN || what == BEGINNING ? start(j, r) : float2{0.f, 0.f};
+          },
+          [&](What what, int tile, int j, int r, bool there, float low, float high) {
+            if (what < AFTER)
+              room.keep(what, stack, tile, j, r, there, low, high);
+            else if (there)
+              done(what, j, r, low, high);
+          });
+      if (i == 0) room.turn(stack, which);
+      // To the beginning each lane adds itself.
+      if (map.what == BEGINNING || i == n) continue;
     }
-    GROUP_BARRIER(room.size);  // publishes queries, keys, values (and, in its block, the angles)
-    room.template attend<HEAD_DIM>(stack, stack.cache + int64_t(block) * stack.block_cache);
-    GROUP_BARRIER(room.size);  // publishes what was attended to
-    room.template linear_add<DIM>(maps + 1, room.attended());
-    if (block == 0) beside(1);
-    GROUP_BARRIER(room.size);  // publishes the residual stream
-    room.template gate<DIM>(maps + 2);
-    GROUP_BARRIER(room.size);  // publishes the gated values
-    room.template linear_add<HIDDEN>(maps + 3, room.inputs());
-    GROUP_BARRIER(room.size);  // publishes the residual stream
+    GROUP_BARRIER(room.size);  // publishes what comes next: heads (in their block, with the angles), what was attended to, gated values, the residual stream
   }
 }
 
-/// A stack of any sizes, out of its callers' way.
+/// Attention of heads of any size, out of its callers' way.
 template <class W, int ROWS>
-__device__ NO_INLINE void forward_any(const Room<W, ROWS> room, const DecodeStack& stack, int which) {
-  forward<0, 0, 0>(room, stack, which, [](int) {});
+__device__ NO_INLINE void attend_any(const Room<W, ROWS> room, const DecodeStack& stack, int64_t cache) {
+  room.template attend<0>(stack, cache);
 }
 
 }  // namespace decode

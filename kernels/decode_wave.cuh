@@ -10,7 +10,8 @@ constexpr float PCM_UNIT = 32768.f;
 constexpr int TOKEN_BITS = 16;
 constexpr float MU = 255.f, LN_256 = 5.545177444479562f, LN_MOST_STEPS = 11.09037f, PI = 3.14159265358979f;
 constexpr float MAX_OFFSET = 4.f, MAX_LOG_SCALE = 2.5f;
-constexpr double TAIL = 1e-4, LEAST_BIN = 1e-12;
+constexpr float TAIL = 1e-4f;
+constexpr double LEAST_BIN = 1e-12;
 constexpr float DRIVE_SAMPLES = 256.f, MOST_SQUARE = 1e4f, MOST_DRIVE = 1.5f, LEAST_DRIVE = 0.05f;
 /// Of the outermost bins.
 constexpr double OUTER_EDGE = 50.0;
@@ -44,10 +45,12 @@ struct Codec {
     while (code < N_CODES - 1 && edges[code] <= sample) ++code;
     return code;
   }
-  __device__ int encode(float sample) const {
-    if (!pcm) return code(sample);
+  /// A sample's token, and with it the token's code.
+  __device__ int encode(float sample, int& its_code) const {
     const float place = floorf(sample * PCM_UNIT + 0.5f);
-    return sample == sample ? int(fminf(fmaxf(place, -PCM_UNIT), PCM_UNIT - 1.f) + PCM_UNIT) : int(PCM_UNIT);
+    const int step = sample == sample ? int(fminf(fmaxf(place, -PCM_UNIT), PCM_UNIT - 1.f) + PCM_UNIT) : int(PCM_UNIT);
+    its_code = code(pcm ? (step - PCM_UNIT) / PCM_UNIT : sample);
+    return pcm ? step : its_code;
   }
   __device__ float decode(int token) const { return pcm ? (token - PCM_UNIT) / PCM_UNIT : centres[token]; }
   __device__ float companded(int token) const {
@@ -78,14 +81,18 @@ __device__ __forceinline__ void predict(const Room<W, ROWS>& room, int since) {
   for (int r = warp(); r < room.n_rows; r += n_warps()) {
     Row& row = room.rows()[r];
     float sums[2] = {};
-    const auto add = [&](int which, const float* c, int order, const float* ring, int places) {
+#pragma unroll 1
+    for (int which = 0; which < 2; ++which) {
+      const int order = which ? m.planned_order : m.order, places = which ? m.n_left : m.n_recent;
+      const float *const c = which ? room.planned() + r * order : room.past() + r * order,
+                         *const ring = which ? room.left() + r * places : room.samples() + r * places;
       const int latest = int((row.n - 1) & (places - 1));
+      float sum = 0.f;
 #pragma unroll 8
-      for (int i = lane(); i < order; i += WARP) sums[which] = fmaf(c[i], ring[(latest - i) & (places - 1)], sums[which]);
-    };
-    add(0, room.past() + r * m.order, m.order, room.samples() + r * m.n_recent, m.n_recent);
-    add(1, room.planned() + r * m.planned_order, m.planned_order, room.left() + r * m.n_left, m.n_left);
-    for (float& sum : sums) sum = lanes_sum<WARP>(sum);
+      for (int i = lane(); i < order; i += WARP) sum = fmaf(c[i], ring[(latest - i) & (places - 1)], sum);
+      sum = lanes_sum<WARP>(sum);
+      (which ? sums[1] : sums[0]) = sum;
+    }
     const float tone = m.n_heard > 0 ? room.tones()[r * m.past_hop + since] : 0.f;
     const auto of = [&](float sum, float base) { return prediction::held(base + (sum == sum ? prediction::held(sum) : 0.f)); };
     const float past = of(sums[0], 0.f), planned = of(sums[1], tone);
@@ -127,10 +134,13 @@ __device__ __forceinline__ void gather(const Room<W, ROWS>& room, const DecodeTi
   };
   for (int i = thread; i < room.n_rows * ((n_in + 1) / 2); i += blockDim.x) {
     const int r = ROWS == 1 ? 0 : i % room.n_rows, j = 2 * (ROWS == 1 ? i : i / room.n_rows);
-    room.put(room.inputs(), j, r, feature(r, j), feature(r, j + 1));
+    float pair[2] = {};
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) (i ? pair[1] : pair[0]) = feature(r, j + i);
+    room.put(room.inputs(), j, r, pair[0], pair[1]);
   }
   if (const int r = int(blockDim.x) - 1 - int(threadIdx.x); r < room.n_rows)
-    stand(room.rows()[r], room.rows()[r].n / tier.hop, tier.stack.window);
+    stand(room.rows()[r], room.rows()[r].n, tier.hop, tier.stack.window);
 }
 
 /// One step of a tier, at sample in_frame of the frame in `slot`, after `gather` and a barrier; its caches, and what it hands down,
@@ -155,49 +165,40 @@ __device__ __forceinline__ void step_tier(const Room<W, ROWS>& room, int which, 
     }
     return sum;
   };
-  room.template linear_stream<0>(tier.input, room.inputs(), last ? m.feature_in : -1, room.features(), from_elsewhere);
   // What the features say by themselves runs beside the last tier, in the warps that it leaves idle.
   auto* const first = room.shortcut();
   auto* const second = first + (room.slices()[m.shortcut].n_out + 1) / 2 * ROWS;
-  if (last) room.linear_silu(first, m.shortcut, room.features(), room.slices()[tier.input].count);
-  GROUP_BARRIER(room.size);  // publishes the residual stream, and in its block the first layer
-  const auto beside = [&](int i) {
-    const int busy = room.slices()[tier.stack.linears + i].count;
-    if (i == 0)
-      room.linear_silu(second, m.shortcut + 1, first, busy);
+  const auto beside = [&](int k) -> typename Room<W, ROWS>::Map {
+    if (!last || k < 0 || k > 2) return room.nothing();
+    return {m.shortcut + k, k == 0 ? room.features() : k == 1 ? first : second, k == 0 ? FIRST : k == 1 ? SECOND : DIRECT, false};
+  };
+  // The sizes of the preset `base` are compiled.
+  const auto attend = [&](int64_t cache) {
+    const int head_dim = dim / tier.stack.n_heads;
+    if (head_dim == 48)
+      room.template attend<48>(tier.stack, cache);
+    else if (head_dim == 32)
+      room.template attend<32>(tier.stack, cache);
+    else if (head_dim == 64)
+      room.template attend<64>(tier.stack, cache);
     else
-      room.linear(
-          m.shortcut + 2, second, false,
-          [&](int j, int r, float low, float high) {
-            float* const direct = room.head() + 3 * m.n_components * ROWS;
-            direct[j * ROWS + r] = low;
-            direct[(j + 1) * ROWS + r] = high;
-          },
-          busy);
+      attend_any(room, tier.stack, cache);
   };
-  // The tiers of the preset `base` are compiled for their sizes.
-  const auto is = [&](int its_dim, int head_dim) {
-    return dim == its_dim && dim / tier.stack.n_heads == head_dim && room.slices()[tier.stack.linears + 3].n_in == 3 * dim;
-  };
-  if (last && is(96, 48))
-    forward<96, 48, 288>(room, tier.stack, which, beside);
-  else if (last)
-    forward<0, 0, 0>(room, tier.stack, which, beside);
-  else if (is(160, 32))
-    forward<160, 32, 480>(room, tier.stack, which, [](int) {});
-  else if (is(256, 64))
-    forward<256, 64, 768>(room, tier.stack, which, [](int) {});
-  else
-    forward_any(room, tier.stack, which);
-  room.linear(last ? m.head : tier.down, room.stream(), last, [&](int j, int r, float low, float high) {
-    float* const to = last ? room.head() + j * ROWS + r : room.memory(r) + tier.handed + j;
-    to[0] = low;
-    to[last ? ROWS : 1] = high;
+  const Ends ends = {tier.input, last ? m.feature_in : -1, last ? m.head : tier.down, last};
+  forward(room, tier.stack, which, ends, attend, from_elsewhere, beside, [&](What what, int j, int r, float low, float high) {
+    if (what == FIRST || what == SECOND) {
+      room.put(what == FIRST ? first : second, j, r, silu(low), silu(high));
+    } else {
+      const bool down = what == AFTER && !last;
+      float* const to = down ? room.memory(r) + tier.handed + j : room.head() + (j + (what == DIRECT ? 3 * m.n_components : 0)) * ROWS + r;
+      to[0] = low;
+      to[down ? 1 : ROWS] = high;
+    }
   });
 }
 
-/// -ln of the mass in a token's bin, of lane k's component; the same in all lanes.
-__device__ __forceinline__ float mixture_nll(float log_weight, float mean, float scale, int n, float low, float high) {
+/// -ln of the mass in a token's bin, of lane k's component; the same in all lanes. Out of the way of those who draw.
+__device__ NO_INLINE inline float mixture_nll(float log_weight, float mean, float scale, int n, float low, float high) {
   const double a = (double(low) - mean) / scale, b = (double(high) - mean) / scale;
   const double term = log_weight + log_sigmoid(b) + log_sigmoid(-a) + log(-expm1(-fmax(b - a, LEAST_BIN)));
   double top = -INFINITY, sum = 0.0;
@@ -224,7 +225,6 @@ __device__ __forceinline__ void draw(const Room<W, ROWS>& room, int r, int t, in
   const float scale = unit * __expf(MAX_LOG_SCALE * bounded(log_scale / MAX_LOG_SCALE));
   const int64_t place = (int64_t(row.stream) * a.n_frames) * m.plan_hop + t;
   float sample, mean_square = row.mean_square;
-  int token;
   if (a.wave_uniforms) {
     const float weight = __expf(mine - top) * (of == 0 ? a.past_weight : 1.f);
     float sum = weight;  // of the components up to this one
@@ -244,13 +244,12 @@ __device__ __forceinline__ void draw(const Room<W, ROWS>& room, int r, int t, in
     mean_square += (fminf(ratio * ratio, MOST_SQUARE) - mean_square) / DRIVE_SAMPLES;
     const float factor = fminf(fmaxf(rsqrtf(mean_square), LEAST_DRIVE), MOST_DRIVE);
     sample = prediction::held(row.forecasts[1] + innovation * factor * a.grain);
-    token = codec.encode(sample);
   } else {
-    token = a.tokens[place];
-    sample = codec.decode(token);
+    sample = codec.decode(a.tokens[place]);
   }
+  int code;
+  const int token = codec.encode(sample, code), coded = token | code << TOKEN_BITS;
   const float heard = codec.decode(token);
-  const int code = codec.pcm ? codec.code(heard) : token, coded = token | code << TOKEN_BITS;
   if (a.nll) {
     const float log_weight = mine - (top + logf(lanes_sum<WARP>(__expf(mine - top))));
     const float nats = mixture_nll(log_weight, mean, scale, n, codec.low(token), codec.high(token));
@@ -287,22 +286,24 @@ __device__ __forceinline__ void step(Room<W, ROWS>& room, int t, int since, int 
   room.place = t % 2;
   int tier = 0;
   while (in_frame % m.tiers[tier].hop != 0) ++tier;  // the last one's is 1
-  // Forecasts, tokens, places and uniforms are the work of different warps where there are enough.
-  gather(room, m.tiers[tier], room.n_rows);
-  if (const int i = int(blockDim.x) - 1 - WARP % int(blockDim.x) - int(threadIdx.x); a.wave_uniforms && 0 <= i && i < room.n_rows) {
-    Row& row = room.rows()[i];
-    const float* const uniforms = a.wave_uniforms + 2 * (int64_t(row.stream) * a.n_frames * m.plan_hop + t);
-    const double u = fmin(fmax(double(uniforms[1]), TAIL), 1.0 - TAIL);
-    row.uniform = uniforms[0];
-    row.logit = float(log(u / (1.0 - u)));
-  }
-  predict(room, since);
-  __syncthreads();  // publishes forecasts, tokens' features, positions
-  for (;;) {
+#pragma unroll 1
+  for (const int first = tier; tier < m.n_tiers; ++tier) {
+    // Forecasts, tokens, places and uniforms are the work of different warps where there are enough.
+    gather(room, m.tiers[tier], tier == first ? room.n_rows : 0);
+    if (tier == first) {
+      if (const int i = int(blockDim.x) - 1 - WARP % int(blockDim.x) - int(threadIdx.x); a.wave_uniforms && 0 <= i && i < room.n_rows) {
+        Row& row = room.rows()[i];
+        const float* const uniforms = a.wave_uniforms + 2 * (int64_t(row.stream) * a.n_frames * m.plan_hop + t);
+        const float u = fminf(fmaxf(uniforms[1], TAIL), 1.f - TAIL);
+        row.uniform = uniforms[0];
+        row.logit = logf(u) - log1pf(-u);
+      }
+      predict(room, since);
+      __syncthreads();  // publishes forecasts, tokens' features, positions
+    } else {
+      GROUP_BARRIER(room.size);  // publishes what is handed down, tokens' features, positions
+    }
     step_tier(room, tier, in_frame, slot);
-    if (++tier == m.n_tiers) break;
-    gather(room, m.tiers[tier], 0);
-    GROUP_BARRIER(room.size);  // publishes what is handed down, tokens' features, positions
   }
   __syncthreads();  // publishes the head's outputs
   room.fresh = false;

@@ -428,8 +428,8 @@ impl DecodeGeometry {
         // Bytes of a pair of features of every row.
         let pair = rows * F32 * element.pieces();
         let wide = (rows * wide * F32).max(inputs.div_ceil(2) * pair);
-        // Query, key and value for each warp.
-        let played = 3 * self.threads / WARP * n(m.angle_width).next_multiple_of(Element::Bf16.vector()) * F32;
+        // Query and value for each warp.
+        let played = 2 * self.threads / WARP * n(m.angle_width).next_multiple_of(Element::Bf16.vector()) * F32;
         let activations = rows * (dim + 2 * dim.div_ceil(TILE)) * F32 + 3 * dim.div_ceil(2) * pair + wide;
         let (quads, lag_quads) = (n(m.past_window).div_ceil(QUAD), n(m.order) / QUAD + 1);
         // Autocorrelations lie after what they are made in, which coefficients take later.
