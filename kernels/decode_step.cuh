@@ -14,7 +14,7 @@ constexpr int TILE = 16;
 /// Inputs of a step of a tile. A piece of its weights is 16 bytes for each lane, in the order in which it multiplies with them.
 constexpr int STEP = 16;
 constexpr int STEP_BYTES = 16 * WARP;
-/// Steps whose weights are on their way at a time; even.
+/// Pieces of weights that are on their way at a time.
 constexpr int LOADED = 6;
 /// Numbers in bf16 whose sum an activation is; weights have as many or fewer (`Slice`).
 template <class W>
@@ -135,36 +135,45 @@ __device__ __forceinline__ void multiply_add(float (&sums)[4], uint4 w, uint32_t
 }
 
 /// A tile, whose weights have `OF` pieces, times `in` [n_in / 2][ROWS], by one warp; what is smaller than the smallest piece is left out.
-/// ROWS is 1 or 8.
+/// ROWS is 1 (then all columns are that row, and nobody asks for the others) or 8.
 template <int OF, int N, int ROWS>
 __device__ __forceinline__ Products multiply(const char* tile, const int n_in, const Split<N>* in) {
-  const int row = lane() / 4, pair = lane() % 4, steps = (n_in + STEP - 1) / STEP;
+  const int pair = lane() % 4, steps = n_in / STEP;
   const uint4* const w = reinterpret_cast<const uint4*>(tile) + lane();
-  const Split<N>* const x = in + pair * ROWS + (ROWS == 1 ? 0 : row);
-  constexpr int AT_A_TIME = OF == 1 ? LOADED : 2;
+  const Split<N>* const x = in + pair * ROWS + (ROWS == 1 ? 0 : lane() / 4);
+  constexpr int AT_A_TIME = LOADED / OF;
   float sums[2][2][4] = {};  // of steps in turn, of large and small
+  const auto add = [&](float (&to)[2][4], const uint4 (&weights)[OF], Split<N> low, Split<N> high) {
+#pragma unroll
+    for (int of = 0; of < OF; ++of)
+#pragma unroll
+      for (int by = 0; of + by < N; ++by) multiply_add(to[of + by > 0], weights[of], low.of[by], high.of[by]);
+  };
+#pragma unroll 1
   for (int first = 0; first < steps; first += AT_A_TIME) {
     uint4 loaded[AT_A_TIME][OF];
 #pragma unroll
     for (int i = 0; i < AT_A_TIME; ++i)
 #pragma unroll
       for (int piece = 0; piece < OF; ++piece)
-        if (first + i < steps) loaded[i][piece] = w[((first + i) * OF + piece) * WARP];
+        loaded[i][piece] = first + i < steps ? w[((first + i) * OF + piece) * WARP] : uint4{0, 0, 0, 0};
+    // Steps that are not there are the last one's inputs times 0: were they conditional, each load would be put where it is used.
 #pragma unroll
     for (int i = 0; i < AT_A_TIME; ++i) {
-      if (first + i >= steps) continue;
-      Split<N> low = x[(first + i) * 8 * ROWS], high = x[((first + i) * 8 + 4) * ROWS];
-      // Beyond the inputs lies anything.
-      const int at = (first + i) * STEP + 2 * pair;
-      if (n_in % STEP != 0 && at >= n_in) low = {};
-      if (n_in % STEP != 0 && at + 8 >= n_in) high = {};
-      if (ROWS == 1 && row > 0) low = high = {};
-#pragma unroll
-      for (int of = 0; of < OF; ++of)
-#pragma unroll
-        for (int by = 0; of + by < N; ++by)
-          multiply_add(sums[i % 2][of + by > 0], loaded[i][of], low.of[by], high.of[by]);
+      const Split<N>* const from = x + min(first + i, steps - 1) * 8 * ROWS;
+      add(sums[i % 2], loaded[i], from[0], from[4 * ROWS]);
     }
+  }
+  if (n_in % STEP != 0) {
+    uint4 last[OF];
+#pragma unroll
+    for (int piece = 0; piece < OF; ++piece) last[piece] = w[(steps * OF + piece) * WARP];
+    // Beyond the inputs lies anything.
+    const int at = steps * STEP + 2 * pair;
+    Split<N> low = {}, high = {};
+    if (at < n_in) low = x[steps * 8 * ROWS];
+    if (at + 8 < n_in) high = x[(steps * 8 + 4) * ROWS];
+    add(sums[0], last, low, high);
   }
   Products products;
 #pragma unroll
@@ -214,11 +223,15 @@ struct Room {
   /// A linear map to be computed; none if `id` is negative.
   struct Map {
     int id;
-    const Pair* in;
+    int in;  // place in shared memory
     What what;
     bool normalized;  // its inputs are the residual stream, to be divided by their root mean square
   };
-  __device__ static Map nothing() { return {-1, nullptr, BEGUN, false}; }
+  __device__ static Map nothing() { return {-1, 0, BEGUN, false}; }
+  __device__ static int place_of(const Pair* in) {
+    SHARED_MEMORY(char, memory);
+    return int(reinterpret_cast<const char*>(in) - memory);
+  }
   int rank, size;  // in the group
   int place;       // of the two that maps read the residual stream from
   int n_rows;
@@ -376,7 +389,9 @@ struct Room {
         begun[0][i] = from.x, begun[1][i] = from.y;
         if (s.bias) begun[0][i] += s.bias[j], begun[1][i] += s.bias[j + 1];
       }
-      const Products y = products(s, tile, map.in);
+      // By its place, so that the compiler knows where it lies.
+      SHARED_MEMORY(char, memory);
+      const Products y = products(s, tile, reinterpret_cast<const Pair*>(memory + map.in));
 #pragma unroll 1
       for (int i = 0; i < (ROWS == 1 ? 1 : 2); ++i) {
         const bool next = ROWS > 1 && i > 0;
@@ -394,7 +409,7 @@ struct Room {
   template <class Done>
   __device__ __forceinline__ void linear(int id, const Pair* in, Done done) const {
     linear_from(
-        {id, in, BEGUN, false}, nothing(), [](What, int, int) { return float2{0.f, 0.f}; },
+        {id, place_of(in), BEGUN, false}, nothing(), [](What, int, int) { return float2{0.f, 0.f}; },
         [&](What, int, int j, int r, bool there, float low, float high) {
           if (there) done(j, r, low, high);
         });
@@ -422,7 +437,7 @@ struct Room {
   template <class Start>
   __device__ __forceinline__ void linear_stream(int id, const Pair* in, Start start) const {
     linear_from(
-        {id, in, BEGUN, false}, nothing(), [&](What, int j, int r) { return start(j, r); },
+        {id, place_of(in), BEGUN, false}, nothing(), [&](What, int j, int r) { return start(j, r); },
         [&](What, int tile, int j, int r, bool there, float low, float high) { to_stream(tile, j, r, there, low, high); });
   }
 
@@ -480,22 +495,21 @@ struct Room {
       const int slot = rows()[r].slot, filled = rows()[r].filled;
       W* const keys = cached(stack, cache, r) + h * window * padded;                      // [vectors][window][V]
       W* const values = cached(stack, cache, r) + (stack.n_heads + h) * window * padded;  // [window][padded]
-      float4 key[LOADS], value[LOADS];
       float most = 0.f, total = 0.f, sum[V] = {};
 #pragma unroll 1
       for (int first = 0; first < filled; first += WARP) {
+        float4 key[LOADS], value[LOADS];
         const auto load_keys = [&](int begin) {
           const int at = min(first + lane(), filled - 1);
 #pragma unroll
           for (int i = 0; i < LOADS; ++i)
-            if (begin + i < vectors) key[i] = vector(keys + ((begin + i) * window + at) * V);
+            key[i] = begin + i < vectors ? vector(keys + ((begin + i) * window + at) * V) : float4{0.f, 0.f, 0.f, 0.f};
         };
         const auto load_values = [&](int begin) {
 #pragma unroll
           for (int i = 0; i < LOADS; ++i) {
-            if (begin + i >= shared_by) continue;
             const int at = first + sharer + (begin + i) * sharers;
-            value[i] = sharer < sharers && at < filled ? vector(values + at * padded + mine * V) : float4{0.f, 0.f, 0.f, 0.f};
+            value[i] = begin + i < shared_by && sharer < sharers && at < filled ? vector(values + at * padded + mine * V) : float4{0.f, 0.f, 0.f, 0.f};
           }
         };
         load_keys(0);
@@ -640,11 +654,12 @@ __device__ __forceinline__ void forward(const Room<W, ROWS>& room, const DecodeS
     if (part == ATTEND && i < n) {
       attend(stack.cache + int64_t(block) * stack.block_cache);
     } else {
-      typename Room<W, ROWS>::Map map = {stack.linears + 4 * block + max(part - 1, 0), room.stream(), part == GATE ? GATES : HEADS, true};
-      if (part > ATTEND && part != GATE) map = {map.id, part == DOWN ? room.inputs() : room.attended(), ADDED, false};
-      if (i == BEFORE) map = {ends.before, room.inputs(), ends.added < 0 ? BEGUN : BEGINNING, false};
-      if (i == ADD) map = {ends.added, room.features(), ADDED, false};
-      if (i == n) map = {ends.after, room.stream(), AFTER, ends.normalized};
+      typename Room<W, ROWS>::Map map = {stack.linears + 4 * block + max(part - 1, 0), room.place_of(room.stream()), part == GATE ? GATES : HEADS, true};
+      if (part > ATTEND && part != GATE)
+        map = {map.id, room.place_of(part == DOWN ? room.inputs() : room.attended()), ADDED, false};
+      if (i == BEFORE) map = {ends.before, room.place_of(room.inputs()), ends.added < 0 ? BEGUN : BEGINNING, false};
+      if (i == ADD) map = {ends.added, room.place_of(room.features()), ADDED, false};
+      if (i == n) map = {ends.after, room.place_of(room.stream()), AFTER, ends.normalized};
       if (map.id < 0) continue;
       room.linear_from(
           map, beside(i <= 0 ? i - ADD : i),

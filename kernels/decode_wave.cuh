@@ -155,22 +155,24 @@ __device__ __forceinline__ void step_tier(const Room<W, ROWS>& room, int which, 
   // Of the step that the tier above has handed down.
   const int sub_step = which > 0 ? in_frame % m.tiers[which - 1].hop / tier.hop : 0;
   const auto from_elsewhere = [&](int j, int r) {
-    const float* const planned = room.frame(r, slot) + tier.planned + j;
-    float2 sum = {planned[0], planned[1]};
-    const auto add = [&](const float* more) { sum.x += more[0], sum.y += more[1]; };
-    if (which > 0) add(room.memory(r) + m.tiers[which - 1].handed + sub_step * dim + j);
+    const auto pair = [](const float* from) { return float2{from[0], from[1]}; };
+    const auto sum = [](float2 x, float2 y) { return float2{x.x + y.x, x.y + y.y}; };
+    // All on their way before the first is added.
+    const float2 planned = pair(room.frame(r, slot) + tier.planned + j);
+    float2 handed = {}, past = {}, residual = {};
+    if (which > 0) handed = pair(room.memory(r) + m.tiers[which - 1].handed + sub_step * dim + j);
     if (last) {
-      add(a.exact + m.past_code_in + room.rows()[r].past_code * dim + j);
-      add(a.exact + m.residual_code_in + room.rows()[r].residual_code * dim + j);
+      past = pair(a.exact + m.past_code_in + room.rows()[r].past_code * dim + j);
+      residual = pair(a.exact + m.residual_code_in + room.rows()[r].residual_code * dim + j);
     }
-    return sum;
+    return sum(sum(sum(planned, handed), past), residual);
   };
   // What the features say by themselves runs beside the last tier, in the warps that it leaves idle.
   auto* const first = room.shortcut();
   auto* const second = first + (room.slices()[m.shortcut].n_out + 1) / 2 * ROWS;
   const auto beside = [&](int k) -> typename Room<W, ROWS>::Map {
     if (!last || k < 0 || k > 2) return room.nothing();
-    return {m.shortcut + k, k == 0 ? room.features() : k == 1 ? first : second, k == 0 ? FIRST : k == 1 ? SECOND : DIRECT, false};
+    return {m.shortcut + k, room.place_of(k == 0 ? room.features() : k == 1 ? first : second), k == 0 ? FIRST : k == 1 ? SECOND : DIRECT, false};
   };
   // The sizes of the preset `base` are compiled.
   const auto attend = [&](int64_t cache) {

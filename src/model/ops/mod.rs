@@ -116,7 +116,7 @@ pub fn of(device: &Device, inner: Inner) -> &'static Ops {
 }
 
 /// Rows that are worked on at a time: their activations lie in the level-2 cache, and products of so many are efficient.
-const ROWS: usize = 128;
+const ROWS: usize = 256;
 
 /// The values of a contiguous f32 tensor on the CPU, which stay borrowed.
 struct Values<'a> {
