@@ -4,6 +4,7 @@ use candle_core::{Error, Result, Tensor, bail};
 
 use super::launch::{AttentionShape, Element, HeadsShape};
 use super::memory::{Fresh, address, element, gpu, launch, of_one, of_three};
+use crate::model::ops::stack::Backward;
 
 const NAME: &str = "attention_window";
 
@@ -25,6 +26,12 @@ pub fn attention_window(q: &Tensor, k: &Tensor, v: &Tensor, window: usize) -> Re
 /// # Errors
 /// Likewise.
 pub fn attention(qkv: &Tensor, n_heads: usize, window: usize) -> Result<Tensor> {
+    let (joined, back) = attention_step(qkv, n_heads, window)?;
+    of_one("attention", qkv, joined, move |_, d| back(d).map(|[d_qkv]| d_qkv))
+}
+
+/// The same, and the gradient of queries, keys and values by that of the result.
+pub(super) fn attention_step(qkv: &Tensor, n_heads: usize, window: usize) -> Result<(Fresh, Backward<1>)> {
     let (qkv, element) = (qkv.contiguous()?, element(qkv)?);
     let (batch, len, width) = qkv.dims3()?;
     if n_heads == 0 || !width.is_multiple_of(3 * n_heads) {
@@ -44,8 +51,7 @@ pub fn attention(qkv: &Tensor, n_heads: usize, window: usize) -> Result<Tensor> 
     let (o, lse) = heads.forward()?;
     let o = o.tensor();
     let joined = Fresh::copy(&o.transpose(1, 2)?, (batch, len, dim))?;
-    let input = qkv.clone();
-    of_one("attention", &input, joined, move |_, d| {
+    let back = move |d: &Tensor| {
         let d_o = d.reshape((batch, len, n_heads, head_dim))?.transpose(1, 2)?.contiguous()?;
         let [d_q, d_k, d_v] = heads.backward(&o, &lse, &d_o)?;
         let d_qkv = Fresh::new((batch, len, width), element, &device)?;
@@ -55,8 +61,9 @@ pub fn attention(qkv: &Tensor, n_heads: usize, window: usize) -> Result<Tensor> 
         args.d_qkv = d_qkv.address()?;
         // SAFETY: as above.
         unsafe { launch(&device, &shape.backward(element), &args) }?;
-        Ok(d_qkv.tensor())
-    })
+        Ok([d_qkv.tensor()])
+    };
+    Ok((joined, Box::new(back)))
 }
 
 /// What attention is computed of; contiguous.

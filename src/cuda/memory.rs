@@ -14,6 +14,7 @@ use half::bf16;
 
 use super::kernels::Kernels;
 use super::launch::{AddArgs, Element, Launch};
+use crate::model::ops::stack;
 
 /// What the elements of a tensor are to the kernels.
 pub fn element(tensor: &Tensor) -> Result<Element> {
@@ -114,6 +115,24 @@ impl Fresh {
     pub fn tensor(self) -> Tensor {
         Tensor::from_storage(Storage::Cuda(self.storage), self.shape, BackpropOp::none(), false)
     }
+}
+
+impl From<Fresh> for stack::Fresh {
+    fn from(Fresh { storage, shape }: Fresh) -> Self {
+        Self { storage: Storage::Cuda(storage), shape }
+    }
+}
+
+/// `sum += x`, both contiguous and f32, as many values; nobody else reads `sum` meanwhile.
+pub fn add_to(sum: &Tensor, x: &Tensor) -> Result<()> {
+    let (sum, x, n) = (f32(sum)?, f32(x)?, sum.elem_count());
+    if x.elem_count() != n {
+        bail!("{:?} added to {:?}", x.shape(), sum.shape());
+    }
+    let (add, args) = super::launch::add(n, Element::F32).map_err(candle_core::Error::wrap)?;
+    let args = AddArgs { x: address(&x)?, z: address(&sum)?, y: address(&sum)?, ..args };
+    // SAFETY: each has `n` values; a thread reads what it then writes.
+    unsafe { launch(gpu(&sum)?, &add, &args) }
 }
 
 /// Where a storage begins in device memory, and the size of its elements.

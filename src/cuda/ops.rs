@@ -2,16 +2,17 @@
 //! composed of candle's operations. Sums are f32 and in one order: the same bits every time. Weights and the residual stream are f32;
 //! what lies between two maps of a block is f32 ([`OPS`]) or bf16 ([`OPS_BF16`]), and so are the products that make it.
 
-use candle_core::{D, DType, Error, Result, Shape, Tensor, bail};
+use candle_core::{D, DType, Error, Result, Shape, Tensor, Var, bail};
 
-use super::attention::attention;
+use super::attention::{attention, attention_step};
 use super::launch::{
     self, AdamwArgs, CrossEntropyShape, Element, GatherShape, HEAD_DIMS, MixtureShape, NormShape, SwigluArgs,
     SwigluShape,
 };
-use super::memory::{Fresh, address, element, f32, gpu, launch, of_one, of_three, of_two};
+use super::memory::{Fresh, add_to, address, element, f32, gpu, launch, of_one, of_three, of_two};
 use crate::model::config::N_FORECASTS;
 use crate::model::head::Targets;
+use crate::model::ops::stack::{Backward, Step, Steps};
 use crate::model::ops::{Ops, plain};
 use crate::train::optimizer::Update;
 
@@ -35,10 +36,32 @@ pub(crate) static OPS: Ops = Ops {
     bound_scales: plain::bound_scales,
     nll,
     cross_entropy,
+    steps: Some(&STEPS),
 };
 
 /// The same with [`Ops::project`] to bf16, whose element all follow that work on what it gives.
-pub(crate) static OPS_BF16: Ops = Ops { project: |x, gain, weight| norm_linear(x, gain, weight, Element::Bf16), ..OPS };
+pub(crate) static OPS_BF16: Ops =
+    Ops { project: |x, gain, weight| norm_linear(x, gain, weight, Element::Bf16), steps: Some(&STEPS_BF16), ..OPS };
+
+/// What stacks of blocks are trained by.
+static STEPS: Steps = Steps {
+    project: |inputs| norm_linear_step(inputs, F32).map(step),
+    attention: |qkv, n_heads, window| match HEAD_DIMS.contains(&(qkv.dim(D::Minus1)? / 3 / n_heads)) {
+        true => attention_step(qkv, n_heads, window).map(step),
+        false => plain_attention_step(qkv, n_heads, window).map(step),
+    },
+    add_linear: |inputs| add_linear_step(inputs).map(step),
+    add_swiglu_linear: |inputs| add_swiglu_linear_step(inputs).map(step),
+    add: |sum, x| add_to(&sum, x).map(|()| sum),
+};
+
+/// The same with bf16 between two maps.
+static STEPS_BF16: Steps = Steps { project: |inputs| norm_linear_step(inputs, Element::Bf16).map(step), ..STEPS };
+
+/// A result and its way back, for a stack.
+fn step<const N: usize>((result, back): (Fresh, Backward<N>)) -> Step<N> {
+    (result.into(), back)
+}
 
 /// Rows and width of the last dimension.
 fn rows(x: &Tensor) -> Result<(usize, usize)> {
@@ -123,23 +146,48 @@ fn linear_backward(x: &Tensor, weight: &Tensor, d_y: &Tensor) -> Result<[Tensor;
 }
 
 fn norm_linear(x: &Tensor, gain: &Tensor, weight: &Tensor, element: Element) -> Result<Tensor> {
+    let (y, back) = norm_linear_step([x, gain, weight], element)?;
+    of_three("norm_linear", [x, gain, weight], y, move |_, d_y| back(d_y))
+}
+
+fn norm_linear_step([x, gain, weight]: [&Tensor; 3], element: Element) -> Result<(Fresh, Backward<3>)> {
     let (norm, normalised) = Norm::forward(x, gain, element)?;
     let (normalised, weight) = (normalised.tensor(), f32(weight)?);
     let y = product(&normalised, &weight, widened(x, weight.dim(1)?))?;
-    of_three("norm_linear", [x, gain, &weight.clone()], y, move |_, d_y| {
+    let back = move |d_y: &Tensor| {
         let [d_normalised, d_weight] = linear_backward(&normalised, &weight, d_y)?;
         let [d_x, d_gain] = norm.backward(&d_normalised)?;
         Ok([d_x, d_gain, d_weight])
-    })
+    };
+    Ok((y, Box::new(back)))
+}
+
+/// Heads that no kernel serves, by candle's operations.
+fn plain_attention_step(qkv: &Tensor, n_heads: usize, window: usize) -> Result<(Fresh, Backward<1>)> {
+    let (input, element) = (Var::from_tensor(&qkv.to_dtype(DType::F32)?)?, qkv.dtype());
+    let y = plain::attention(&input, n_heads, window)?;
+    let result = Fresh::copy(&y.to_dtype(element)?.detach(), y.shape())?;
+    let back = move |d: &Tensor| {
+        let gradients = (&y * d.to_dtype(DType::F32)?)?.sum_all()?.backward()?;
+        let Some(d_qkv) = gradients.get(&input) else { bail!("attention: no gradient") };
+        Ok([d_qkv.to_dtype(element)?])
+    };
+    Ok((result, Box::new(back)))
 }
 
 fn add_linear(residual: &Tensor, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (y, back) = add_linear_step([residual, x, weight])?;
+    of_three("add_linear", [residual, x, weight], y, move |_, d_y| back(d_y))
+}
+
+fn add_linear_step([residual, x, weight]: [&Tensor; 3]) -> Result<(Fresh, Backward<3>)> {
     let (residual, x, weight) = (f32(residual)?, x.contiguous()?, f32(weight)?);
     let y = product(&x, &weight, residual.shape())?.add(&residual)?;
-    of_three("add_linear", [&residual, &x.clone(), &weight.clone()], y, move |_, d_y| {
+    let back = move |d_y: &Tensor| {
         let [d_x, d_weight] = linear_backward(&x, &weight, d_y)?;
         Ok([d_y.clone(), d_x, d_weight])
-    })
+    };
+    Ok((y, Box::new(back)))
 }
 
 /// `silu(gate) value` of up `[.., 2 * hidden]`, on rows of half the width.
@@ -173,13 +221,19 @@ fn swiglu_of(up: &Tensor) -> Result<(SwigluShape, SwigluArgs)> {
 }
 
 fn add_swiglu_linear(residual: &Tensor, up: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (y, back) = add_swiglu_linear_step([residual, up, weight])?;
+    of_three("add_swiglu_linear", [residual, up, weight], y, move |_, d_y| back(d_y))
+}
+
+fn add_swiglu_linear_step([residual, up, weight]: [&Tensor; 3]) -> Result<(Fresh, Backward<3>)> {
     let (residual, up, weight) = (f32(residual)?, up.contiguous()?, f32(weight)?);
     let open = swiglu(&up)?.tensor();
     let y = product(&open, &weight, residual.shape())?.add(&residual)?;
-    of_three("add_swiglu_linear", [&residual, &up.clone(), &weight.clone()], y, move |_, d_y| {
+    let back = move |d_y: &Tensor| {
         let [d_open, d_weight] = linear_backward(&open, &weight, d_y)?;
         Ok([d_y.clone(), swiglu_backward(&up, &d_open)?.tensor(), d_weight])
-    })
+    };
+    Ok((y, Box::new(back)))
 }
 
 /// The codes of each row belong to tables of equal size that lie one after the other, in order.

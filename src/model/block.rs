@@ -4,6 +4,7 @@
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
+use super::ops::stack::{Layer, stack};
 use super::ops::{Ops, plain};
 use super::params::{Init, Params, ParamsError};
 
@@ -134,6 +135,24 @@ impl Block {
         let x = (self.ops.add_linear)(x, attended, &self.out)?;
         let up = (self.ops.project)(&x, &self.feed_forward_norm.gain, &self.up)?;
         (self.ops.add_swiglu_linear)(&x, &up, &self.down)
+    }
+
+    /// The whole sequence from position 0 through several blocks: `[batch, len, dim]` -> same.
+    pub fn forward_all(blocks: &[Self], x: &Tensor) -> Result<Tensor> {
+        let tracked = |block: &Self| x.track_op() || block.qkv.track_op();
+        match blocks.first().filter(|&block| tracked(block)).and_then(|block| block.ops.steps) {
+            Some(steps) => stack(steps, x, &blocks.iter().map(Self::layer).collect::<Vec<_>>()),
+            None => blocks.iter().try_fold(x.clone(), |x, block| block.forward(&x, None)),
+        }
+    }
+
+    fn layer(&self) -> Layer<'_> {
+        let Self { attention_norm, qkv, out, feed_forward_norm, up, down, n_heads, window, .. } = self;
+        Layer {
+            weights: [&attention_norm.gain, qkv, out, &feed_forward_norm.gain, up, down],
+            n_heads: *n_heads,
+            window: *window,
+        }
     }
 
     /// The whole sequence from position 0: `[batch, len, dim]` -> same.

@@ -88,10 +88,7 @@ impl PlanTransformer {
         if let Some(mask) = dropout {
             x = (x * mask)?;
         }
-        for block in &self.blocks {
-            x = block.forward(&x, None)?;
-        }
-        self.norm.forward(&x)
+        self.norm.forward(&Block::forward_all(&self.blocks, &x)?)
     }
 
     /// Whether frames are taken for more than their decoded bands once they have been read.

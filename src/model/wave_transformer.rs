@@ -298,9 +298,13 @@ impl WaveTransformer {
             if let (Some(x), Some((_, down))) = (&x, above) {
                 z = add_linear(&z, x, &down.weight)?;
             }
-            for (j, block) in tier.blocks.iter().enumerate() {
-                z = block.forward(&z, caches.as_mut().map(|c| &mut c[i][j]))?;
-            }
+            z = match &mut caches {
+                None => Block::forward_all(&tier.blocks, &z)?,
+                Some(caches) => {
+                    let mut blocks = tier.blocks.iter().zip(&mut caches[i]);
+                    blocks.try_fold(z, |z, (block, cache)| block.forward(&z, Some(cache)))?
+                }
+            };
             above = tier.down.as_ref().map(|down| (tier, down));
             x = Some(z);
         }

@@ -31,9 +31,9 @@ fn rope_angles(len: usize, head_dim: usize) -> Arc<Vec<f32>> {
     angles.clone()
 }
 
-struct Attention {
-    n_heads: usize,
-    window: usize,
+pub(super) struct Attention {
+    pub n_heads: usize,
+    pub window: usize,
 }
 
 /// Sizes of a call; rows are those of all excerpts.

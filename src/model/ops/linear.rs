@@ -44,7 +44,9 @@ pub fn silu_linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor>
 
 /// [`super::Ops::add_linear`]
 pub fn add_linear(residual: &Tensor, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    residual.contiguous()?.apply_op3(&x.contiguous()?, &weight.contiguous()?, AddLinear)
+    // Inputs that come from outside want no gradient.
+    let op = AddLinear { d_x: x.track_op() };
+    residual.contiguous()?.apply_op3(&x.contiguous()?, &weight.contiguous()?, op)
 }
 
 struct Linear {
@@ -128,7 +130,10 @@ impl CustomOp3 for Linear {
     }
 }
 
-struct AddLinear;
+pub(super) struct AddLinear {
+    /// Whether x wants a gradient.
+    pub d_x: bool,
+}
 
 impl CustomOp3 for AddLinear {
     fn name(&self) -> &'static str {
@@ -169,7 +174,7 @@ impl CustomOp3 for AddLinear {
         let (inputs, outputs) = weight.dims2()?;
         let dy = dy.contiguous()?;
         let mut dweight = vec![0.0; inputs * outputs];
-        let mut dx = x.track_op().then(|| vec![0.0; x.elem_count()]);
+        let mut dx = self.d_x.then(|| vec![0.0; x.elem_count()]);
         {
             let (x, weight, dy) = (Values::of(x)?, Values::of(weight)?, Values::of(&dy)?);
             let dy = Matrix::new(&dy, outputs);

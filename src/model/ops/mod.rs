@@ -1,7 +1,7 @@
 //! The operations that both transformers are made of, each with its gradient: fused on plain slices, and as they read.
 //!
 //! [`FUSED`] is what everything computes with on the CPU: one candle operation each, that works on rows while they lie in the cache
-//! and leaves no more behind than its result. [`plain`] composes the same of candle's own operations, is their specification, and the
+//! and leaves no more behind than its result; where gradients are wanted, a whole stack of blocks is one ([`stack`]). [`plain`] composes the same of candle's own operations, is their specification, and the
 //! oracle of every test; [`PLAIN`] builds a whole model of it. Models on a GPU take the table of `cuda`.
 //!
 //! Training runs one excerpt per thread, so backward passes use one; forward passes share rows among a pool's threads. The
@@ -17,6 +17,7 @@ mod mixture;
 mod norm;
 pub mod plain;
 mod spread;
+pub mod stack;
 mod swiglu;
 
 use std::ops::{Deref, Range};
@@ -59,6 +60,8 @@ pub struct Ops {
     pub nll: fn(&Tensor, &Targets) -> Result<Tensor>,
     /// logits `[.., n]`, a target for each row -> `-ln softmax(logits)[target]`, `[rows]`.
     pub cross_entropy: fn(&Tensor, &[u32]) -> Result<Tensor>,
+    /// What stacks of blocks are trained by, as one operation; without it each operation is candle's to go back through.
+    pub steps: Option<&'static stack::Steps>,
 }
 
 /// One candle operation each.
@@ -76,6 +79,7 @@ pub static FUSED: Ops = Ops {
     bound_scales: bounds::bound_scales,
     nll: mixture::nll,
     cross_entropy: cross_entropy::cross_entropy,
+    steps: Some(&stack::STEPS),
 };
 
 /// Composed of candle's operations.
@@ -93,6 +97,7 @@ pub static PLAIN: Ops = Ops {
     bound_scales: plain::bound_scales,
     nll: plain::nll,
     cross_entropy: plain::cross_entropy,
+    steps: None,
 };
 
 /// What lies between the maps of a block while a model is trained on a GPU.

@@ -72,7 +72,7 @@ impl CustomOp2 for RmsNorm {
     }
 }
 
-struct NormLinear;
+pub(super) struct NormLinear;
 
 impl CustomOp3 for NormLinear {
     fn name(&self) -> &'static str {

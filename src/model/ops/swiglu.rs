@@ -37,7 +37,7 @@ pub fn add_swiglu_linear(residual: &Tensor, up: &Tensor, weight: &Tensor) -> Res
     residual.contiguous()?.apply_op3(&up.contiguous()?, &weight.contiguous()?, AddSwigluLinear)
 }
 
-struct AddSwigluLinear;
+pub(super) struct AddSwigluLinear;
 
 impl CustomOp3 for AddSwigluLinear {
     fn name(&self) -> &'static str {
