@@ -620,3 +620,13 @@ fn too_little_shared_memory_is_noticed() {
         assert!(error.contains("shared memory"), "{error}");
     }
 }
+
+#[test]
+fn heads_that_no_kernel_holds_are_refused() {
+    let mut config = framed(128);
+    let tier = config.wave_transformer.tiers.last_mut().unwrap();
+    (tier.dim, tier.n_heads) = (136, 1);
+    let Some(machine) = machine(Schedule::default()) else { return };
+    let refused = Model::new(machine, &lively(config, 3), Element::Bf16).err().unwrap().to_string();
+    assert!(refused.contains("heads of 136 values") && refused.contains("at most 128"), "{refused}");
+}
