@@ -260,7 +260,7 @@ static_assert(sizeof(AdamwArgs) == 64, "AdamwArgs differs from src/cuda/launch")
 // ---- generation ----------------------------------------------------------------------------------------------------
 
 /// A linear map. Its weights come in tiles of 16 outputs, each in steps of 16 inputs, each in pieces (numbers in bf16 whose sum a weight
-/// is), each the 16 bytes of each of 32 lanes: see `multiply` in decode_step.cuh. What a tile has beyond n_out and n_in is 0.
+/// is), each the 16 bytes of each of 32 lanes: see `multiply` in decode_tile.cuh. What a tile has beyond n_out and n_in is 0.
 struct DecodeLinear {
   int64_t weights;   // where they begin
   int64_t bias;      // in `exact`; -1 for none

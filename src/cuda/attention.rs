@@ -3,7 +3,7 @@
 use candle_core::{Error, Result, Tensor, bail};
 
 use super::launch::{AttentionShape, Element, HeadsShape};
-use super::memory::{Fresh, address, element, gpu, launch, of_one, of_three};
+use super::memory::{Fresh, address, element, gpu, launch, of_three};
 use crate::model::ops::stack::Backward;
 
 const NAME: &str = "attention_window";
@@ -21,17 +21,12 @@ pub fn attention_window(q: &Tensor, k: &Tensor, v: &Tensor, window: usize) -> Re
 }
 
 /// Queries, keys and values `[batch, len, 3 * dim]` of `n_heads`, heads side by side in each -> `[batch, len, dim]`: QK-norm, RoPE from
-/// position 0, causal attention of each position to the last `window` with its own; f32 or bf16, sums in f32.
+/// position 0, causal attention of each position to the last `window` with its own; f32 or bf16, sums in f32. With it, the gradient of
+/// queries, keys and values by the result's.
 ///
 /// # Errors
 /// Likewise.
-pub fn attention(qkv: &Tensor, n_heads: usize, window: usize) -> Result<Tensor> {
-    let (joined, back) = attention_step(qkv, n_heads, window)?;
-    of_one("attention", qkv, joined, move |_, d| back(d).map(|[d_qkv]| d_qkv))
-}
-
-/// The same, and the gradient of queries, keys and values by that of the result.
-pub(super) fn attention_step(qkv: &Tensor, n_heads: usize, window: usize) -> Result<(Fresh, Backward<1>)> {
+pub fn attention(qkv: &Tensor, n_heads: usize, window: usize) -> Result<(Fresh, Backward<1>)> {
     let (qkv, element) = (qkv.contiguous()?, element(qkv)?);
     let (batch, len, width) = qkv.dims3()?;
     if n_heads == 0 || !width.is_multiple_of(3 * n_heads) {

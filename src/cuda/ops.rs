@@ -4,7 +4,7 @@
 
 use candle_core::{D, DType, Error, Result, Shape, Tensor, Var, bail};
 
-use super::attention::{attention, attention_step};
+use super::attention::attention;
 use super::launch::{
     self, AdamwArgs, CrossEntropyShape, Element, GatherShape, HEAD_DIMS, MixtureShape, NormShape, SwigluArgs,
     SwigluShape,
@@ -27,9 +27,9 @@ pub(crate) static OPS: Ops = Ops {
     silu_linear: plain::silu_linear,
     add_linear,
     add_swiglu_linear,
-    attention: |qkv, n_heads, window| match HEAD_DIMS.contains(&(qkv.dim(D::Minus1)? / 3 / n_heads)) {
-        true => attention(qkv, n_heads, window),
-        false => plain::attention(&qkv.to_dtype(DType::F32)?, n_heads, window)?.to_dtype(qkv.dtype()),
+    attention: |qkv, n_heads, window| {
+        let (y, back) = attention_step(qkv, n_heads, window)?;
+        of_one("attention", qkv, y, move |_, d_y| back(d_y).map(|[d_qkv]| d_qkv))
     },
     spread: plain::spread,
     gather_add,
@@ -46,10 +46,7 @@ pub(crate) static OPS_BF16: Ops =
 /// What stacks of blocks are trained by.
 static STEPS: Steps = Steps {
     project: |inputs| norm_linear_step(inputs, F32).map(step),
-    attention: |qkv, n_heads, window| match HEAD_DIMS.contains(&(qkv.dim(D::Minus1)? / 3 / n_heads)) {
-        true => attention_step(qkv, n_heads, window).map(step),
-        false => plain_attention_step(qkv, n_heads, window).map(step),
-    },
+    attention: |qkv, n_heads, window| attention_step(qkv, n_heads, window).map(step),
     add_linear: |inputs| add_linear_step(inputs).map(step),
     add_swiglu_linear: |inputs| add_swiglu_linear_step(inputs).map(step),
     add: |sum, x| add_to(&sum, x).map(|()| sum),
@@ -162,8 +159,11 @@ fn norm_linear_step([x, gain, weight]: [&Tensor; 3], element: Element) -> Result
     Ok((y, Box::new(back)))
 }
 
-/// Heads that no kernel serves, by candle's operations.
-fn plain_attention_step(qkv: &Tensor, n_heads: usize, window: usize) -> Result<(Fresh, Backward<1>)> {
+/// Heads that no kernel serves attend by candle's operations.
+fn attention_step(qkv: &Tensor, n_heads: usize, window: usize) -> Result<(Fresh, Backward<1>)> {
+    if HEAD_DIMS.contains(&(qkv.dim(D::Minus1)? / 3 / n_heads)) {
+        return attention(qkv, n_heads, window);
+    }
     let (input, element) = (Var::from_tensor(&qkv.to_dtype(DType::F32)?)?, qkv.dtype());
     let y = plain::attention(&input, n_heads, window)?;
     let result = Fresh::copy(&y.to_dtype(element)?.detach(), y.shape())?;
