@@ -199,6 +199,7 @@ impl ModelConfig {
     /// Checks that all parts fit each other.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let fail = |message: String| Err(ConfigError::Invalid(message));
+        check_sizes("", &serde_json::to_value(self).map_err(|e| ConfigError::Invalid(e.to_string()))?)?;
         self.plan.validate(self.codec.sample_rate).map_err(|e| ConfigError::Invalid(e.to_string()))?;
         self.forecast.validate(&self.plan).map_err(|e| ConfigError::Invalid(e.to_string()))?;
         let plan = &self.plan_transformer;
@@ -242,6 +243,25 @@ impl ModelConfig {
             hop_above = tier.hop;
         }
         Ok(())
+    }
+}
+
+/// No number of a configuration is larger: what follows from a damaged one is refused before memory is asked for.
+const LARGEST: f64 = (1 << 17) as f64;
+
+/// Checks every number in `value`, which is called `name`.
+fn check_sizes(name: &str, value: &serde_json::Value) -> Result<(), ConfigError> {
+    use serde_json::Value;
+    let within = |key: &str| if name.is_empty() { key.to_owned() } else { format!("{name}.{key}") };
+    match value {
+        Value::Object(fields) => fields.iter().try_for_each(|(key, value)| check_sizes(&within(key), value)),
+        Value::Array(items) => {
+            items.iter().enumerate().try_for_each(|(i, item)| check_sizes(&within(&i.to_string()), item))
+        }
+        Value::Number(number) if number.as_f64().is_some_and(|number| number > LARGEST) => {
+            Err(ConfigError::Invalid(format!("{name} is {number}, and nothing may be more than {LARGEST}")))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -298,6 +318,14 @@ mod tests {
         let mut config = ModelConfig::preset("tiny").unwrap();
         config.wave_transformer.tiers[0].hop = 7;
         assert!(config.validate().unwrap_err().to_string().contains("hop 7"));
+    }
+
+    #[test]
+    fn sizes_beyond_measure_are_refused_by_name() {
+        let mut config = ModelConfig::preset("tiny").unwrap();
+        config.wave_transformer.tiers[1].window = 1 << 40;
+        let message = config.validate().unwrap_err().to_string();
+        assert!(message.contains("wave_transformer.tiers.1.window is 1099511627776"), "{message}");
     }
 
     #[test]
