@@ -1,5 +1,5 @@
 # What CI runs, and the shortcuts of daily work. One build profile serves all: release.
-.PHONY: check format lint test examples docs live mpi cuda nccl cross
+.PHONY: check format lint test examples docs opus live mpi cuda nccl cross
 
 check: format lint test examples docs
 
@@ -18,6 +18,11 @@ examples:
 
 docs:
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --release
+
+# Recordings in Opus; needs cmake.
+opus:
+	cargo clippy --release --lib --bins --test decode_formats --features opus -- -D warnings
+	cargo test --release --features opus --test decode_formats
 
 # Sound through ALSA; needs its headers on Linux.
 live:

@@ -2,10 +2,14 @@
 
 use std::io::{self, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::LazyLock;
 
 use symphonia::core::audio::GenericAudioBufferRef;
 use symphonia::core::codecs::CodecParameters;
-use symphonia::core::codecs::audio::{AudioCodecId, AudioDecoder, AudioDecoderOptions, well_known as codecs};
+use symphonia::core::codecs::audio::{
+    AudioCodecId, AudioCodecParameters, AudioDecoder, AudioDecoderOptions, well_known as codecs,
+};
+use symphonia::core::codecs::registry::CodecRegistry;
 use symphonia::core::errors::{Error, Result as SymphoniaResult};
 use symphonia::core::formats::probe::Hint;
 use symphonia::core::formats::well_known::{FORMAT_ID_CAF, FORMAT_ID_ISOMP4};
@@ -48,9 +52,28 @@ pub(super) fn probe(source: &AudioSource, prompt: Option<&WavPrompt>) -> Result<
     })
 }
 
+/// What there are decoders for.
+fn codec_registry() -> &'static CodecRegistry {
+    static REGISTRY: LazyLock<CodecRegistry> = LazyLock::new(|| {
+        let mut registry = CodecRegistry::new();
+        symphonia::default::register_enabled_codecs(&mut registry);
+        #[cfg(feature = "opus")]
+        registry.register_audio_decoder::<symphonia_adapter_libopus::OpusDecoder>();
+        registry
+    });
+    &REGISTRY
+}
+
+/// The decoder of Opus skips its delay by itself, as Ogg states it. MP4 states it in the other byte order, and mostly in the edit list
+/// too: [`stated_range`] takes care of it.
+fn with_readable_delay(format: &dyn FormatReader, params: AudioCodecParameters) -> AudioCodecParameters {
+    let of_mp4 = params.codec == codecs::CODEC_ID_OPUS && format.format_info().format == FORMAT_ID_ISOMP4;
+    if of_mp4 { AudioCodecParameters { extra_data: None, ..params } } else { params }
+}
+
 /// The default audio track, or where it has no decoder the first that has one.
 pub(super) fn choose_track(source: &AudioSource, format: &dyn FormatReader) -> Result<(Track, Box<dyn AudioDecoder>)> {
-    let registry = symphonia::default::get_codecs();
+    let registry = codec_registry();
     let default = format.default_track(TrackType::Audio).map(|track| track.id);
     let mut tracks: Vec<&Track> = format.tracks().iter().collect();
     tracks.sort_by_key(|track| Some(track.id) != default);
@@ -59,6 +82,7 @@ pub(super) fn choose_track(source: &AudioSource, format: &dyn FormatReader) -> R
         let Some(CodecParameters::Audio(params)) = &track.codec_params else {
             continue;
         };
+        let params = &with_readable_delay(format, params.clone());
         match guarded(|| registry.make_audio_decoder(params, &AudioDecoderOptions::default())) {
             Ok(decoder) => return Ok((track.clone(), decoder)),
             Err(error) if matches!(refusal, AudioError::NoAudioTrack { .. }) => {
@@ -101,7 +125,8 @@ pub(super) fn stated_range(
             let tags = metadata.current().map_or(&[][..], |revision| &revision.media.tags);
             let comment = tags.iter().find(|tag| tag.raw.key.contains("iTunSMPB"));
             let by_comment = comment.and_then(|tag| trim::keep_by_itunes_comment(&tag.raw.value.to_string()));
-            Some(by_comment.unwrap_or(whole))
+            let delay = by_comment.is_none().then(|| opus_delay(track)).flatten();
+            Some(by_comment.or(delay.map(|delay| trim::only(delay..u64::MAX))).unwrap_or(whole))
         }
         FORMAT_ID_CAF => {
             let delay = u64::from(track.delay?);
@@ -110,6 +135,18 @@ pub(super) fn stated_range(
         }
         _ => None,
     }
+}
+
+/// Frames before the first that is meant to be heard, by the box `dOps` of Opus in MP4.
+fn opus_delay(track: &Track) -> Option<u64> {
+    let Some(CodecParameters::Audio(AudioCodecParameters { codec: codecs::CODEC_ID_OPUS, extra_data, .. })) =
+        &track.codec_params
+    else {
+        return None;
+    };
+    // A name of 8 bytes, version, channels.
+    let delay = extra_data.as_ref()?.get(10..12)?;
+    Some(u16::from_be_bytes([delay[0], delay[1]]).into()).filter(|&delay| delay > 0)
 }
 
 /// The precision that a lossless codec stores.
