@@ -129,9 +129,9 @@ fn second_after_second_the_way_most_like_the_prompt_is_taken() {
     let mut gained = [0.0; 2];
     for seed in 0..3 {
         let (first, chosen) = (play(1, seed), play(8, seed));
-        assert!(first[..32] == chosen[..32], "the first second is played at once");
-        // Both come from the same second; what came first was one of the eight.
-        let second = [far(&first[32..64]), far(&chosen[32..64])];
+        assert!(first[..16] == chosen[..16], "the first half second is played at once");
+        // Both come from the same half second; what came first was one of the eight.
+        let second = [far(&first[16..32]), far(&chosen[16..32])];
         assert!(second[1] <= second[0], "seed {seed}: {second:?}");
         gained[0] += second[0];
         gained[1] += second[1];

@@ -113,7 +113,8 @@ pub(super) fn stated_range(
             let edits = EditList::read(&mut io::BufReader::new(source.file().ok()?), track.id)?;
             // Fragments come on top of what the header counts.
             let media_frames = track.num_frames.filter(|&n| n > 0 && !edits.fragmented);
-            let whole = trim::only(0..media_frames.unwrap_or(u64::MAX));
+            let end = media_frames.unwrap_or(u64::MAX);
+            let whole = trim::only(0..end);
             let keep = edits.keep(sample_rate, media_frames);
             if keep.is_none() {
                 warnings.push("the file's edit list is not a plain excerpt: all of its audio is used".into());
@@ -125,8 +126,7 @@ pub(super) fn stated_range(
             let tags = metadata.current().map_or(&[][..], |revision| &revision.media.tags);
             let comment = tags.iter().find(|tag| tag.raw.key.contains("iTunSMPB"));
             let by_comment = comment.and_then(|tag| trim::keep_by_itunes_comment(&tag.raw.value.to_string()));
-            let delay = by_comment.is_none().then(|| opus_delay(track)).flatten();
-            Some(by_comment.or(delay.map(|delay| trim::only(delay..u64::MAX))).unwrap_or(whole))
+            Some(by_comment.unwrap_or_else(|| trim::only(opus_delay(track).min(end)..end)))
         }
         FORMAT_ID_CAF => {
             let delay = u64::from(track.delay?);
@@ -138,15 +138,19 @@ pub(super) fn stated_range(
 }
 
 /// Frames before the first that is meant to be heard, by the box `dOps` of Opus in MP4.
-fn opus_delay(track: &Track) -> Option<u64> {
-    let Some(CodecParameters::Audio(AudioCodecParameters { codec: codecs::CODEC_ID_OPUS, extra_data, .. })) =
-        &track.codec_params
-    else {
-        return None;
-    };
-    // A name of 8 bytes, version, channels.
-    let delay = extra_data.as_ref()?.get(10..12)?;
-    Some(u16::from_be_bytes([delay[0], delay[1]]).into()).filter(|&delay| delay > 0)
+fn opus_delay(track: &Track) -> u64 {
+    match &track.codec_params {
+        Some(CodecParameters::Audio(AudioCodecParameters {
+            codec: codecs::CODEC_ID_OPUS,
+            extra_data: Some(data),
+            ..
+        })) => {
+            // A name of 8 bytes, version, channels.
+            let delay = data.get(10..12).map_or([0; 2], |bytes| [bytes[0], bytes[1]]);
+            u16::from_be_bytes(delay).into()
+        }
+        _ => 0,
+    }
 }
 
 /// The precision that a lossless codec stores.

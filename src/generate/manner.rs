@@ -1,4 +1,4 @@
-//! Turns plan frames into how they are played: how much begins, what sounds, how loud it is. Of several ways to go on the one that
+//! Turns plan frames into how they are played: how much begins, what sounds, how loud and how bright it is. Of several ways to go on the one that
 //! is nearest to the prompt in this is taken.
 
 use serde::{Deserialize, Serialize};
@@ -13,12 +13,15 @@ const HEARD_S: f32 = 10.0;
 const LEAST_S: f32 = 1.0;
 /// Bands this far below a frame's loudest do not count for what begins, dB.
 const FAINT_DB: f32 = 50.0;
-/// Differences that count as much as each other: of the rise (its logarithm), of the entropy in bits, of the level in dB, and of the
-/// shares of pitch classes.
+/// Differences that count as much as each other: of the rise (its logarithm), of the entropy in bits, of the level in dB, of the shares
+/// of pitch classes, and of the timbre in dB rms.
 const RISE: f32 = 0.3;
 const ENTROPY_BITS: f32 = 0.3;
 const LEVEL_DB: f32 = 3.0;
 const SHARES: f32 = 0.25;
+const TIMBRE_DB: f32 = 1.5;
+/// Groups of neighbouring bands, equally many of them each, that a timbre is told by.
+const N_GROUPS: usize = 8;
 
 /// How a stretch of music is played, as far as plan frames tell; means over them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -29,6 +32,8 @@ pub struct Manner {
     /// Shares that the twelve pitch classes have in the power, and how many sound at a time: the entropy of a frame's shares.
     shares: [f32; 12],
     entropy_bits: f32,
+    /// Levels of groups of bands from low to high, by the mean of them all.
+    timbre_db: [f32; N_GROUPS],
 }
 
 impl Manner {
@@ -74,6 +79,12 @@ impl Manner {
                 *sum_of += share;
                 sum.entropy_bits -= if share > 0.0 { share * share.log2() } else { 0.0 };
             }
+            let group_len = frame.len().div_ceil(N_GROUPS);
+            let mean = |bands: &[f32]| bands.iter().map(|band| band.max(floor)).sum::<f32>() / bands.len() as f32;
+            let of_all = mean(frame);
+            for (sum, group) in sum.timbre_db.iter_mut().zip(frame.chunks(group_len)) {
+                *sum += (mean(group) - of_all) * DB_PER_UNIT;
+            }
             sum.level_db += 10.0 * total.max(f32::MIN_POSITIVE).log10();
             n += 1;
             before = Some(frame);
@@ -84,6 +95,7 @@ impl Manner {
             level_db: sum.level_db * each,
             shares: sum.shares.map(|share| share * each),
             entropy_bits: sum.entropy_bits * each,
+            timbre_db: sum.timbre_db.map(|level| level * each),
         }
     }
 
@@ -91,11 +103,13 @@ impl Manner {
     pub fn distance(&self, other: &Self) -> f32 {
         let rise = (self.rise.max(f32::MIN_POSITIVE) / other.rise.max(f32::MIN_POSITIVE)).ln();
         let shares = self.shares.iter().zip(&other.shares).map(|(a, b)| (a - b).abs()).sum::<f32>() / 2.0;
+        let timbre = self.timbre_db.iter().zip(&other.timbre_db).map(|(a, b)| (a - b).powi(2)).sum::<f32>();
         let differences = [
             rise / RISE,
             (self.entropy_bits - other.entropy_bits) / ENTROPY_BITS,
             (self.level_db - other.level_db) / LEVEL_DB,
             shares / SHARES,
+            (timbre / N_GROUPS as f32).sqrt() / TIMBRE_DB,
         ];
         differences.map(|difference| difference * difference).iter().sum::<f32>().sqrt()
     }
@@ -122,7 +136,17 @@ mod tests {
         assert_eq!((held.distance(&held), held.rise, held.entropy_bits < 1e-3), (0.0, 0.0, true));
         assert!(struck.rise > 0.0 && struck_twice_as_often.rise > 1.2 * struck.rise);
         assert!((held.distance(&louder) - 1.0).abs() < 0.01, "{}", held.distance(&louder));
-        assert!((held.distance(&another) - 1.0 / SHARES).abs() < 0.1, "{}", held.distance(&another));
+        let as_bright = Manner { timbre_db: held.timbre_db, ..another };
+        assert!((held.distance(&as_bright) - 1.0 / SHARES).abs() < 0.1, "{}", held.distance(&as_bright));
+        let brighter = Manner { timbre_db: held.timbre_db.map(|level| level + TIMBRE_DB), ..held };
+        assert!((held.distance(&brighter) - 1.0).abs() < 0.01, "{}", held.distance(&brighter));
+        let half = note(3, -20.0).len() / 2;
+        let high =
+            of(&vec![note(3, -20.0).iter().enumerate().map(|(i, &x)| if i < half { -90.0 } else { x }).collect(); 32]);
+        let lean = |m: &Manner| {
+            m.timbre_db[N_GROUPS / 2..].iter().sum::<f32>() - m.timbre_db[..N_GROUPS / 2].iter().sum::<f32>()
+        };
+        assert!(lean(&high) > lean(&held) + 5.0, "{high:?}");
         let chord: Vec<f32> = note(3, -20.0).iter().zip(note(8, -20.0)).map(|(a, b)| a.max(b)).collect();
         assert!((of(&vec![chord; 32]).entropy_bits - 1.0).abs() < 0.1);
     }

@@ -3,7 +3,7 @@
 //! ```text
 //! tail of a file --Prompt--> tokens --Generator(engine, uniforms)--> tokens --Path(Governor)--> tokens --Seam--> frames --> sink
 //! ```
-//! Where a second begins, a generator looks at several plans for it and takes the one that is played most like the prompt ([`Options::choices`]).
+//! Every half second a generator looks at several plans for the next and takes the one that is played most like the prompt ([`Options::choices`]).
 //! A path runs ahead and goes back where its [`Governor`] finds that the continuation fails. A [`Player`] is all of it in one; a [`Session`] is a player and its engine's state as plain data, for files and takes.
 //! Uniforms are drawn by (seed, stream, kind, t) with t counted from the join, so the same seed gives the same bytes.
 
@@ -61,7 +61,7 @@ pub struct Options {
     pub seed: u64,
     /// Independent continuations under one seed.
     pub stream: u32,
-    /// Ways to go on of which, second after second, the one most like the prompt is taken; 1 or 0: whatever comes.
+    /// Ways to go on of which, every half second, the one most like the prompt is taken; 1 or 0: whatever comes.
     pub choices: u32,
     /// How plan tokens are drawn.
     pub plan: PlanSampling,
@@ -71,7 +71,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { seed: 0, stream: 0, choices: 4, plan: PlanSampling::default(), wave: WaveSampling::default() }
+        Self { seed: 0, stream: 0, choices: 8, plan: PlanSampling::default(), wave: WaveSampling::default() }
     }
 }
 
@@ -103,8 +103,8 @@ struct GeneratorState {
 /// What a branch and a choice add to the seed: apart from the seeds that people use, and from each other.
 const BRANCH_STEP: u64 = 0x9E37_79B9_7F4A_7C15;
 const CHOICE_STEP: u64 = 0xD1B5_4A32_D192_ED03;
-/// Frames that are chosen together: a second at 16 kHz.
-const STRETCH: u64 = 32;
+/// Frames that are chosen together: half a second at 16 kHz.
+const STRETCH: u64 = 16;
 
 impl GeneratorState {
     /// The uniforms of a frame, `n` of them, on the way `choice`.
