@@ -186,3 +186,23 @@ fn main() -> Result<()> {
         Ok(())
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_follow_from_seed_and_number_and_can_be_heard() {
+        for number in 0..4 {
+            let samples = piece(1, number);
+            assert_eq!(samples.len(), LEN);
+            let peak = samples.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+            assert!(
+                samples.iter().all(|x| x.is_finite()) && (0.01..2.0).contains(&peak),
+                "piece {number}: peak {peak}"
+            );
+            assert!(samples == piece(1, number), "piece {number}");
+            assert!(samples != piece(1, number + 1) && samples != piece(2, number), "piece {number}");
+        }
+    }
+}
