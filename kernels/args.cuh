@@ -273,6 +273,27 @@ struct DecodeLinear {
 };
 static_assert(sizeof(DecodeLinear) == 40, "DecodeLinear differs from src/cuda/launch");
 
+/// A tile that a warp has to do. Its tasks of a step of a stack lie one after the other, the last one's k is LAST_TASK; there are as many
+/// such lists as stacks (the plan's is the last), blocks of a group and warps.
+struct alignas(16) DecodeTask {
+  int64_t weights;     // where they begin, in bytes: in device memory or, if `resident`, in shared memory
+  int32_t bias;        // in `exact`, of the map's first output; -1 for none
+  uint16_t inputs;     // where they lie in shared memory, in units of 16 bytes
+  uint16_t odd_inputs; // likewise, of odd samples
+  uint16_t n_in;
+  uint16_t n_out;
+  uint16_t output;  // its first
+  uint16_t pieces;  // of its weights
+  uint8_t what;     // What of decode_step.cuh
+  uint8_t of;       // pieces that a weight is the sum of
+  uint8_t normalized;  // the inputs are the residual stream, to be divided by their root mean square
+  uint8_t resident;
+  int16_t k;  // the map's number in `forward`
+  int16_t reserved;
+};
+static_assert(sizeof(DecodeTask) == 32, "DecodeTask differs from src/cuda/launch");
+constexpr int LAST_TASK = 0x7fff;
+
 /// A stack of transformer blocks.
 struct DecodeStack {
   int64_t cache;        // values of a stream's caches before its own: per block keys [n_heads, vectors, window, V], values
@@ -382,8 +403,8 @@ static_assert(sizeof(DecodeModel) == 584, "DecodeModel differs from src/cuda/lau
 
 /// Regions of a block's shared memory, first these arguments and the model; everything from X on to RESIDENT is scratch where no activations are kept.
 enum DecodeRegion {
-  DECODE_HEADER, DECODE_SLICES, DECODE_ROWS, DECODE_SAMPLES, DECODE_LEFT, DECODE_TOKENS, DECODE_PAST, DECODE_PLANNED,
-  DECODE_FEATURES, DECODE_HEAD, DECODE_SHORTCUT, DECODE_TONES, DECODE_SCALES, DECODE_HIGH, DECODE_ANGLES, DECODE_TABLES,
+  DECODE_HEADER, DECODE_LISTS, DECODE_ROWS, DECODE_SAMPLES, DECODE_LEFT, DECODE_TOKENS, DECODE_PAST, DECODE_PLANNED,
+  DECODE_FEATURES, DECODE_HEAD, DECODE_FIRST, DECODE_SECOND, DECODE_TONES, DECODE_SCALES, DECODE_HIGH, DECODE_ANGLES, DECODE_TABLES,
   DECODE_X, DECODE_STREAM, DECODE_POWER, DECODE_WIDE, DECODE_ATTENDED, DECODE_SCRATCH, DECODE_RESIDENT, DECODE_REGIONS
 };
 
@@ -391,6 +412,8 @@ enum DecodeRegion {
 struct DecodeArgs {
   const DecodeModel* model;
   const DecodeLinear* linears;
+  const DecodeTask* tasks;
+  const int32_t* lists;       // [stacks, group_size, warps]: their first tasks
   const bf16* weights;
   const float* exact;
   const double* doubles;
@@ -425,5 +448,6 @@ struct DecodeArgs {
   float offset;
   float level;  // added to the bands of a frame before it is played
   int32_t at[DECODE_REGIONS];  // where regions begin, in bytes
+  int32_t reserved;
 };
-static_assert(sizeof(DecodeArgs) == 312, "DecodeArgs differs from src/cuda/launch");
+static_assert(sizeof(DecodeArgs) == 336, "DecodeArgs differs from src/cuda/launch");

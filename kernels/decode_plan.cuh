@@ -87,7 +87,7 @@ __device__ void add_surprise(const Room<W, ROWS>& room, const float* logits, int
 
 /// `n` features of every row, value(r, j), for maps to read.
 template <class W, int ROWS, class Value>
-__device__ void each_pair(const Room<W, ROWS>& room, Split<PIECES<W>>* to, int n, Value value) {
+__device__ void each_pair(const Room<W, ROWS>& room, Quad<PIECES<W>>* to, int n, Value value) {
   const int pairs = (n + 1) / 2;
   for (int i = threadIdx.x; i < room.n_rows * pairs; i += blockDim.x) {
     const int r = i / pairs, j = 2 * (i % pairs);
@@ -152,9 +152,11 @@ __device__ NO_INLINE void plan_frame(const Room<W, ROWS> room, int k) {
     return sum;
   });
   __syncthreads();  // publishes the residual stream
+  Work<W, ROWS> work;
+  work.begin(room, m.n_tiers);
   forward(
-      room, m.plan, m.n_tiers, {-1, -1, -1, false}, [&](int64_t cache) { attend_any(room, m.plan, cache); },
-      [](int, int) { return float2{0.f, 0.f}; }, [&](int) { return room.nothing(); }, [](What, int, int, float, float) {});
+      room, work, m.plan, m.n_tiers, [&](int64_t cache) { attend_any(room, m.plan, cache); }, [](int, int) { return Begun{}; },
+      [](What, int, int, float, float) {});
   for (int i = threadIdx.x; i < room.n_rows * dim; i += blockDim.x) {
     const int r = i / dim, j = i % dim;
     room.memory(r)[m.hidden + j] = room.x()[j * ROWS + r] * room.inverse_rms(r, dim).x * a.exact[m.plan_gain + j];

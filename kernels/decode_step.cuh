@@ -1,7 +1,7 @@
 // What the parts of decode_persistent.cu share: a block's shared memory, linear maps and transformer blocks of one position of
 // ROWS streams, divided over a group of thread blocks.
 //
-// Activations lie in shared memory as [feature][ROWS], those that maps read as pairs of features, a copy in every block of the group;
+// Activations lie in shared memory as [feature][ROWS], those that maps read in steps of features (`Quad`), a copy in every block of the group;
 // whoever computes one writes it into all copies. Every sum has one order, whatever the group, its threads and the other rows are, so a
 // stream plays the same alone.
 #pragma once
@@ -20,16 +20,19 @@ constexpr int N_CODES = 256;
 /// NORM_EPS of src/model/block.rs.
 constexpr float NORM_EPS = 1e-6f;
 
-/// A block's share of a linear map.
-struct Slice {
-  const char* weights;  // of the block's first tile
-  const float* bias;    // [n_out], or null
-  int n_in, n_out;
-  int first, count;  // tiles
-  int tile_bytes;
-  int pieces;  // numbers in bf16 whose sum a weight is
+/// What becomes of a map's outputs.
+enum What : uint8_t {
+  BEGINNING,  // they are a residual stream that is added to before it is read
+  BEGUN,      // they are the residual stream
+  ADDED,      // they are added to it
+  HEADS,      // they are queries, keys and values
+  GATES,      // gates and values
+  // What does not stay in a stack.
+  AFTER,
+  FIRST,
+  SECOND,
+  DIRECT
 };
-static_assert(sizeof(Slice) == 40, "Slice differs from src/cuda/launch");
 
 /// What a block knows of a stream.
 struct Row {
@@ -69,18 +72,9 @@ __device__ __forceinline__ float turned_high(float x, float y, float cosine, flo
   return fmaf(x, sine, __fmul_rn(y, cosine));
 }
 
-/// What becomes of a map's outputs.
-enum What {
-  BEGINNING,  // they are a residual stream that is added to before it is read
-  BEGUN,      // they are the residual stream
-  ADDED,      // they are added to it
-  HEADS,      // they are queries, keys and values
-  GATES,      // gates and values
-  // What does not stay in a stack.
-  AFTER,
-  FIRST,
-  SECOND,
-  DIRECT
+/// What outputs j and j + 1 of a map begin with: the sum of these, which may still be on their way.
+struct Begun {
+  float2 of[4] = {};
 };
 
 /// Value e of 16 bytes of a cache.
@@ -101,19 +95,7 @@ __device__ __forceinline__ float value_of(const float4& vector, int e) {
 /// A block, its role and its shared memory.
 template <class W, int ROWS>
 struct Room {
-  using Pair = Split<PIECES<W>>;
-  /// A linear map to be computed; none if `id` is negative.
-  struct Map {
-    int id;
-    int in;  // place in shared memory
-    What what;
-    bool normalized;  // its inputs are the residual stream, to be divided by their root mean square
-  };
-  __device__ static Map nothing() { return {-1, 0, BEGUN, false}; }
-  __device__ static int place_of(const Pair* in) {
-    SHARED_MEMORY(char, memory);
-    return int(reinterpret_cast<const char*>(in) - memory);
-  }
+  using Features = Quad<PIECES<W>>;
   int rank, size;  // in the group
   int place;       // of the two that maps read the residual stream from
   int n_rows;
@@ -136,16 +118,17 @@ struct Room {
     return reinterpret_cast<T*>(memory + a().at[region]);
   }
   // Places in shared memory follow from the arguments: registers are for other things.
-  __device__ Slice* slices() const { return at<Slice>(DECODE_SLICES); }
+  __device__ int* lists() const { return at<int>(DECODE_LISTS); }  // [stacks][warps]: first tasks
   __device__ Row* rows() const { return at<Row>(DECODE_ROWS); }
   __device__ float* samples() const { return at<float>(DECODE_SAMPLES); }  // ring [ROWS][n_recent]
   __device__ float* left() const { return at<float>(DECODE_LEFT); }  // ring [ROWS][n_left]
   __device__ int32_t* tokens() const { return at<int32_t>(DECODE_TOKENS); }  // ring [ROWS][n_tokens]
   __device__ float* past() const { return at<float>(DECODE_PAST); }  // coefficients [ROWS][order], the latest sample's first
   __device__ float* planned() const { return at<float>(DECODE_PLANNED); }  // likewise, [ROWS][planned_order]
-  __device__ Pair* features() const { return at<Pair>(DECODE_FEATURES); }  // of the forecasts, [6][ROWS]
+  __device__ Features* features() const { return at<Features>(DECODE_FEATURES); }  // of the forecasts
   __device__ float* head() const { return at<float>(DECODE_HEAD); }  // two of [3 * n_components][ROWS]: of the last tier, of the features by themselves
-  __device__ Pair* shortcut() const { return at<Pair>(DECODE_SHORTCUT); }  // two of [shortcut width / 2][ROWS]
+  __device__ Features* first() const { return at<Features>(DECODE_FIRST); }  // hidden layers of what features say by themselves
+  __device__ Features* second() const { return at<Features>(DECODE_SECOND); }
   __device__ float* tones() const { return at<float>(DECODE_TONES); }  // of the samples until coefficients are renewed, [ROWS][past_hop]
   __device__ float* scales() const { return at<float>(DECODE_SCALES); }  // planned for the frame, [ROWS][slices, n_components]
   __device__ float* bases() const { return at<float>(DECODE_HIGH); }  // [stacks][ROWS][angle_width]
@@ -153,16 +136,16 @@ struct Room {
   __device__ float* tables() const { return at<float>(DECODE_TABLES); }  // centres and edges of mu-law's tokens
   __device__ float* x() const { return at<float>(DECODE_X); }  // the residual stream; a block has what it computes
   /// What maps read of it. A block may be a sample ahead of another that still reads its own: it changes places from sample to sample.
-  __device__ Pair* stream() const {
-    return at<Pair>(DECODE_STREAM) + place * ((a().at[DECODE_POWER] - a().at[DECODE_STREAM]) / int(2 * sizeof(Pair)));
+  __device__ Features* stream() const {
+    return reinterpret_cast<Features*>(at<char>(DECODE_STREAM) + place * ((a().at[DECODE_POWER] - a().at[DECODE_STREAM]) / 2));
   }
   /// Sums of squares over its tiles, [tile][ROWS], likewise.
   __device__ float* power() const {
     return at<float>(DECODE_POWER) + place * ((a().at[DECODE_WIDE] - a().at[DECODE_POWER]) / int(2 * sizeof(float)));
   }
   __device__ float* wide() const { return at<float>(DECODE_WIDE); }  // queries, keys, values; logits
-  __device__ Pair* inputs() const { return at<Pair>(DECODE_WIDE); }  // of other maps, in the same place: they take turns
-  __device__ Pair* attended() const { return at<Pair>(DECODE_ATTENDED); }
+  __device__ Features* inputs() const { return at<Features>(DECODE_WIDE); }  // of other maps, in the same place: they take turns
+  __device__ Features* attended() const { return at<Features>(DECODE_ATTENDED); }
   __device__ float* scratch() const { return at<float>(DECODE_SCRATCH); }
 
   /// Scratch as doubles: everything from the activations on.
@@ -183,14 +166,22 @@ struct Room {
       for (int other = 0; other < size; ++other) *peer(to, other) = value;
     }
   }
-  /// Features j (even) and j + 1 of row r for maps to read.
-  __device__ static void put(Pair* to, int j, int r, float low, float high) {
-    to[j / 2 * ROWS + r] = split<PIECES<W>>(low, high);
+  /// Pair `pair` of row r of features, into all copies.
+  __device__ void spread(Features* to, int pair, int r, Split<PIECES<W>> value) const {
+    uint32_t* const words = pair_at<ROWS>(to, pair, r);
+#pragma unroll
+    for (int i = 0; i < PIECES<W>; ++i) spread(words + 2 * i, value.of[i]);
   }
-
-  /// Copies arguments, the model and the shares of its maps. `divided`: this block is one of a group. A barrier after it is the
-  /// caller's.
-  __device__ void open(const DecodeArgs& args, bool divided) const {
+  /// Features j (even) and j + 1 of row r for maps to read.
+  __device__ static void put(Features* to, int j, int r, float low, float high) {
+    const Split<PIECES<W>> value = split<PIECES<W>>(low, high);
+    uint32_t* const words = pair_at<ROWS>(to, j / 2, r);
+#pragma unroll
+    for (int i = 0; i < PIECES<W>; ++i) words[2 * i] = value.of[i];
+  }
+  /// Copies arguments, the model, and as many weights as there is room for. `playing`: this block is one of a group. A barrier after it is
+  /// the caller's.
+  __device__ void open(const DecodeArgs& args, bool playing) const {
     SHARED_MEMORY(int32_t, to);
     constexpr int N_ARGS = sizeof(DecodeArgs) / sizeof(int32_t), N_MODEL = sizeof(DecodeModel) / sizeof(int32_t);
     for (int i = threadIdx.x; i < N_ARGS + N_MODEL; i += blockDim.x)
@@ -198,136 +189,171 @@ struct Room {
     __syncthreads();  // publishes arguments and model
     for (int i = threadIdx.x; i < 2 * N_CODES - 1; i += blockDim.x)
       tables()[i] = i < N_CODES ? args.exact[m().centres + i] : args.exact[m().edges + i - N_CODES];
-    for (int id = threadIdx.x; id < m().n_linears; id += blockDim.x) {
+    for (int i = threadIdx.x; i < (m().n_tiers + 1) * n_warps(); i += blockDim.x)
+      lists()[i] = a().lists[(i / n_warps() * a().group_size + rank) * n_warps() + i % n_warps()];
+    for (int id = 0; id < m().n_linears && playing; ++id) {
       const DecodeLinear l = a().linears[id];
-      const int tiles = (l.n_out + TILE - 1) / TILE, parts = divided && !l.whole ? size : 1;
-      const int share = (tiles + parts - 1) / parts;
-      Slice& s = slices()[id];
-      s.n_in = l.n_in;
-      s.n_out = l.n_out;
-      s.first = parts == 1 ? 0 : min(rank * share, tiles);
-      s.count = min(s.first + share, tiles) - s.first;
-      s.pieces = l.pieces;
-      s.tile_bytes = (l.n_in + STEP - 1) / STEP * l.pieces * STEP_BYTES;
-      s.weights = reinterpret_cast<const char*>(a().weights + l.weights) + s.first * s.tile_bytes;
-      s.bias = l.bias < 0 ? nullptr : a().exact + l.bias;
+      if (l.resident < 0) continue;
+      const int tiles = (l.n_out + TILE - 1) / TILE, share = l.whole ? tiles : (tiles + size - 1) / size;
+      const int first = l.whole ? 0 : min(rank * share, tiles), count = min(first + share, tiles) - first;
+      const int64_t bytes = tile_bytes(l), n = count * bytes / int(sizeof(float4));
+      const float4* const from = reinterpret_cast<const float4*>(reinterpret_cast<const char*>(a().weights + l.weights) + first * bytes);
+      float4* const room = at<float4>(DECODE_RESIDENT) + l.resident / int(sizeof(float4));
+      for (int i = threadIdx.x; i < n; i += blockDim.x) room[i] = from[i];
     }
-    __syncthreads();  // publishes the shares
-    if (!divided) return;
-    for (int id = 0; id < m().n_linears; ++id) {
-      const int place = a().linears[id].resident;
-      if (place < 0) continue;
-      const Slice s = slices()[id];
-      float4* const room = at<float4>(DECODE_RESIDENT) + place / sizeof(float4);
-      for (int i = threadIdx.x; i < s.count * s.tile_bytes / int(sizeof(float4)); i += blockDim.x)
-        room[i] = reinterpret_cast<const float4*>(s.weights)[i];
-    }
-    __syncthreads();  // the shares were read, and publishes the copies
-    for (int id = threadIdx.x; id < m().n_linears; id += blockDim.x)
-      if (const int place = a().linears[id].resident; place >= 0)
-        slices()[id].weights = at<char>(DECODE_RESIDENT) + place;
   }
-
-  /// A tile of this block's share of a map.
-  __device__ __forceinline__ Products products(const Slice& s, int tile, const Pair* in) const {
-    constexpr int N = PIECES<W>, FEWEST = N == 2 ? 1 : N;
-    const char* const weights = s.weights + tile * s.tile_bytes;
-    if constexpr (FEWEST < N)
-      if (s.pieces == FEWEST) return multiply<FEWEST, N, ROWS>(weights, s.n_in, in);
-    return multiply<N, N, ROWS>(weights, s.n_in, in);
-  }
+  __device__ static int tile_bytes(const DecodeLinear& l) { return (l.n_in + STEP - 1) / STEP * l.pieces * STEP_BYTES; }
 
   /// What the residual stream of row r and the next (the last one's is 0) is to be multiplied with to be normalised.
   __device__ __forceinline__ float2 inverse_rms(int r, int dim) const {
+    constexpr int AT_A_TIME = 6;
     const float* const sums = power() + (ROWS == 1 ? 0 : r);
+    const int tiles = (dim + TILE - 1) / TILE;
     float2 sum = {0.f, 0.f};
-#pragma unroll 4
-    for (int tile = 0; tile < (dim + TILE - 1) / TILE; ++tile) {
-      sum.x += sums[tile * ROWS];
-      if (r + 1 < ROWS) sum.y += sums[tile * ROWS + 1];
+#pragma unroll 1
+    for (int first = 0; first < tiles; first += AT_A_TIME) {
+      float2 of[AT_A_TIME];
+#pragma unroll
+      for (int i = 0; i < AT_A_TIME; ++i) {
+        of[i] = {0.f, 0.f};
+        if (first + i >= tiles) continue;
+        of[i].x = sums[(first + i) * ROWS];
+        if (ROWS > 1) of[i].y = sums[(first + i) * ROWS + 1];
+      }
+#pragma unroll
+      for (int i = 0; i < AT_A_TIME; ++i) sum.x += of[i].x, sum.y += of[i].y;
     }
-    return {rsqrtf(sum.x / dim + NORM_EPS), rsqrtf(sum.y / dim + NORM_EPS)};
+    const float over = __fdividef(1.f, float(dim));
+    return {rsqrtf(fmaf(sum.x, over, NORM_EPS)), rsqrtf(fmaf(sum.y, over, NORM_EPS))};
   }
 
-  /// y = x W + b + start of a map, whose inputs are divided by their root mean square first if they are the residual stream to be
-  /// normalised, and then of a second map, for the warps that the first leaves idle. `start(what, j, r)` gives what outputs j and j + 1
-  /// begin with; `done(what, tile, j, r, there, y_j, y_j+1)` is called by whole warps, also where there is no such output or row. Barriers
-  /// before and after are the caller's.
+  /// Where a task's weights begin.
+  __device__ static const char* weights_of(const DecodeTask& task) {
+    SHARED_MEMORY(char, memory);
+    return (task.resident ? memory : reinterpret_cast<const char*>(a().weights)) + task.weights;
+  }
+
+  /// y = x W + b + start of a tile of a map, by one warp. `loaded` has the first of its weights, and in the end the first of the next
+  /// task's. `start(what, j, r)` gives what outputs j and j + 1 begin with; `done(what, j, r, there, y_j, y_j+1)` is called by the whole warp,
+  /// also where there is no such output or row. Barriers before and after are the caller's.
   template <class Start, class Done>
-  __device__ __forceinline__ void linear_from(const Map first, const Map second, Start start, Done done) const {
-    const int count = slices()[first.id].count, all = second.id < 0 ? count : count + slices()[second.id].count;
+  __device__ __forceinline__ void compute(const DecodeTask& task, const DecodeTask& then, Loaded& loaded, Start start, Done done) const {
+    constexpr int N = PIECES<W>, FEWEST = N == 2 ? 1 : N, SIDE = ROWS == 1 ? 1 : 2;
+    const What what = What(task.what);
+    const int j = task.output + 2 * (lane() / 4);
+    const bool is_output = j < task.n_out;
+    Begun begun[SIDE];
+    float2 bias = {0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < SIDE; ++i)
+      if (row() + i < n_rows && is_output) begun[i] = start(what, j, row() + i);
+    if (task.bias >= 0 && is_output) bias = {a().exact[task.bias + j], a().exact[task.bias + j + 1]};
+    // By its place, so that the compiler knows where it lies.
+    SHARED_MEMORY(char, memory);
+    const Features* const x = reinterpret_cast<const Features*>(memory + 16 * (place ? task.odd_inputs : task.inputs));
+    const char* from = weights_of(task);
+    const char* const of_then = weights_of(then);
+    Sums sums;
+#pragma unroll 1
+    for (int left = task.pieces; left > 0; left -= LOADED) {
+      const bool more = left > LOADED;
+      Loaded next;
+      load(next, more ? from + LOADED * STEP_BYTES : of_then, more ? left - LOADED : then.pieces);
+      if (FEWEST < N && task.of == FEWEST)
+        multiply<FEWEST, ROWS>(sums, loaded, from, (task.pieces - left) / FEWEST, task.n_in, x);
+      else
+        multiply<N, ROWS>(sums, loaded, from, (task.pieces - left) / N, task.n_in, x);
+      loaded = next;
+      from += LOADED * STEP_BYTES;
+    }
     float2 scale = {1.f, 1.f};
-    if (first.normalized) scale = inverse_rms(row(), slices()[first.id].n_in);
-#pragma unroll 1
-    for (int task = warp(); task < all; task += n_warps()) {
-      const bool is_first = task < count;
-      const Map map = is_first ? first : second;
-      const Slice& s = slices()[map.id];
-      const int tile = is_first ? task : task - count, j = (s.first + tile) * TILE + 2 * (lane() / 4);
-      float begun[2][2] = {};
-      for (int i = 0; i < (ROWS == 1 ? 1 : 2); ++i) {
-        if (row() + i >= n_rows || j >= s.n_out) continue;
-        const float2 from = start(map.what, j, row() + i);
-        begun[0][i] = from.x, begun[1][i] = from.y;
-        if (s.bias) begun[0][i] += s.bias[j], begun[1][i] += s.bias[j + 1];
-      }
-      // By its place, so that the compiler knows where it lies.
-      SHARED_MEMORY(char, memory);
-      const Products y = products(s, tile, reinterpret_cast<const Pair*>(memory + map.in));
-#pragma unroll 1
-      for (int i = 0; i < (ROWS == 1 ? 1 : 2); ++i) {
-        const bool next = ROWS > 1 && i > 0;
-        const auto of = [&](int output) {
-          const float factor = is_first ? next ? scale.y : scale.x : 1.f;
-          return fmaf(next ? y.of[output][1] : y.of[output][0], factor, next ? begun[output][1] : begun[output][0]);
-        };
-        done(map.what, s.first + tile, j, row() + i, row() + i < n_rows && j < s.n_out, of(0), of(1));
-      }
+    if (task.normalized) scale = inverse_rms(row(), task.n_in);
+    const Products y = sums.total();
+#pragma unroll
+    for (int i = 0; i < SIDE; ++i) {
+      float2 from = begun[i].of[0];
+#pragma unroll
+      for (int k = 1; k < 4; ++k) from.x += begun[i].of[k].x, from.y += begun[i].of[k].y;
+      const float factor = i ? scale.y : scale.x;
+      done(what, j, row() + i, row() + i < n_rows && is_output, fmaf(y.of[0][i], factor, from.x + bias.x),
+           fmaf(y.of[1][i], factor, from.y + bias.y));
     }
   }
   __device__ static int row() { return 2 * (lane() % 4); }
 
+  /// A map by itself, whole, of inputs at `in`; as `compute`.
+  template <class Start, class Done>
+  __device__ __forceinline__ void linear_from(int id, const Features* in, Start start, Done done) const {
+    SHARED_MEMORY(char, memory);
+    const DecodeLinear l = a().linears[id];
+    const int bytes = tile_bytes(l);
+    const auto task_of = [&](int tile) {
+      const uint16_t at = uint16_t((reinterpret_cast<const char*>(in) - memory) / 16);
+      DecodeTask task = {};
+      task.weights = 2 * l.weights + int64_t(tile) * bytes;
+      task.bias = int32_t(l.bias);
+      task.inputs = task.odd_inputs = at;
+      task.n_in = uint16_t(l.n_in);
+      task.n_out = uint16_t(l.n_out);
+      task.output = uint16_t(tile * TILE);
+      task.pieces = uint16_t(tile * TILE < l.n_out ? bytes / STEP_BYTES : 0);
+      task.what = BEGUN;
+      task.of = uint8_t(l.pieces);
+      return task;
+    };
+    DecodeTask task = task_of(warp());
+    Loaded loaded;
+    load(loaded, weights_of(task), task.pieces);
+#pragma unroll 1
+    while (task.pieces > 0) {
+      const DecodeTask then = task_of(task.output / TILE + n_warps());
+      compute(task, then, loaded, start, done);
+      task = then;
+    }
+  }
+
   /// x W + b; `done(j, r, y_j, y_j+1)` gets what there is.
   template <class Done>
-  __device__ __forceinline__ void linear(int id, const Pair* in, Done done) const {
+  __device__ __forceinline__ void linear(int id, const Features* in, Done done) const {
     linear_from(
-        {id, place_of(in), BEGUN, false}, nothing(), [](What, int, int) { return float2{0.f, 0.f}; },
-        [&](What, int, int j, int r, bool there, float low, float high) {
+        id, in, [](What, int, int) { return Begun{}; },
+        [&](What, int j, int r, bool there, float low, float high) {
           if (there) done(j, r, low, high);
         });
   }
 
   /// silu(x W + b) for maps to read, computed whole by every block.
-  __device__ void linear_silu(Pair* to, int id, const Pair* in) const {
+  __device__ void linear_silu(Features* to, int id, const Features* in) const {
     linear(id, in, [&](int j, int r, float low, float high) { put(to, j, r, silu(low), silu(high)); });
   }
 
   /// A tile's outputs j and j + 1 are the new residual stream's.
-  __device__ __forceinline__ void to_stream(int tile, int j, int r, bool there, float low, float high) const {
+  __device__ __forceinline__ void to_stream(int j, int r, bool there, float low, float high) const {
     float sum = there ? fmaf(low, low, __fmul_rn(high, high)) : 0.f;
     if (there) {
       x()[j * ROWS + r] = low;
       x()[(j + 1) * ROWS + r] = high;
-      spread(&stream()[j / 2 * ROWS + r], split<PIECES<W>>(low, high));
+      spread(stream(), j / 2, r, split<PIECES<W>>(low, high));
     }
 #pragma unroll
     for (int distance = 4; distance < WARP; distance *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, distance);
-    if (there && lane() < 4) spread(&power()[tile * ROWS + r], sum);
+    if (there && lane() < 4) spread(&power()[j / TILE * ROWS + r], sum);
   }
 
   /// A map whose outputs are the new residual stream.
   template <class Start>
-  __device__ __forceinline__ void linear_stream(int id, const Pair* in, Start start) const {
+  __device__ __forceinline__ void linear_stream(int id, const Features* in, Start start) const {
     linear_from(
-        {id, place_of(in), BEGUN, false}, nothing(), [&](What, int j, int r) { return start(j, r); },
-        [&](What, int tile, int j, int r, bool there, float low, float high) { to_stream(tile, j, r, there, low, high); });
+        id, in, [&](What, int j, int r) { return Begun{{start(j, r)}}; },
+        [&](What, int j, int r, bool there, float low, float high) { to_stream(j, r, there, low, high); });
   }
 
   /// Cosines and sines at the rows' positions: those of the multiple of ANGLES below, reduced in f64, turned on by the rest.
   __device__ void turn(const DecodeStack& stack, int which) const {
     const int head_dim = stack.dim / stack.n_heads, half = head_dim / 2;
     const float* const low = a().exact + stack.angles;
-    for (int i = threadIdx.x; i < n_rows * half; i += blockDim.x) {
+    // By the last warps, which have fewer tiles.
+    for (int i = blockDim.x - 1 - threadIdx.x; i < n_rows * half; i += blockDim.x) {
       const int r = i / half, f = i % half;
       const int64_t pos = rows()[r].pos;
       const int rest = int(pos & (ANGLES - 1));
@@ -480,14 +506,14 @@ struct Room {
 #pragma unroll
         for (int e = 0; e < V; ++e) sum[e] += __shfl_sync(ALL_LANES, sum[e], ((sharer ^ other) * vectors + mine) % WARP);
       // The sharers, who all have the sums now, write a pair in turn.
-      Pair* const to = attended() + (h * head_dim + mine * V) / 2 * ROWS + r;
 #pragma unroll 1
       for (int pair = sharer; pair < V / 2 && sharer < sharers; pair += sharers) {
         float low = sum[0], high = sum[1];
 #pragma unroll
         for (int other = 1; other < V / 2; ++other)
           if (other == pair) low = sum[2 * other], high = sum[2 * other + 1];
-        if (mine * V + 2 * pair < head_dim) spread(&to[pair * ROWS], split<PIECES<W>>(low * inverse, high * inverse));
+        if (mine * V + 2 * pair < head_dim)
+          spread(attended(), (h * head_dim + mine * V) / 2 + pair, r, split<PIECES<W>>(low * inverse, high * inverse));
       }
       // What the warp keeps was read (no emulated schedule shows it: lanes met in shuffles since, which order no memory).
       __syncwarp();  // unseen
@@ -497,12 +523,12 @@ struct Room {
   /// A tile's outputs j and j + 1 of a map of the stack's blocks, or of the tier's that leads into it. Queries, keys and values go into
   /// `wide`, to the block that has the head. Of gates and values, outputs j and j + 1 are gate and value of unit j / 2; four lanes on are the
   /// next unit's; silu(gate) * value into `inputs`.
-  __device__ __forceinline__ void keep(What what, const DecodeStack& stack, int tile, int j, int r, bool there, float low, float high) const {
+  __device__ __forceinline__ void keep(What what, const DecodeStack& stack, int j, int r, bool there, float low, float high) const {
     if (what == BEGUN || what == ADDED) {
-      to_stream(tile, j, r, there, low, high);
+      to_stream(j, r, there, low, high);
     } else if (what == GATES) {
       const float unit = silu(low) * high, next = __shfl_sync(ALL_LANES, unit, (lane() + 4) % WARP);
-      if (there && lane() / 4 % 2 == 0) spread(&inputs()[j / 4 * ROWS + r], split<PIECES<W>>(unit, next));
+      if (there && lane() / 4 % 2 == 0) spread(inputs(), j / 4, r, split<PIECES<W>>(unit, next));
     } else if (there) {
       float* const to = what == HEADS ? &wide()[j * ROWS + r] : &x()[j * ROWS + r];
       float* const at = what == HEADS && size > 1 ? peer(to, j % stack.dim / (stack.dim / stack.n_heads) % size) : to;
@@ -512,54 +538,65 @@ struct Room {
   }
 };
 
-/// What leads into a stack and out of it: maps, or less than 0.
-struct Ends {
-  int before;  // of the inputs, what the residual stream begins with
-  int added;   // of the features, added to it
-  int after;   // of the residual stream
-  bool normalized;  // that is, first
+/// A warp's way through the tasks of a stack's step: what it has to do, with the first of the weights on their way, what comes then, and
+/// where what comes after that stands.
+template <class W, int ROWS>
+struct Work {
+  const DecodeTask* after;
+  DecodeTask task, then;
+  Loaded loaded;
+
+  /// Asks for what stack `which` begins with.
+  __device__ __forceinline__ void begin(const Room<W, ROWS>& room, int which) {
+    const DecodeTask* const list = room.a().tasks + room.lists()[which * n_warps() + warp()];
+    task = list[0];
+    then = list[1];
+    after = list + 2;
+    load(loaded, room.weights_of(task), task.pieces);
+  }
 };
 
-/// The residual stream through all blocks of a stack at the rows' positions; `which` counts the stacks. `attend(cache)` is the stack's
-/// attention, `start(j, r)` what the map before begins with, `beside(k)` a map for the warps that the k-th map leaves idle (k from 0,
-/// which adds the features), `done(what, j, r, y_j, y_j+1)` gets outputs that do not stay in the stack. No barrier comes after the map after.
+/// The number of the map that leads into a stack; one that adds to what it makes is the next. Those of the blocks begin with 0.
+constexpr int INTO = -2;
+
+/// The residual stream through all blocks of a stack at the rows' positions; `which` counts the stacks, `work` has begun it. `attend(cache)` is
+/// the stack's attention, `start(j, r)` what the map before begins with, `done(what, j, r, y_j, y_j+1)` gets outputs that do not stay in the
+/// stack. No barrier comes after the map after.
 ///
-/// One loop for all maps, and nothing in it twice: a sample goes through this code once, so that what it waits for is the code.
-template <class W, int ROWS, class Attend, class Start, class Beside, class Done>
-__device__ __forceinline__ void forward(const Room<W, ROWS>& room, const DecodeStack& stack, int which, const Ends ends, Attend attend,
-                                        Start start, Beside beside, Done done) {
-  constexpr int BEFORE = -2, ADD = -1, OF_A_BLOCK = 5, ATTEND = 1, GATE = 3, DOWN = 4;
-  const int n = OF_A_BLOCK * stack.n_layers;
+/// What a sample waits for is one thing after the other: so all maps are one loop, in which each warp has a list of what it has to do and asks
+/// for the next one's weights before it does this one.
+template <class W, int ROWS, class Attend, class Start, class Done>
+__device__ __forceinline__ void forward(const Room<W, ROWS>& room, Work<W, ROWS>& work, const DecodeStack& stack, int which, Attend attend,
+                                        Start start, Done done) {
+  constexpr int OF_A_BLOCK = 4;
+  const int after = OF_A_BLOCK * stack.n_layers;
 #pragma unroll 1
-  for (int i = BEFORE; i <= n; ++i) {
-    const int block = i / OF_A_BLOCK, part = i % OF_A_BLOCK;
-    if (part == ATTEND && i < n) {
-      attend(stack.cache + int64_t(block) * stack.block_cache);
-    } else {
-      typename Room<W, ROWS>::Map map = {stack.linears + 4 * block + max(part - 1, 0), room.place_of(room.stream()), part == GATE ? GATES : HEADS, true};
-      if (part > ATTEND && part != GATE)
-        map = {map.id, room.place_of(part == DOWN ? room.inputs() : room.attended()), ADDED, false};
-      if (i == BEFORE) map = {ends.before, room.place_of(room.inputs()), ends.added < 0 ? BEGUN : BEGINNING, false};
-      if (i == ADD) map = {ends.added, room.place_of(room.features()), ADDED, false};
-      if (i == n) map = {ends.after, room.place_of(room.stream()), AFTER, ends.normalized};
-      if (map.id < 0) continue;
-      room.linear_from(
-          map, beside(i <= 0 ? i - ADD : i),
+  for (int k = which < room.m().n_tiers ? INTO : 0; k <= after; ++k) {
+#pragma unroll 1
+    while (work.task.k == k) {
+      const DecodeTask next = *work.after++;
+      room.compute(
+          work.task, work.then, work.loaded,
           [&](What what, int j, int r) {
-            if (what == ADDED) return float2{room.x()[j * ROWS + r], room.x()[(j + 1) * ROWS + r]};
-            return what == BEGUN || what == BEGINNING ? start(j, r) : float2{0.f, 0.f};
+            if (what == ADDED) return Begun{{{room.x()[j * ROWS + r], room.x()[(j + 1) * ROWS + r]}}};
+            return what == BEGUN || what == BEGINNING ? start(j, r) : Begun{};
           },
-          [&](What what, int tile, int j, int r, bool there, float low, float high) {
+          [&](What what, int j, int r, bool there, float low, float high) {
             if (what < AFTER)
-              room.keep(what, stack, tile, j, r, there, low, high);
+              room.keep(what, stack, j, r, there, low, high);
             else if (there)
               done(what, j, r, low, high);
           });
-      if (i == 0) room.turn(stack, which);
-      // To the beginning each lane adds itself.
-      if (map.what == BEGINNING || i == n) continue;
+      work.task = work.then;
+      work.then = next;
     }
-    GROUP_BARRIER(room.size);  // publishes what comes next: heads (in their block, with the angles), what was attended to, gated values, the residual stream
+    if (k == 0) room.turn(stack, which);
+    // To the beginning each lane adds itself.
+    if (k == INTO || k == after) continue;
+    GROUP_BARRIER(room.size);  // publishes heads (in their block, with the angles), gated values, the residual stream
+    if (k < 0 || k % OF_A_BLOCK != 0) continue;
+    attend(stack.cache + int64_t(k / OF_A_BLOCK) * stack.block_cache);
+    GROUP_BARRIER(room.size);  // publishes what was attended to
   }
 }
 

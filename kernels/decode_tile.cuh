@@ -11,7 +11,7 @@ constexpr int STEP = 16;
 constexpr int STEP_BYTES = 16 * WARP;
 /// Pieces of weights that are on their way at a time.
 constexpr int LOADED = 6;
-/// Numbers in bf16 whose sum an activation is; weights have as many or fewer (`Slice`).
+/// Numbers in bf16 whose sum an activation is; weights have as many or fewer.
 template <class W>
 constexpr int PIECES = sizeof(W) == sizeof(float) ? 3 : 2;
 
@@ -21,7 +21,7 @@ __device__ __forceinline__ int n_warps() { return blockDim.x / WARP; }
 
 /// Two features as sums of numbers in bf16, the large ones first, the first feature in the lower half.
 template <int N>
-struct alignas(N == 2 ? 8 : 4) Split {
+struct Split {
   uint32_t of[N];
 };
 
@@ -45,12 +45,36 @@ __device__ __forceinline__ Split<N> split(float low, float high) {
   return to;
 }
 
+/// Features that maps read, of one row: two pairs of a step's eight, q and q + 4, side by side, as `mma.sync` takes them.
+template <int N>
+struct alignas(N == 2 ? 16 : 8) Quad {
+  uint32_t of[N][2];
+};
+
+/// Where pair `pair` of row r begins in features [step][4][ROWS]; its other pieces lie two words on each.
+template <int ROWS, int N>
+__device__ __forceinline__ uint32_t* pair_at(Quad<N>* features, int pair, int r) {
+  return &features[(pair / 8 * 4 + pair % 4) * ROWS + r].of[0][pair % 8 / 4];
+}
+
 /// A tile's products with all rows: what a lane gets of them, outputs 2 * (lane / 4) and the next of rows 2 * (lane % 4) and the next.
 struct Products {
   float of[2][2];  // [output][row]
 };
 
 #ifdef __CUDACC__
+/// Pieces of weights on their way.
+struct Loaded {
+  uint4 of[LOADED];
+};
+
+/// Asks for the `n` pieces that lie at `from`, as many as there is room for; beyond them are zeros.
+__device__ __forceinline__ void load(Loaded& to, const char* from, int n) {
+  const uint4* const w = reinterpret_cast<const uint4*>(from) + lane();
+#pragma unroll
+  for (int i = 0; i < LOADED; ++i) to.of[i] = i < n ? w[i * WARP] : uint4{0, 0, 0, 0};
+}
+
 /// sums += weights x inputs, 16 outputs by 16 inputs by 8 rows.
 __device__ __forceinline__ void multiply_add(float (&sums)[4], uint4 w, uint32_t x, uint32_t y) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -58,70 +82,77 @@ __device__ __forceinline__ void multiply_add(float (&sums)[4], uint4 w, uint32_t
       : "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "r"(x), "r"(y));
 }
 
-/// A tile, whose weights have `OF` pieces, times `in` [n_in / 2][ROWS], by one warp; what is smaller than the smallest piece is left out.
-/// ROWS is 1 (then all columns are that row, and nobody asks for the others) or 8.
-template <int OF, int N, int ROWS>
-__device__ __forceinline__ Products multiply(const char* tile, const int n_in, const Split<N>* in) {
-  const int pair = lane() % 4, steps = n_in / STEP;
-  const uint4* const w = reinterpret_cast<const uint4*>(tile) + lane();
-  const Split<N>* const x = in + pair * ROWS + (ROWS == 1 ? 0 : lane() / 4);
+/// Sums of a tile's products: of steps in turn, of large and small pieces.
+struct Sums {
+  float of[2][2][4] = {};
+
+  __device__ Products total() const {
+    Products products;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) products.of[i / 2][i % 2] = of[0][0][i] + of[1][0][i] + (of[0][1][i] + of[1][1][i]);
+    return products;
+  }
+};
+
+/// Adds the products of LOADED / OF steps from step `first` on, whose weights have OF pieces each and lie at `from`, with `in` [n_in / 16]
+/// [4][ROWS]; what is smaller than the smallest piece is left out. A whole warp. ROWS is 1 (then all columns are that row, and nobody asks
+/// for the others) or 8.
+template <int OF, int ROWS, int N>
+__device__ __forceinline__ void multiply(Sums& sums, const Loaded& weights, const char*, int first, int n_in, const Quad<N>* in) {
   constexpr int AT_A_TIME = LOADED / OF;
-  float sums[2][2][4] = {};  // of steps in turn, of large and small
-  const auto add = [&](float (&to)[2][4], const uint4 (&weights)[OF], Split<N> low, Split<N> high) {
+  const int pair = lane() % 4, last = (n_in - 1) / STEP;
+  const Quad<N>* const x = in + pair * ROWS + (ROWS == 1 ? 0 : lane() / 4);
+  Quad<N> inputs[AT_A_TIME];
+  if (first + AT_A_TIME <= n_in / STEP) {
+#pragma unroll
+    for (int i = 0; i < AT_A_TIME; ++i) inputs[i] = x[(first + i) * 4 * ROWS];
+  } else {
+    // Steps that are not there are the last one's inputs times 0; beyond that one's inputs lies anything.
+    const int at = last * STEP + 2 * pair;
+#pragma unroll
+    for (int i = 0; i < AT_A_TIME; ++i) {
+      inputs[i] = x[min(first + i, last) * 4 * ROWS];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (first + i >= last && at + 8 * half >= n_in)
+#pragma unroll
+          for (int by = 0; by < N; ++by) inputs[i].of[by][half] = 0;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < AT_A_TIME; ++i)
 #pragma unroll
     for (int of = 0; of < OF; ++of)
 #pragma unroll
-      for (int by = 0; of + by < N; ++by) multiply_add(to[of + by > 0], weights[of], low.of[by], high.of[by]);
-  };
-#pragma unroll 1
-  for (int first = 0; first < steps; first += AT_A_TIME) {
-    uint4 loaded[AT_A_TIME][OF];
-#pragma unroll
-    for (int i = 0; i < AT_A_TIME; ++i)
-#pragma unroll
-      for (int piece = 0; piece < OF; ++piece)
-        loaded[i][piece] = first + i < steps ? w[((first + i) * OF + piece) * WARP] : uint4{0, 0, 0, 0};
-    // Steps that are not there are the last one's inputs times 0: were they conditional, each load would be put where it is used.
-#pragma unroll
-    for (int i = 0; i < AT_A_TIME; ++i) {
-      const Split<N>* const from = x + min(first + i, steps - 1) * 8 * ROWS;
-      add(sums[i % 2], loaded[i], from[0], from[4 * ROWS]);
-    }
-  }
-  if (n_in % STEP != 0) {
-    uint4 last[OF];
-#pragma unroll
-    for (int piece = 0; piece < OF; ++piece) last[piece] = w[(steps * OF + piece) * WARP];
-    // Beyond the inputs lies anything.
-    const int at = steps * STEP + 2 * pair;
-    Split<N> low = {}, high = {};
-    if (at < n_in) low = x[steps * 8 * ROWS];
-    if (at + 8 < n_in) high = x[(steps * 8 + 4) * ROWS];
-    add(sums[0], last, low, high);
-  }
-  Products products;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) products.of[i / 2][i % 2] = sums[0][0][i] + sums[1][0][i] + (sums[0][1][i] + sums[1][1][i]);
-  return products;
+      for (int by = 0; of + by < N; ++by)
+        multiply_add(sums.of[i % 2][of + by > 0], weights.of[i * OF + of], inputs[i].of[by][0], inputs[i].of[by][1]);
 }
 #else
-template <int OF, int N, int ROWS>
-Products multiply(const char* tile, int n_in, const Split<N>* in) {
+struct Loaded {};
+inline void load(Loaded&, const char*, int) {}
+
+struct Sums {
+  Products products = {};
+
+  Products total() const { return products; }
+};
+
+template <int OF, int ROWS, int N>
+void multiply(Sums& sums, const Loaded&, const char* from, int first, int n_in, const Quad<N>* in) {
   const auto value = [](uint32_t pair, int which) { return to_float(bf16{uint16_t(pair >> 16 * which)}); };
   const int pair = lane() % 4;
-  Products products = {};
-  for (int k = 0; k < n_in; ++k) {
+  for (int k = first * STEP; k < min(n_in, (first + LOADED / OF) * STEP); ++k) {
     float w[2] = {}, x[2] = {};
     for (int of = 0; of < OF; ++of) {
-      const uint32_t* const words = reinterpret_cast<const uint32_t*>(tile) +
-                                    ((k / STEP * OF + of) * WARP + lane() / 4 * 4 + k / 2 % 4) * 4 + k % STEP / 8 * 2;
+      const uint32_t* const words = reinterpret_cast<const uint32_t*>(from) +
+                                    (((k / STEP - first) * OF + of) * WARP + lane() / 4 * 4 + k / 2 % 4) * 4 + k % STEP / 8 * 2;
       for (int output = 0; output < 2; ++output) w[output] += value(words[output], k % 2);
     }
     for (int row = 0; row < 2 && 2 * pair + row < ROWS; ++row)
-      for (int by = 0; by < N; ++by) x[row] += value(in[k / 2 * ROWS + 2 * pair + row].of[by], k % 2);
-    for (int i = 0; i < 4; ++i) products.of[i / 2][i % 2] += w[i / 2] * x[i % 2];
+      for (int by = 0; by < N; ++by)
+        x[row] += value(in[(k / STEP * 4 + k / 2 % 4) * ROWS + 2 * pair + row].of[by][k % STEP / 8], k % 2);
+    for (int i = 0; i < 4; ++i) sums.products.of[i / 2][i % 2] += w[i / 2] * x[i % 2];
   }
-  return products;
 }
 #endif
 

@@ -146,7 +146,7 @@ __device__ __forceinline__ void gather(const Room<W, ROWS>& room, const DecodeTi
 /// One step of a tier, at sample in_frame of the frame in `slot`, after `gather` and a barrier; its caches, and what it hands down,
 /// or the head's outputs, are left behind, for a barrier to publish.
 template <class W, int ROWS>
-__device__ __forceinline__ void step_tier(const Room<W, ROWS>& room, int which, int in_frame, int slot) {
+__device__ __forceinline__ void step_tier(const Room<W, ROWS>& room, Work<W, ROWS>& work, int which, int in_frame, int slot) {
   const DecodeArgs& a = room.a();
   const DecodeModel& m = room.m();
   const DecodeTier& tier = m.tiers[which];
@@ -156,23 +156,13 @@ __device__ __forceinline__ void step_tier(const Room<W, ROWS>& room, int which, 
   const int sub_step = which > 0 ? in_frame % m.tiers[which - 1].hop / tier.hop : 0;
   const auto from_elsewhere = [&](int j, int r) {
     const auto pair = [](const float* from) { return float2{from[0], from[1]}; };
-    const auto sum = [](float2 x, float2 y) { return float2{x.x + y.x, x.y + y.y}; };
-    // All on their way before the first is added.
-    const float2 planned = pair(room.frame(r, slot) + tier.planned + j);
-    float2 handed = {}, past = {}, residual = {};
-    if (which > 0) handed = pair(room.memory(r) + m.tiers[which - 1].handed + sub_step * dim + j);
+    Begun begun = {{pair(room.frame(r, slot) + tier.planned + j)}};
+    if (which > 0) begun.of[1] = pair(room.memory(r) + m.tiers[which - 1].handed + sub_step * dim + j);
     if (last) {
-      past = pair(a.exact + m.past_code_in + room.rows()[r].past_code * dim + j);
-      residual = pair(a.exact + m.residual_code_in + room.rows()[r].residual_code * dim + j);
+      begun.of[2] = pair(a.exact + m.past_code_in + room.rows()[r].past_code * dim + j);
+      begun.of[3] = pair(a.exact + m.residual_code_in + room.rows()[r].residual_code * dim + j);
     }
-    return sum(sum(sum(planned, handed), past), residual);
-  };
-  // What the features say by themselves runs beside the last tier, in the warps that it leaves idle.
-  auto* const first = room.shortcut();
-  auto* const second = first + (room.slices()[m.shortcut].n_out + 1) / 2 * ROWS;
-  const auto beside = [&](int k) -> typename Room<W, ROWS>::Map {
-    if (!last || k < 0 || k > 2) return room.nothing();
-    return {m.shortcut + k, room.place_of(k == 0 ? room.features() : k == 1 ? first : second), k == 0 ? FIRST : k == 1 ? SECOND : DIRECT, false};
+    return begun;
   };
   // The sizes of the preset `base` are compiled.
   const auto attend = [&](int64_t cache) {
@@ -186,10 +176,9 @@ __device__ __forceinline__ void step_tier(const Room<W, ROWS>& room, int which, 
     else
       attend_any(room, tier.stack, cache);
   };
-  const Ends ends = {tier.input, last ? m.feature_in : -1, last ? m.head : tier.down, last};
-  forward(room, tier.stack, which, ends, attend, from_elsewhere, beside, [&](What what, int j, int r, float low, float high) {
+  forward(room, work, tier.stack, which, attend, from_elsewhere, [&](What what, int j, int r, float low, float high) {
     if (what == FIRST || what == SECOND) {
-      room.put(what == FIRST ? first : second, j, r, silu(low), silu(high));
+      room.put(what == FIRST ? room.first() : room.second(), j, r, silu(low), silu(high));
     } else {
       const bool down = what == AFTER && !last;
       float* const to = down ? room.memory(r) + tier.handed + j : room.head() + (j + (what == DIRECT ? 3 * m.n_components : 0)) * ROWS + r;
@@ -290,6 +279,8 @@ __device__ __forceinline__ void step(Room<W, ROWS>& room, int t, int since, int 
   while (in_frame % m.tiers[tier].hop != 0) ++tier;  // the last one's is 1
 #pragma unroll 1
   for (const int first = tier; tier < m.n_tiers; ++tier) {
+    Work<W, ROWS> work;
+    work.begin(room, tier);
     // Forecasts, tokens, places and uniforms are the work of different warps where there are enough.
     gather(room, m.tiers[tier], tier == first ? room.n_rows : 0);
     if (tier == first) {
@@ -305,7 +296,7 @@ __device__ __forceinline__ void step(Room<W, ROWS>& room, int t, int since, int 
     } else {
       GROUP_BARRIER(room.size);  // publishes what is handed down, tokens' features, positions
     }
-    step_tier(room, tier, in_frame, slot);
+    step_tier(room, work, tier, in_frame, slot);
   }
   __syncthreads();  // publishes the head's outputs
   room.fresh = false;

@@ -3,7 +3,7 @@
 use half::bf16;
 
 use super::tones::tones_room;
-use super::{Element, Launch, LaunchError, PlanGrid, SHARED_BYTES, WARP, shared};
+use super::{Element, Launch, LaunchError, PlanGrid, SHARED_BYTES, WARP, shared, within};
 use crate::codec::N_CODES;
 
 /// Tiers that a model may have.
@@ -18,8 +18,7 @@ pub const GROUP_SIZES: [usize; 4] = [1, 2, 4, 8];
 pub const N_FLAGS: usize = 4;
 /// Features of the forecasts.
 const N_FEATURES: usize = 12;
-/// Bytes of `Slice` and `Row` in kernels/decode_step.cuh.
-const SLICE_BYTES: usize = 40;
+/// Bytes of `Row` in kernels/decode_step.cuh.
 const ROW_BYTES: usize = 80;
 /// Outputs of a tile of weights, inputs of a step of one, and bytes of a piece of these: 16 for each lane.
 const TILE: usize = 16;
@@ -49,7 +48,7 @@ macro_rules! words {
         })*
     };
 }
-words!(i32, i64, f32, f64);
+words!(u8, i16, u16, i32, i64, f32, f64);
 
 impl<T: Words> Words for [T] {
     fn put(&self, out: &mut Vec<u8>) {
@@ -93,6 +92,33 @@ mirrored!(
         reserved: i32,
     }
 );
+mirrored!(
+    /// A tile that a warp has to do.
+    DecodeTask, 32, {
+        weights: i64,
+        bias: i32,
+        inputs: u16,
+        odd_inputs: u16,
+        n_in: u16,
+        n_out: u16,
+        output: u16,
+        pieces: u16,
+        what: u8,
+        of: u8,
+        normalized: u8,
+        resident: u8,
+        k: i16,
+        reserved: i16,
+    }
+);
+/// The `k` of what ends a list of tasks.
+const LAST_TASK: i16 = i16::MAX;
+/// The `k` of the map that leads into a tier, that of one that adds to it, and maps of a block, the first one's number 0.
+const INTO: i16 = -2;
+const OF_A_BLOCK: usize = 4;
+/// Features of a map, at most.
+const MAX_FEATURES: usize = u16::MAX as usize;
+
 mirrored!(
     /// A stack of transformer blocks.
     DecodeStack, 40, {
@@ -192,16 +218,24 @@ mirrored!(
     }
 );
 
-/// Regions of a block's shared memory, in the order of `DecodeRegion` in kernels/args.cuh; the last two of them.
-const SCRATCH: usize = 21;
-const RESIDENT: usize = 22;
-const N_REGIONS: usize = 23;
+/// Regions of a block's shared memory, in the order of `DecodeRegion` in kernels/args.cuh: where maps have their inputs, and the last two.
+const FEATURES: usize = 8;
+const HIDDEN: [usize; 2] = [10, 11];
+const STREAM: usize = 18;
+const POWER: usize = 19;
+const WIDE: usize = 20;
+const ATTENDED: usize = 21;
+const SCRATCH: usize = 22;
+const RESIDENT: usize = 23;
+const N_REGIONS: usize = 24;
 
 mirrored!(
     /// Arguments of `decode_persistent_*`; the pointers come first.
-    DecodeArgs, 312, {
+    DecodeArgs, 336, {
         model: u64,
         linears: u64,
+        tasks: u64,
+        lists: u64,
         weights: u64,
         exact: u64,
         doubles: u64,
@@ -236,22 +270,38 @@ mirrored!(
         offset: f32,
         level: f32,
         at: [i32; N_REGIONS],
+        reserved: i32,
     }
 );
 words!(u64);
 
 /// Pointers that [`DecodeArgs`] begins with.
-pub const N_POINTERS: usize = 20;
+pub const N_POINTERS: usize = 22;
 
 impl DecodeArgs {
     /// The same with these pointers, in the order of the fields.
     pub fn with_pointers(&self, pointers: [u64; N_POINTERS]) -> Self {
-        let [model, linears, weights, exact, doubles, places, counters, ring_tokens, memory, caches, ..] = pointers;
-        let [.., frames, past, flags, plan_uniforms, wave_uniforms, plan_tokens, bands, tokens, nll, plan_draws] =
+        let [model, linears, tasks, lists, weights, exact, doubles, places, counters, ring_tokens, memory, ..] =
             pointers;
+        let [
+            ..,
+            caches,
+            frames,
+            past,
+            flags,
+            plan_uniforms,
+            wave_uniforms,
+            plan_tokens,
+            bands,
+            tokens,
+            nll,
+            plan_draws,
+        ] = pointers;
         Self {
             model,
             linears,
+            tasks,
+            lists,
             weights,
             exact,
             doubles,
@@ -302,6 +352,33 @@ pub fn tiled(n_in: usize, n_out: usize, pieces: usize, weight: impl Fn(usize, us
     out
 }
 
+/// What becomes of a map's outputs: `What` of kernels/decode_step.cuh.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum What {
+    Beginning,
+    Begun,
+    Added,
+    Heads,
+    Gates,
+    After,
+    First,
+    Second,
+    Direct,
+}
+
+/// A map as a stack's step has it.
+#[derive(Clone, Copy, Debug)]
+struct Mapped {
+    k: i16,
+    id: i32,
+    what: What,
+    /// Region of its inputs.
+    inputs: usize,
+    /// These are the residual stream, which is normalised first.
+    normalized: bool,
+}
+
 /// How blocks share the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DecodeGeometry {
@@ -341,6 +418,10 @@ pub struct DecodeLayout {
     at: [i32; N_REGIONS],
     /// The model's maps, each with its place in shared memory.
     pub linears: Vec<DecodeLinear>,
+    /// What warps do, in lists of which each ends with a task of none.
+    pub tasks: Vec<DecodeTask>,
+    /// Where these begin, `[stacks, group_size, warps]`.
+    pub lists: Vec<i32>,
     /// Multiply-adds' weights that stay in shared memory, of those of the wave transformer's tiers.
     pub resident: f64,
 }
@@ -360,6 +441,57 @@ impl DecodeModel {
         }
         all
     }
+
+    /// The maps of a step of stack `which` (the plan's is the last) in order; what runs beside another has its number.
+    fn maps(&self, which: usize) -> Vec<Mapped> {
+        let tiers = &self.tiers[..self.n_tiers as usize];
+        let (tier, last) = (tiers.get(which), which + 1 == tiers.len());
+        let map = |k, id, what, inputs| Mapped { k, id, what, inputs, normalized: false };
+        let mut all = Vec::new();
+        if let Some(tier) = tier {
+            all.push(map(INTO, tier.input, if last { What::Beginning } else { What::Begun }, WIDE));
+        }
+        if last {
+            all.push(map(INTO + 1, self.feature_in, What::Added, FEATURES));
+            all.push(map(INTO + 1, self.shortcut, What::First, FEATURES));
+        }
+        let stack = tier.map_or(&self.plan, |tier| &tier.stack);
+        for id in 0..OF_A_BLOCK as i32 * stack.n_layers {
+            let (what, inputs, normalized) = match id as usize % OF_A_BLOCK {
+                0 => (What::Heads, STREAM, true),
+                1 => (What::Added, ATTENDED, false),
+                2 => (What::Gates, STREAM, true),
+                _ => (What::Added, WIDE, false),
+            };
+            all.push(Mapped { normalized, ..map(id as i16, stack.linears + id, what, inputs) });
+            if last && id < 2 {
+                let what = if id == 0 { What::Second } else { What::Direct };
+                all.push(map(id as i16, self.shortcut + 1 + id, what, HIDDEN[id as usize]));
+            }
+        }
+        let after = OF_A_BLOCK as i16 * stack.n_layers as i16;
+        if last {
+            all.push(Mapped { normalized: true, ..map(after, self.head, What::After, STREAM) });
+        } else if let Some(tier) = tier {
+            all.push(map(after, tier.down, What::After, STREAM));
+        }
+        all
+    }
+}
+
+/// A block's share of the tiles of a map: the first, and how many.
+fn share(linear: &DecodeLinear, rank: usize, size: usize) -> (usize, usize) {
+    let tiles = (linear.n_out as usize).div_ceil(TILE);
+    if linear.whole == 1 {
+        return (0, tiles);
+    }
+    let share = tiles.div_ceil(size);
+    let first = (rank * share).min(tiles);
+    (first, share.min(tiles - first))
+}
+
+fn tile_bytes(linear: &DecodeLinear) -> usize {
+    (linear.n_in as usize).div_ceil(STEP) * linear.pieces as usize * STEP_BYTES
 }
 
 impl DecodeGeometry {
@@ -425,12 +557,12 @@ impl DecodeGeometry {
             .max(seen)
             .max(3 * n(m.n_bands))
             .max(n(m.n_bands) + n(m.plan.dim));
-        // Bytes of a pair of features of every row.
-        let pair = rows * F32 * element.pieces();
-        let wide = (rows * wide * F32).max(inputs.div_ceil(2) * pair);
+        // Bytes of features of every row that maps read, in whole steps of pairs.
+        let features = |n: usize| n.next_multiple_of(STEP) / 2 * rows * F32 * element.pieces();
+        let wide = (rows * wide * F32).max(features(inputs));
         // Query and value for each warp.
         let played = 2 * self.threads / WARP * n(m.angle_width).next_multiple_of(Element::Bf16.vector()) * F32;
-        let activations = rows * (dim + 2 * dim.div_ceil(TILE)) * F32 + 3 * dim.div_ceil(2) * pair + wide;
+        let activations = rows * (dim + 2 * dim.div_ceil(TILE)) * F32 + 3 * features(dim) + wide;
         let (quads, lag_quads) = (n(m.past_window).div_ceil(QUAD), n(m.order) / QUAD + 1);
         // Autocorrelations lie after what they are made in, which coefficients take later.
         let solved = |order: i32, room: usize| room.max(rows * n(order)) + rows * (n(order) + 1);
@@ -443,26 +575,27 @@ impl DecodeGeometry {
 
         let sizes: [usize; N_REGIONS - 1] = [
             size_of::<DecodeArgs>() + size_of::<DecodeModel>(),
-            linears.len() * SLICE_BYTES,
+            (n(m.n_tiers) + 1) * self.threads.div_ceil(WARP) * size_of::<i32>(),
             rows * ROW_BYTES,
             rows * n(m.n_recent) * F32,
             rows * n(m.n_left) * F32,
             rows * n(m.n_tokens) * F32,
             rows * n(m.order) * F32,
             rows * n(m.planned_order) * F32,
-            N_FEATURES / 2 * pair,
+            features(N_FEATURES),
             2 * rows * 3 * n(m.n_components) * F32,
-            (outputs(m.shortcut) + outputs(m.shortcut + 1)) / 2 * pair,
+            features(outputs(m.shortcut)),
+            features(outputs(m.shortcut + 1)),
             if m.n_heard > 0 { rows * n(m.past_hop) * F32 } else { 0 },
             rows * n(m.slices) * n(m.n_components) * F32,
             rows * (n(m.n_tiers) + 1) * n(m.angle_width) * F32,
             rows * n(m.angle_width) * F32,
             2 * N_CODES * F32,
             rows * dim * F32,
-            2 * dim.div_ceil(2) * pair,
+            2 * features(dim),
             2 * dim.div_ceil(TILE) * rows * F32,
             wide,
-            dim.div_ceil(2) * pair,
+            features(dim),
             // The blocks that play hold weights where their helpers have more scratch.
             if self.overlapped { played } else { helped },
         ];
@@ -477,16 +610,12 @@ impl DecodeGeometry {
         if least > limits.shared_bytes {
             return Err(LaunchError::Shared { what: "generation", bytes: least });
         }
-        let bytes_of = |l: &DecodeLinear| {
-            let parts = if l.whole == 1 { 1 } else { self.group_size };
-            n(l.n_out).div_ceil(TILE).div_ceil(parts) * n(l.n_in).div_ceil(STEP) * n(l.pieces) * STEP_BYTES
-        };
         let mut placed = linears.to_vec();
         let (mut resident, mut all) = (0, 0);
         let first = end;
         for id in m.played() {
             let linear = &mut placed[n(id)];
-            let bytes = bytes_of(linear);
+            let bytes = share(linear, 0, self.group_size).1 * tile_bytes(linear);
             all += n(linear.n_in) * n(linear.n_out);
             linear.resident = -1;
             if end + bytes <= limits.shared_bytes {
@@ -503,7 +632,47 @@ impl DecodeGeometry {
             shared_bytes: shared("generation", end.max(least))?,
             cluster: self.group_size as u32,
         };
-        Ok(DecodeLayout { launch, at, linears: placed, resident: resident as f64 / all.max(1) as f64 })
+        let (tasks, lists) = self.tasks(model, &placed, &at)?;
+        Ok(DecodeLayout { launch, at, linears: placed, tasks, lists, resident: resident as f64 / all.max(1) as f64 })
+    }
+
+    /// What each warp does in a step of each stack, and where in it these lists begin.
+    fn tasks(
+        &self,
+        model: &DecodeModel,
+        linears: &[DecodeLinear],
+        at: &[i32; N_REGIONS],
+    ) -> Result<(Vec<DecodeTask>, Vec<i32>), LaunchError> {
+        let (warps, plan) = (self.threads.div_ceil(WARP), model.n_tiers as usize);
+        for linear in linears {
+            for features in [linear.n_in, linear.n_out] {
+                within("a map's features", features as usize, MAX_FEATURES)?;
+            }
+        }
+        let end = DecodeTask { k: LAST_TASK, ..DecodeTask::default() };
+        let (mut tasks, mut lists) = (Vec::new(), Vec::new());
+        for (which, rank) in (0..=plan).flat_map(|which| (0..self.group_size).map(move |rank| (which, rank))) {
+            let maps = model.maps(which);
+            let mut of_warps = vec![Vec::new(); warps];
+            for maps in maps.chunk_by(|a, b| a.k == b.k) {
+                let tiles = maps.iter().flat_map(|map| {
+                    let linear = &linears[map.id as usize];
+                    // A plan is one block's work.
+                    let (rank, size) = if which == plan { (0, 1) } else { (rank, self.group_size) };
+                    let (first, count) = share(linear, rank, size);
+                    (first..first + count).map(move |tile| task(map, linear, tile, first, at))
+                });
+                tiles.enumerate().for_each(|(i, tile)| of_warps[i % warps].push(tile));
+            }
+            for mut list in of_warps {
+                lists.push(tasks.len() as i32);
+                tasks.append(&mut list);
+                tasks.push(end);
+            }
+        }
+        // A warp looks two ahead.
+        tasks.push(end);
+        Ok((tasks, lists))
     }
 
     /// Everything of the arguments but pointers, counts and settings.
@@ -515,5 +684,34 @@ impl DecodeGeometry {
             at: layout.at,
             ..DecodeArgs::default()
         }
+    }
+}
+
+/// Tile `tile` of a map, of which a block has those from `first` on.
+fn task(map: &Mapped, linear: &DecodeLinear, tile: usize, first: usize, at: &[i32; N_REGIONS]) -> DecodeTask {
+    let bytes = tile_bytes(linear);
+    let resident = linear.resident >= 0;
+    let weights = if resident {
+        at[RESIDENT] as usize + linear.resident as usize + (tile - first) * bytes
+    } else {
+        linear.weights as usize * size_of::<bf16>() + tile * bytes
+    };
+    let moves = if map.inputs == STREAM { (at[POWER] - at[STREAM]) / 2 } else { 0 };
+    let inputs = at[map.inputs];
+    DecodeTask {
+        weights: weights as i64,
+        bias: linear.bias as i32,
+        inputs: (inputs / 16) as u16,
+        odd_inputs: ((inputs + moves) / 16) as u16,
+        n_in: linear.n_in as u16,
+        n_out: linear.n_out as u16,
+        output: (tile * TILE) as u16,
+        pieces: (bytes / STEP_BYTES) as u16,
+        what: map.what as u8,
+        of: linear.pieces as u8,
+        normalized: map.normalized.into(),
+        resident: resident.into(),
+        k: map.k,
+        reserved: 0,
     }
 }

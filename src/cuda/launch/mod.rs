@@ -12,8 +12,8 @@ use half::bf16;
 
 pub use attention::{AttentionArgs, AttentionShape, HEAD_DIMS};
 pub use decode::{
-    DecodeArgs, DecodeGeometry, DecodeLayout, DecodeLimits, DecodeLinear, DecodeModel, DecodeStack, DecodeTier,
-    GROUP_SIZES, MAX_TIERS, N_FLAGS, N_POINTERS, SET, Words, tiled,
+    DecodeArgs, DecodeGeometry, DecodeLayout, DecodeLimits, DecodeLinear, DecodeModel, DecodeStack, DecodeTask,
+    DecodeTier, GROUP_SIZES, MAX_TIERS, N_FLAGS, N_POINTERS, SET, Words, tiled,
 };
 pub use forecast::{
     ForecastShape, LeftArgs, LevinsonArgs, PastAutocorrelationArgs, PlannedAutocorrelationArgs, PredictArgs, TonesArgs,

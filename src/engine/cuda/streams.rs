@@ -96,6 +96,8 @@ struct Shape<B> {
     geometry: DecodeGeometry,
     layout: DecodeLayout,
     linears: B,
+    tasks: B,
+    lists: B,
 }
 
 /// What lasts from launch to launch.
@@ -142,7 +144,9 @@ impl<M: Machine> Model<M> {
     fn shape(&self, geometry: DecodeGeometry) -> Result<Shape<M::Buffer>, EngineError> {
         let Packed { model, linears, element, .. } = &self.packed;
         let layout = geometry.layout(model, linears, *element, &self.machine.limits())?;
-        Ok(Shape { geometry, linears: filled(&*self.machine, &layout.linears.to_bytes())?, layout })
+        let upload = |bytes: &[u8]| filled(&*self.machine, bytes);
+        let (linears, tasks) = (upload(&layout.linears.to_bytes())?, upload(&layout.tasks.to_bytes())?);
+        Ok(Shape { geometry, linears, tasks, lists: upload(&layout.lists.to_bytes())?, layout })
     }
 
     /// How `streams` of it are played on this machine unless told otherwise.
@@ -429,7 +433,8 @@ impl<M: Machine> Streams<M> {
             }
             Wave::Silent => (),
         }
-        let Shape { geometry, layout, linears } = if tokens.is_some() { &self.playing } else { &self.silent };
+        let Shape { geometry, layout, linears, tasks, lists } =
+            if tokens.is_some() { &self.playing } else { &self.silent };
         let flags = machine.zeros(WORD * N_FLAGS * self.n.div_ceil(geometry.rows))?;
         let PlanSampling { temperature, top_k, top_p, min_p } = sampling.plan;
         let GenerationSettings { grain, past, offset, .. } = sampling.wave;
@@ -454,6 +459,8 @@ impl<M: Machine> Streams<M> {
         let buffers = [
             Some(model),
             Some(linears),
+            Some(tasks),
+            Some(lists),
             Some(weights),
             Some(exact),
             Some(doubles),
