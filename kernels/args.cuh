@@ -273,26 +273,28 @@ struct DecodeLinear {
 };
 static_assert(sizeof(DecodeLinear) == 40, "DecodeLinear differs from src/cuda/launch");
 
-/// A tile that a warp has to do. Its tasks of a step of a stack lie one after the other, the last one's k is LAST_TASK; there are as many
-/// such lists as stacks (the plan's is the last), blocks of a group and warps.
-struct alignas(16) DecodeTask {
-  int64_t weights;     // where they begin, in bytes: in device memory or, if `resident`, in shared memory
-  int32_t bias;        // in `exact`, of the map's first output; -1 for none
-  uint16_t inputs;     // where they lie in shared memory, in units of 16 bytes
-  uint16_t odd_inputs; // likewise, of odd samples
+/// A map as a step of a stack has it, a block's share of its tiles. Those of a step lie one after the other; after them comes one whose k
+/// is NO_MAP. Tile i of maps with the same k, counted on from map to map, is warp (i % warps)'s.
+struct alignas(16) DecodeMap {
+  int64_t weights;      // where those of the first tile begin, in bytes: in device memory or, if `resident`, in shared memory
+  int32_t tile_bytes;
+  uint16_t count;       // tiles
+  uint16_t before;      // of those before it with the same k, modulo the warps
+  int32_t bias;         // in `exact`; -1 for none
+  uint16_t inputs;      // where they lie in shared memory, in units of 16 bytes
+  uint16_t odd_inputs;  // likewise, of odd samples
   uint16_t n_in;
   uint16_t n_out;
-  uint16_t output;  // its first
-  uint16_t pieces;  // of its weights
+  uint16_t output;  // the first
+  int16_t k;        // the map's number in `forward`
   uint8_t what;     // What of decode_step.cuh
   uint8_t of;       // pieces that a weight is the sum of
   uint8_t normalized;  // the inputs are the residual stream, to be divided by their root mean square
   uint8_t resident;
-  int16_t k;  // the map's number in `forward`
-  int16_t reserved;
+  int32_t reserved[3];
 };
-static_assert(sizeof(DecodeTask) == 32, "DecodeTask differs from src/cuda/launch");
-constexpr int LAST_TASK = 0x7fff;
+static_assert(sizeof(DecodeMap) == 48, "DecodeMap differs from src/cuda/launch");
+constexpr int NO_MAP = 0x7fff;
 
 /// A stack of transformer blocks.
 struct DecodeStack {
@@ -319,7 +321,7 @@ struct DecodeTier {
   int32_t down;     // -1: none
   int32_t planned;  // in a frame: what the plan adds to its input, [dim]
   int32_t handed;   // in a stream's memory: what it hands to the sub-steps of the next tier, [sub-steps, dim of that]
-  int32_t reserved;
+  int32_t first_map;
 };
 static_assert(sizeof(DecodeTier) == 72, "DecodeTier differs from src/cuda/launch");
 
@@ -403,7 +405,7 @@ static_assert(sizeof(DecodeModel) == 584, "DecodeModel differs from src/cuda/lau
 
 /// Regions of a block's shared memory, first these arguments and the model; everything from X on to RESIDENT is scratch where no activations are kept.
 enum DecodeRegion {
-  DECODE_HEADER, DECODE_LISTS, DECODE_ROWS, DECODE_SAMPLES, DECODE_LEFT, DECODE_TOKENS, DECODE_PAST, DECODE_PLANNED,
+  DECODE_HEADER, DECODE_MAPS, DECODE_ROWS, DECODE_SAMPLES, DECODE_LEFT, DECODE_TOKENS, DECODE_PAST, DECODE_PLANNED,
   DECODE_FEATURES, DECODE_HEAD, DECODE_FIRST, DECODE_SECOND, DECODE_TONES, DECODE_SCALES, DECODE_HIGH, DECODE_ANGLES, DECODE_TABLES,
   DECODE_X, DECODE_STREAM, DECODE_POWER, DECODE_WIDE, DECODE_ATTENDED, DECODE_SCRATCH, DECODE_RESIDENT, DECODE_REGIONS
 };
@@ -412,8 +414,7 @@ enum DecodeRegion {
 struct DecodeArgs {
   const DecodeModel* model;
   const DecodeLinear* linears;
-  const DecodeTask* tasks;
-  const int32_t* lists;       // [stacks, group_size, warps]: their first tasks
+  const DecodeMap* maps;      // [group_size, n_maps]: those of the plan's stack, then of the tiers'
   const bf16* weights;
   const float* exact;
   const double* doubles;
@@ -448,6 +449,6 @@ struct DecodeArgs {
   float offset;
   float level;  // added to the bands of a frame before it is played
   int32_t at[DECODE_REGIONS];  // where regions begin, in bytes
-  int32_t reserved;
+  int32_t n_maps;
 };
-static_assert(sizeof(DecodeArgs) == 336, "DecodeArgs differs from src/cuda/launch");
+static_assert(sizeof(DecodeArgs) == 328, "DecodeArgs differs from src/cuda/launch");

@@ -22,7 +22,8 @@ fn main() {
 
 fn compile() -> Result<(), String> {
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
-    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    let root = env::var_os("CARGO_MANIFEST_DIR").ok_or("CARGO_MANIFEST_DIR is not set")?;
+    let kernels = Path::new(&root).join("kernels");
     let entries = fs::read_dir(&kernels).map_err(|e| format!("reading {}: {e}", kernels.display()))?;
     let mut sources: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).collect();
     sources.retain(|path| path.extension().is_some_and(|extension| extension == "cu"));

@@ -153,7 +153,7 @@ __device__ NO_INLINE void plan_frame(const Room<W, ROWS> room, int k) {
   });
   __syncthreads();  // publishes the residual stream
   Work<W, ROWS> work;
-  work.begin(room, m.n_tiers);
+  work.begin(room, 0);
   forward(
       room, work, m.plan, m.n_tiers, [&](int64_t cache) { attend_any(room, m.plan, cache); }, [](int, int) { return Begun{}; },
       [](What, int, int, float, float) {});

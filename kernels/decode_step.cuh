@@ -118,7 +118,7 @@ struct Room {
     return reinterpret_cast<T*>(memory + a().at[region]);
   }
   // Places in shared memory follow from the arguments: registers are for other things.
-  __device__ int* lists() const { return at<int>(DECODE_LISTS); }  // [stacks][warps]: first tasks
+  __device__ DecodeMap* maps() const { return at<DecodeMap>(DECODE_MAPS); }
   __device__ Row* rows() const { return at<Row>(DECODE_ROWS); }
   __device__ float* samples() const { return at<float>(DECODE_SAMPLES); }  // ring [ROWS][n_recent]
   __device__ float* left() const { return at<float>(DECODE_LEFT); }  // ring [ROWS][n_left]
@@ -189,8 +189,7 @@ struct Room {
     __syncthreads();  // publishes arguments and model
     for (int i = threadIdx.x; i < 2 * N_CODES - 1; i += blockDim.x)
       tables()[i] = i < N_CODES ? args.exact[m().centres + i] : args.exact[m().edges + i - N_CODES];
-    for (int i = threadIdx.x; i < (m().n_tiers + 1) * n_warps(); i += blockDim.x)
-      lists()[i] = a().lists[(i / n_warps() * a().group_size + rank) * n_warps() + i % n_warps()];
+    for (int i = threadIdx.x; i < a().n_maps; i += blockDim.x) maps()[i] = a().maps[rank * a().n_maps + i];
     for (int id = 0; id < m().n_linears && playing; ++id) {
       const DecodeLinear l = a().linears[id];
       if (l.resident < 0) continue;
@@ -227,47 +226,39 @@ struct Room {
     return {rsqrtf(fmaf(sum.x, over, NORM_EPS)), rsqrtf(fmaf(sum.y, over, NORM_EPS))};
   }
 
-  /// Where a task's weights begin.
-  __device__ static const char* weights_of(const DecodeTask& task) {
-    SHARED_MEMORY(char, memory);
-    return (task.resident ? memory : reinterpret_cast<const char*>(a().weights)) + task.weights;
-  }
-
-  /// y = x W + b + start of a tile of a map, by one warp. `loaded` has the first of its weights, and in the end the first of the next
-  /// task's. `start(what, j, r)` gives what outputs j and j + 1 begin with; `done(what, j, r, there, y_j, y_j+1)` is called by the whole warp,
-  /// also where there is no such output or row. Barriers before and after are the caller's.
-  template <class Start, class Done>
-  __device__ __forceinline__ void compute(const DecodeTask& task, const DecodeTask& then, Loaded& loaded, Start start, Done done) const {
+  /// y = x W + b + start of tile `tile` of a share of a map, by one warp. `loaded` has the first of its weights, and in the end what
+  /// `load_next` asks for. `start(what, j, r)` gives what outputs j and j + 1 begin with; `done(what, j, r, there, y_j, y_j+1)` is called by the
+  /// whole warp, also where there is no such output or row. Barriers before and after are the caller's.
+  template <class LoadNext, class Start, class Done>
+  __device__ __forceinline__ void compute(const DecodeMap& map, int tile, Loaded& loaded, LoadNext load_next, Start start, Done done) const {
     constexpr int N = PIECES<W>, FEWEST = N == 2 ? 1 : N, SIDE = ROWS == 1 ? 1 : 2;
-    const What what = What(task.what);
-    const int j = task.output + 2 * (lane() / 4);
-    const bool is_output = j < task.n_out;
+    const What what = What(map.what);
+    const int j = map.output + tile * TILE + 2 * (lane() / 4), n = map.tile_bytes / STEP_BYTES, n_in = map.n_in;
+    const bool is_output = j < map.n_out;
     Begun begun[SIDE];
     float2 bias = {0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < SIDE; ++i)
       if (row() + i < n_rows && is_output) begun[i] = start(what, j, row() + i);
-    if (task.bias >= 0 && is_output) bias = {a().exact[task.bias + j], a().exact[task.bias + j + 1]};
+    if (map.bias >= 0 && is_output) bias = {a().exact[map.bias + j], a().exact[map.bias + j + 1]};
     // By its place, so that the compiler knows where it lies.
     SHARED_MEMORY(char, memory);
-    const Features* const x = reinterpret_cast<const Features*>(memory + 16 * (place ? task.odd_inputs : task.inputs));
-    const char* from = weights_of(task);
-    const char* const of_then = weights_of(then);
+    const Features* const x = reinterpret_cast<const Features*>(memory + 16 * (place ? map.odd_inputs : map.inputs));
+    const char* from = weights_of(map, tile);
     Sums sums;
 #pragma unroll 1
-    for (int left = task.pieces; left > 0; left -= LOADED) {
-      const bool more = left > LOADED;
-      Loaded next;
-      load(next, more ? from + LOADED * STEP_BYTES : of_then, more ? left - LOADED : then.pieces);
-      if (FEWEST < N && task.of == FEWEST)
-        multiply<FEWEST, ROWS>(sums, loaded, from, (task.pieces - left) / FEWEST, task.n_in, x);
+    for (int piece = 0; piece < n; piece += LOADED) {
+      if (FEWEST < N && map.of == FEWEST)
+        multiply<FEWEST, ROWS>(sums, loaded, from, piece / FEWEST, n_in, x);
       else
-        multiply<N, ROWS>(sums, loaded, from, (task.pieces - left) / N, task.n_in, x);
-      loaded = next;
+        multiply<N, ROWS>(sums, loaded, from, piece / N, n_in, x);
       from += LOADED * STEP_BYTES;
+      // Into the place of what has been used: to move what is on its way would be to wait for it.
+      if (piece + LOADED < n) load(loaded, from, n - piece - LOADED);
     }
+    load_next();
     float2 scale = {1.f, 1.f};
-    if (task.normalized) scale = inverse_rms(row(), task.n_in);
+    if (map.normalized) scale = inverse_rms(row(), n_in);
     const Products y = sums.total();
 #pragma unroll
     for (int i = 0; i < SIDE; ++i) {
@@ -281,34 +272,37 @@ struct Room {
   }
   __device__ static int row() { return 2 * (lane() % 4); }
 
+  /// Where the weights of a tile begin.
+  __device__ static const char* weights_of(const DecodeMap& map, int tile) {
+    SHARED_MEMORY(char, memory);
+    return (map.resident ? memory : reinterpret_cast<const char*>(a().weights)) + map.weights + int64_t(tile) * map.tile_bytes;
+  }
+  /// Asks for the first of the weights of a tile.
+  __device__ static void load_tile(Loaded& loaded, const DecodeMap& map, int tile) {
+    load(loaded, weights_of(map, tile), map.tile_bytes / STEP_BYTES);
+  }
+
   /// A map by itself, whole, of inputs at `in`; as `compute`.
   template <class Start, class Done>
   __device__ __forceinline__ void linear_from(int id, const Features* in, Start start, Done done) const {
     SHARED_MEMORY(char, memory);
     const DecodeLinear l = a().linears[id];
-    const int bytes = tile_bytes(l);
-    const auto task_of = [&](int tile) {
-      const uint16_t at = uint16_t((reinterpret_cast<const char*>(in) - memory) / 16);
-      DecodeTask task = {};
-      task.weights = 2 * l.weights + int64_t(tile) * bytes;
-      task.bias = int32_t(l.bias);
-      task.inputs = task.odd_inputs = at;
-      task.n_in = uint16_t(l.n_in);
-      task.n_out = uint16_t(l.n_out);
-      task.output = uint16_t(tile * TILE);
-      task.pieces = uint16_t(tile * TILE < l.n_out ? bytes / STEP_BYTES : 0);
-      task.what = BEGUN;
-      task.of = uint8_t(l.pieces);
-      return task;
-    };
-    DecodeTask task = task_of(warp());
+    DecodeMap map = {};
+    map.weights = int64_t(sizeof(bf16)) * l.weights;
+    map.tile_bytes = tile_bytes(l);
+    map.bias = int32_t(l.bias);
+    map.inputs = map.odd_inputs = uint16_t((reinterpret_cast<const char*>(in) - memory) / 16);
+    map.n_in = uint16_t(l.n_in);
+    map.n_out = uint16_t(l.n_out);
+    map.what = BEGUN;
+    map.of = uint8_t(l.pieces);
+    const int tiles = (l.n_out + TILE - 1) / TILE;
     Loaded loaded;
-    load(loaded, weights_of(task), task.pieces);
+    if (warp() < tiles) load_tile(loaded, map, warp());
 #pragma unroll 1
-    while (task.pieces > 0) {
-      const DecodeTask then = task_of(task.output / TILE + n_warps());
-      compute(task, then, loaded, start, done);
-      task = then;
+    for (int tile = warp(); tile < tiles; tile += n_warps()) {
+      const int next = tile + n_warps();
+      compute(map, tile, loaded, [&] { if (next < tiles) load_tile(loaded, map, next); }, start, done);
     }
   }
 
@@ -538,21 +532,31 @@ struct Room {
   }
 };
 
-/// A warp's way through the tasks of a stack's step: what it has to do, with the first of the weights on their way, what comes then, and
-/// where what comes after that stands.
+/// A warp's way through the tiles of a stack's step: which comes next, with the first of its weights on their way.
 template <class W, int ROWS>
 struct Work {
-  const DecodeTask* after;
-  DecodeTask task, then;
+  int map, tile;
   Loaded loaded;
 
-  /// Asks for what stack `which` begins with.
-  __device__ __forceinline__ void begin(const Room<W, ROWS>& room, int which) {
-    const DecodeTask* const list = room.a().tasks + room.lists()[which * n_warps() + warp()];
-    task = list[0];
-    then = list[1];
-    after = list + 2;
-    load(loaded, room.weights_of(task), task.pieces);
+  /// Begins a step whose maps are those from `first` on.
+  __device__ __forceinline__ void begin(const Room<W, ROWS>& room, int first) {
+    map = first;
+    tile = warp();
+    find(room);
+  }
+  __device__ __forceinline__ void go_on(const Room<W, ROWS>& room) {
+    tile += n_warps();
+    find(room);
+  }
+  /// The tile is one of a later map if this one has none left.
+  __device__ __forceinline__ void find(const Room<W, ROWS>& room) {
+    const DecodeMap* at = &room.maps()[map];
+    while (tile >= at->count && at->k != NO_MAP) {
+      ++map, ++at;
+      tile = warp() - at->before;
+      if (tile < 0) tile += n_warps();
+    }
+    if (at->k != NO_MAP) room.load_tile(loaded, *at, tile);
   }
 };
 
@@ -563,8 +567,8 @@ constexpr int INTO = -2;
 /// the stack's attention, `start(j, r)` what the map before begins with, `done(what, j, r, y_j, y_j+1)` gets outputs that do not stay in the
 /// stack. No barrier comes after the map after.
 ///
-/// What a sample waits for is one thing after the other: so all maps are one loop, in which each warp has a list of what it has to do and asks
-/// for the next one's weights before it does this one.
+/// What a sample waits for is one thing after the other: so all maps are one loop, in which each warp asks for the weights of its next tile as
+/// soon as it has multiplied with those of this one.
 template <class W, int ROWS, class Attend, class Start, class Done>
 __device__ __forceinline__ void forward(const Room<W, ROWS>& room, Work<W, ROWS>& work, const DecodeStack& stack, int which, Attend attend,
                                         Start start, Done done) {
@@ -573,10 +577,10 @@ __device__ __forceinline__ void forward(const Room<W, ROWS>& room, Work<W, ROWS>
 #pragma unroll 1
   for (int k = which < room.m().n_tiers ? INTO : 0; k <= after; ++k) {
 #pragma unroll 1
-    while (work.task.k == k) {
-      const DecodeTask next = *work.after++;
+    while (room.maps()[work.map].k == k) {
+      const DecodeMap map = room.maps()[work.map];
       room.compute(
-          work.task, work.then, work.loaded,
+          map, work.tile, work.loaded, [&] { work.go_on(room); },
           [&](What what, int j, int r) {
             if (what == ADDED) return Begun{{{room.x()[j * ROWS + r], room.x()[(j + 1) * ROWS + r]}}};
             return what == BEGUN || what == BEGINNING ? start(j, r) : Begun{};
@@ -587,8 +591,6 @@ __device__ __forceinline__ void forward(const Room<W, ROWS>& room, Work<W, ROWS>
             else if (there)
               done(what, j, r, low, high);
           });
-      work.task = work.then;
-      work.then = next;
     }
     if (k == 0) room.turn(stack, which);
     // To the beginning each lane adds itself.

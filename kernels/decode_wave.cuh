@@ -280,7 +280,7 @@ __device__ __forceinline__ void step(Room<W, ROWS>& room, int t, int since, int 
 #pragma unroll 1
   for (const int first = tier; tier < m.n_tiers; ++tier) {
     Work<W, ROWS> work;
-    work.begin(room, tier);
+    work.begin(room, m.tiers[tier].first_map);
     // Forecasts, tokens, places and uniforms are the work of different warps where there are enough.
     gather(room, m.tiers[tier], tier == first ? room.n_rows : 0);
     if (tier == first) {

@@ -93,26 +93,28 @@ mirrored!(
     }
 );
 mirrored!(
-    /// A tile that a warp has to do.
-    DecodeTask, 32, {
+    /// A map as a step of a stack has it, a block's share of its tiles.
+    DecodeMap, 48, {
         weights: i64,
+        tile_bytes: i32,
+        count: u16,
+        before: u16,
         bias: i32,
         inputs: u16,
         odd_inputs: u16,
         n_in: u16,
         n_out: u16,
         output: u16,
-        pieces: u16,
+        k: i16,
         what: u8,
         of: u8,
         normalized: u8,
         resident: u8,
-        k: i16,
-        reserved: i16,
+        reserved: [i32; 3],
     }
 );
-/// The `k` of what ends a list of tasks.
-const LAST_TASK: i16 = i16::MAX;
+/// The `k` of what ends a step's maps.
+const NO_MAP: i16 = i16::MAX;
 /// The `k` of the map that leads into a tier, that of one that adds to it, and maps of a block, the first one's number 0.
 const INTO: i16 = -2;
 const OF_A_BLOCK: usize = 4;
@@ -144,7 +146,7 @@ mirrored!(
         down: i32,
         planned: i32,
         handed: i32,
-        reserved: i32,
+        first_map: i32,
     }
 );
 mirrored!(
@@ -231,11 +233,10 @@ const N_REGIONS: usize = 24;
 
 mirrored!(
     /// Arguments of `decode_persistent_*`; the pointers come first.
-    DecodeArgs, 336, {
+    DecodeArgs, 328, {
         model: u64,
         linears: u64,
-        tasks: u64,
-        lists: u64,
+        maps: u64,
         weights: u64,
         exact: u64,
         doubles: u64,
@@ -270,19 +271,18 @@ mirrored!(
         offset: f32,
         level: f32,
         at: [i32; N_REGIONS],
-        reserved: i32,
+        n_maps: i32,
     }
 );
 words!(u64);
 
 /// Pointers that [`DecodeArgs`] begins with.
-pub const N_POINTERS: usize = 22;
+pub const N_POINTERS: usize = 21;
 
 impl DecodeArgs {
     /// The same with these pointers, in the order of the fields.
     pub fn with_pointers(&self, pointers: [u64; N_POINTERS]) -> Self {
-        let [model, linears, tasks, lists, weights, exact, doubles, places, counters, ring_tokens, memory, ..] =
-            pointers;
+        let [model, linears, maps, weights, exact, doubles, places, counters, ring_tokens, memory, ..] = pointers;
         let [
             ..,
             caches,
@@ -300,8 +300,7 @@ impl DecodeArgs {
         Self {
             model,
             linears,
-            tasks,
-            lists,
+            maps,
             weights,
             exact,
             doubles,
@@ -418,10 +417,8 @@ pub struct DecodeLayout {
     at: [i32; N_REGIONS],
     /// The model's maps, each with its place in shared memory.
     pub linears: Vec<DecodeLinear>,
-    /// What warps do, in lists of which each ends with a task of none.
-    pub tasks: Vec<DecodeTask>,
-    /// Where these begin, `[stacks, group_size, warps]`.
-    pub lists: Vec<i32>,
+    /// What a step of each stack does with them, the plan's and then the tiers', `[group_size, n_maps]`.
+    pub maps: Vec<DecodeMap>,
     /// Multiply-adds' weights that stay in shared memory, of those of the wave transformer's tiers.
     pub resident: f64,
 }
@@ -442,10 +439,25 @@ impl DecodeModel {
         all
     }
 
-    /// The maps of a step of stack `which` (the plan's is the last) in order; what runs beside another has its number.
-    fn maps(&self, which: usize) -> Vec<Mapped> {
+    /// What has steps: the plan and the tiers.
+    fn steps(&self) -> impl Iterator<Item = Option<usize>> + use<> {
+        std::iter::once(None).chain((0..self.n_tiers as usize).map(Some))
+    }
+
+    /// Maps of all steps, with what ends each.
+    fn n_maps(&self) -> usize {
+        self.steps().map(|step| self.maps(step).len() + 1).sum()
+    }
+
+    /// The number of the first map of a tier.
+    pub fn first_map(&self, tier: usize) -> usize {
+        self.steps().take(1 + tier).map(|step| self.maps(step).len() + 1).sum()
+    }
+
+    /// The maps of a step of a tier, or of the plan, in order; what runs beside another has its number.
+    fn maps(&self, tier: Option<usize>) -> Vec<Mapped> {
         let tiers = &self.tiers[..self.n_tiers as usize];
-        let (tier, last) = (tiers.get(which), which + 1 == tiers.len());
+        let (last, tier) = (tier.is_some_and(|tier| tier + 1 == tiers.len()), tier.map(|tier| &tiers[tier]));
         let map = |k, id, what, inputs| Mapped { k, id, what, inputs, normalized: false };
         let mut all = Vec::new();
         if let Some(tier) = tier {
@@ -575,7 +587,7 @@ impl DecodeGeometry {
 
         let sizes: [usize; N_REGIONS - 1] = [
             size_of::<DecodeArgs>() + size_of::<DecodeModel>(),
-            (n(m.n_tiers) + 1) * self.threads.div_ceil(WARP) * size_of::<i32>(),
+            m.n_maps() * size_of::<DecodeMap>(),
             rows * ROW_BYTES,
             rows * n(m.n_recent) * F32,
             rows * n(m.n_left) * F32,
@@ -632,47 +644,39 @@ impl DecodeGeometry {
             shared_bytes: shared("generation", end.max(least))?,
             cluster: self.group_size as u32,
         };
-        let (tasks, lists) = self.tasks(model, &placed, &at)?;
-        Ok(DecodeLayout { launch, at, linears: placed, tasks, lists, resident: resident as f64 / all.max(1) as f64 })
+        let maps = self.maps(model, &placed, &at)?;
+        Ok(DecodeLayout { launch, at, linears: placed, maps, resident: resident as f64 / all.max(1) as f64 })
     }
 
-    /// What each warp does in a step of each stack, and where in it these lists begin.
-    fn tasks(
+    /// The maps of all stacks' steps, for each block of a group.
+    fn maps(
         &self,
         model: &DecodeModel,
         linears: &[DecodeLinear],
         at: &[i32; N_REGIONS],
-    ) -> Result<(Vec<DecodeTask>, Vec<i32>), LaunchError> {
-        let (warps, plan) = (self.threads.div_ceil(WARP), model.n_tiers as usize);
-        for linear in linears {
-            for features in [linear.n_in, linear.n_out] {
-                within("a map's features", features as usize, MAX_FEATURES)?;
-            }
+    ) -> Result<Vec<DecodeMap>, LaunchError> {
+        for features in linears.iter().flat_map(|linear| [linear.n_in, linear.n_out]) {
+            within("a map's features", features as usize, MAX_FEATURES)?;
         }
-        let end = DecodeTask { k: LAST_TASK, ..DecodeTask::default() };
-        let (mut tasks, mut lists) = (Vec::new(), Vec::new());
-        for (which, rank) in (0..=plan).flat_map(|which| (0..self.group_size).map(move |rank| (which, rank))) {
-            let maps = model.maps(which);
-            let mut of_warps = vec![Vec::new(); warps];
-            for maps in maps.chunk_by(|a, b| a.k == b.k) {
-                let tiles = maps.iter().flat_map(|map| {
-                    let linear = &linears[map.id as usize];
-                    // A plan is one block's work.
-                    let (rank, size) = if which == plan { (0, 1) } else { (rank, self.group_size) };
-                    let (first, count) = share(linear, rank, size);
-                    (first..first + count).map(move |tile| task(map, linear, tile, first, at))
-                });
-                tiles.enumerate().for_each(|(i, tile)| of_warps[i % warps].push(tile));
+        let warps = self.threads.div_ceil(WARP);
+        let mut all = Vec::new();
+        for (rank, tier) in (0..self.group_size).flat_map(|rank| model.steps().map(move |tier| (rank, tier))) {
+            // A plan is one block's work.
+            let (rank, size) = if tier.is_none() { (0, 1) } else { (rank, self.group_size) };
+            let (mut k, mut before) = (NO_MAP, 0);
+            for mapped in model.maps(tier) {
+                if mapped.k != k {
+                    (k, before) = (mapped.k, 0);
+                }
+                let linear = &linears[mapped.id as usize];
+                let (first, count) = share(linear, rank, size);
+                let map = map_of(&mapped, linear, first, at);
+                all.push(DecodeMap { count: count as u16, before: (before % warps) as u16, ..map });
+                before += count;
             }
-            for mut list in of_warps {
-                lists.push(tasks.len() as i32);
-                tasks.append(&mut list);
-                tasks.push(end);
-            }
+            all.push(DecodeMap { k: NO_MAP, ..DecodeMap::default() });
         }
-        // A warp looks two ahead.
-        tasks.push(end);
-        Ok((tasks, lists))
+        Ok(all)
     }
 
     /// Everything of the arguments but pointers, counts and settings.
@@ -682,36 +686,37 @@ impl DecodeGeometry {
             group_size: self.group_size as i32,
             overlapped: self.overlapped.into(),
             at: layout.at,
+            n_maps: (layout.maps.len() / self.group_size) as i32,
             ..DecodeArgs::default()
         }
     }
 }
 
-/// Tile `tile` of a map, of which a block has those from `first` on.
-fn task(map: &Mapped, linear: &DecodeLinear, tile: usize, first: usize, at: &[i32; N_REGIONS]) -> DecodeTask {
+/// A map, of which a block has the tiles from `first` on.
+fn map_of(mapped: &Mapped, linear: &DecodeLinear, first: usize, at: &[i32; N_REGIONS]) -> DecodeMap {
     let bytes = tile_bytes(linear);
     let resident = linear.resident >= 0;
     let weights = if resident {
-        at[RESIDENT] as usize + linear.resident as usize + (tile - first) * bytes
+        at[RESIDENT] as usize + linear.resident as usize
     } else {
-        linear.weights as usize * size_of::<bf16>() + tile * bytes
+        linear.weights as usize * size_of::<bf16>() + first * bytes
     };
-    let moves = if map.inputs == STREAM { (at[POWER] - at[STREAM]) / 2 } else { 0 };
-    let inputs = at[map.inputs];
-    DecodeTask {
+    let inputs = at[mapped.inputs];
+    let moves = if mapped.inputs == STREAM { (at[POWER] - at[STREAM]) / 2 } else { 0 };
+    DecodeMap {
         weights: weights as i64,
+        tile_bytes: bytes as i32,
         bias: linear.bias as i32,
         inputs: (inputs / 16) as u16,
         odd_inputs: ((inputs + moves) / 16) as u16,
         n_in: linear.n_in as u16,
         n_out: linear.n_out as u16,
-        output: (tile * TILE) as u16,
-        pieces: (bytes / STEP_BYTES) as u16,
-        what: map.what as u8,
+        output: (first * TILE) as u16,
+        k: mapped.k,
+        what: mapped.what as u8,
         of: linear.pieces as u8,
-        normalized: map.normalized.into(),
+        normalized: mapped.normalized.into(),
         resident: resident.into(),
-        k: map.k,
-        reserved: 0,
+        ..DecodeMap::default()
     }
 }

@@ -12,7 +12,7 @@ use half::bf16;
 
 pub use attention::{AttentionArgs, AttentionShape, HEAD_DIMS};
 pub use decode::{
-    DecodeArgs, DecodeGeometry, DecodeLayout, DecodeLimits, DecodeLinear, DecodeModel, DecodeStack, DecodeTask,
+    DecodeArgs, DecodeGeometry, DecodeLayout, DecodeLimits, DecodeLinear, DecodeMap, DecodeModel, DecodeStack,
     DecodeTier, GROUP_SIZES, MAX_TIERS, N_FLAGS, N_POINTERS, SET, Words, tiled,
 };
 pub use forecast::{

@@ -274,7 +274,7 @@ impl Packed {
                 down,
                 planned,
                 handed: m.memory_stride,
-                reserved: 0,
+                first_map: 0,
             };
             planned += tier.dim as i32;
             if down >= 0 {
@@ -308,6 +308,9 @@ impl Packed {
             m.lobe = p.doubles(tables.lobe);
         }
         m.n_linears = p.linears.len() as i32;
+        for tier in 0..n_tiers {
+            m.tiers[tier].first_map = m.first_map(tier) as i32;
+        }
         let stacks = std::iter::once(m.plan).chain(m.tiers[..n_tiers].iter().map(|tier| tier.stack));
         m.angle_width = stacks.map(|s| s.dim / s.n_heads).max().unwrap_or(0);
         Ok(Self {

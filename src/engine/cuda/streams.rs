@@ -96,8 +96,7 @@ struct Shape<B> {
     geometry: DecodeGeometry,
     layout: DecodeLayout,
     linears: B,
-    tasks: B,
-    lists: B,
+    maps: B,
 }
 
 /// What lasts from launch to launch.
@@ -145,8 +144,8 @@ impl<M: Machine> Model<M> {
         let Packed { model, linears, element, .. } = &self.packed;
         let layout = geometry.layout(model, linears, *element, &self.machine.limits())?;
         let upload = |bytes: &[u8]| filled(&*self.machine, bytes);
-        let (linears, tasks) = (upload(&layout.linears.to_bytes())?, upload(&layout.tasks.to_bytes())?);
-        Ok(Shape { geometry, linears, tasks, lists: upload(&layout.lists.to_bytes())?, layout })
+        let (linears, maps) = (upload(&layout.linears.to_bytes())?, upload(&layout.maps.to_bytes())?);
+        Ok(Shape { geometry, linears, maps, layout })
     }
 
     /// How `streams` of it are played on this machine unless told otherwise.
@@ -433,8 +432,7 @@ impl<M: Machine> Streams<M> {
             }
             Wave::Silent => (),
         }
-        let Shape { geometry, layout, linears, tasks, lists } =
-            if tokens.is_some() { &self.playing } else { &self.silent };
+        let Shape { geometry, layout, linears, maps } = if tokens.is_some() { &self.playing } else { &self.silent };
         let flags = machine.zeros(WORD * N_FLAGS * self.n.div_ceil(geometry.rows))?;
         let PlanSampling { temperature, top_k, top_p, min_p } = sampling.plan;
         let GenerationSettings { grain, past, offset, .. } = sampling.wave;
@@ -459,8 +457,7 @@ impl<M: Machine> Streams<M> {
         let buffers = [
             Some(model),
             Some(linears),
-            Some(tasks),
-            Some(lists),
+            Some(maps),
             Some(weights),
             Some(exact),
             Some(doubles),
