@@ -307,10 +307,14 @@ struct DecodeStack {
   int32_t linears;      // number of the first block's first map; each block has qkv, out, up, down. The outputs of up alternate:
                         // gate, value
   int32_t angles;       // in `exact`: cosines and sines of the positions 0..64, [64, head_dim]
-  int32_t frequencies;  // in `doubles`: radians per position, [head_dim / 2]
+  int32_t frequencies;  // in `doubles`: half turns per position, [head_dim / 2]
   int32_t block_cache;  // values of a stream's cache of a block
+  int32_t head_dim;
+  int32_t vectors;   // of 16 bytes that hold a head's values
+  int32_t sharers;   // lanes that share the positions, when each has one of the vectors of the values; a power of two
+  int32_t over_vectors;  // lane * over_vectors / 1024 is lane / vectors
 };
-static_assert(sizeof(DecodeStack) == 40, "DecodeStack differs from src/cuda/launch");
+static_assert(sizeof(DecodeStack) == 56, "DecodeStack differs from src/cuda/launch");
 
 struct DecodeTier {
   DecodeStack stack;
@@ -323,7 +327,7 @@ struct DecodeTier {
   int32_t handed;   // in a stream's memory: what it hands to the sub-steps of the next tier, [sub-steps, dim of that]
   int32_t first_map;
 };
-static_assert(sizeof(DecodeTier) == 72, "DecodeTier differs from src/cuda/launch");
+static_assert(sizeof(DecodeTier) == 88, "DecodeTier differs from src/cuda/launch");
 
 constexpr int MAX_TIERS = 4;
 
@@ -401,7 +405,7 @@ struct DecodeModel {
   int32_t refine;       // number of a map, or -1
   int64_t cache_stride;  // values of a stream's caches
 };
-static_assert(sizeof(DecodeModel) == 584, "DecodeModel differs from src/cuda/launch");
+static_assert(sizeof(DecodeModel) == 664, "DecodeModel differs from src/cuda/launch");
 
 /// Regions of a block's shared memory, first these arguments and the model; everything from X on to RESIDENT is scratch where no activations are kept.
 enum DecodeRegion {

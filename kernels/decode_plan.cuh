@@ -89,7 +89,7 @@ __device__ void add_surprise(const Room<W, ROWS>& room, const float* logits, int
 template <class W, int ROWS, class Value>
 __device__ void each_pair(const Room<W, ROWS>& room, Quad<PIECES<W>>* to, int n, Value value) {
   const int pairs = (n + 1) / 2;
-  for (int i = threadIdx.x; i < room.n_rows * pairs; i += blockDim.x) {
+  for (int i = threadIdx.x; i < room.n_rows() * pairs; i += blockDim.x) {
     const int r = i / pairs, j = 2 * (i % pairs);
     room.put(to, j, r, value(r, j), j + 1 < n ? value(r, j + 1) : 0.f);
   }
@@ -103,8 +103,8 @@ __device__ NO_INLINE void plan_frame(const Room<W, ROWS> room, int k) {
   const int dim = m.plan.dim, books = m.n_codebooks;
   const auto frame_of = [&](int r) { return int64_t(room.rows()[r].stream) * a.n_frames + k; };
   const auto token_of = [&](int r, int q) { return a.plan_tokens[frame_of(r) * books + q]; };
-  for (int r = threadIdx.x; r < room.n_rows; r += blockDim.x)
-    stand(room.rows()[r], room.rows()[r].plan_pos, 1, m.plan.window);
+  for (int r = threadIdx.x; r < room.n_rows(); r += blockDim.x)
+    room.rows()[r].at[m.n_tiers].go_on(m.plan.window);
   for (int q = 0; q < books && (a.plan_uniforms || a.plan_draws); ++q) {
     each_pair(room, room.inputs(), dim, [&](int r, int j) {
       float x = room.memory(r)[m.hidden + j];
@@ -120,16 +120,16 @@ __device__ NO_INLINE void plan_frame(const Room<W, ROWS> room, int k) {
     });
     __syncthreads();  // publishes the logits
     if (a.plan_uniforms) {
-      for (int r = 0; r < room.n_rows; ++r) {
+      for (int r = 0; r < room.n_rows(); ++r) {
         const int64_t at = frame_of(r) * books + q;
         draw_logits(room, room.wide(), r, a.plan_uniforms[at], a.plan_tokens[at]);
       }
     }
-    for (int r = warp(); r < room.n_rows && a.plan_draws; r += n_warps())
+    for (int r = warp(); r < room.n_rows() && a.plan_draws; r += n_warps())
       add_surprise(room, room.wide(), r, token_of(r, q), a.plan_draws + 2 * frame_of(r), q == 0);
     __syncthreads();  // the logits were read
   }
-  for (int i = threadIdx.x; i < room.n_rows * m.n_bands; i += blockDim.x) {
+  for (int i = threadIdx.x; i < room.n_rows() * m.n_bands; i += blockDim.x) {
     const int r = i / m.n_bands, j = i % m.n_bands;
     const float mean = a.exact[m.book_mean + j];
     float band = mean;
@@ -155,9 +155,8 @@ __device__ NO_INLINE void plan_frame(const Room<W, ROWS> room, int k) {
   Work<W, ROWS> work;
   work.begin(room, 0);
   forward(
-      room, work, m.plan, m.n_tiers, [&](int64_t cache) { attend_any(room, m.plan, cache); }, [](int, int) { return Begun{}; },
-      [](What, int, int, float, float) {});
-  for (int i = threadIdx.x; i < room.n_rows * dim; i += blockDim.x) {
+      room, work, m.plan, m.n_tiers, [](int, int) { return Begun{}; }, [] {}, [](What, int, int, float, float) {});
+  for (int i = threadIdx.x; i < room.n_rows() * dim; i += blockDim.x) {
     const int r = i / dim, j = i % dim;
     room.memory(r)[m.hidden + j] = room.x()[j * ROWS + r] * room.inverse_rms(r, dim).x * a.exact[m.plan_gain + j];
     if (j == 0) room.rows()[r].plan_pos += 1;
@@ -186,7 +185,7 @@ __device__ double* lags_of(const Room<W, ROWS>& room, int room_for_them, int ord
 /// Coefficients from autocorrelations `lags`, a warp per row, in what they were made in; `done(r, power)` once.
 template <class W, int ROWS, class Store, class Done>
 __device__ void solve(const Room<W, ROWS>& room, double* lags, int order, Store store, Done done) {
-  for (int r = warp(); r < room.n_rows; r += n_warps()) {
+  for (int r = warp(); r < room.n_rows(); r += n_warps()) {
     double* const a = room.doubles() + r * order;
     double power;
     const int found = prediction::levinson(lags + r * (order + 1), a, order, power);
@@ -204,7 +203,7 @@ __device__ void forecast_frame(const Room<W, ROWS>& room, int slot) {
   const prediction::PlanGrid grid(m.n_bands, m.n_bins, a.places, a.doubles + m.grid_numbers);
   const prediction::PlannedSpectrum spectrum(room.doubles(), grid);
   double* const lags = lags_of(room, spectrum.size(m.n_bins, m.n_bands), order);
-  for (int r = 0; r < room.n_rows; ++r) {
+  for (int r = 0; r < room.n_rows(); ++r) {
     const float* const before = room.memory(r) + m.plan_frames + m.n_bands;
     float* const lines = m.n_heard > 0 ? room.frame(r, slot) + m.frame_lines : nullptr;
     spectrum.make(before, before + m.n_bands, m.deconvolution, lines);
@@ -232,7 +231,7 @@ __device__ NO_INLINE void prepare_frame(const Room<W, ROWS> room, int k, int slo
   const DecodeModel& m = room.m();
   const int n_bands = m.n_bands;
   const auto bands_of = [&](int r) { return a.bands + (int64_t(room.rows()[r].stream) * a.n_frames + k) * n_bands; };
-  for (int i = threadIdx.x; i < room.n_rows * n_bands; i += blockDim.x) {
+  for (int i = threadIdx.x; i < room.n_rows() * n_bands; i += blockDim.x) {
     const int r = i / n_bands, j = i % n_bands;
     float* const frames = room.memory(r) + m.plan_frames + j;
     const float older = frames[n_bands], old = frames[2 * n_bands], current = bands_of(r)[j] + a.level;
@@ -275,7 +274,7 @@ __device__ NO_INLINE double* past_lags(const Room<W, ROWS> room, int64_t played)
   const int order = m.order, len = m.past_window;
   const prediction::Window window(room.doubles(), len, order);
   double* const lags = lags_of(room, window.size(), order);
-  for (int r = 0; r < room.n_rows; ++r) {
+  for (int r = 0; r < room.n_rows(); ++r) {
     const int64_t first = room.rows()[r].n + played - len;
     for (int i = threadIdx.x; i < prediction::QUAD * window.columns; i += blockDim.x)
       window.at(i) = i < len - m.past_hop
@@ -296,7 +295,7 @@ __device__ NO_INLINE void renew_past(const Room<W, ROWS> room, double* lags, int
   const DecodeModel& m = room.m();
   const int order = m.order, len = m.past_window, begin = len - m.past_hop, reach = max(0, begin - order);
   const prediction::Window window(room.doubles(), len, order);
-  for (int r = 0; r < room.n_rows; ++r) {
+  for (int r = 0; r < room.n_rows(); ++r) {
     const int64_t first = room.rows()[r].n + played - len;
     for (int i = reach + threadIdx.x; i < len; i += blockDim.x)
       window.at(i) = double(room.memory(r)[m.samples + ((first + i) & (m.n_samples - 1))]) * a.doubles[m.window + i];
@@ -322,7 +321,7 @@ __device__ NO_INLINE void begin_tones(const Room<W, ROWS> room, int slot, int64_
   const int hop = m.plan_hop;
   const prediction::PlanGrid grid(m.n_bands, m.n_bins, a.places, a.doubles + m.grid_numbers);
   const tones::Past past(room.doubles(), grid, hop, m.plan_window_len, a.doubles + m.plan_window, a.doubles + m.lobe);
-  for (int r = 0; r < room.n_rows; ++r) {
+  for (int r = 0; r < room.n_rows(); ++r) {
     float* const memory = room.memory(r);
     const int64_t first = room.rows()[r].n + played - m.plan_window_len;
     const auto heard = [&](int i) { return memory[m.heard + int((first + i) & (m.n_heard - 1))]; };

@@ -34,33 +34,53 @@ enum What : uint8_t {
   DIRECT
 };
 
+/// Where a stream stands in a stack.
+struct Standing {
+  int64_t pos;
+  int slot, filled;  // its place in the caches' rings, and how many of theirs are taken with it
+
+  /// `pos` steps are behind it. What divides is done once a launch.
+  __device__ void begin(int64_t steps, int window) {
+    pos = steps - 1;
+    slot = int((pos + window) % window);
+    filled = int(min(steps, int64_t(window)));
+  }
+  __device__ __forceinline__ void go_on(int window) {
+    pos += 1;
+    slot = slot + 1 < window ? slot + 1 : 0;
+    filled = min(filled + 1, window);
+  }
+};
+
 /// What a block knows of a stream.
 struct Row {
   int64_t n;         // samples so far
   int64_t plan_pos;  // plan frames so far
-  int64_t pos;       // of the stack that runs; what follows from it is told by `stand`
-  int slot, filled;  // its place in the caches' rings, and how many of theirs are taken with it
   float mean_square;
   float log_scale, rms;  // of the frame
   float forecasts[2];
+  float partial[2];      // of the forecasts of the sample after the one that is being made: all but what that adds
   float uniform, logit;  // what chooses a component, and the other uniform's ln(u / (1 - u))
   int stream, residual_code, past_code;
   float tone;  // in the sample
+  int reserved;
+  Standing at[MAX_TIERS + 1];  // of the tiers, and then of the plan's stack
 };
-static_assert(sizeof(Row) == 80, "Row differs from src/cuda/launch");
+static_assert(sizeof(Row) == 152, "Row differs from src/cuda/launch");
 
-/// n / d, out of the way: it is seldom needed.
-__device__ NO_INLINE inline int64_t divided(int64_t n, int64_t d) { return n / d; }
-/// Cosine and sine, likewise.
-__device__ NO_INLINE inline float2 turn_of(double angle) { return {float(cos(angle)), float(sin(angle))}; }
-
-/// The row comes to position n / hop of a stack. One thread.
-__device__ __forceinline__ void stand(Row& row, int64_t n, int hop, int window) {
-  const bool small = n >> 31 == 0;
-  row.pos = small ? int(n) / hop : divided(n, hop);
-  row.slot = small ? int(row.pos) % window : int(row.pos - divided(row.pos, window) * window);
-  row.filled = int(min(row.pos + 1, int64_t(window)));
-}
+/// What a block is at. It lies in shared memory, not in registers: what a function that is called keeps of these costs more in a sample
+/// than to read it anew.
+struct Block {
+  int rank, size;  // in the group
+  int n_rows;
+  int fresh;  // no angles yet
+  // Of the sample:
+  int first;           // tier that has a step
+  int slice;           // part of its frame
+  int sub[MAX_TIERS];  // of the step that the tier above has handed down
+  int reserved[2];
+};
+static_assert(sizeof(Block) == 48, "Block differs from src/cuda/launch");
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, __fadd_rn(1.f, __expf(-x))); }
 /// x * cosine - y * sine, rounded the same wherever it is compiled: of two products in a sum, the compiler may fuse either, and not
@@ -96,12 +116,16 @@ __device__ __forceinline__ float value_of(const float4& vector, int e) {
 template <class W, int ROWS>
 struct Room {
   using Features = Quad<PIECES<W>>;
-  int rank, size;  // in the group
-  int place;       // of the two that maps read the residual stream from
-  int n_rows;
-  bool fresh;  // no angles yet
+  int place;  // of the two that maps read the residual stream from
 
-  __device__ Room(int rank, int size) : rank(rank), size(size), place(0), n_rows(0), fresh(true) {}
+  // What the block is at.
+  __device__ static Block& block() {
+    SHARED_MEMORY(char, memory);
+    return *reinterpret_cast<Block*>(memory + sizeof(DecodeArgs) + sizeof(DecodeModel));
+  }
+  __device__ static int rank() { return block().rank; }
+  __device__ static int size() { return block().size; }
+  __device__ static int n_rows() { return block().n_rows; }
 
   /// Arguments and model lie first in shared memory: whatever function wants them knows where.
   __device__ static const DecodeArgs& a() {
@@ -118,8 +142,8 @@ struct Room {
     return reinterpret_cast<T*>(memory + a().at[region]);
   }
   // Places in shared memory follow from the arguments: registers are for other things.
-  __device__ DecodeMap* maps() const { return at<DecodeMap>(DECODE_MAPS); }
-  __device__ Row* rows() const { return at<Row>(DECODE_ROWS); }
+  __device__ static DecodeMap* maps() { return at<DecodeMap>(DECODE_MAPS); }
+  __device__ static Row* rows() { return at<Row>(DECODE_ROWS); }
   __device__ float* samples() const { return at<float>(DECODE_SAMPLES); }  // ring [ROWS][n_recent]
   __device__ float* left() const { return at<float>(DECODE_LEFT); }  // ring [ROWS][n_left]
   __device__ int32_t* tokens() const { return at<int32_t>(DECODE_TOKENS); }  // ring [ROWS][n_tokens]
@@ -133,7 +157,7 @@ struct Room {
   __device__ float* scales() const { return at<float>(DECODE_SCALES); }  // planned for the frame, [ROWS][slices, n_components]
   __device__ float* bases() const { return at<float>(DECODE_HIGH); }  // [stacks][ROWS][angle_width]
   __device__ float* angles() const { return at<float>(DECODE_ANGLES); }  // [ROWS][angle_width]
-  __device__ float* tables() const { return at<float>(DECODE_TABLES); }  // centres and edges of mu-law's tokens
+  __device__ static float* tables() { return at<float>(DECODE_TABLES); }  // centres and edges of mu-law's tokens
   __device__ float* x() const { return at<float>(DECODE_X); }  // the residual stream; a block has what it computes
   /// What maps read of it. A block may be a sample ahead of another that still reads its own: it changes places from sample to sample.
   __device__ Features* stream() const {
@@ -158,12 +182,12 @@ struct Room {
   /// Writes an activation into all copies.
   template <class T>
   __device__ void spread(T* to, T value) const {
-    if (size == 1) {
+    if (size() == 1) {
       *to = value;
     } else {
       // Code that is fetched, not instructions that are issued, is what a sample waits for.
 #pragma unroll 1
-      for (int other = 0; other < size; ++other) *peer(to, other) = value;
+      for (int other = 0; other < size(); ++other) *peer(to, other) = value;
     }
   }
   /// Pair `pair` of row r of features, into all copies.
@@ -179,22 +203,28 @@ struct Room {
 #pragma unroll
     for (int i = 0; i < PIECES<W>; ++i) words[2 * i] = value.of[i];
   }
-  /// Copies arguments, the model, and as many weights as there is room for. `playing`: this block is one of a group. A barrier after it is
-  /// the caller's.
-  __device__ void open(const DecodeArgs& args, bool playing) const {
+
+  /// Copies arguments, the model, and, if the block is one that plays, as many weights as there is room for. A barrier after it is the
+  /// caller's.
+  __device__ static void open(const DecodeArgs& args, int its_rank, int its_size, bool playing) {
     SHARED_MEMORY(int32_t, to);
+    if (threadIdx.x == 0) {
+      block() = {};
+      block().rank = its_rank;
+      block().size = its_size;
+    }
     constexpr int N_ARGS = sizeof(DecodeArgs) / sizeof(int32_t), N_MODEL = sizeof(DecodeModel) / sizeof(int32_t);
     for (int i = threadIdx.x; i < N_ARGS + N_MODEL; i += blockDim.x)
       to[i] = i < N_ARGS ? reinterpret_cast<const int32_t*>(&args)[i] : reinterpret_cast<const int32_t*>(args.model)[i - N_ARGS];
     __syncthreads();  // publishes arguments and model
     for (int i = threadIdx.x; i < 2 * N_CODES - 1; i += blockDim.x)
       tables()[i] = i < N_CODES ? args.exact[m().centres + i] : args.exact[m().edges + i - N_CODES];
-    for (int i = threadIdx.x; i < a().n_maps; i += blockDim.x) maps()[i] = a().maps[rank * a().n_maps + i];
+    for (int i = threadIdx.x; i < a().n_maps; i += blockDim.x) maps()[i] = a().maps[rank() * a().n_maps + i];
     for (int id = 0; id < m().n_linears && playing; ++id) {
       const DecodeLinear l = a().linears[id];
       if (l.resident < 0) continue;
-      const int tiles = (l.n_out + TILE - 1) / TILE, share = l.whole ? tiles : (tiles + size - 1) / size;
-      const int first = l.whole ? 0 : min(rank * share, tiles), count = min(first + share, tiles) - first;
+      const int tiles = (l.n_out + TILE - 1) / TILE, share = l.whole ? tiles : (tiles + size() - 1) / size();
+      const int first = l.whole ? 0 : min(rank() * share, tiles), count = min(first + share, tiles) - first;
       const int64_t bytes = tile_bytes(l), n = count * bytes / int(sizeof(float4));
       const float4* const from = reinterpret_cast<const float4*>(reinterpret_cast<const char*>(a().weights + l.weights) + first * bytes);
       float4* const room = at<float4>(DECODE_RESIDENT) + l.resident / int(sizeof(float4));
@@ -239,22 +269,20 @@ struct Room {
     float2 bias = {0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < SIDE; ++i)
-      if (row() + i < n_rows && is_output) begun[i] = start(what, j, row() + i);
+      if (row() + i < n_rows() && is_output) begun[i] = start(what, j, row() + i);
     if (map.bias >= 0 && is_output) bias = {a().exact[map.bias + j], a().exact[map.bias + j + 1]};
     // By its place, so that the compiler knows where it lies.
     SHARED_MEMORY(char, memory);
     const Features* const x = reinterpret_cast<const Features*>(memory + 16 * (place ? map.odd_inputs : map.inputs));
-    const char* from = weights_of(map, tile);
     Sums sums;
 #pragma unroll 1
     for (int piece = 0; piece < n; piece += LOADED) {
       if (FEWEST < N && map.of == FEWEST)
-        multiply<FEWEST, ROWS>(sums, loaded, from, piece / FEWEST, n_in, x);
+        multiply<FEWEST, ROWS>(sums, loaded, piece / FEWEST, n_in, x);
       else
-        multiply<N, ROWS>(sums, loaded, from, piece / N, n_in, x);
-      from += LOADED * STEP_BYTES;
+        multiply<N, ROWS>(sums, loaded, piece / N, n_in, x);
       // Into the place of what has been used: to move what is on its way would be to wait for it.
-      if (piece + LOADED < n) load(loaded, from, n - piece - LOADED);
+      if (piece + LOADED < n) load_tile(loaded, map, tile, piece + LOADED);
     }
     load_next();
     float2 scale = {1.f, 1.f};
@@ -266,20 +294,21 @@ struct Room {
 #pragma unroll
       for (int k = 1; k < 4; ++k) from.x += begun[i].of[k].x, from.y += begun[i].of[k].y;
       const float factor = i ? scale.y : scale.x;
-      done(what, j, row() + i, row() + i < n_rows && is_output, fmaf(y.of[0][i], factor, from.x + bias.x),
+      done(what, j, row() + i, row() + i < n_rows() && is_output, fmaf(y.of[0][i], factor, from.x + bias.x),
            fmaf(y.of[1][i], factor, from.y + bias.y));
     }
   }
   __device__ static int row() { return 2 * (lane() % 4); }
 
-  /// Where the weights of a tile begin.
-  __device__ static const char* weights_of(const DecodeMap& map, int tile) {
+  /// Asks for weights of a tile from piece `piece` on.
+  __device__ static void load_tile(Loaded& loaded, const DecodeMap& map, int tile, int piece = 0) {
     SHARED_MEMORY(char, memory);
-    return (map.resident ? memory : reinterpret_cast<const char*>(a().weights)) + map.weights + int64_t(tile) * map.tile_bytes;
-  }
-  /// Asks for the first of the weights of a tile.
-  __device__ static void load_tile(Loaded& loaded, const DecodeMap& map, int tile) {
-    load(loaded, weights_of(map, tile), map.tile_bytes / STEP_BYTES);
+    const int64_t at = map.weights + int64_t(tile) * map.tile_bytes + piece * STEP_BYTES;
+    const int n = map.tile_bytes / STEP_BYTES - piece;
+    if (map.resident)
+      load<true>(loaded, memory + at, n);
+    else
+      load<false>(loaded, reinterpret_cast<const char*>(a().weights) + at, n);
   }
 
   /// A map by itself, whole, of inputs at `in`; as `compute`.
@@ -342,27 +371,29 @@ struct Room {
         [&](What, int j, int r, bool there, float low, float high) { to_stream(j, r, there, low, high); });
   }
 
-  /// Cosines and sines at the rows' positions: those of the multiple of ANGLES below, reduced in f64, turned on by the rest.
-  __device__ void turn(const DecodeStack& stack, int which) const {
-    const int head_dim = stack.dim / stack.n_heads, half = head_dim / 2;
+  /// Cosines and sines at the rows' positions in stack `which`: those of the multiple of ANGLES below, reduced in f64, turned on by the rest.
+  __device__ __forceinline__ void turn(const DecodeStack& stack, int which) const {
+    const int head_dim = stack.head_dim, half = head_dim / 2;
     const float* const low = a().exact + stack.angles;
     // By the last warps, which have fewer tiles.
-    for (int i = blockDim.x - 1 - threadIdx.x; i < n_rows * half; i += blockDim.x) {
-      const int r = i / half, f = i % half;
-      const int64_t pos = rows()[r].pos;
+    for (int r = n_warps() - 1 - warp(); r < n_rows(); r += n_warps()) {
+      const int64_t pos = rows()[r].at[which].pos;
       const int rest = int(pos & (ANGLES - 1));
-      float* const base = bases() + (which * ROWS + r) * m().angle_width + f;
-      // Each thread keeps its own.
-      if (fresh || rest == 0) {
-        const float2 turned = turn_of(double(pos - rest) * a().doubles[stack.frequencies + f]);
-        base[0] = turned.x;
-        base[half] = turned.y;
+      for (int f = lane(); f < half; f += WARP) {
+        float* const base = bases() + (which * ROWS + r) * m().angle_width + f;
+        const float cos_b = low[rest * head_dim + f], sin_b = low[rest * head_dim + half + f];
+        // Each thread keeps its own.
+        if (block().fresh || rest == 0) {
+          double sine, cosine;
+          sincospi(double(pos - rest) * a().doubles[stack.frequencies + f], &sine, &cosine);
+          base[0] = float(cosine);
+          base[half] = float(sine);
+        }
+        const float cos_a = base[0], sin_a = base[half];
+        float* const out = angles() + r * m().angle_width + f;
+        out[0] = turned_low(cos_a, sin_a, cos_b, sin_b);
+        out[half] = turned_high(cos_a, sin_a, cos_b, sin_b);
       }
-      const float cos_a = base[0], sin_a = base[half];
-      const float cos_b = low[rest * head_dim + f], sin_b = low[rest * head_dim + half + f];
-      float* const out = angles() + r * m().angle_width + f;
-      out[0] = turned_low(cos_a, sin_a, cos_b, sin_b);
-      out[half] = turned_high(cos_a, sin_a, cos_b, sin_b);
     }
   }
 
@@ -372,29 +403,22 @@ struct Room {
     return static_cast<W*>(a().caches) + cache * a().streams + int64_t(rows()[r].stream) * stack.block_cache;
   }
 
-  /// Lanes that share the positions, when each has one of so many vectors of the values; a power of two.
-  __device__ static constexpr int sharing(int vectors) {
-    int sharers = 1;
-    while (2 * sharers * vectors <= WARP) sharers *= 2;
-    return sharers;
-  }
-
-  /// Attention of this block's heads, a warp for a head of a row: queries and keys of `wide` normalised and rotated, keys and values
-  /// into the caches, softmax over what is there; `attended` in all copies. HEAD_DIM is 0 where it is known only at run time.
-  template <int HEAD_DIM>
-  __device__ __forceinline__ void attend(const DecodeStack& stack, int64_t cache) const {
+  /// Attention of this block's heads in stack `which`, a warp for a head of a row: queries and keys of `wide` normalised and rotated, keys and
+  /// values into the caches, softmax over what is there; `attended` in all copies. A head has at most 128 values.
+  __device__ __forceinline__ void attend(const DecodeStack& stack, int which, int64_t cache) const {
     // 16 bytes on their way at a time; a lane's pairs of features.
-    constexpr int V = VEC<W>, LOADS = 8, PAIRS = HEAD_DIM > 0 ? (HEAD_DIM / 2 + WARP - 1) / WARP : 2;
-    const int head_dim = HEAD_DIM > 0 ? HEAD_DIM : stack.dim / stack.n_heads, half = head_dim / 2, window = stack.window;
-    const int vectors = (head_dim + V - 1) / V, padded = vectors * V, sharers = sharing(vectors), shared_by = WARP / sharers;
-    const int sharer = lane() / vectors, mine = lane() % vectors, heads = (stack.n_heads - rank + size - 1) / size;
+    constexpr int V = VEC<W>, LOADS = 8, PAIRS = 2;
+    const int head_dim = stack.head_dim, half = head_dim / 2, window = stack.window, vectors = stack.vectors, padded = vectors * V;
+    const int sharers = stack.sharers, shared_by = WARP / sharers, sharer = lane() * stack.over_vectors / 1024, mine = lane() - sharer * vectors;
+    const int size = Room::size(), heads = size == 1 ? stack.n_heads : (stack.n_heads - rank() + size - 1) / size;
     const int room = (m().angle_width + VEC<bf16> - 1) / VEC<bf16> * VEC<bf16>;
     float* const query = scratch() + warp() * 2 * room;
     W* const new_value = reinterpret_cast<W*>(query + room);
     const auto vector = [](const W* from) { return *reinterpret_cast<const float4*>(from); };
-    for (int task = warp(); task < n_rows * heads; task += n_warps()) {
-      const int r = ROWS == 1 ? 0 : task % n_rows, h = rank + (ROWS == 1 ? task : task / n_rows) * size;
-      const int slot = rows()[r].slot, filled = rows()[r].filled;
+    for (int task = warp(); task < ROWS * heads; task += n_warps()) {
+      const int r = task % ROWS, h = rank() + task / ROWS * size;
+      if (r >= n_rows()) continue;
+      const int slot = rows()[r].at[which].slot, filled = rows()[r].at[which].filled;
       W* const keys = cached(stack, cache, r) + h * window * padded;                      // [vectors][window][V]
       W* const values = cached(stack, cache, r) + (stack.n_heads + h) * window * padded;  // [window][padded]
       float most = 0.f, total = 0.f, sum[V] = {};
@@ -451,8 +475,7 @@ struct Room {
             place(i, turned_low(low_q, high_q, cosine, sine), turned_low(low_k, high_k, cosine, sine));
             place(half + i, turned_high(low_q, high_q, cosine, sine), turned_high(low_k, high_k, cosine, sine));
           }
-          if (const int f = head_dim + lane(); HEAD_DIM % V != 0 || HEAD_DIM == 0)
-            if (f < padded) query[f] = 0.f, new_value[f] = from_float<W>(0.f);
+          if (const int f = head_dim + lane(); f < padded) query[f] = 0.f, new_value[f] = from_float<W>(0.f);
           most = lanes_sum<WARP>(score);
           total = lane() == 0 ? 1.f : 0.f;
           // Publishes query and value (no emulated schedule shows it: lanes met in shuffles since, which order no memory).
@@ -464,7 +487,7 @@ struct Room {
           }
         }
         float scores[2] = {};
-#pragma unroll
+#pragma unroll 1
         for (int begin = 0; begin < vectors; begin += LOADS) {
           if (begin > 0) load_keys(begin);
 #pragma unroll
@@ -482,7 +505,7 @@ struct Room {
         total = fmaf(total, factor, weight);
 #pragma unroll
         for (int e = 0; e < V; ++e) sum[e] = __fmul_rn(sum[e], factor);
-#pragma unroll
+#pragma unroll 1
         for (int begin = 0; begin < shared_by; begin += LOADS) {
           if (begin > 0) load_values(begin);
 #pragma unroll
@@ -495,7 +518,7 @@ struct Room {
         }
       }
       const float inverse = __fdividef(1.f, lanes_sum<WARP>(total));
-#pragma unroll
+#pragma unroll 1
       for (int other = sharers / 2; other > 0; other /= 2)
 #pragma unroll
         for (int e = 0; e < V; ++e) sum[e] += __shfl_sync(ALL_LANES, sum[e], ((sharer ^ other) * vectors + mine) % WARP);
@@ -524,8 +547,8 @@ struct Room {
       const float unit = silu(low) * high, next = __shfl_sync(ALL_LANES, unit, (lane() + 4) % WARP);
       if (there && lane() / 4 % 2 == 0) spread(inputs(), j / 4, r, split<PIECES<W>>(unit, next));
     } else if (there) {
-      float* const to = what == HEADS ? &wide()[j * ROWS + r] : &x()[j * ROWS + r];
-      float* const at = what == HEADS && size > 1 ? peer(to, j % stack.dim / (stack.dim / stack.n_heads) % size) : to;
+      float* const to = (what == HEADS ? wide() : x()) + j * ROWS + r;
+      float* const at = what == HEADS && size() > 1 ? peer(to, j % stack.dim / stack.head_dim % size()) : to;
       at[0] = low;
       at[ROWS] = high;
     }
@@ -543,10 +566,20 @@ struct Work {
     map = first;
     tile = warp();
     find(room);
+    ask(room);
   }
+  /// To the next tile, whose weights are not asked for yet.
   __device__ __forceinline__ void go_on(const Room<W, ROWS>& room) {
     tile += n_warps();
     find(room);
+  }
+  /// Asks for the tile's weights.
+  __device__ __forceinline__ void ask(const Room<W, ROWS>& room) {
+    const DecodeMap& at = room.maps()[map];
+    if (at.k != NO_MAP)
+      room.load_tile(loaded, at, tile);
+    else
+      loaded = {};
   }
   /// The tile is one of a later map if this one has none left.
   __device__ __forceinline__ void find(const Room<W, ROWS>& room) {
@@ -556,31 +589,36 @@ struct Work {
       tile = warp() - at->before;
       if (tile < 0) tile += n_warps();
     }
-    if (at->k != NO_MAP) room.load_tile(loaded, *at, tile);
   }
 };
 
 /// The number of the map that leads into a stack; one that adds to what it makes is the next. Those of the blocks begin with 0.
 constexpr int INTO = -2;
 
-/// The residual stream through all blocks of a stack at the rows' positions; `which` counts the stacks, `work` has begun it. `attend(cache)` is
-/// the stack's attention, `start(j, r)` what the map before begins with, `done(what, j, r, y_j, y_j+1)` gets outputs that do not stay in the
-/// stack. No barrier comes after the map after.
+/// The residual stream through all blocks of a stack at the rows' positions; `which` counts the stacks, `work` has begun it. `start(j, r)` is
+/// what the map before begins with, `done(what, j, r, y_j, y_j+1)` gets outputs that do not stay in the stack, `beside()` is other work for the
+/// warps that have no head. No barrier comes after the map after.
 ///
 /// What a sample waits for is one thing after the other: so all maps are one loop, in which each warp asks for the weights of its next tile as
 /// soon as it has multiplied with those of this one.
-template <class W, int ROWS, class Attend, class Start, class Done>
-__device__ __forceinline__ void forward(const Room<W, ROWS>& room, Work<W, ROWS>& work, const DecodeStack& stack, int which, Attend attend,
-                                        Start start, Done done) {
+template <class W, int ROWS, class Start, class Beside, class Done>
+__device__ __forceinline__ void forward(const Room<W, ROWS>& room, Work<W, ROWS>& work, const DecodeStack& stack, int which, Start start,
+                                        Beside beside, Done done) {
   constexpr int OF_A_BLOCK = 4;
   const int after = OF_A_BLOCK * stack.n_layers;
 #pragma unroll 1
   for (int k = which < room.m().n_tiers ? INTO : 0; k <= after; ++k) {
+    const bool leads_to_attention = k >= 0 && k < after && k % OF_A_BLOCK == 0;
 #pragma unroll 1
     while (room.maps()[work.map].k == k) {
       const DecodeMap map = room.maps()[work.map];
       room.compute(
-          map, work.tile, work.loaded, [&] { work.go_on(room); },
+          map, work.tile, work.loaded,
+          [&] {
+            work.go_on(room);
+            // What lies beyond attention is asked for after it: its registers are taken.
+            if (!leads_to_attention || room.maps()[work.map].k == k) work.ask(room);
+          },
           [&](What what, int j, int r) {
             if (what == ADDED) return Begun{{{room.x()[j * ROWS + r], room.x()[(j + 1) * ROWS + r]}}};
             return what == BEGUN || what == BEGINNING ? start(j, r) : Begun{};
@@ -595,17 +633,13 @@ __device__ __forceinline__ void forward(const Room<W, ROWS>& room, Work<W, ROWS>
     if (k == 0) room.turn(stack, which);
     // To the beginning each lane adds itself.
     if (k == INTO || k == after) continue;
-    GROUP_BARRIER(room.size);  // publishes heads (in their block, with the angles), gated values, the residual stream
-    if (k < 0 || k % OF_A_BLOCK != 0) continue;
-    attend(stack.cache + int64_t(k / OF_A_BLOCK) * stack.block_cache);
-    GROUP_BARRIER(room.size);  // publishes what was attended to
+    GROUP_BARRIER(room.size());  // publishes heads (in their block, with the angles), gated values, the residual stream
+    if (!leads_to_attention) continue;
+    room.attend(stack, which, stack.cache + int64_t(k / OF_A_BLOCK) * stack.block_cache);
+    work.ask(room);
+    if (k == 0) beside();
+    GROUP_BARRIER(room.size());  // publishes what was attended to
   }
-}
-
-/// Attention of heads of any size, out of its callers' way.
-template <class W, int ROWS>
-__device__ NO_INLINE void attend_any(const Room<W, ROWS> room, const DecodeStack& stack, int64_t cache) {
-  room.template attend<0>(stack, cache);
 }
 
 }  // namespace decode

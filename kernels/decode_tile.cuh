@@ -68,11 +68,28 @@ struct Loaded {
   uint4 of[LOADED];
 };
 
-/// Asks for the `n` pieces that lie at `from`, as many as there is room for; beyond them are zeros.
+/// 16 bytes of weights; those in device memory leave the level-1 cache to others.
+template <bool SHARED>
+__device__ __forceinline__ uint4 read_weights(const char* from) {
+  uint4 w;
+  if (SHARED)
+    w = *reinterpret_cast<const uint4*>(from);
+  else
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(from));
+  return w;
+}
+
+/// Asks for as many of the `n` pieces at `from` as there is room for; what there is not is the last.
+template <bool SHARED>
 __device__ __forceinline__ void load(Loaded& to, const char* from, int n) {
-  const uint4* const w = reinterpret_cast<const uint4*>(from) + lane();
+  from += lane() * int(sizeof(uint4));
+  if (n >= LOADED) {
 #pragma unroll
-  for (int i = 0; i < LOADED; ++i) to.of[i] = i < n ? w[i * WARP] : uint4{0, 0, 0, 0};
+    for (int i = 0; i < LOADED; ++i) to.of[i] = read_weights<SHARED>(from + i * STEP_BYTES);
+  } else {
+#pragma unroll
+    for (int i = 0; i < LOADED; ++i) to.of[i] = read_weights<SHARED>(from + min(i, n - 1) * STEP_BYTES);
+  }
 }
 
 /// sums += weights x inputs, 16 outputs by 16 inputs by 8 rows.
@@ -94,27 +111,26 @@ struct Sums {
   }
 };
 
-/// Adds the products of LOADED / OF steps from step `first` on, whose weights have OF pieces each and lie at `from`, with `in` [n_in / 16]
-/// [4][ROWS]; what is smaller than the smallest piece is left out. A whole warp. ROWS is 1 (then all columns are that row, and nobody asks
-/// for the others) or 8.
+/// Adds the products of LOADED / OF steps from step `first` on, whose weights have OF pieces each, with `in` [n_in / 16][4][ROWS]; what is
+/// smaller than the smallest piece is left out. A whole warp. ROWS is 1 (then all columns are that row, and nobody asks for the others)
+/// or 8.
 template <int OF, int ROWS, int N>
-__device__ __forceinline__ void multiply(Sums& sums, const Loaded& weights, const char*, int first, int n_in, const Quad<N>* in) {
+__device__ __forceinline__ void multiply(Sums& sums, const Loaded& weights, int first, int n_in, const Quad<N>* in) {
   constexpr int AT_A_TIME = LOADED / OF;
-  const int pair = lane() % 4, last = (n_in - 1) / STEP;
-  const Quad<N>* const x = in + pair * ROWS + (ROWS == 1 ? 0 : lane() / 4);
+  const Quad<N>* const x = in + (first * 4 + lane() % 4) * ROWS + (ROWS == 1 ? 0 : lane() / 4);
   Quad<N> inputs[AT_A_TIME];
-  if (first + AT_A_TIME <= n_in / STEP) {
+  const int left = n_in - first * STEP;
+  if (left >= AT_A_TIME * STEP) {
 #pragma unroll
-    for (int i = 0; i < AT_A_TIME; ++i) inputs[i] = x[(first + i) * 4 * ROWS];
+    for (int i = 0; i < AT_A_TIME; ++i) inputs[i] = x[i * 4 * ROWS];
   } else {
-    // Steps that are not there are the last one's inputs times 0; beyond that one's inputs lies anything.
-    const int at = last * STEP + 2 * pair;
+    // Beyond the inputs lies anything, which is 0 here.
 #pragma unroll
     for (int i = 0; i < AT_A_TIME; ++i) {
-      inputs[i] = x[min(first + i, last) * 4 * ROWS];
+      inputs[i] = x[min(i, (left - 1) / STEP) * 4 * ROWS];
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        if (first + i >= last && at + 8 * half >= n_in)
+        if (i * STEP + 2 * (lane() % 4) + 8 * half >= left)
 #pragma unroll
           for (int by = 0; by < N; ++by) inputs[i].of[by][half] = 0;
     }
@@ -128,8 +144,13 @@ __device__ __forceinline__ void multiply(Sums& sums, const Loaded& weights, cons
         multiply_add(sums.of[i % 2][of + by > 0], weights.of[i * OF + of], inputs[i].of[by][0], inputs[i].of[by][1]);
 }
 #else
-struct Loaded {};
-inline void load(Loaded&, const char*, int) {}
+struct Loaded {
+  const char* from;
+};
+template <bool SHARED>
+void load(Loaded& to, const char* from, int) {
+  to.from = from;
+}
 
 struct Sums {
   Products products = {};
@@ -138,13 +159,13 @@ struct Sums {
 };
 
 template <int OF, int ROWS, int N>
-void multiply(Sums& sums, const Loaded&, const char* from, int first, int n_in, const Quad<N>* in) {
+void multiply(Sums& sums, const Loaded& weights, int first, int n_in, const Quad<N>* in) {
   const auto value = [](uint32_t pair, int which) { return to_float(bf16{uint16_t(pair >> 16 * which)}); };
   const int pair = lane() % 4;
   for (int k = first * STEP; k < min(n_in, (first + LOADED / OF) * STEP); ++k) {
     float w[2] = {}, x[2] = {};
     for (int of = 0; of < OF; ++of) {
-      const uint32_t* const words = reinterpret_cast<const uint32_t*>(from) +
+      const uint32_t* const words = reinterpret_cast<const uint32_t*>(weights.from) +
                                     (((k / STEP - first) * OF + of) * WARP + lane() / 4 * 4 + k / 2 % 4) * 4 + k % STEP / 8 * 2;
       for (int output = 0; output < 2; ++output) w[output] += value(words[output], k % 2);
     }

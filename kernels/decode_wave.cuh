@@ -73,40 +73,56 @@ __device__ __forceinline__ double log_sigmoid(double x) {
   return x >= 0.0 ? -log1p(exp(-x)) : x - log1p(exp(x));
 }
 
+/// All of row r's forecasts after sample `latest` but what that sample adds; a warp.
+template <class W, int ROWS>
+__device__ __forceinline__ void sum_ahead(const Room<W, ROWS>& room, int r, int64_t latest) {
+  const DecodeModel& m = room.m();
+  const auto sum_of = [&](const float* c, int order, const float* ring, int places) {
+    float sum = 0.f;
+#pragma unroll 8
+    for (int i = 1 + lane(); i < order; i += WARP) sum = fmaf(c[i], ring[(int(latest) - i) & (places - 1)], sum);
+    return sum;
+  };
+  const float past = sum_of(room.past() + r * m.order, m.order, room.samples() + r * m.n_recent, m.n_recent);
+  const float planned = sum_of(room.planned() + r * m.planned_order, m.planned_order, room.left() + r * m.n_left, m.n_left);
+  const float sums[2] = {lanes_sum<WARP>(past), lanes_sum<WARP>(planned)};
+  if (lane() == 0) {
+    room.rows()[r].partial[0] = sums[0];
+    room.rows()[r].partial[1] = sums[1];
+  }
+}
+
 /// Both forecasts of every row's sample, the `since`th since there are coefficients, and their features (src/model/features.rs), a
 /// warp per row.
 template <class W, int ROWS>
 __device__ __forceinline__ void predict(const Room<W, ROWS>& room, int since) {
   const DecodeModel& m = room.m();
-  for (int r = warp(); r < room.n_rows; r += n_warps()) {
+  for (int r = warp(); r < room.n_rows(); r += n_warps()) {
     Row& row = room.rows()[r];
-    float sums[2] = {};
-#pragma unroll 1
-    for (int which = 0; which < 2; ++which) {
-      const int order = which ? m.planned_order : m.order, places = which ? m.n_left : m.n_recent;
-      const float *const c = which ? room.planned() + r * order : room.past() + r * order,
-                         *const ring = which ? room.left() + r * places : room.samples() + r * places;
-      const int latest = int((row.n - 1) & (places - 1));
-      float sum = 0.f;
-#pragma unroll 8
-      for (int i = lane(); i < order; i += WARP) sum = fmaf(c[i], ring[(latest - i) & (places - 1)], sum);
-      sum = lanes_sum<WARP>(sum);
-      (which ? sums[1] : sums[0]) = sum;
-    }
+    const int latest = int(row.n - 1);
+    const auto with_latest = [](float partial, float c, float x) { return fmaf(c, x, partial); };
+    const float sums[2] = {
+        with_latest(row.partial[0], room.past()[r * m.order], room.samples()[r * m.n_recent + (latest & (m.n_recent - 1))]),
+        with_latest(row.partial[1], room.planned()[r * m.planned_order], room.left()[r * m.n_left + (latest & (m.n_left - 1))])};
     const float tone = m.n_heard > 0 ? room.tones()[r * m.past_hop + since] : 0.f;
     const auto of = [&](float sum, float base) { return prediction::held(base + (sum == sum ? prediction::held(sum) : 0.f)); };
     const float past = of(sums[0], 0.f), planned = of(sums[1], tone);
-    const int which = lane() % 2;
-    const float forecast = which ? planned : past, companded = compand(forecast), half = N_CODES / 2;
+    // Two lanes for each kind of feature: of the past's forecast and the plan's.
+    const int kind = lane() / 2;
+    const float forecast = lane() % 2 ? planned : past, companded = compand(forecast), half = N_CODES / 2;
     const float place = fminf(fmaxf((companded + 1.f) * half, 0.f), N_CODES - 0.001f), code = floorf(place);
     const float fraction = place - code;
-    const float values[5] = {fraction, __sinf(2.f * PI * fraction), companded, 4.f * forecast,
-                             __logf(fabsf(forecast) + 1e-4f) / 4.f};
-    float others[5];
-    for (int kind = 0; kind < 5; ++kind) others[kind] = __shfl_xor_sync(ALL_LANES, values[kind], 1);
+    const float apart = (__shfl_xor_sync(ALL_LANES, companded, 1) - companded) * 32.f;
+    const float mine = kind == 0   ? fraction
+                       : kind == 1 ? __sinf(2.f * PI * fraction)
+                       : kind == 2 ? companded
+                       : kind == 3 ? 4.f * forecast
+                       : kind == 4 ? __logf(fabsf(forecast) + 1e-4f) / 4.f
+                       : lane() % 2 ? apart
+                                   : row.log_scale / 4.f + 1.f;
+    const float other = __shfl_xor_sync(ALL_LANES, mine, 1);
+    if (kind <= 5 && lane() % 2 == 0) room.put(room.features(), 2 * kind, r, mine, other);
     if (lane() > 0) continue;
-    for (int kind = 0; kind < 5; ++kind) room.put(room.features(), 2 * kind, r, values[kind], others[kind]);
-    room.put(room.features(), 10, r, row.log_scale / 4.f + 1.f, (companded - others[2]) * 32.f);
     row.forecasts[0] = past;
     row.forecasts[1] = planned;
     row.tone = tone;
@@ -116,67 +132,68 @@ __device__ __forceinline__ void predict(const Room<W, ROWS>& room, int since) {
 
 /// What a tier's step reads: the features of the last tokens, and where the rows stand. `busy` warps have other work.
 template <class W, int ROWS>
-__device__ __forceinline__ void gather(const Room<W, ROWS>& room, const DecodeTier& tier, int busy) {
+__device__ __forceinline__ void gather(const Room<W, ROWS>& room, int which, int busy) {
   const DecodeArgs& a = room.a();
   const DecodeModel& m = room.m();
+  const DecodeTier& tier = m.tiers[which];
   const int width = m.token_width;
   const Codec codec(room.tables(), m.pcm);
-  const int thread = (threadIdx.x + blockDim.x - busy % n_warps() * WARP) % blockDim.x;
+  int thread = int(threadIdx.x) - busy * WARP;
+  if (thread < 0) thread += blockDim.x;
   const int n_in = tier.seen * width;
   const auto feature = [&](int r, int j) {
-    if (j >= n_in) return 0.f;
-    const unsigned at = unsigned(room.rows()[r].n) - tier.seen + j / width;
+    const int of_token = j / width, of = j - of_token * width, value = of - (width - 2);
+    const unsigned at = unsigned(room.rows()[r].n) - tier.seen + of_token;
     const int coded = room.tokens()[r * m.n_tokens + (at & (m.n_tokens - 1))];
-    const int token = coded & ((1 << TOKEN_BITS) - 1), code = coded >> TOKEN_BITS, of = j % width - (width - 2);
-    return of < 0    ? a.exact[m.code_vectors + code * (width - 2) + j % width]
-           : of == 0 ? codec.companded(token)
-                     : 2.f * codec.decode(token);
+    const int token = coded & ((1 << TOKEN_BITS) - 1), code = coded >> TOKEN_BITS;
+    return value < 0    ? a.exact[m.code_vectors + code * (width - 2) + of]
+           : value == 0 ? codec.companded(token)
+                        : 2.f * codec.decode(token);
   };
-  for (int i = thread; i < room.n_rows * ((n_in + 1) / 2); i += blockDim.x) {
-    const int r = ROWS == 1 ? 0 : i % room.n_rows, j = 2 * (ROWS == 1 ? i : i / room.n_rows);
-    float pair[2] = {};
-#pragma unroll 1
-    for (int i = 0; i < 2; ++i) (i ? pair[1] : pair[0]) = feature(r, j + i);
-    room.put(room.inputs(), j, r, pair[0], pair[1]);
+  for (int i = thread; i < ROWS * ((n_in + 1) / 2); i += blockDim.x) {
+    const int r = i % ROWS, j = i / ROWS * 2;
+    if (r < room.n_rows()) room.put(room.inputs(), j, r, feature(r, j), j + 1 < n_in ? feature(r, j + 1) : 0.f);
   }
-  if (const int r = int(blockDim.x) - 1 - int(threadIdx.x); r < room.n_rows)
-    stand(room.rows()[r], room.rows()[r].n, tier.hop, tier.stack.window);
+  if (const int r = int(blockDim.x) - 1 - int(threadIdx.x); r < room.n_rows()) room.rows()[r].at[which].go_on(tier.stack.window);
 }
 
-/// One step of a tier, at sample in_frame of the frame in `slot`, after `gather` and a barrier; its caches, and what it hands down,
+/// What follows from where a sample is in its frame; one thread.
+template <class W, int ROWS>
+__device__ __forceinline__ void look_up(const Room<W, ROWS>& room, int in_frame) {
+  const DecodeModel& m = room.m();
+  Block& block = room.block();
+  int first = 0;
+  while (in_frame % m.tiers[first].hop != 0) ++first;  // the last one's is 1
+  block.first = first;
+  block.slice = in_frame / (m.plan_hop / m.slices);
+  for (int tier = first; tier < m.n_tiers; ++tier)
+    block.sub[tier] = tier > 0 ? in_frame % m.tiers[tier - 1].hop / m.tiers[tier].hop : 0;
+}
+
+/// One step of a tier, of the frame in `slot`, after `gather` and a barrier; its caches, and what it hands down,
 /// or the head's outputs, are left behind, for a barrier to publish.
 template <class W, int ROWS>
-__device__ __forceinline__ void step_tier(const Room<W, ROWS>& room, Work<W, ROWS>& work, int which, int in_frame, int slot) {
+__device__ __forceinline__ void step_tier(const Room<W, ROWS>& room, Work<W, ROWS>& work, int which, int slot) {
   const DecodeArgs& a = room.a();
   const DecodeModel& m = room.m();
   const DecodeTier& tier = m.tiers[which];
   const int dim = tier.stack.dim;
   const bool last = which == m.n_tiers - 1;
-  // Of the step that the tier above has handed down.
-  const int sub_step = which > 0 ? in_frame % m.tiers[which - 1].hop / tier.hop : 0;
   const auto from_elsewhere = [&](int j, int r) {
     const auto pair = [](const float* from) { return float2{from[0], from[1]}; };
     Begun begun = {{pair(room.frame(r, slot) + tier.planned + j)}};
-    if (which > 0) begun.of[1] = pair(room.memory(r) + m.tiers[which - 1].handed + sub_step * dim + j);
+    if (which > 0) begun.of[1] = pair(room.memory(r) + m.tiers[which - 1].handed + room.block().sub[which] * dim + j);
     if (last) {
       begun.of[2] = pair(a.exact + m.past_code_in + room.rows()[r].past_code * dim + j);
       begun.of[3] = pair(a.exact + m.residual_code_in + room.rows()[r].residual_code * dim + j);
     }
     return begun;
   };
-  // The sizes of the preset `base` are compiled.
-  const auto attend = [&](int64_t cache) {
-    const int head_dim = dim / tier.stack.n_heads;
-    if (head_dim == 48)
-      room.template attend<48>(tier.stack, cache);
-    else if (head_dim == 32)
-      room.template attend<32>(tier.stack, cache);
-    else if (head_dim == 64)
-      room.template attend<64>(tier.stack, cache);
-    else
-      attend_any(room, tier.stack, cache);
+  const auto beside = [&] {
+    if (!last) return;
+    for (int r = n_warps() - 1 - warp(); r < room.n_rows(); r += n_warps()) sum_ahead(room, r, room.rows()[r].n);
   };
-  forward(room, work, tier.stack, which, attend, from_elsewhere, [&](What what, int j, int r, float low, float high) {
+  forward(room, work, tier.stack, which, from_elsewhere, beside, [&](What what, int j, int r, float low, float high) {
     if (what == FIRST || what == SECOND) {
       room.put(what == FIRST ? room.first() : room.second(), j, r, silu(low), silu(high));
     } else {
@@ -188,8 +205,8 @@ __device__ __forceinline__ void step_tier(const Room<W, ROWS>& room, Work<W, ROW
   });
 }
 
-/// -ln of the mass in a token's bin, of lane k's component; the same in all lanes. Out of the way of those who draw.
-__device__ NO_INLINE inline float mixture_nll(float log_weight, float mean, float scale, int n, float low, float high) {
+/// -ln of the mass in a token's bin, of lane k's component; the same in all lanes.
+__device__ __forceinline__ float mixture_nll(float log_weight, float mean, float scale, int n, float low, float high) {
   const double a = (double(low) - mean) / scale, b = (double(high) - mean) / scale;
   const double term = log_weight + log_sigmoid(b) + log_sigmoid(-a) + log(-expm1(-fmax(b - a, LEAST_BIN)));
   double top = -INFINITY, sum = 0.0;
@@ -244,7 +261,7 @@ __device__ __forceinline__ void draw(const Room<W, ROWS>& room, int r, int t, in
   if (a.nll) {
     const float log_weight = mine - (top + logf(lanes_sum<WARP>(__expf(mine - top))));
     const float nats = mixture_nll(log_weight, mean, scale, n, codec.low(token), codec.high(token));
-    if (lane() == 0 && room.rank == 0) a.nll[place] = nats;
+    if (lane() == 0 && room.rank() == 0) a.nll[place] = nats;
   }
   // All lanes have read the row (no emulated schedule shows it: they met in shuffles above, which order no memory).
   __syncwarp();  // unseen
@@ -257,7 +274,7 @@ __device__ __forceinline__ void draw(const Room<W, ROWS>& room, int r, int t, in
     row.residual_code = m.fine_residual ? fine_residual_code(heard - row.forecasts[0])
                                         : (code + N_CODES - row.past_code) % N_CODES;
     row.n = now + 1;
-    if (room.rank == 0) {
+    if (room.rank() == 0) {
       float* const memory = room.memory(r);
       memory[m.samples + int(now & (m.n_samples - 1))] = heard;
       memory[m.left + int(now & (m.n_left - 1))] = sample - row.tone;
@@ -268,39 +285,48 @@ __device__ __forceinline__ void draw(const Room<W, ROWS>& room, int r, int t, in
   }
 }
 
-/// Sample t of all rows, the `since`th since there are coefficients, where sample t % plan_hop of the frame in `slot`.
+/// Sample t of all rows, sample in_frame of the frame in `slot`, the `since`th since there are coefficients.
 template <class W, int ROWS>
-__device__ __forceinline__ void step(Room<W, ROWS>& room, int t, int since, int slot) {
+__device__ __forceinline__ void step(int t, int in_frame, int since, int slot) {
+  const Room<W, ROWS> room = {t % 2};
   const DecodeModel& m = room.m();
   const DecodeArgs& a = room.a();
-  const int in_frame = t % m.plan_hop;
-  room.place = t % 2;
-  int tier = 0;
-  while (in_frame % m.tiers[tier].hop != 0) ++tier;  // the last one's is 1
+  // What a row needs for its draw, asked for now.
+  const int uniforms_of = int(blockDim.x) - 1 - int(threadIdx.x);
+  const bool draws = a.wave_uniforms && uniforms_of < room.n_rows();
+  float uniforms[2] = {};
+  if (draws) {
+    const float* const from = a.wave_uniforms + 2 * (int64_t(room.rows()[uniforms_of].stream) * a.n_frames * m.plan_hop + t);
+    uniforms[0] = from[0];
+    uniforms[1] = from[1];
+  }
+  const int first = room.block().first;
 #pragma unroll 1
-  for (const int first = tier; tier < m.n_tiers; ++tier) {
+  for (int tier = first; tier < m.n_tiers; ++tier) {
     Work<W, ROWS> work;
     work.begin(room, m.tiers[tier].first_map);
-    // Forecasts, tokens, places and uniforms are the work of different warps where there are enough.
-    gather(room, m.tiers[tier], tier == first ? room.n_rows : 0);
+    // Forecasts, tokens and places are the work of different warps where there are enough.
+    gather(room, tier, tier == first ? min(room.n_rows(), n_warps() - 1) : 0);
     if (tier == first) {
-      if (const int i = int(blockDim.x) - 1 - WARP % int(blockDim.x) - int(threadIdx.x); a.wave_uniforms && 0 <= i && i < room.n_rows) {
-        Row& row = room.rows()[i];
-        const float* const uniforms = a.wave_uniforms + 2 * (int64_t(row.stream) * a.n_frames * m.plan_hop + t);
-        const float u = fminf(fmaxf(uniforms[1], TAIL), 1.f - TAIL);
-        row.uniform = uniforms[0];
-        row.logit = logf(u) - log1pf(-u);
-      }
       predict(room, since);
       __syncthreads();  // publishes forecasts, tokens' features, positions
     } else {
-      GROUP_BARRIER(room.size);  // publishes what is handed down, tokens' features, positions
+      GROUP_BARRIER(room.size());  // publishes what is handed down, tokens' features, positions
     }
-    step_tier(room, work, tier, in_frame, slot);
+    step_tier(room, work, tier, slot);
   }
+  if (draws) {
+    const float u = fminf(fmaxf(uniforms[1], TAIL), 1.f - TAIL);
+    room.rows()[uniforms_of].uniform = uniforms[0];
+    room.rows()[uniforms_of].logit = logf(u) - log1pf(-u);
+  }
+  const int slice = room.block().slice;
   __syncthreads();  // publishes the head's outputs
-  room.fresh = false;
-  for (int r = warp(); r < room.n_rows; r += n_warps()) draw(room, r, t, in_frame / (m.plan_hop / m.slices));
+  if (threadIdx.x == blockDim.x - 1) {
+    room.block().fresh = false;
+    if (in_frame + 1 < m.plan_hop) look_up(room, in_frame + 1);
+  }
+  for (int r = warp(); r < room.n_rows(); r += n_warps()) draw(room, r, t, slice);
   __syncthreads();  // publishes the sample
 }
 

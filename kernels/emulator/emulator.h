@@ -318,6 +318,10 @@ inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline double __dmul_rn(double x, double y) { return x * y; }
 inline double cospi(double x) { return std::cos(3.14159265358979323846 * x); }
+inline void sincospi(double x, double* sine, double* cosine) {
+  *sine = std::sin(3.14159265358979323846 * x);
+  *cosine = cospi(x);
+}
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 using std::isfinite;
 using std::max;

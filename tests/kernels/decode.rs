@@ -445,7 +445,7 @@ fn many_streams_play_what_they_play_alone() {
         }
     }
     for element in [Element::F32, Element::Bf16] {
-        assert_plays_as_alone(&base_sized(), element, SET, DecodeGeometry { threads: 384, ..many });
+        assert_plays_as_alone(&base_sized(), element, SET, DecodeGeometry { threads: 256, ..many });
     }
 }
 
@@ -497,7 +497,7 @@ fn the_built_in_model_plays_the_same_however_the_work_is_shared() {
     };
     let (plan, wave) = (all(Kind::Plan, books), all(Kind::Wave, UNIFORMS_PER_SAMPLE * hop));
     let sampling = Sampling { plan: PlanSampling::default(), wave: checkpoint.generation };
-    let one = DecodeGeometry { threads: 384, ..ALONE };
+    let one = DecodeGeometry { threads: 256, ..ALONE };
     let mut wrong = Vec::new();
     for element in [Element::F32, Element::Bf16] {
         let model = Arc::new(Model::new(machine.clone(), &checkpoint, element).unwrap());

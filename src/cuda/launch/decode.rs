@@ -9,7 +9,7 @@ use crate::codec::N_CODES;
 /// Tiers that a model may have.
 pub const MAX_TIERS: usize = 4;
 /// Most threads of a block.
-pub const MAX_THREADS: usize = 384;
+pub const MAX_THREADS: usize = 256;
 /// Streams that a group of blocks plays side by side, if there are several.
 pub const SET: usize = 8;
 /// Blocks that may share a stream's work, by size of cluster.
@@ -18,8 +18,9 @@ pub const GROUP_SIZES: [usize; 4] = [1, 2, 4, 8];
 pub const N_FLAGS: usize = 4;
 /// Features of the forecasts.
 const N_FEATURES: usize = 12;
-/// Bytes of `Row` in kernels/decode_step.cuh.
-const ROW_BYTES: usize = 80;
+/// Bytes of `Row` and `Block` in kernels/decode_step.cuh.
+const ROW_BYTES: usize = 152;
+const BLOCK_BYTES: usize = 48;
 /// Outputs of a tile of weights, inputs of a step of one, and bytes of a piece of these: 16 for each lane.
 const TILE: usize = 16;
 const STEP: usize = 16;
@@ -123,7 +124,7 @@ const MAX_FEATURES: usize = u16::MAX as usize;
 
 mirrored!(
     /// A stack of transformer blocks.
-    DecodeStack, 40, {
+    DecodeStack, 56, {
         cache: i64,
         dim: i32,
         n_layers: i32,
@@ -133,11 +134,15 @@ mirrored!(
         angles: i32,
         frequencies: i32,
         block_cache: i32,
+        head_dim: i32,
+        vectors: i32,
+        sharers: i32,
+        over_vectors: i32,
     }
 );
 mirrored!(
     /// A tier of the wave transformer.
-    DecodeTier, 72, {
+    DecodeTier, 88, {
         stack: DecodeStack,
         hop: i32,
         seen: i32,
@@ -151,7 +156,7 @@ mirrored!(
 );
 mirrored!(
     /// Sizes of a model and where its parts lie.
-    DecodeModel, 584, {
+    DecodeModel, 664, {
         plan: DecodeStack,
         tiers: [DecodeTier; MAX_TIERS],
         n_tiers: i32,
@@ -586,7 +591,7 @@ impl DecodeGeometry {
             .max((F64 * past.max(planned)).max(tones).saturating_sub(activations));
 
         let sizes: [usize; N_REGIONS - 1] = [
-            size_of::<DecodeArgs>() + size_of::<DecodeModel>(),
+            size_of::<DecodeArgs>() + size_of::<DecodeModel>() + BLOCK_BYTES,
             m.n_maps() * size_of::<DecodeMap>(),
             rows * ROW_BYTES,
             rows * n(m.n_recent) * F32,

@@ -113,7 +113,8 @@ pub enum LaunchError {
 const SHARED_BYTES: usize = 232_448;
 /// The most blocks in the second and third dimension of a grid.
 const MAX_GRID_YZ: usize = 65_535;
-const WARP: usize = 32;
+/// Lanes of a warp.
+pub const WARP: usize = 32;
 
 fn within(what: &'static str, got: usize, limit: usize) -> Result<i32, LaunchError> {
     let size = i32::try_from(got).ok().filter(|_| (1..=limit).contains(&got));

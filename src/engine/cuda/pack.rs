@@ -5,7 +5,7 @@ use half::bf16;
 use crate::checkpoint::{Checkpoint, Weight};
 use crate::codec::{Codec, N_CODES, Quantizer, Token};
 use crate::cuda::launch::{
-    DecodeLinear, DecodeModel, DecodeStack, DecodeTier, Element, MAX_TIERS, PlanGrid, ToneTables, Words, tiled,
+    DecodeLinear, DecodeModel, DecodeStack, DecodeTier, Element, MAX_TIERS, PlanGrid, ToneTables, WARP, Words, tiled,
 };
 use crate::engine::EngineError;
 use crate::forecast::PastForecast;
@@ -136,6 +136,7 @@ impl Packer<'_> {
         }
         let (cache, block_cache) =
             (self.caches, 2 * n_heads * window * head_dim.next_multiple_of(self.element.vector()));
+        let vectors = head_dim.div_ceil(self.element.vector());
         self.caches += (n_layers * block_cache) as i64;
         let frequencies: Vec<f64> =
             (0..head_dim / 2).map(|i| ROPE_BASE.powf(-2.0 * i as f64 / head_dim as f64)).collect();
@@ -143,7 +144,7 @@ impl Packer<'_> {
             let angles = frequencies.iter().map(move |f| pos as f64 * f);
             angles.clone().map(f64::cos).chain(angles.map(f64::sin)).map(|x| x as f32)
         }));
-        let frequencies = self.doubles(frequencies.iter().copied());
+        let frequencies = self.doubles(frequencies.iter().map(|f| f / std::f64::consts::PI));
         let linears = self.linears.len() as i32;
         for block in 0..n_layers {
             let name = format!("{name}.blocks.{block}");
@@ -163,6 +164,10 @@ impl Packer<'_> {
             angles,
             frequencies,
             block_cache: block_cache as i32,
+            head_dim: head_dim as i32,
+            vectors: vectors as i32,
+            sharers: if WARP / vectors > 0 { 1 << (WARP / vectors).ilog2() } else { 1 },
+            over_vectors: 1024_usize.div_ceil(vectors) as i32,
         })
     }
 }
