@@ -21,7 +21,7 @@ struct AttentionArgs {
   int32_t len;
   int32_t window;  // query i sees keys i - window + 1 ..= i
   float scale;     // of the scores
-  int32_t reserved;
+  int32_t joined;  // 1: o and d_o lie [batch, len, n_heads, head_dim], not [batch, n_heads, len, head_dim]
 };
 static_assert(sizeof(AttentionArgs) == 104, "AttentionArgs differs from src/cuda/launch");
 
@@ -169,6 +169,21 @@ struct SwigluArgs {
 };
 static_assert(sizeof(SwigluArgs) == 40, "SwigluArgs differs from src/cuda/launch");
 
+/// y = silu(z + bias); z, y, d_y, d_z [rows, dim].
+struct SiluArgs {
+  const float* z;
+  const float* bias;  // [dim]
+  float* y;
+  const float* d_y;     // the rest: backward
+  float* d_z;
+  float* d_bias_parts;  // [parts, dim]: of d_z, sums over rows_per_part rows each
+  int32_t rows;
+  int32_t dim;
+  int32_t rows_per_part;
+  int32_t reserved;
+};
+static_assert(sizeof(SiluArgs) == 64, "SiluArgs differs from src/cuda/launch");
+
 /// -ln softmax(logits)[target]; logits, d_logits [rows, classes].
 struct CrossEntropyArgs {
   const void* logits;
@@ -208,12 +223,13 @@ struct SplitHeadsArgs {
   const void* d_k;
   const void* d_v;
   void* d_qkv;
+  const float* turns;  // [at least len, head_dim]: cosines, then sines, of positions
   int32_t rows;
   int32_t len;
   int32_t n_heads;
   int32_t head_dim;  // even, at most 128
 };
-static_assert(sizeof(SplitHeadsArgs) == 80, "SplitHeadsArgs differs from src/cuda/launch");
+static_assert(sizeof(SplitHeadsArgs) == 88, "SplitHeadsArgs differs from src/cuda/launch");
 
 /// y = x and a row of each of the tables; x, y, d_y [rows, dim]; the tables one after the other, each [entries, dim].
 struct GatherArgs {

@@ -43,13 +43,22 @@ __device__ __forceinline__ float4 load4(const bf16* p) {
   return {to_float(four.x), to_float(four.y), to_float(four.z), to_float(four.w)};
 }
 
-/// Rows first .. first + TILE of a [len, D] matrix into shared memory; 0 beyond its end.
+/// Where the outputs of a head begin, and how far its rows are apart.
+struct Outputs {
+  size_t begin;
+  int stride;
+  __device__ Outputs(const AttentionArgs& a, int d, int batch, int head)
+      : begin(a.joined ? (size_t(batch) * a.len * a.n_heads + head) * d : (size_t(batch) * a.n_heads + head) * a.len * d),
+        stride(a.joined ? a.n_heads * d : d) {}
+};
+
+/// Rows first .. first + TILE of a matrix [len, D], whose rows are `stride` apart, into shared memory; 0 beyond its end.
 template <class T, int D>
-__device__ void load_tile(float* tile, const T* matrix, int first, int len) {
+__device__ void load_tile(float* tile, const T* matrix, int first, int len, int stride = D) {
   for (int i = threadIdx.x; i < TILE * D / 4; i += THREADS) {
     const int row = i / (D / 4), column = i % (D / 4) * 4;
     float4 four = {0.f, 0.f, 0.f, 0.f};
-    if (first + row < len) four = load4(matrix + size_t(first + row) * D + column);
+    if (first + row < len) four = load4(matrix + size_t(first + row) * stride + column);
     *reinterpret_cast<float4*>(tile + row * STRIDE<D> + column) = four;
   }
 }
@@ -93,11 +102,11 @@ __device__ void add_weighted(float (&sums)[4][D / COLUMNS], const float* weights
 }
 
 template <class T, int D>
-__device__ void store_rows(T* matrix, const float (&rows)[4][D / COLUMNS], int first, int len, Place at) {
+__device__ void store_rows(T* matrix, const float (&rows)[4][D / COLUMNS], int first, int len, Place at, int stride = D) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (first + at.row(i) >= len) continue;
-    T* row = matrix + size_t(first + at.row(i)) * D;
+    T* row = matrix + size_t(first + at.row(i)) * stride;
 #pragma unroll
     for (int c = 0; c < D / COLUMNS; ++c) row[at.column(c)] = from_float<T>(rows[i][c]);
   }
@@ -174,7 +183,8 @@ __device__ void forward(const AttentionArgs& a) {
 #pragma unroll
     for (int c = 0; c < D / COLUMNS; ++c) sums[i][c] /= total[i];
   }
-  store_rows<T, D>(static_cast<T*>(a.o) + head * head_size, sums, first_query, a.len, at);
+  const Outputs out(a, D, blockIdx.z, blockIdx.y);
+  store_rows<T, D>(static_cast<T*>(a.o) + out.begin, sums, first_query, a.len, at, out.stride);
 }
 
 /// delta and dq. Shared: q, d_o, k, v tiles, ds, delta, lse.
@@ -194,12 +204,13 @@ __device__ void backward_queries(const AttentionArgs& a) {
   const size_t head_size = size_t(a.len) * D;
 
   load_tile<T, D>(q, static_cast<const T*>(a.q) + head * head_size, first_query, a.len);
-  load_tile<T, D>(d_o, static_cast<const T*>(a.d_o) + head * head_size, first_query, a.len);
+  const Outputs out(a, D, blockIdx.z, blockIdx.y);
+  load_tile<T, D>(d_o, static_cast<const T*>(a.d_o) + out.begin, first_query, a.len, out.stride);
   {  // delta: four threads a row
     const int row = threadIdx.x / 4, query = first_query + row;
     float sum = 0.f;
     if (query < a.len) {
-      const size_t offset = head * head_size + size_t(query) * D;
+      const size_t offset = out.begin + size_t(query) * out.stride;
       const T* const left = static_cast<const T*>(a.d_o) + offset;
       const T* const right = static_cast<const T*>(a.o) + offset;
       for (int d = threadIdx.x % 4; d < D; d += 4) sum += to_float(left[d]) * to_float(right[d]);
@@ -262,7 +273,8 @@ __device__ void backward_keys(const AttentionArgs& a) {
     const size_t head = size_t(blockIdx.z) * a.n_heads + blockIdx.y * group + member;
     for (int query = first; query < end; query += TILE) {
       load_tile<T, D>(q, static_cast<const T*>(a.q) + head * head_size, query, a.len);
-      load_tile<T, D>(d_o, static_cast<const T*>(a.d_o) + head * head_size, query, a.len);
+      const Outputs out(a, D, blockIdx.z, blockIdx.y * group + member);
+      load_tile<T, D>(d_o, static_cast<const T*>(a.d_o) + out.begin, query, a.len, out.stride);
       if (threadIdx.x < TILE) {
         const int row = query + threadIdx.x;
         delta[threadIdx.x] = row < a.len ? a.delta[head * a.len + row] : 0.f;

@@ -1,11 +1,11 @@
-// The training step's other operations, each fused, forward and backward: RMSNorm, SwiGLU, cross-entropy, the negative
+// The training step's other operations, each fused, forward and backward: RMSNorm, SwiGLU, SiLU after a bias, cross-entropy, the negative
 // log-likelihood of the mixture head (src/model/head.rs), queries and keys made ready for attention, embeddings; and the
 // optimizer's step. Elements f32 or (the first three) bf16, arithmetic in f32, no atomics.
 //
 // Geometry: RMSNorm and cross-entropy one warp per row, 4 a block; the gain's gradient blocks of 32 columns by 8 rows over (columns,
-// parts of the rows), then column sums; SwiGLU, embeddings and AdamW one thread per output; mixture one thread per sample, its head
-// outputs through shared memory; heads one warp per row and head; embeddings' gradient one block per (table, 64 columns, part of the
-// rows), whose threads each sum their column of the whole table in shared memory, then column sums. Layouts in args.cuh; dynamic shared memory: see src/cuda/launch.
+// parts of the rows), then column sums, and so a bias's; SwiGLU, SiLU, embeddings and AdamW one thread per output; mixture one thread per sample, its head
+// outputs through shared memory; heads one warp per row and head; embeddings' gradient one block per (table, 64 of its
+// entries, 64 columns, part of the rows), whose threads each sum their column of these in shared memory, then column sums. Layouts in args.cuh; dynamic shared memory: see src/cuda/launch.
 // Oracles: tests/kernels/training.rs.
 #include "common.cuh"
 
@@ -17,10 +17,7 @@ constexpr int SUM_ROWS = 8;
 constexpr int SUM_THREADS = WARP * SUM_ROWS;
 /// NORM_EPS of src/model/block.rs.
 constexpr float NORM_EPS = 1e-6f;
-/// As in src/model/ops/plain.rs.
-constexpr double LOG2_ROPE_BASE = 13.287712379549449391;  // of 10,000
-constexpr double TAU = 6.2831853071795864769;
-constexpr int GATHER_COLUMNS = 64;
+constexpr int GATHER_COLUMNS = 64, GATHER_ENTRIES = 64;
 /// As in src/sampler.rs and src/model/head.rs.
 constexpr int N_FORECASTS = 2;
 constexpr float MAX_OFFSET = 4.f, MAX_LOG_SCALE = 2.5f, LEAST_BIN = 1e-6f;
@@ -184,6 +181,30 @@ __device__ void swiglu_backward(const SwigluArgs& a) {
   d_up[at + a.hidden] = from_float<T>(d_y * gate * open);
 }
 
+// ---- kernels: SiLU -------------------------------------------------------------------------------------------------
+
+__device__ void silu_forward(const SiluArgs& a) {
+  const size_t i = size_t(blockIdx.x) * THREADS + threadIdx.x;
+  if (i >= size_t(a.rows) * a.dim) return;
+  const float x = a.z[i] + a.bias[i % a.dim];
+  a.y[i] = x * sigmoid(x);
+}
+
+__device__ void silu_backward(const SiluArgs& a) {
+  const size_t i = size_t(blockIdx.x) * THREADS + threadIdx.x;
+  if (i >= size_t(a.rows) * a.dim) return;
+  const float x = a.z[i] + a.bias[i % a.dim], open = sigmoid(x);
+  a.d_z[i] = a.d_y[i] * open * (1.f + x * (1.f - open));
+}
+
+/// d_bias = sum over rows of d_z, for each part of the rows; column_sums adds the parts.
+__device__ void silu_backward_bias(const SiluArgs& a) {
+  const int column = blockIdx.x * WARP + threadIdx.x % WARP, first = blockIdx.y * a.rows_per_part;
+  const float sum = column_sum(first, min(a.rows, first + a.rows_per_part),
+                               [&](int row) { return column < a.dim ? a.d_z[size_t(row) * a.dim + column] : 0.f; });
+  if (threadIdx.x < WARP && column < a.dim) a.d_bias_parts[size_t(blockIdx.y) * a.dim + column] = sum;
+}
+
 // ---- kernels: cross-entropy ----------------------------------------------------------------------------------------
 
 template <class T>
@@ -295,12 +316,10 @@ struct Head {
 /// Cosine and sine of what feature i of the first half and its partner are turned by.
 struct Turn {
   float cosine, sine;
-  __device__ Turn(int position, int i, int head_dim) {
-    // Whole turns are taken off in f64, so that late positions are as exact as early ones.
-    const double turns = position * exp2(-2. * i / head_dim * LOG2_ROPE_BASE) / TAU;
-    const float angle = float((turns - rint(turns)) * TAU);
-    cosine = cosf(angle);
-    sine = sinf(angle);
+  __device__ Turn(const SplitHeadsArgs& a, int position, int i) {
+    const float* const turns = a.turns + size_t(position) * a.head_dim;
+    cosine = turns[i];
+    sine = turns[a.head_dim / 2 + i];
   }
 };
 
@@ -318,7 +337,7 @@ __device__ void split_heads_forward(const SplitHeadsArgs& a) {
     y[i + half] = from_float<T>(low * turn.sine + high * turn.cosine);
   };
   for (int i = lane(); i < half; i += WARP) {
-    const Turn turn(from.position, i, a.head_dim);
+    const Turn turn(a, from.position, i);
     rotate(from.q, scale_q, a.q, i, turn);
     rotate(from.k, scale_k, a.k, i, turn);
   }
@@ -347,7 +366,7 @@ __device__ void split_heads_backward(const SplitHeadsArgs& a) {
     for (int n = 0; n < HALF_PER_LANE; ++n) {
       const int i = lane() + n * WARP;
       if (i >= half) continue;
-      const Turn turn(from.position, i, a.head_dim);
+      const Turn turn(a, from.position, i);
       const float d_low = to_float(d_y[i]), d_high = to_float(d_y[i + half]);
       low[n] = d_low * turn.cosine + d_high * turn.sine;
       high[n] = d_high * turn.cosine - d_low * turn.sine;
@@ -378,29 +397,33 @@ __device__ void gather_forward(const GatherArgs& a) {
   a.y[i] = y;
 }
 
-/// The other way for a table, some columns and a part of the rows. Shared: those columns of the table.
+/// The other way for some entries of a table, some columns and a part of the rows. Shared: those columns of these entries. A thread adds
+/// to its sums one row after the other, each of which waits for the one before; so a block has few entries, and a multiprocessor many
+/// blocks.
 __device__ void gather_backward(const GatherArgs& a) {
   constexpr int AHEAD = 8;
   SHARED_MEMORY(float, sums);
-  const int t = blockIdx.x % a.n_tables, column = blockIdx.x / a.n_tables * GATHER_COLUMNS + threadIdx.x;
+  const int groups = (a.entries + GATHER_ENTRIES - 1) / GATHER_ENTRIES, t = blockIdx.x / groups % a.n_tables;
+  const int first_entry = int(blockIdx.x % groups) * GATHER_ENTRIES, n_entries = min(GATHER_ENTRIES, a.entries - first_entry);
+  const int column = blockIdx.x / groups / a.n_tables * GATHER_COLUMNS + threadIdx.x;
   if (column >= a.dim) return;  // no thread reads another's sums
   float* const mine = sums + threadIdx.x;
-  for (int entry = 0; entry < a.entries; ++entry) mine[entry * GATHER_COLUMNS] = 0.f;
+  for (int entry = 0; entry < n_entries; ++entry) mine[entry * GATHER_COLUMNS] = 0.f;
   const int first = blockIdx.y * a.rows_per_part, end = min(a.rows, first + a.rows_per_part);
   for (int row = first; row < end; row += AHEAD) {
     int entries[AHEAD];
     float values[AHEAD];
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
-      const bool there = row + i < end;
-      entries[i] = there ? a.codes[size_t(row + i) * a.n_tables + t] - t * a.entries : 0;
-      values[i] = there ? a.d_y[size_t(row + i) * a.dim + column] : 0.f;
+      entries[i] = row + i < end ? int(a.codes[size_t(row + i) * a.n_tables + t]) - t * a.entries - first_entry : -1;
+      if (unsigned(entries[i]) < unsigned(n_entries)) values[i] = a.d_y[size_t(row + i) * a.dim + column];
     }
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) mine[entries[i] * GATHER_COLUMNS] += values[i];
+    for (int i = 0; i < AHEAD; ++i)
+      if (unsigned(entries[i]) < unsigned(n_entries)) mine[entries[i] * GATHER_COLUMNS] += values[i];
   }
-  float* const part = a.d_table_parts + (size_t(blockIdx.y) * a.n_tables + t) * a.entries * a.dim + column;
-  for (int entry = 0; entry < a.entries; ++entry) part[size_t(entry) * a.dim] = mine[entry * GATHER_COLUMNS];
+  float* const part = a.d_table_parts + ((size_t(blockIdx.y) * a.n_tables + t) * a.entries + first_entry) * a.dim + column;
+  for (int entry = 0; entry < n_entries; ++entry) part[size_t(entry) * a.dim] = mine[entry * GATHER_COLUMNS];
 }
 
 // ---- kernels: sums -------------------------------------------------------------------------------------------------
@@ -445,6 +468,9 @@ __device__ void adamw(const AdamwArgs& a) {
 
 ENTRIES(f32, float)
 ENTRIES(bf16, bf16)
+KERNEL(training_silu_forward, SiluArgs, THREADS, silu_forward)
+KERNEL(training_silu_backward, SiluArgs, THREADS, silu_backward)
+KERNEL(training_silu_backward_bias, SiluArgs, SUM_THREADS, silu_backward_bias)
 KERNEL(training_column_sums, ColumnSumsArgs, SUM_THREADS, column_sums)
 KERNEL(training_mixture_nll_forward, MixtureNllArgs, THREADS, mixture_nll_forward)
 KERNEL(training_mixture_nll_backward, MixtureNllArgs, THREADS, mixture_nll_backward)

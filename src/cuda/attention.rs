@@ -1,9 +1,13 @@
 //! Causal sliding-window attention of tensors, with gradients, by kernels/attention_window.cu.
 
-use candle_core::{Error, Result, Tensor, bail};
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::{Device, DeviceLocation, Error, Result, Tensor, bail};
 
 use super::launch::{AttentionShape, Element, HeadsShape};
 use super::memory::{Fresh, address, element, gpu, launch, of_three};
+use crate::model::ops::attention::rope_angles;
 use crate::model::ops::stack::Backward;
 
 const NAME: &str = "attention_window";
@@ -14,7 +18,7 @@ const NAME: &str = "attention_window";
 /// # Errors
 /// When the tensors are not on a CUDA device, or no kernel serves their shapes or type.
 pub fn attention_window(q: &Tensor, k: &Tensor, v: &Tensor, window: usize) -> Result<Tensor> {
-    let heads = Heads { q: q.contiguous()?, k: k.contiguous()?, v: v.contiguous()?, window };
+    let heads = Heads { q: q.contiguous()?, k: k.contiguous()?, v: v.contiguous()?, window, joined: false };
     let (o, lse) = heads.forward()?;
     let [q, k, v] = [heads.q.clone(), heads.k.clone(), heads.v.clone()];
     of_three(NAME, [&q, &k, &v], o, move |o, d_o| Ok(heads.backward(o, &lse, d_o)?.map(Fresh::tensor)))
@@ -36,29 +40,44 @@ pub fn attention(qkv: &Tensor, n_heads: usize, window: usize) -> Result<(Fresh, 
     let (dim, head_dim) = (width / 3, width / 3 / n_heads);
     let shape = HeadsShape { batch, len, n_heads, head_dim };
     let mut args = shape.args().map_err(Error::wrap)?;
-    args.qkv = address(&qkv)?;
+    let turns = turns(len, head_dim, qkv.device())?;
+    (args.qkv, args.turns) = (address(&qkv)?, address(&turns)?);
     let heads = || Fresh::new((batch, n_heads, len, head_dim), element, &device);
     let [q, k, v] = [heads()?, heads()?, heads()?];
     (args.q, args.k, args.v) = (q.address()?, k.address()?, v.address()?);
     // SAFETY: the sizes are those of `shape`.
     unsafe { launch(&device, &shape.forward(element), &args) }?;
-    let heads = Heads { q: q.tensor(), k: k.tensor(), v: v.tensor(), window };
+    let heads = Heads { q: q.tensor(), k: k.tensor(), v: v.tensor(), window, joined: true };
     let (o, lse) = heads.forward()?;
     let o = o.tensor();
-    let joined = Fresh::copy(&o.transpose(1, 2)?, (batch, len, dim))?;
+    let result = Fresh::copy(&o, (batch, len, dim))?;
     let back = move |d: &Tensor| {
-        let d_o = d.reshape((batch, len, n_heads, head_dim))?.transpose(1, 2)?.contiguous()?;
-        let [d_q, d_k, d_v] = heads.backward(&o, &lse, &d_o)?;
+        let [d_q, d_k, d_v] = heads.backward(&o, &lse, &d.contiguous()?)?;
         let d_qkv = Fresh::new((batch, len, width), element, &device)?;
         let mut args = args;
-        args.qkv = address(&qkv)?;
+        (args.qkv, args.turns) = (address(&qkv)?, address(&turns)?);
         (args.d_q, args.d_k, args.d_v) = (d_q.address()?, d_k.address()?, d_v.address()?);
         args.d_qkv = d_qkv.address()?;
         // SAFETY: as above.
         unsafe { launch(&device, &shape.backward(element), &args) }?;
         Ok([d_qkv.tensor()])
     };
-    Ok((joined, Box::new(back)))
+    Ok((result, Box::new(back)))
+}
+
+/// Cosines and sines of at least `len` positions, `[positions, head_dim]`, which stay on the GPU.
+fn turns(len: usize, head_dim: usize, device: &Device) -> Result<Tensor> {
+    static KEPT: Mutex<BTreeMap<(usize, usize), Tensor>> = Mutex::new(BTreeMap::new());
+    let DeviceLocation::Cuda { gpu_id } = device.location() else { bail!("attention: the tensors are not on a GPU") };
+    let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    let of = kept.get(&(gpu_id, head_dim)).filter(|turns| turns.dims()[0] >= len && turns.device().same_device(device));
+    if let Some(turns) = of {
+        return Ok(turns.clone());
+    }
+    let angles = rope_angles(len, head_dim);
+    let turns = Tensor::from_slice(&angles[..len * head_dim], (len, head_dim), device)?;
+    kept.insert((gpu_id, head_dim), turns.clone());
+    Ok(turns)
 }
 
 /// What attention is computed of; contiguous.
@@ -67,11 +86,13 @@ struct Heads {
     k: Tensor,
     v: Tensor,
     window: usize,
+    /// As in [`AttentionShape`].
+    joined: bool,
 }
 
 impl Heads {
     fn shape(&self) -> Result<AttentionShape> {
-        let Self { q, k, v, window } = self;
+        let Self { q, k, v, window, joined } = self;
         let (batch, n_heads, len, head_dim) = q.dims4()?;
         let (k_batch, n_kv_heads, k_len, k_dim) = k.dims4()?;
         if k.dims() != v.dims()
@@ -80,7 +101,7 @@ impl Heads {
         {
             bail!("{NAME}: queries {q:?}, keys {k:?} and values {v:?} do not go together");
         }
-        Ok(AttentionShape { batch, n_heads, n_kv_heads, len, head_dim, window: *window })
+        Ok(AttentionShape { batch, n_heads, n_kv_heads, len, head_dim, window: *window, joined: *joined })
     }
 
     /// The output and the log-sum-exp of each query's scores, `[batch, n_heads, len]`.

@@ -6,8 +6,8 @@ use candle_core::{D, DType, Error, Result, Shape, Tensor, Var, bail};
 
 use super::attention::attention;
 use super::launch::{
-    self, AdamwArgs, CrossEntropyShape, Element, GatherShape, HEAD_DIMS, MixtureShape, NormShape, SwigluArgs,
-    SwigluShape,
+    self, AdamwArgs, CrossEntropyShape, Element, GatherShape, HEAD_DIMS, MixtureShape, NormShape, SiluShape,
+    SwigluArgs, SwigluShape,
 };
 use super::memory::{Fresh, add_to, address, element, f32, gpu, launch, of_one, of_three, of_two};
 use crate::model::config::N_FORECASTS;
@@ -24,7 +24,7 @@ pub(crate) static OPS: Ops = Ops {
     norm_linear: |x, gain, weight| norm_linear(x, gain, weight, F32),
     project: |x, gain, weight| norm_linear(x, gain, weight, F32),
     linear: plain::linear,
-    silu_linear: plain::silu_linear,
+    silu_linear,
     add_linear,
     add_swiglu_linear,
     attention: |qkv, n_heads, window| {
@@ -159,6 +159,39 @@ fn norm_linear_step([x, gain, weight]: [&Tensor; 3], element: Element) -> Result
     Ok((y, Box::new(back)))
 }
 
+fn silu_linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    let (x, weight, bias) = (f32(x)?, f32(weight)?, f32(bias)?);
+    let device = gpu(&x)?.clone();
+    let ((rows, _), dim) = (rows(&x)?, weight.dim(1)?);
+    if bias.elem_count() != dim {
+        bail!("silu_linear: biases {:?} for {:?}", bias.shape(), weight.shape());
+    }
+    let shape = SiluShape { rows, dim };
+    let mut args = shape.args().map_err(Error::wrap)?;
+    let z = product(&x, &weight, widened(&x, dim))?.tensor();
+    let y = Fresh::new(z.shape(), F32, &device)?;
+    (args.z, args.bias, args.y) = (address(&z)?, address(&bias)?, y.address()?);
+    // SAFETY: the sizes are those of `shape`; so below.
+    unsafe { launch(&device, &shape.forward(), &args) }?;
+    of_three("silu_linear", [&x.clone(), &weight.clone(), &bias.clone()], y, move |_, d_y| {
+        let d_z = Fresh::new(z.shape(), F32, &device)?;
+        let (parts, d_bias) = (Fresh::new((shape.parts(), dim), F32, &device)?, Fresh::new(dim, F32, &device)?);
+        let mut args = args;
+        (args.z, args.bias, args.d_y) = (address(&z)?, address(&bias)?, address(d_y)?);
+        (args.d_z, args.d_bias_parts) = (d_z.address()?, parts.address()?);
+        let (sum, mut sums) = shape.sum_parts();
+        (sums.parts, sums.sums) = (parts.address()?, d_bias.address()?);
+        // SAFETY: as above.
+        unsafe {
+            launch(&device, &shape.backward(), &args)?;
+            launch(&device, &shape.backward_bias(), &args)?;
+            launch(&device, &sum, &sums)?;
+        }
+        let [d_x, d_weight] = linear_backward(&x, &weight, &d_z.tensor())?;
+        Ok([d_x, d_weight, d_bias.tensor()])
+    })
+}
+
 /// Heads that no kernel serves attend by candle's operations.
 fn attention_step(qkv: &Tensor, n_heads: usize, window: usize) -> Result<(Fresh, Backward<1>)> {
     if HEAD_DIMS.contains(&(qkv.dim(D::Minus1)? / 3 / n_heads)) {
@@ -243,7 +276,7 @@ fn gather_add(x: &Tensor, table: &Tensor, codes: &[u32]) -> Result<Tensor> {
     let ((n, dim), (entries, _)) = (rows(&x)?, table.dims2()?);
     let n_tables = codes.len() / n.max(1);
     let shape = GatherShape { rows: n, dim, n_tables, entries: entries / n_tables.max(1) };
-    let (mut args, backward) = (shape.args().map_err(Error::wrap)?, shape.backward().map_err(Error::wrap)?);
+    let (mut args, backward) = (shape.args().map_err(Error::wrap)?, shape.backward());
     if codes.len() != n * n_tables || shape.table_len() != table.elem_count() {
         bail!("gather_add: {} codes for {:?} from {:?}", codes.len(), x.shape(), table.shape());
     }

@@ -37,7 +37,7 @@ impl Inputs {
 /// The definition, in f64, one score after the other.
 fn attention(inputs: &Inputs) -> Outputs {
     let Inputs { shape, q, k, v, d_o } = inputs;
-    let AttentionShape { batch, n_heads, n_kv_heads, len, head_dim, window } = *shape;
+    let AttentionShape { batch, n_heads, n_kv_heads, len, head_dim, window, .. } = *shape;
     let scale = (head_dim as f64).sqrt().recip();
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
     let zeros = |x: &[f64]| vec![0.0; x.len()];
@@ -75,6 +75,18 @@ fn attention(inputs: &Inputs) -> Outputs {
     out
 }
 
+/// Outputs `[batch, n_heads, len, head_dim]` as `[batch, len, n_heads, head_dim]`, or back.
+fn joined(x: &[f64], shape: &AttentionShape, forth: bool) -> Vec<f64> {
+    let AttentionShape { n_heads, len, head_dim, .. } = *shape;
+    let mut out = vec![0.0; x.len()];
+    for (i, row) in x.chunks(head_dim).enumerate() {
+        let (batch, rest) = (i / (n_heads * len), i % (n_heads * len));
+        let to = if forth { rest % len * n_heads + rest / len } else { rest % n_heads * len + rest / n_heads };
+        out[(batch * n_heads * len + to) * head_dim..][..head_dim].copy_from_slice(row);
+    }
+    out
+}
+
 /// The three kernels one after the other.
 fn emulated(emulator: &Emulator, inputs: &Inputs, element: Element, schedule: Schedule) -> Result<Outputs, String> {
     let shape = inputs.shape;
@@ -86,7 +98,7 @@ fn emulated(emulator: &Emulator, inputs: &Inputs, element: Element, schedule: Sc
         to_bytes(&inputs.v, element),
         empty(&inputs.q),
         unwritten(n_rows, Element::F32),
-        to_bytes(&inputs.d_o, element),
+        to_bytes(&if shape.joined { joined(&inputs.d_o, &shape, true) } else { inputs.d_o.clone() }, element),
         unwritten(n_rows, Element::F32),
         empty(&inputs.q),
         empty(&inputs.k),
@@ -110,7 +122,7 @@ fn emulated(emulator: &Emulator, inputs: &Inputs, element: Element, schedule: Sc
     }
     let values = |i: usize| from_bytes(&buffers[i], element);
     Ok(Outputs {
-        o: values(3),
+        o: if shape.joined { joined(&values(3), &shape, false) } else { values(3) },
         lse: from_bytes(&buffers[4], Element::F32),
         dq: values(7),
         dk: values(8),
@@ -134,7 +146,7 @@ fn check(emulator: &Emulator, inputs: &Inputs, element: Element, schedule: Sched
 
 /// Two and a half tiles of queries, windows across their borders, two queries' heads to a key's.
 const WITH_BORDERS: AttentionShape =
-    AttentionShape { batch: 1, n_heads: 2, n_kv_heads: 1, len: 80, head_dim: 48, window: 40 };
+    AttentionShape { batch: 1, n_heads: 2, n_kv_heads: 1, len: 80, head_dim: 48, window: 40, joined: false };
 
 #[test]
 fn attention_equals_its_definition_for_random_shapes_and_schedules() {
@@ -152,6 +164,7 @@ fn attention_equals_its_definition_for_random_shapes_and_schedules() {
                     len,
                     head_dim,
                     window: 1 + rng.below(len + 20),
+                    joined: rng.below(2) == 0,
                 };
                 let inputs = Inputs::random(shape, element, &mut rng);
                 check(&emulator, &inputs, element, Schedule::seeded(round))
@@ -204,7 +217,7 @@ fn too_little_shared_memory_is_noticed() {
 
 #[test]
 fn the_definitions_gradients_are_those_of_finite_differences() {
-    let shape = AttentionShape { batch: 1, n_heads: 2, n_kv_heads: 1, len: 9, head_dim: 32, window: 4 };
+    let shape = AttentionShape { batch: 1, n_heads: 2, n_kv_heads: 1, len: 9, head_dim: 32, window: 4, joined: false };
     let inputs = Inputs::random(shape, Element::F32, &mut Rng::new(65));
     let loss = |inputs: &Inputs| attention(inputs).o.iter().zip(&inputs.d_o).map(|(o, d)| o * d).sum::<f64>();
     let gradients = attention(&inputs);

@@ -3,14 +3,15 @@
 use candle_core::{Device, Tensor};
 use wavegen::codec::{Codec, Quantizer};
 use wavegen::model::head::{self, Targets};
+use wavegen::model::ops::plain::rope_values;
 use wavegen::rng::Rng;
 use wavegen::sampler::{MAX_LOG_SCALE, MAX_OFFSET};
 
 use crate::emulator::{Emulator, Schedule, close, from_bytes, named, normal, to_bytes, unwritten};
 use crate::launch::{
     AdamwArgs, AddArgs, ColumnSumsArgs, CrossEntropyArgs, CrossEntropyShape, Element, GatherArgs, GatherShape,
-    HeadsShape, LaunchError, MixtureNllArgs, MixtureShape, NormShape, RmsNormArgs, SplitHeadsArgs, SwigluArgs,
-    SwigluShape, adamw, add,
+    HeadsShape, LaunchError, MixtureNllArgs, MixtureShape, NormShape, RmsNormArgs, SiluArgs, SiluShape, SplitHeadsArgs,
+    SwigluArgs, SwigluShape, adamw, add,
 };
 
 const FILE: &str = "training.cu";
@@ -141,6 +142,46 @@ fn swiglu_equals_its_definition() {
         close("y", &from_bytes(&buffers[1], element), &expected, tolerance(element))
             .and_then(|()| close("d_up", &from_bytes(&buffers[3], element), &d_up, tolerance(element)))
             .unwrap_or_else(|e| panic!("{shape:?}, {element:?}, seed {round}: {e}"));
+    }
+}
+
+// SiLU ---------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn silu_equals_its_definition() {
+    let Some(emulator) = Emulator::of(FILE) else { return };
+    let mut rng = Rng::new(91);
+    let silu = |x: f64| x / (1.0 + (-x).exp());
+    // Several parts; several blocks of columns.
+    for (round, [rows, dim]) in [[1, 1], [5, 33], [700, 3], [9, 100]].into_iter().enumerate() {
+        let shape = SiluShape { rows, dim };
+        let [z, d_y] = [(); 2].map(|()| normal(rows * dim, Element::F32, &mut rng));
+        let bias = normal(dim, Element::F32, &mut rng);
+        let empty = |n| unwritten(n, Element::F32);
+        let mut buffers = [
+            to_bytes(&z, Element::F32),
+            to_bytes(&bias, Element::F32),
+            empty(rows * dim),
+            to_bytes(&d_y, Element::F32),
+            empty(rows * dim),
+            empty(shape.parts() * dim),
+            empty(dim),
+        ];
+        let args = SiluArgs { z: 1, bias: 2, y: 3, d_y: 4, d_z: 5, d_bias_parts: 6, ..shape.args().unwrap() };
+        for launch in [shape.forward(), shape.backward(), shape.backward_bias()] {
+            emulator.run(&launch, &args, 6, &mut buffers, Schedule::seeded(round as u64)).unwrap();
+        }
+        let (launch, sums) = shape.sum_parts();
+        let sums = ColumnSumsArgs { parts: 6, sums: 7, ..sums };
+        emulator.run(&launch, &sums, 2, &mut buffers, Schedule::seeded(round as u64)).unwrap();
+        let x: Vec<f64> = z.iter().enumerate().map(|(i, z)| z + bias[i % dim]).collect();
+        let y: Vec<f64> = x.iter().copied().map(silu).collect();
+        let d_z: Vec<f64> = x.iter().zip(&d_y).map(|(&x, d)| slopes(&[x], |x| d * silu(x[0]))[0]).collect();
+        let d_bias: Vec<f64> = (0..dim).map(|column| d_z.iter().skip(column).step_by(dim).sum()).collect();
+        for (what, i, expected) in [("y", 2, y), ("d_z", 4, d_z), ("d_bias", 6, d_bias)] {
+            close(what, &from_bytes(&buffers[i], Element::F32), &expected, tolerance(Element::F32))
+                .unwrap_or_else(|e| panic!("{shape:?}: {e}"));
+        }
     }
 }
 
@@ -329,6 +370,13 @@ fn rotated(x: &[f64], position: usize) -> Vec<f64> {
     low.chain(high).collect()
 }
 
+/// Cosines and sines of positions, `[len, head_dim]`.
+fn turns(len: usize, head_dim: usize) -> Vec<f64> {
+    let (cos, sin) = rope_values(0, len, head_dim);
+    let rows = cos.chunks(head_dim / 2).zip(sin.chunks(head_dim / 2));
+    rows.flat_map(|(cos, sin)| cos.iter().chain(sin)).map(|&x| x.into()).collect()
+}
+
 #[test]
 fn heads_are_split_normalised_and_rotated() {
     let Some(emulator) = Emulator::of(FILE) else { return };
@@ -355,11 +403,12 @@ fn heads_are_split_normalised_and_rotated() {
             wide(&d[1]),
             wide(&d[2]),
             empty(qkv.len()),
+            to_bytes(&turns(len, head_dim), Element::F32),
         ];
         let args = shape.args().unwrap();
-        let args = SplitHeadsArgs { qkv: 1, q: 2, k: 3, v: 4, d_q: 5, d_k: 6, d_v: 7, d_qkv: 8, ..args };
+        let args = SplitHeadsArgs { qkv: 1, q: 2, k: 3, v: 4, d_q: 5, d_k: 6, d_v: 7, d_qkv: 8, turns: 9, ..args };
         for launch in [shape.forward(element), shape.backward(element)] {
-            emulator.run(&launch, &args, 8, &mut buffers, Schedule::seeded(round)).unwrap();
+            emulator.run(&launch, &args, 9, &mut buffers, Schedule::seeded(round)).unwrap();
         }
         let got = |i: usize| from_bytes(&buffers[i], element);
         let mut expected = vec![vec![0.0; batch * len * dim]; 3];
@@ -389,8 +438,8 @@ fn embeddings_are_added_and_their_gradients_gathered() {
     let Some(emulator) = Emulator::of(FILE) else { return };
     let mut rng = Rng::new(88);
     let shapes = (0..6).map(|_| [1 + rng.below(40), 1 + rng.below(90), 1 + rng.below(4), 1 + rng.below(20)]);
-    // Several parts.
-    let shapes: Vec<_> = shapes.chain([[1100, 3, 2, 5]]).collect();
+    // Several parts; several groups of entries and of columns.
+    let shapes: Vec<_> = shapes.chain([[1100, 3, 2, 5], [300, 70, 2, 130]]).collect();
     for [rows, dim, n_tables, entries] in shapes {
         let shape = GatherShape { rows, dim, n_tables, entries };
         let x = normal(rows * dim, Element::F32, &mut rng);
@@ -408,7 +457,7 @@ fn embeddings_are_added_and_their_gradients_gathered() {
         ];
         let args = shape.args().unwrap();
         let args = GatherArgs { x: 1, table: 2, codes: 3, y: 4, d_y: 5, d_table_parts: 6, ..args };
-        for launch in [shape.forward(), shape.backward().unwrap()] {
+        for launch in [shape.forward(), shape.backward()] {
             emulator.run(&launch, &args, 6, &mut buffers, Schedule::seeded(rows as u64)).unwrap();
         }
         let (launch, sums) = shape.sum_parts();

@@ -24,7 +24,7 @@ pub struct AttentionArgs {
     pub len: i32,
     pub window: i32,
     pub scale: f32,
-    pub reserved: i32,
+    pub joined: i32,
 }
 const _: () = assert!(size_of::<AttentionArgs>() == 104);
 
@@ -38,6 +38,8 @@ pub struct AttentionShape {
     pub head_dim: usize,
     /// Keys that a query sees, its own included; more than `len` means all.
     pub window: usize,
+    /// Outputs and their gradients lie `[batch, len, n_heads, head_dim]`, not `[batch, n_heads, len, head_dim]`.
+    pub joined: bool,
 }
 
 /// Rows of a tile, as in attention_window.cu; a row of probabilities is padded by 4, one of head_dim as well.
@@ -47,7 +49,7 @@ const PADDING: usize = 4;
 impl AttentionShape {
     /// Arguments without addresses; scores are divided by the root of `head_dim`.
     pub fn args(&self) -> Result<AttentionArgs, LaunchError> {
-        let Self { batch, n_heads, n_kv_heads, len, head_dim, window } = *self;
+        let Self { batch, n_heads, n_kv_heads, len, head_dim, window, joined } = *self;
         if !HEAD_DIMS.contains(&head_dim) {
             return Err(LaunchError::HeadDim(head_dim));
         }
@@ -58,6 +60,7 @@ impl AttentionShape {
             len: within("length", len, i32::MAX as usize - TILE)?,
             window: within("window", window.min(len), len)?,
             scale: (head_dim as f32).sqrt().recip(),
+            joined: joined.into(),
             ..AttentionArgs::default()
         };
         if !n_heads.is_multiple_of(n_kv_heads) {

@@ -22,7 +22,8 @@ pub use plan_grid::PlanGrid;
 pub use tones::ToneTables;
 pub use training::{
     AdamwArgs, AddArgs, ColumnSumsArgs, CrossEntropyArgs, CrossEntropyShape, GatherArgs, GatherShape, HeadsShape,
-    MixtureNllArgs, MixtureShape, NormShape, RmsNormArgs, SplitHeadsArgs, SwigluArgs, SwigluShape, adamw, add,
+    MixtureNllArgs, MixtureShape, NormShape, RmsNormArgs, SiluArgs, SiluShape, SplitHeadsArgs, SwigluArgs, SwigluShape,
+    adamw, add,
 };
 
 /// What the elements of a kernel's tensors are.

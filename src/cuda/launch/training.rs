@@ -55,6 +55,23 @@ pub struct SwigluArgs {
 }
 const _: () = assert!(size_of::<SwigluArgs>() == 40);
 
+/// Arguments of `training_silu_*`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SiluArgs {
+    pub z: u64,
+    pub bias: u64,
+    pub y: u64,
+    pub d_y: u64,
+    pub d_z: u64,
+    pub d_bias_parts: u64,
+    pub rows: i32,
+    pub dim: i32,
+    pub rows_per_part: i32,
+    pub reserved: i32,
+}
+const _: () = assert!(size_of::<SiluArgs>() == 64);
+
 /// Arguments of `training_cross_entropy_*`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -99,12 +116,13 @@ pub struct SplitHeadsArgs {
     pub d_k: u64,
     pub d_v: u64,
     pub d_qkv: u64,
+    pub turns: u64,
     pub rows: i32,
     pub len: i32,
     pub n_heads: i32,
     pub head_dim: i32,
 }
-const _: () = assert!(size_of::<SplitHeadsArgs>() == 80);
+const _: () = assert!(size_of::<SplitHeadsArgs>() == 88);
 
 /// Arguments of `training_gather_*`.
 #[repr(C)]
@@ -166,6 +184,17 @@ fn sums(kernel: String, dim: usize, parts: usize) -> Launch {
     Launch { kernel, grid, threads: threads as u32, shared_bytes: (size_of::<f32>() * threads) as u32, cluster: 0 }
 }
 
+/// Rows that one block sums, where sums over all are made in parts.
+fn rows_per_part(rows: usize) -> usize {
+    ROWS_PER_PART.max(rows.div_ceil(MAX_PARTS))
+}
+
+/// Parts, `[parts, dim]`, -> their sums.
+fn sum_of(parts: usize, dim: usize) -> (Launch, ColumnSumsArgs) {
+    let args = ColumnSumsArgs { rows: parts as i32, dim: dim as i32, ..ColumnSumsArgs::default() };
+    (sums("training_column_sums".to_string(), dim, 1), args)
+}
+
 /// RMSNorm of `rows` vectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NormShape {
@@ -178,18 +207,14 @@ impl NormShape {
         Ok(RmsNormArgs {
             rows: within("rows", self.rows, MAX_ROWS)?,
             dim: within("dim", self.dim, MAX_ROWS)?,
-            rows_per_part: self.rows_per_part() as i32,
+            rows_per_part: rows_per_part(self.rows) as i32,
             ..RmsNormArgs::default()
         })
     }
 
-    fn rows_per_part(&self) -> usize {
-        ROWS_PER_PART.max(self.rows.div_ceil(MAX_PARTS))
-    }
-
     /// Parts that the gain's gradient is summed in.
     pub fn parts(&self) -> usize {
-        self.rows.div_ceil(self.rows_per_part())
+        self.rows.div_ceil(rows_per_part(self.rows))
     }
 
     /// x, gain -> y, inverse_rms.
@@ -209,8 +234,47 @@ impl NormShape {
 
     /// d_gain_parts -> d_gain, `[dim]`.
     pub fn sum_parts(&self) -> (Launch, ColumnSumsArgs) {
-        let args = ColumnSumsArgs { rows: self.parts() as i32, dim: self.dim as i32, ..ColumnSumsArgs::default() };
-        (sums("training_column_sums".to_string(), self.dim, 1), args)
+        sum_of(self.parts(), self.dim)
+    }
+}
+
+/// SiLU of `rows` vectors with a bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SiluShape {
+    pub rows: usize,
+    pub dim: usize,
+}
+
+impl SiluShape {
+    pub fn args(&self) -> Result<SiluArgs, LaunchError> {
+        within("number of outputs", self.rows.saturating_mul(self.dim), THREADS * MAX_ROWS)?;
+        let (rows, dim) = (within("rows", self.rows, MAX_ROWS)?, within("dim", self.dim, MAX_ROWS)?);
+        Ok(SiluArgs { rows, dim, rows_per_part: rows_per_part(self.rows) as i32, ..SiluArgs::default() })
+    }
+
+    /// Parts that the bias's gradient is summed in.
+    pub fn parts(&self) -> usize {
+        self.rows.div_ceil(rows_per_part(self.rows))
+    }
+
+    /// z, bias -> y.
+    pub fn forward(&self) -> Launch {
+        simple("training_silu_forward".to_string(), (self.rows * self.dim).div_ceil(THREADS))
+    }
+
+    /// z, bias, d_y -> d_z.
+    pub fn backward(&self) -> Launch {
+        simple("training_silu_backward".to_string(), (self.rows * self.dim).div_ceil(THREADS))
+    }
+
+    /// d_z -> d_bias_parts, `[parts, dim]`.
+    pub fn backward_bias(&self) -> Launch {
+        sums("training_silu_backward_bias".to_string(), self.dim, self.parts())
+    }
+
+    /// d_bias_parts -> d_bias.
+    pub fn sum_parts(&self) -> (Launch, ColumnSumsArgs) {
+        sum_of(self.parts(), self.dim)
     }
 }
 
@@ -357,9 +421,10 @@ pub struct GatherShape {
 }
 
 const GATHER_COLUMNS: usize = 64;
+const GATHER_ENTRIES: usize = 64;
 /// Rows that one block sums a table's gradient over, at least, and how many blocks keep a GPU busy.
 const GATHER_ROWS: usize = 512;
-const GATHER_BLOCKS: usize = 1024;
+const GATHER_BLOCKS: usize = 4096;
 
 impl GatherShape {
     fn rows_per_part(&self) -> usize {
@@ -368,7 +433,7 @@ impl GatherShape {
 
     /// Blocks of a part.
     fn blocks(&self) -> usize {
-        (self.dim.div_ceil(GATHER_COLUMNS) * self.n_tables).max(1)
+        (self.dim.div_ceil(GATHER_COLUMNS) * self.n_tables * self.entries.div_ceil(GATHER_ENTRIES)).max(1)
     }
 
     /// Parts that the tables' gradient is summed in.
@@ -396,22 +461,19 @@ impl GatherShape {
     }
 
     /// codes, d_y -> d_table_parts, `[parts, tables' values]`.
-    pub fn backward(&self) -> Result<Launch, LaunchError> {
-        let bytes = size_of::<f32>() * GATHER_COLUMNS * self.entries;
-        Ok(Launch {
+    pub fn backward(&self) -> Launch {
+        Launch {
             kernel: "training_gather_backward".to_string(),
             grid: [self.blocks() as u32, self.parts() as u32, 1],
             threads: GATHER_COLUMNS as u32,
-            shared_bytes: shared("embeddings", bytes)?,
+            shared_bytes: (size_of::<f32>() * GATHER_COLUMNS * self.entries.min(GATHER_ENTRIES)) as u32,
             cluster: 0,
-        })
+        }
     }
 
     /// d_table_parts -> d_table.
     pub fn sum_parts(&self) -> (Launch, ColumnSumsArgs) {
-        let (rows, dim) = (self.parts() as i32, self.table_len() as i32);
-        let args = ColumnSumsArgs { rows, dim, ..ColumnSumsArgs::default() };
-        (sums("training_column_sums".to_string(), self.table_len(), 1), args)
+        sum_of(self.parts(), self.table_len())
     }
 }
 

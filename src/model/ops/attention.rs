@@ -19,7 +19,7 @@ pub fn attention(qkv: &Tensor, n_heads: usize, window: usize) -> Result<Tensor> 
 }
 
 /// Cosines and sines of each position, `[len, head_dim]`: [`plain::rope_table`] side by side. Kept from call to call.
-fn rope_angles(len: usize, head_dim: usize) -> Arc<Vec<f32>> {
+pub(crate) fn rope_angles(len: usize, head_dim: usize) -> Arc<Vec<f32>> {
     static KEPT: Mutex<BTreeMap<usize, Arc<Vec<f32>>>> = Mutex::new(BTreeMap::new());
     let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
     let angles = kept.entry(head_dim).or_default();

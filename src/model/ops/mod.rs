@@ -7,7 +7,7 @@
 //! Training runs one excerpt per thread, so backward passes use one; forward passes share rows among a pool's threads. The
 //! results are the same bits for any number of them.
 
-mod attention;
+pub(crate) mod attention;
 mod bounds;
 mod cross_entropy;
 mod gather;
