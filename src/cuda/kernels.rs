@@ -14,7 +14,7 @@ use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use super::launch::{
     AdamwArgs, AddArgs, AttentionArgs, ColumnSumsArgs, CrossEntropyArgs, DecodeArgs, GatherArgs, Launch, LeftArgs,
     LevinsonArgs, MixtureNllArgs, PastAutocorrelationArgs, PlannedAutocorrelationArgs, PredictArgs, RmsNormArgs,
-    SplitHeadsArgs, SwigluArgs, TonesArgs,
+    SiluArgs, SplitHeadsArgs, SwigluArgs, TonesArgs,
 };
 
 /// Machine code for sm_90a and PTX, made by kernels/build.rs.
@@ -40,6 +40,7 @@ passed_by_value!(
     RmsNormArgs,
     ColumnSumsArgs,
     SwigluArgs,
+    SiluArgs,
     CrossEntropyArgs,
     MixtureNllArgs,
     SplitHeadsArgs,
