@@ -78,9 +78,8 @@ struct Block {
   int first;           // tier that has a step
   int slice;           // part of its frame
   int sub[MAX_TIERS];  // of the step that the tier above has handed down
-  int reserved[2];
 };
-static_assert(sizeof(Block) == 48, "Block differs from src/cuda/launch");
+static_assert(sizeof(Block) == 40, "Block differs from src/cuda/launch");
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, __fadd_rn(1.f, __expf(-x))); }
 /// x * cosine - y * sine, rounded the same wherever it is compiled: of two products in a sum, the compiler may fuse either, and not
@@ -185,8 +184,6 @@ struct Room {
     if (size() == 1) {
       *to = value;
     } else {
-      // Code that is fetched, not instructions that are issued, is what a sample waits for.
-#pragma unroll 1
       for (int other = 0; other < size(); ++other) *peer(to, other) = value;
     }
   }

@@ -271,6 +271,39 @@ fn shift(original: &[f32], copy: &[f32]) -> i64 {
     (-2500..2500).max_by(|&a, &b| likeness(a).total_cmp(&likeness(b))).unwrap_or(0)
 }
 
+/// Gives the first page of an Ogg stream the checksum that it should have.
+#[cfg(feature = "opus")]
+fn sign_first_page(ogg: &mut [u8]) {
+    let n_segments = usize::from(ogg[26]);
+    let end = 27 + n_segments + ogg[27..27 + n_segments].iter().map(|&n| usize::from(n)).sum::<usize>();
+    ogg[22..26].fill(0);
+    let sum = ogg[..end].iter().fold(0u32, |sum, &byte| {
+        (0..8).fold(sum ^ u32::from(byte) << 24, |sum, _| sum << 1 ^ if sum >> 31 == 1 { 0x04c1_1db7 } else { 0 })
+    });
+    ogg[22..26].copy_from_slice(&sum.to_le_bytes());
+}
+
+#[cfg(feature = "opus")]
+#[test]
+fn the_gain_that_opus_states_is_applied() {
+    let Some(formats) = formats() else { return };
+    let file = formats.join("rodio/assets/music.opus");
+    let original = decode_file(&file).unwrap();
+    let mut ogg = fs::read(&file).unwrap();
+    let head = ogg.windows(8).position(|window| window == b"OpusHead").unwrap();
+    // -6 dB in 256ths of one.
+    ogg[head + 16..head + 18].copy_from_slice(&(-6i16 * 256).to_le_bytes());
+    sign_first_page(&mut ogg);
+    let folder = tempfile::tempdir().unwrap();
+    let softer = folder.path().join("softer.opus");
+    fs::write(&softer, ogg).unwrap();
+    let [original, softer] = [original, decode_file(&softer).unwrap()].map(|clip| clip.downmix());
+    assert_eq!(original.len(), softer.len());
+    assert!(original.iter().any(|x| x.abs() > 0.1));
+    let factor = 10f32.powf(-6.0 / 20.0);
+    assert!(original.iter().zip(&softer).all(|(x, y)| (x * factor - y).abs() < 1e-6));
+}
+
 #[cfg(feature = "opus")]
 #[test]
 fn an_opus_copy_starts_with_its_original() {

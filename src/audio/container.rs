@@ -137,20 +137,24 @@ pub(super) fn stated_range(
     }
 }
 
+/// Two bytes of the header of Opus, or of the box `dOps` behind a name of its length: a name of 8 bytes, version, channels, delay, rate,
+/// gain (RFC 7845, section 5.1).
+fn opus_header(track: &Track, at: usize) -> Option<[u8; 2]> {
+    let Some(CodecParameters::Audio(params)) = &track.codec_params else { return None };
+    let data = params.extra_data.as_ref().filter(|_| params.codec == codecs::CODEC_ID_OPUS)?;
+    data.get(at..at + 2)?.try_into().ok()
+}
+
 /// Frames before the first that is meant to be heard, by the box `dOps` of Opus in MP4.
 fn opus_delay(track: &Track) -> u64 {
-    match &track.codec_params {
-        Some(CodecParameters::Audio(AudioCodecParameters {
-            codec: codecs::CODEC_ID_OPUS,
-            extra_data: Some(data),
-            ..
-        })) => {
-            // A name of 8 bytes, version, channels.
-            let delay = data.get(10..12).map_or([0; 2], |bytes| [bytes[0], bytes[1]]);
-            u16::from_be_bytes(delay).into()
-        }
-        _ => 0,
-    }
+    opus_header(track, 10).map_or(0, u16::from_be_bytes).into()
+}
+
+/// What decoded samples are to be multiplied with: Opus states a gain, which its decoder leaves to others.
+pub(super) fn stated_gain(format: &dyn FormatReader, track: &Track) -> f32 {
+    let order = if format.format_info().format == FORMAT_ID_ISOMP4 { i16::from_be_bytes } else { i16::from_le_bytes };
+    let steps_of_256th_db = opus_header(track, 16).map_or(0, order);
+    10f32.powf(f32::from(steps_of_256th_db) / 256.0 / 20.0)
 }
 
 /// The precision that a lossless codec stores.

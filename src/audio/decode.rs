@@ -10,7 +10,7 @@ use symphonia::core::formats::well_known::{FORMAT_ID_ADTS, FORMAT_ID_MP3};
 use symphonia::core::formats::{FormatReader, Track, TrackType};
 use symphonia::core::packet::Packet;
 
-use super::container::{choose_track, guarded, probe, stated_range, stored_format};
+use super::container::{choose_track, guarded, probe, stated_gain, stated_range, stored_format};
 use super::trim::{self, Keep};
 use super::{AudioError, AudioSource, Clip, Result, SampleFormat, WavPrompt};
 
@@ -40,6 +40,8 @@ pub struct Decoder {
     format: Box<dyn FormatReader>,
     decoder: Box<dyn AudioDecoder>,
     track_id: u32,
+    // Of all samples.
+    gain: f32,
     // Packet time to frames: numerator, denominator.
     frames_per_tick: (u64, u64),
     spec: Spec,
@@ -85,11 +87,13 @@ impl Decoder {
             sample_format: None,
             n_frames: None,
         };
+        let gain = stated_gain(format.as_ref(), &track);
         let mut opened = Self {
             source: source.clone(),
             format,
             decoder,
             track_id: track.id,
+            gain,
             frames_per_tick: (1, 1),
             spec,
             float_pcm: false,
@@ -282,6 +286,9 @@ impl Decoder {
                 Ok(buffer) if buffer.is_empty() || buffer.num_planes() == 0 => {}
                 Ok(buffer) => {
                     buffer.copy_to_vec_interleaved(&mut self.block);
+                    if self.gain != 1.0 {
+                        self.block.iter_mut().for_each(|sample| *sample *= self.gain);
+                    }
                     let (sample_rate, channels) = (buffer.spec().rate(), buffer.spec().channels().count());
                     return Ok(Some(Decoded { sample_rate, channels }));
                 }

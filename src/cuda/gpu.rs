@@ -171,6 +171,10 @@ impl Machine for Gpu {
         self.stream().memset_zeros(&mut part).map_err(named)
     }
 
+    fn copy(&self, from: &Self::Buffer, to: &mut Self::Buffer) -> Result<(), MachineError> {
+        self.stream().memcpy_dtod(from, to).map_err(named)
+    }
+
     fn read(&self, buffer: &Self::Buffer, at: usize, bytes: &mut [u8]) -> Result<(), MachineError> {
         if bytes.is_empty() {
             return Ok(());

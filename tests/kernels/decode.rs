@@ -42,6 +42,11 @@ impl Machine for Emulated {
         Ok(())
     }
 
+    fn copy(&self, from: &Self::Buffer, to: &mut Self::Buffer) -> Result<(), MachineError> {
+        to.get_mut().unwrap().copy_from_slice(&from.lock().unwrap());
+        Ok(())
+    }
+
     fn read(&self, buffer: &Self::Buffer, at: usize, bytes: &mut [u8]) -> Result<(), MachineError> {
         bytes.copy_from_slice(&buffer.lock().unwrap()[at..at + bytes.len()]);
         Ok(())
@@ -122,6 +127,16 @@ impl Machine for Place {
 
     fn write(&self, buffer: &mut Memory, at: usize, bytes: &[u8]) -> Result<(), MachineError> {
         at_its_place!(self, buffer, |machine, memory| machine.write(memory, at, bytes))
+    }
+
+    fn copy(&self, from: &Memory, to: &mut Memory) -> Result<(), MachineError> {
+        match (self, from, to) {
+            (Self::Emulated(machine), Memory::Emulated(from), Memory::Emulated(to)) => machine.copy(from, to),
+            #[cfg(feature = "cuda")]
+            (Self::Gpu(machine), Memory::Gpu(from), Memory::Gpu(to)) => machine.copy(from, to),
+            #[cfg(feature = "cuda")]
+            _ => Err(MachineError::Other("memory of another machine".into())),
+        }
     }
 
     fn read(&self, buffer: &Memory, at: usize, bytes: &mut [u8]) -> Result<(), MachineError> {
@@ -401,6 +416,27 @@ fn a_long_prompt_is_read_as_the_cpu_engine_reads_it() {
     cuda.prefill(&prompt).unwrap();
     cpu.prefill(&prompt).unwrap();
     plays_like(&mut cuda, &mut cpu, 1).unwrap();
+}
+
+#[test]
+fn plans_ahead_are_those_that_come_and_change_nothing() {
+    let checkpoint = tiny(5);
+    let Some(machine) = machine(Schedule::default()) else { return };
+    let mut cuda = cuda(&machine, &checkpoint, Element::F32, OVERLAPPED);
+    cuda.prefill(&music(&checkpoint, 800)).unwrap();
+    let (state, books) = (cuda.save().unwrap(), checkpoint.config.plan.n_codebooks);
+    for way in 0..2 {
+        let draws: Vec<f32> = (0..3).flat_map(|frame| uniforms(way, Kind::Plan, frame, books)).collect();
+        let ahead = cuda.plan_ahead(&draws).unwrap();
+        assert!(cuda.save().unwrap() == state, "way {way}");
+        let plan = draws.chunks(books).map(|uniforms| {
+            let mut frame = PlanFrame::default();
+            cuda.next_plan(uniforms, &mut frame).unwrap();
+            frame
+        });
+        assert!(plan.collect::<Vec<_>>() == ahead, "way {way}");
+        cuda.restore(&state).unwrap();
+    }
 }
 
 #[test]

@@ -20,7 +20,7 @@ pub const N_FLAGS: usize = 4;
 const N_FEATURES: usize = 12;
 /// Bytes of `Row` and `Block` in kernels/decode_step.cuh.
 const ROW_BYTES: usize = 152;
-const BLOCK_BYTES: usize = 48;
+const BLOCK_BYTES: usize = 40;
 /// Outputs of a tile of weights, inputs of a step of one, and bytes of a piece of these: 16 for each lane.
 const TILE: usize = 16;
 const STEP: usize = 16;

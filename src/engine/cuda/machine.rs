@@ -44,6 +44,12 @@ pub trait Machine: Send + Sync {
         self.write(buffer, at, &vec![0; bytes])
     }
 
+    /// Copies a buffer into another one that is as long, after whatever was launched.
+    ///
+    /// # Errors
+    /// When the machine fails.
+    fn copy(&self, from: &Self::Buffer, to: &mut Self::Buffer) -> Result<(), MachineError>;
+
     /// Reads `bytes` from byte `at` of a buffer on, after whatever was launched.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 //! plan frames without the host.
 //!
 //! [`CudaEngine`] is one stream; [`Streams`] are any number of them in one launch, each the same as alone. Both run on whatever is
-//! a [`Machine`]: a GPU with the feature `cuda`, or the emulator of the kernels in tests. Never run on a GPU yet.
+//! a [`Machine`]: a GPU with the feature `cuda`, or the emulator of the kernels in tests.
 
 mod machine;
 mod pack;
@@ -33,6 +33,8 @@ const SCORED: usize = 64;
 /// One stream on a machine.
 pub struct CudaEngine<M: Machine> {
     streams: Streams<M>,
+    /// What looks ahead, once it was asked to.
+    ahead: Option<Streams<M>>,
     sampling: Sampling,
     heard: bool,
     plan_draw: PlanDraw,
@@ -55,7 +57,8 @@ impl<M: Machine> CudaEngine<M> {
     /// When the machine has no room for it.
     pub fn over(model: Arc<Model<M>>, geometry: DecodeGeometry) -> Result<Self, EngineError> {
         let sampling = Sampling { plan: PlanSampling::default(), wave: model.generation };
-        Ok(Self { streams: Streams::new(model, 1, geometry)?, sampling, heard: false, plan_draw: PlanDraw::default() })
+        let streams = Streams::new(model, 1, geometry)?;
+        Ok(Self { streams, ahead: None, sampling, heard: false, plan_draw: PlanDraw::default() })
     }
 
     /// Another stream over the same weights, at its beginning.
@@ -225,6 +228,19 @@ impl<M: Machine> Engine for CudaEngine<M> {
         *out = self.frames(&played).swap_remove(0);
         self.plan_draw = played.plan_draws.first().copied().unwrap_or_default();
         Ok(())
+    }
+
+    fn plan_ahead(&mut self, uniforms: &[f32]) -> Result<Vec<PlanFrame>, EngineError> {
+        self.begin_with_silence()?;
+        let mut ahead = match self.ahead.take() {
+            Some(ahead) => ahead,
+            None => Streams::new(self.model().clone(), 1, self.streams.geometry())?,
+        };
+        ahead.follow(&self.streams)?;
+        let n_frames = uniforms.len() / self.model().config.plan.n_codebooks;
+        let played = ahead.play(n_frames, Plan::Draw(uniforms), Wave::Silent, &self.sampling)?;
+        self.ahead = Some(ahead);
+        Ok(self.frames(&played))
     }
 
     fn plan_draw(&self) -> PlanDraw {

@@ -322,6 +322,22 @@ impl<M: Machine> Streams<M> {
         ((stack.cache as usize + block * len) * self.n + stream * len, len)
     }
 
+    /// All of them are where those of `other` are, as many of the same model.
+    ///
+    /// # Errors
+    /// When there are not as many, or the machine fails.
+    pub fn follow(&mut self, other: &Self) -> Result<(), EngineError> {
+        expect("streams", self.n, other.n)?;
+        let (machine, from, to) = (&*self.model.machine, &other.state, &mut self.state);
+        machine.copy(&from.counters, &mut to.counters)?;
+        machine.copy(&from.ring_tokens, &mut to.ring_tokens)?;
+        machine.copy(&from.memory, &mut to.memory)?;
+        machine.copy(&from.caches, &mut to.caches)?;
+        machine.copy(&from.frames, &mut to.frames)?;
+        machine.copy(&from.past, &mut to.past)?;
+        Ok(())
+    }
+
     /// One stream's state.
     ///
     /// # Errors
