@@ -1,5 +1,5 @@
 //! Turns plan frames into how they are played: how much begins, what sounds, how loud and how bright it is. Of several ways to go on the one that
-//! is nearest to the prompt in this is taken.
+//! is nearest to the prompt in this is taken, what was played before it counted in.
 
 use serde::{Deserialize, Serialize};
 
@@ -99,6 +99,19 @@ impl Manner {
         }
     }
 
+    /// What was played so, and then this: each half as much as what came after it.
+    pub fn after(&self, before: &Self) -> Self {
+        let mean = |a: f32, b: f32| (a + b) / 2.0;
+        let means = |a: &[f32], b: &[f32], i: usize| mean(a[i], b[i]);
+        Self {
+            rise: mean(self.rise, before.rise),
+            level_db: mean(self.level_db, before.level_db),
+            shares: std::array::from_fn(|i| means(&self.shares, &before.shares, i)),
+            entropy_bits: mean(self.entropy_bits, before.entropy_bits),
+            timbre_db: std::array::from_fn(|i| means(&self.timbre_db, &before.timbre_db, i)),
+        }
+    }
+
     /// How differently something else is played: 1 where one thing differs by as much as counts.
     pub fn distance(&self, other: &Self) -> f32 {
         let rise = (self.rise.max(f32::MIN_POSITIVE) / other.rise.max(f32::MIN_POSITIVE)).ln();
@@ -140,6 +153,9 @@ mod tests {
         assert!((held.distance(&as_bright) - 1.0 / SHARES).abs() < 0.1, "{}", held.distance(&as_bright));
         let brighter = Manner { timbre_db: held.timbre_db.map(|level| level + TIMBRE_DB), ..held };
         assert!((held.distance(&brighter) - 1.0).abs() < 0.01, "{}", held.distance(&brighter));
+        let halfway = another.after(&held);
+        assert!((held.distance(&halfway) - held.distance(&another) / 2.0).abs() < 0.01, "{halfway:?}");
+        assert_eq!(held.after(&held), held);
         let half = note(3, -20.0).len() / 2;
         let high =
             of(&vec![note(3, -20.0).iter().enumerate().map(|(i, &x)| if i < half { -90.0 } else { x }).collect(); 32]);

@@ -3,7 +3,8 @@
 //! ```text
 //! tail of a file --Prompt--> tokens --Generator(engine, uniforms)--> tokens --Path(Governor)--> tokens --Seam--> frames --> sink
 //! ```
-//! Every half second a generator looks at several plans for the next and takes the one that is played most like the prompt ([`Options::choices`]).
+//! Every half second a generator looks at several plans for the next and takes the one that, with what it took before, is played most like the prompt
+//! ([`Options::choices`]).
 //! A path runs ahead and goes back where its [`Governor`] finds that the continuation fails. A [`Player`] is all of it in one; a [`Session`] is a player and its engine's state as plain data, for files and takes.
 //! Uniforms are drawn by (seed, stream, kind, t) with t counted from the join, so the same seed gives the same bytes.
 
@@ -80,8 +81,8 @@ impl Default for Options {
 pub struct Generator {
     state: GeneratorState,
     spectrum: Spectrum,
-    /// How far the ways that it has looked at, for the stretch that begins here, are from the prompt's manner.
-    looked_at: Vec<f32>,
+    /// How all would be played by the ways that it has looked at for the stretch that begins here.
+    looked_at: Vec<Manner>,
     plan: PlanFrame,
     tokens: Vec<Token>,
 }
@@ -98,6 +99,8 @@ struct GeneratorState {
     due: u64,
     /// How the prompt is played, where that can be told.
     manner: Option<Manner>,
+    /// How what was chosen is played, the later the more; the prompt before it.
+    played: Option<Manner>,
 }
 
 /// What a branch and a choice add to the seed: apart from the seeds that people use, and from each other.
@@ -126,7 +129,15 @@ impl Generator {
         let spectrum = Spectrum::new(engine.config().codec.sample_rate, &engine.config().plan)?;
         let manner = Manner::of_prompt(engine, context, &spectrum)?;
         engine.prefill(context)?;
-        let state = GeneratorState { options: *options, n_frames: 0, branch: 0, choice: 0, due: STRETCH, manner };
+        let state = GeneratorState {
+            options: *options,
+            n_frames: 0,
+            branch: 0,
+            choice: 0,
+            due: STRETCH,
+            manner,
+            played: manner,
+        };
         Ok(Self::from_state(engine, spectrum, state))
     }
 
@@ -161,15 +172,20 @@ impl Generator {
             let uniforms: Vec<f32> = frames.flat_map(|k| state.draws(Kind::Plan, way, k, n_codebooks)).collect();
             engine.set_sampling(plan, wave);
             let plan = engine.plan_ahead(&uniforms)?;
-            let frames = plan.iter().map(|frame| frame.bands.as_slice());
-            looked_at.push(manner.distance(&Manner::of(frames, spectrum)));
+            let of = Manner::of(plan.iter().map(|frame| frame.bands.as_slice()), spectrum);
+            looked_at.push(of.after(state.played.as_ref().unwrap_or(&manner)));
             if looked_at.len() < choices as usize {
                 return Ok(true);
             }
+            let distances = looked_at.iter().map(|all| manner.distance(all));
+            if let Some((nearest, _)) = distances.enumerate().min_by(|(_, a), (_, b)| a.total_cmp(b)) {
+                (state.choice, state.played) = (nearest as u64, Some(looked_at[nearest]));
+            }
+            looked_at.clear();
+        } else {
+            state.choice = 0;
         }
-        let nearest = (0..looked_at.len()).min_by(|&a, &b| looked_at[a].total_cmp(&looked_at[b]));
-        (state.choice, state.due) = (nearest.unwrap_or(0) as u64, state.n_frames + STRETCH);
-        looked_at.clear();
+        state.due = state.n_frames + STRETCH;
         Ok(false)
     }
 

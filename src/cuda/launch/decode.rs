@@ -119,8 +119,9 @@ const NO_MAP: i16 = i16::MAX;
 /// The `k` of the map that leads into a tier, that of one that adds to it, and maps of a block, the first one's number 0.
 const INTO: i16 = -2;
 const OF_A_BLOCK: usize = 4;
-/// Features of a map, at most.
+/// Features of a map and layers of a stack, at most.
 const MAX_FEATURES: usize = u16::MAX as usize;
+const MAX_LAYERS: usize = 4096;
 
 mirrored!(
     /// A stack of transformer blocks.
@@ -662,6 +663,9 @@ impl DecodeGeometry {
     ) -> Result<Vec<DecodeMap>, LaunchError> {
         for features in linears.iter().flat_map(|linear| [linear.n_in, linear.n_out]) {
             within("a map's features", features as usize, MAX_FEATURES)?;
+        }
+        for stack in model.stacks() {
+            within("a stack's layers", stack.n_layers as usize, MAX_LAYERS)?;
         }
         let warps = self.threads.div_ceil(WARP);
         let mut all = Vec::new();
