@@ -166,7 +166,8 @@ impl Packer<'_> {
             block_cache: block_cache as i32,
             head_dim: head_dim as i32,
             vectors: vectors as i32,
-            sharers: if WARP / vectors > 0 { 1 << (WARP / vectors).ilog2() } else { 1 },
+            // A head has at most as many vectors as a warp has lanes.
+            sharers: 1 << (WARP / vectors).ilog2(),
             over_vectors: 1024_usize.div_ceil(vectors) as i32,
         })
     }
