@@ -287,21 +287,36 @@ fn sign_first_page(ogg: &mut [u8]) {
 #[test]
 fn the_gain_that_opus_states_is_applied() {
     let Some(formats) = formats() else { return };
-    let file = formats.join("rodio/assets/music.opus");
-    let original = decode_file(&file).unwrap();
-    let mut ogg = fs::read(&file).unwrap();
-    let head = ogg.windows(8).position(|window| window == b"OpusHead").unwrap();
-    // -6 dB in 256ths of one.
-    ogg[head + 16..head + 18].copy_from_slice(&(-6i16 * 256).to_le_bytes());
-    sign_first_page(&mut ogg);
     let folder = tempfile::tempdir().unwrap();
-    let softer = folder.path().join("softer.opus");
-    fs::write(&softer, ogg).unwrap();
-    let [original, softer] = [original, decode_file(&softer).unwrap()].map(|clip| clip.downmix());
-    assert_eq!(original.len(), softer.len());
-    assert!(original.iter().any(|x| x.abs() > 0.1));
-    let factor = 10f32.powf(-6.0 / 20.0);
-    assert!(original.iter().zip(&softer).all(|(x, y)| (x * factor - y).abs() < 1e-6));
+    // -6 dB in 256ths of one.
+    let gain = -6i16 * 256;
+    // What it lies behind, how far behind where that begins, in which order.
+    let files = [
+        ("rodio/assets/music.opus", &b"OpusHead"[..], 16, gain.to_le_bytes()),
+        (
+            "android/libraries/test_data/src/test/assets/media/mkv/bbb_1ch_48kHz_q10_opus.webm",
+            b"OpusHead",
+            16,
+            gain.to_le_bytes(),
+        ),
+        ("android/libraries/test_data/src/test/assets/media/mp4/sample_opus.mp4", b"dOps", 12, gain.to_be_bytes()),
+    ];
+    for (file, name, place, gain) in files {
+        let path = formats.join(file);
+        let mut bytes = fs::read(&path).unwrap();
+        let at = place + bytes.windows(name.len()).position(|window| window == name).unwrap();
+        bytes[at..at + 2].copy_from_slice(&gain);
+        if bytes.starts_with(b"OggS") {
+            sign_first_page(&mut bytes);
+        }
+        let softer = folder.path().join(path.file_name().unwrap());
+        fs::write(&softer, bytes).unwrap();
+        let [original, softer] = [path, softer].map(|path| decode_file(&path).unwrap().downmix());
+        assert_eq!(original.len(), softer.len(), "{file}");
+        assert!(original.iter().any(|x| x.abs() > 0.01), "{file}");
+        let factor = 10f32.powf(-6.0 / 20.0);
+        assert!(original.iter().zip(&softer).all(|(x, y)| (x * factor - y).abs() < 1e-6), "{file}");
+    }
 }
 
 #[cfg(feature = "opus")]
