@@ -397,7 +397,8 @@ fn without_a_gpu_the_cpu_plays_and_says_so() {
 #[test]
 fn a_bench_without_a_gpu_says_so() {
     let scene = Scene::new();
-    for args in [&["bench", "kernels"][..], &["bench", "decode", "--engine", "cuda"]] {
+    let (decode, train) = (["bench", "decode", "--engine", "cuda"], ["bench", "train", "--device", "cuda"]);
+    for args in [&["bench", "kernels"][..], &decode, &train] {
         scene.wavegen(args).assert().success().stderr(contains("nothing measured"));
         scene.wavegen(args).arg("--json").assert().success().stdout(contains("\"measured\": false"));
         scene.wavegen(args).env("WAVEGEN_REQUIRE_CUDA", "1").assert().failure();
@@ -671,4 +672,5 @@ fn a_training_benchmark_compares_what_it_measures() {
         assert!(part["fused"]["units_per_s"]["median"].as_f64() > Some(0.0), "{part}");
     }
     scene.refuses(scene.wavegen(&["bench", "train", "--preset", "huge"]), 2, "unknown preset");
+    scene.refuses(scene.wavegen(&["bench", "train", "--bf16"]), 2, "--device cuda");
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # run.sh [OUTPUT]: all that a GPU is needed for, from the folder that bundle.sh made: tests on the GPU, the same under
-# compute-sanitizer, benches, peers. Every step has a time limit, a log in OUTPUT (default: the folder's `out`) and a line at the end.
-# PART=tests, PART=sanitize or PART=time runs one of the three.
+# compute-sanitizer, benches, peers, ten minutes of audio. Every step has a time limit, a log in OUTPUT (default: the folder's `out`) and a
+# line at the end. PART=tests, sanitize, time, train, peers or play runs one of them, in ten minutes at most.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=${1:-$here/out}
@@ -39,7 +39,7 @@ step() {
 # Ten minutes of audio; the GPU's memory may not grow after the first seconds.
 long_play() {
     rm -f memory.txt
-    "$1/wavegen" generate --engine cuda --seconds 600 --force -o long.wav &
+    "$1/wavegen" generate --engine cuda --choices 1 --seconds 600 --force -o long.wav &
     local player=$!
     while kill -0 "$player" 2>/dev/null; do
         nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits >>memory.txt
@@ -60,20 +60,44 @@ if [[ $part == all || $part == tests ]]; then
 fi
 if [[ $part == all || $part == sanitize ]]; then
     for tool in memcheck racecheck synccheck; do
-        step "sanitizer-$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 1 "$here/kernels-test" "${native[@]}" \
+        step "sanitizer-$tool" 95 compute-sanitizer --tool "$tool" --error-exitcode 1 "$here/kernels-test" "${native[@]}" \
             --skip decode --skip presets
-        step "sanitizer-$tool-decode" 150 compute-sanitizer --tool "$tool" --error-exitcode 1 "$here/kernels-test" "${native[@]}" \
+        step "sanitizer-$tool-decode" 95 compute-sanitizer --tool "$tool" --error-exitcode 1 "$here/kernels-test" "${native[@]}" \
             states_go_to_other_engines
     done
 fi
 if [[ $part == all || $part == time ]]; then
     step bench-kernels 120 "$here/wavegen" bench kernels --json
     step bench-decode 300 "$here/wavegen" bench decode --engine cuda --rounds 5 --json
-    step peer-train 200 python3 "$here/train.py" --device cuda --batch 16 --rounds 20
-    step peer-attention 200 python3 "$here/attention.py"
-    step peer-decode 300 python3 "$here/decode.py"
-    step long-play 240 bash -c "$(declare -f long_play); long_play '$here'"
 fi
-cat ./*.log | grep -E "^test .*FAILED|samples/s|TFLOP|us" | tail -n 80
+# Steps alone, as many excerpts as peers/train.py has, and then whole trainings, which also draw them.
+training_rates() {
+    local option
+    [[ -d synth ]] || "$1/render_synth" synth --files 40 --seed 1 >/dev/null || return
+    for option in "" --bf16; do
+        rm -rf rate.*
+        "$1/wavegen" train synth -o rate.safetensors --device cuda --part wave --wave-batch 16 --minutes 0.7 --seed 1 \
+            --no-calibration --no-pictures --store f16 --verbose $option 2>rate.txt || return
+        echo "train $option: $(grep -o '[0-9]* samples/s' rate.txt | tail -n 1)"
+    done
+}
+if [[ $part == all || $part == train ]]; then
+    for batch in 16 32; do
+        for option in "" --bf16; do
+            step "bench-train-$batch$option" 60 "$here/wavegen" bench train --device cuda --wave-batch "$batch" --plan-batch 32 \
+                --rounds 20 --json $option
+        done
+    done
+    step train 180 bash -c "$(declare -f training_rates); training_rates '$here'"
+fi
+if [[ $part == all || $part == peers ]]; then
+    step peer-train 150 python3 "$here/train.py" --device cuda --batch 16 --rounds 20
+    step peer-attention 150 python3 "$here/attention.py"
+    step peer-decode 250 python3 "$here/decode.py"
+fi
+if [[ $part == all || $part == play ]]; then
+    step long-play 300 bash -c "$(declare -f long_play); long_play '$here'"
+fi
+cat ./*.log | grep -E "^test .*FAILED|samples/s|"median"|TFLOP|us|^train" | tail -n 80
 printf '%s\n' "commit $(cat "$here/commit")" "${summary[@]}"
 exit "$failed"

@@ -17,6 +17,15 @@ pub enum DeviceKind {
 }
 
 impl DeviceKind {
+    /// As benches name it.
+    pub fn name(self, bf16: bool) -> &'static str {
+        match (self, bf16) {
+            (Self::Cpu, _) => "cpu",
+            (Self::Cuda, false) => "cuda, TF32",
+            (Self::Cuda, true) => "cuda, bf16",
+        }
+    }
+
     /// # Errors
     /// Where there is no GPU, or this program was not built for one.
     pub fn open(self) -> Result<Device> {

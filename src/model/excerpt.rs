@@ -9,7 +9,7 @@ use ndarray::{ArrayView2, s};
 use super::config::{ModelConfig, N_FORECASTS};
 use super::features::{N_FEATURES, N_TOKEN_VALUES, features, residual_code, token_values};
 use super::head::Targets;
-use super::wave_transformer::{PLAN_FRAMES, WaveInputs};
+use super::wave_transformer::{PLAN_FRAMES, WaveInputs, WaveTransformer};
 use crate::codec::Token;
 use crate::forecast::{ForecastError, Forecasts, PastForecast, PlannedForecast, listen};
 use crate::plan::Spectrum;
@@ -152,6 +152,28 @@ impl Excerpt {
             residual_codes: codes(|e| &e.residual_codes[..e.n_samples()])?,
             plan: joined(|e| &e.plan, n_bands)?,
         })
+    }
+}
+
+/// Excerpts of the same length as one, on the CPU, with what the wave transformer looks up of them.
+pub struct Batch {
+    inputs: WaveInputs,
+    codes: Vec<u32>,
+    pub targets: Targets,
+}
+
+impl Batch {
+    /// # Errors
+    /// When the excerpts differ in length.
+    pub fn of(excerpts: &[Excerpt], model: &WaveTransformer) -> candle_core::Result<Self> {
+        let inputs = Excerpt::batch(excerpts)?;
+        let codes = model.codes(&inputs)?;
+        Ok(Self { inputs, codes, targets: Targets::joined(excerpts.iter().map(|excerpt| &excerpt.targets)) })
+    }
+
+    /// Head outputs, as [`WaveTransformer::forward`] gives them.
+    pub fn forward(&self, model: &WaveTransformer) -> candle_core::Result<Tensor> {
+        model.forward_coded(&self.inputs, &self.codes)
     }
 }
 

@@ -13,10 +13,10 @@ use super::{Part, Run, TrainError, plan};
 use crate::codec::{Quantizer, Token};
 use crate::forecast::{CpuForecaster, ForecastConfig, ForecastError, Forecaster};
 use crate::model::config::ModelConfig;
-use crate::model::excerpt::{Excerpt, Piece};
-use crate::model::head::{self, Targets};
+use crate::model::excerpt::{Batch, Excerpt, Piece};
+use crate::model::head;
 use crate::model::plan_transformer::PlanTransformer;
-use crate::model::wave_transformer::{WaveInputs, WaveTransformer};
+use crate::model::wave_transformer::WaveTransformer;
 use crate::plan::{ResidualQuantizer, Spectrum};
 use crate::rng::Rng;
 
@@ -80,7 +80,7 @@ pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, Tr
         validate_every: VALIDATE,
         draw: &|rng| maker.draw(rng),
         join: &|excerpts| Ok(Batch::of(&excerpts, model)?),
-        loss: &|batch| batch.nll(model)?.mean_all(),
+        loss: &|batch| nll_of(model, batch)?.mean_all(),
         units: |batch| batch.targets.low.len(),
         validate: &|workers, group| {
             let means = workers.map(&group.mine(0..held_out.len()), |&place| {
@@ -107,29 +107,14 @@ fn forecaster<'a>(
     }
 }
 
-/// Excerpts of the same length, on the CPU.
-struct Batch {
-    inputs: WaveInputs,
-    codes: Vec<u32>,
-    targets: Targets,
-}
-
-impl Batch {
-    fn of(excerpts: &[Excerpt], model: &WaveTransformer) -> candle_core::Result<Self> {
-        let inputs = Excerpt::batch(excerpts)?;
-        let codes = model.codes(&inputs)?;
-        Ok(Self { inputs, codes, targets: Targets::joined(excerpts.iter().map(|excerpt| &excerpt.targets)) })
-    }
-
-    /// -ln P of the samples, one excerpt after the other, in nats.
-    fn nll(&self, model: &WaveTransformer) -> candle_core::Result<Tensor> {
-        head::nll(&model.forward_coded(&self.inputs, &self.codes)?, &self.targets)
-    }
+/// -ln P of a batch's samples, one excerpt after the other, in nats.
+fn nll_of(model: &WaveTransformer, batch: &Batch) -> candle_core::Result<Tensor> {
+    head::nll(&batch.forward(model)?, &batch.targets)
 }
 
 /// -ln P of an excerpt's samples, `[n_samples]`, in nats.
 pub(super) fn nll(model: &WaveTransformer, excerpt: &Excerpt) -> candle_core::Result<Tensor> {
-    Batch::of(std::slice::from_ref(excerpt), model)?.nll(model)
+    nll_of(model, &Batch::of(std::slice::from_ref(excerpt), model)?)
 }
 
 /// Makes excerpts of recordings.

@@ -1,4 +1,4 @@
-//! `wavegen bench kernels` and `wavegen bench decode --engine cuda`: turns a GPU's time into figures beside its own peaks.
+//! `wavegen bench kernels` and `wavegen bench decode --engine cuda` (`bench train --device cuda` is in `train.rs`): turns a GPU's time into figures beside its own peaks.
 //!
 //! Checked first, then warmed up, then medians and ranges over rounds. Without a GPU there is nothing to measure, which is no
 //! failure unless `WAVEGEN_REQUIRE_CUDA=1`.
@@ -37,14 +37,22 @@ macro_rules! on_gpu {
             Ok($gpu) => $measure,
             #[cfg(not(feature = "cuda"))]
             Ok(never) => match never {},
-            Err(e) if cuda_is_required() => Err(e),
-            Err(e) => {
-                $talk.note(&format!("nothing measured: {e:#}"));
-                $talk.json(&serde_json::json!({ "measured": false, "reason": format!("{e:#}") }), false)?;
-                Ok(Outcome::Done)
-            }
+            Err(e) => nothing_measured(&$talk, e),
         }
     };
+}
+
+/// Says why there is no GPU.
+///
+/// # Errors
+/// Where there has to be one.
+pub fn nothing_measured(talk: &Talk, why: anyhow::Error) -> Result<Outcome> {
+    if cuda_is_required() {
+        return Err(why);
+    }
+    talk.note(&format!("nothing measured: {why:#}"));
+    talk.json(&serde_json::json!({ "measured": false, "reason": format!("{why:#}") }), false)?;
+    Ok(Outcome::Done)
 }
 
 pub fn kernels(args: &Args) -> Result<Outcome> {

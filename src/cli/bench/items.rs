@@ -6,7 +6,8 @@ use ndarray::Array2;
 use wavegen::codec::Token;
 use wavegen::forecast::{PastForecast, PlannedForecast};
 use wavegen::model::config::ModelConfig;
-use wavegen::model::excerpt::{Excerpt, Piece};
+use wavegen::model::excerpt::{Batch, Excerpt, Piece};
+use wavegen::model::wave_transformer::WaveTransformer;
 use wavegen::plan::{ResidualQuantizer, Spectrum};
 use wavegen::rng::Rng;
 use wavegen::train::{Part, TrainError};
@@ -18,9 +19,9 @@ pub struct Frames {
     pub plan: usize,
 }
 
-/// What a thread learns from at a time.
-pub enum Item {
-    Wave(Box<Excerpt>),
+/// What one loss is computed of: one excerpt or context, or several.
+pub enum Items {
+    Wave(Box<Batch>),
     Plan { tokens: Tensor, bands: Tensor, dropout: Tensor },
 }
 
@@ -30,14 +31,25 @@ pub struct Source<'a> {
     pub quantizer: &'a ResidualQuantizer,
     pub spectrum: Spectrum,
     pub sound: Vec<Token>,
-    pub history: usize,
+    pub wave: &'a WaveTransformer,
 }
 
 impl Source<'_> {
-    pub fn draw(&self, part: Part, frames: Frames, rng: &mut Rng) -> Result<Item, TrainError> {
+    /// Items by their numbers; which is which depends on nothing else.
+    pub fn draw(&self, part: Part, frames: Frames, numbers: &[usize]) -> Result<Items, TrainError> {
+        let rngs = numbers.iter().map(|&n| Rng::new(n as u64));
         match part {
-            Part::Wave => self.excerpt(frames.wave, rng).map(|excerpt| Item::Wave(excerpt.into())),
-            Part::Plan => self.context(frames.plan, rng),
+            Part::Wave => {
+                let excerpts =
+                    rngs.map(|mut rng| self.excerpt(frames.wave, &mut rng)).collect::<Result<Vec<_>, _>>()?;
+                Ok(Items::Wave(Batch::of(&excerpts, self.wave)?.into()))
+            }
+            Part::Plan => {
+                let contexts =
+                    rngs.map(|mut rng| self.context(frames.plan, &mut rng)).collect::<Result<Vec<_>, _>>()?;
+                let joined = |i: usize| Tensor::cat(&contexts.iter().map(|context| &context[i]).collect::<Vec<_>>(), 0);
+                Ok(Items::Plan { tokens: joined(0)?, bands: joined(1)?, dropout: joined(2)? })
+            }
         }
     }
 
@@ -50,10 +62,11 @@ impl Source<'_> {
         let plan = self.spectrum.analyse(&self.config.codec.decode_all(tokens));
         let piece = Piece { tokens, heard: tokens, plan: plan.view(), spectrum: &self.spectrum };
         let (mut past, mut planned) = (PastForecast::new(forecast)?, PlannedForecast::new(forecast)?);
-        Ok(Excerpt::read(self.config, self.history, &piece, run_up..n, &mut past, &mut planned)?)
+        Ok(Excerpt::read(self.config, self.wave.history(), &piece, run_up..n, &mut past, &mut planned)?)
     }
 
-    fn context(&self, frames: usize, rng: &mut Rng) -> Result<Item, TrainError> {
+    /// Tokens, bands, dropout, each `[1, frames, ..]`.
+    fn context(&self, frames: usize, rng: &mut Rng) -> Result<[Tensor; 3], TrainError> {
         let (plan, transformer) = (&self.config.plan, &self.config.plan_transformer);
         let codes = Array2::from_shape_simple_fn((frames, plan.n_codebooks), || rng.below(plan.n_entries) as u16);
         let bands = self.quantizer.decode_all(codes.view())? - &self.quantizer.mean;
@@ -61,10 +74,10 @@ impl Source<'_> {
         let mask = (1, frames - 1, transformer.dim);
         let share = transformer.dropout;
         let keep = (0..mask.1 * mask.2).map(|_| if rng.uniform() < share { 0.0 } else { 1.0 / (1.0 - share) });
-        Ok(Item::Plan {
-            tokens: Tensor::from_iter(codes.iter().map(|&c| u32::from(c)), &Device::Cpu)?.reshape(tokens)?,
-            bands: Tensor::from_iter(bands, &Device::Cpu)?.reshape(shape)?,
-            dropout: Tensor::from_iter(keep, &Device::Cpu)?.reshape(mask)?,
-        })
+        Ok([
+            Tensor::from_iter(codes.iter().map(|&c| u32::from(c)), &Device::Cpu)?.reshape(tokens)?,
+            Tensor::from_iter(bands, &Device::Cpu)?.reshape(shape)?,
+            Tensor::from_iter(keep, &Device::Cpu)?.reshape(mask)?,
+        ])
     }
 }

@@ -3,7 +3,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde::Serialize;
 use wavegen::rng::Rng;
 use wavegen::simd::panels::{PanelsF32, PanelsI8};
@@ -14,8 +14,6 @@ const I8_SHAPE: (usize, usize) = (256, 768);
 const F32_SHAPE: (usize, usize) = (128, 512);
 /// Bytes that the bandwidth probe reads: more than caches hold.
 const STREAM_BYTES: usize = 256 << 20;
-/// Rows and columns of the matrices that candle's products are timed with.
-const GEMM_SIZE: usize = 512;
 /// How long a probe looks for its best time.
 const PROBE_TIME: Duration = Duration::from_millis(100);
 
@@ -90,20 +88,22 @@ pub fn cpu_seconds() -> Option<f64> {
     Some(proc_field("/proc/self/stat", find)? as f64 / 100.0)
 }
 
-/// Products of square matrices that lie in the caches, by candle, with as many threads as the caller's pool has: 10^9
-/// multiply-adds/s.
-pub fn gemm_gmac_s() -> candle_core::Result<f64> {
+/// Products of square matrices by candle, 10^9 multiply-adds/s: on a CPU of matrices that lie in the caches, with as many threads as
+/// the caller's pool has.
+pub fn gemm_gmac_s(device: &Device, element: DType) -> candle_core::Result<f64> {
+    let size: usize = if device.is_cpu() { 512 } else { 4096 };
     let mut rng = Rng::new(1);
     let mut matrix = || {
-        let values = (0..GEMM_SIZE * GEMM_SIZE).map(|_| rng.normal());
-        Tensor::from_iter(values, &Device::Cpu)?.reshape((GEMM_SIZE, GEMM_SIZE))
+        let values = (0..size * size).map(|_| rng.normal());
+        Tensor::from_iter(values, device)?.reshape((size, size))?.to_dtype(element)
     };
     let (a, b) = (matrix()?, matrix()?);
     a.matmul(&b)?;
+    device.synchronize()?;
     let seconds = fastest(|| {
-        black_box(a.matmul(&b).ok());
+        black_box(a.matmul(&b).and_then(|_| device.synchronize()).ok());
     });
-    Ok(GEMM_SIZE.pow(3) as f64 / seconds / 1e9)
+    Ok(size.pow(3) as f64 / seconds / 1e9)
 }
 
 /// Seconds of the fastest of as many calls as fit in [`PROBE_TIME`], at least three.

@@ -18,6 +18,7 @@ Examples:
   wavegen bench decode --json > decode.json
   wavegen bench decode --engine cuda                 the same of a GPU, one stream to thousands
   wavegen bench train --threads 2                    steps of training, beside candle's own operations
+  wavegen bench train --device cuda                  the same on a GPU
   wavegen bench kernels                              the training kernels on a GPU")]
 pub struct Args {
     #[command(subcommand)]
