@@ -10,7 +10,9 @@ use wavegen::checkpoint::Checkpoint;
 use wavegen::engine::Engine;
 use wavegen::engine::cpu::{CpuEngine, CpuOptions};
 use wavegen::engine::reference::ReferenceEngine;
-use wavegen::generate::{CONTEXT_S, Manner, Options, Path, Played, Player, Prompt, Recording, Session, SessionError};
+use wavegen::generate::{
+    CONTEXT_S, Manner, Options, Path, Played, Player, Prompt, Recording, Session, SessionError, heard,
+};
 use wavegen::model::config::ModelConfig;
 
 use memory::Memory;
@@ -117,9 +119,10 @@ fn second_after_second_the_way_most_like_the_prompt_is_taken() {
     };
     let prompt = codec.encode_all(&(0..48_000).map(sound).collect::<Vec<_>>());
     let mut engine = CpuEngine::new(&checkpoint, &CpuOptions::default()).unwrap();
-    let of_prompt = |n: usize| Manner::of_prompt(&engine, &prompt[..n], &spectrum).unwrap();
-    assert_eq!(of_prompt(15_000), None, "too short to tell");
-    let manner = of_prompt(48_000).unwrap();
+    let of_prompt = |n: usize| heard(&engine, &prompt[..n], &spectrum).unwrap();
+    assert!(of_prompt(15_000).is_none(), "too short to tell");
+    let frames = of_prompt(48_000).unwrap();
+    let manner = Manner::of(frames.iter().map(|frame| frame.bands.as_slice()), &spectrum);
     let mut play = |choices, seed| {
         let options = Options { seed, choices, ..Options::default() };
         let mut path = Path::new(&mut engine, &options, &prompt, false).unwrap();

@@ -11,7 +11,8 @@ use wavegen::baselines::noise_through_plan;
 use wavegen::checkpoint::Checkpoint;
 use wavegen::generate::{Guide, Intervention, Options, Path as Continued};
 use wavegen::metrics::{
-    self, Adherence, Failure, LevelDrift, Music, Timbre, Track, adherence, failures, level_drift, music, tonality_db,
+    self, Adherence, Failure, Kinship, LevelDrift, Music, Timbre, Track, adherence, failures, kinship, level_drift,
+    music, tonality_db,
 };
 use wavegen::plan::{Spectrum, bands_of};
 use wavegen::plot::{Row, spectrograms};
@@ -57,6 +58,8 @@ pub struct Figures {
     pub tonality_db: f32,
     pub failures: Vec<Failure>,
     pub music: Music,
+    /// With the prompt.
+    pub kinship: Kinship,
     #[serde(skip)]
     timbre: Timbre,
 }
@@ -90,6 +93,7 @@ pub struct Summary {
     /// Continuations with any failure.
     pub n_failed: usize,
     pub music: Music,
+    pub kinship: Kinship,
     /// Frechet distance of the log-mel frames to the recordings'.
     pub frechet: f64,
 }
@@ -244,6 +248,7 @@ fn play(
         }
         Ok(Figures {
             music: music(samples, codec.sample_rate),
+            kinship: kinship(&heard_before, samples, codec.sample_rate),
             timbre: Timbre::of(samples, codec.sample_rate),
             adherence: adherence(heard.bands.view(), planned.bands.view()),
             level_drift: level_drift(&heard.level_db, &planned.level_db, per_second),
@@ -315,7 +320,9 @@ fn summarise(all: &[&Figures], truths: &[&Figures]) -> Summary {
             onsets_per_s: mean(&|f| f.music.onsets_per_s),
             chroma_bits: mean(&|f| f.music.chroma_bits),
             chroma_flux: mean(&|f| f.music.chroma_flux),
+            pulse: mean(&|f| f.music.pulse),
         },
+        kinship: Kinship { beat: mean(&|f| f.kinship.beat), harmony: mean(&|f| f.kinship.harmony) },
         frechet: timbre(all).distance(&timbre(truths)),
     }
 }
@@ -345,13 +352,20 @@ impl FreeRun {
             self.model.worst_adherence_db, self.model.worst_level_drift_db, self.plan
         ))?;
         print(&format!(
-            "{:>26} {:>10} {:>10} {:>10} {:>11} {:>11} {:>8}",
-            "", "centroid", "flatness", "onsets", "chroma", "its flux", "Frechet"
+            "{:>26} {:>10} {:>10} {:>10} {:>11} {:>8} {:>6} {:>8} {:>8} {:>7}",
+            "", "centroid", "flatness", "onsets", "chroma", "its flux", "pulse", "Frechet", "beat", "harmony"
         ))?;
-        for (name, Summary { music, frechet, .. }) in rows {
+        for (name, Summary { music, kinship, frechet, .. }) in rows {
             print(&format!(
-                "{name:>26} {:>7.0} Hz {:>7.1} dB {:>8.2}/s {:>6.2} bits {:>11.3} {frechet:>8.1}",
-                music.centroid_hz, music.flatness_db, music.onsets_per_s, music.chroma_bits, music.chroma_flux
+                "{name:>26} {:>7.0} Hz {:>7.1} dB {:>8.2}/s {:>6.2} bits {:>8.3} {:>6.2} {frechet:>8.1} {:>8.2} {:>7.2}",
+                music.centroid_hz,
+                music.flatness_db,
+                music.onsets_per_s,
+                music.chroma_bits,
+                music.chroma_flux,
+                music.pulse,
+                kinship.beat,
+                kinship.harmony
             ))?;
         }
         Ok(())

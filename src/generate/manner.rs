@@ -6,19 +6,19 @@ use serde::{Deserialize, Serialize};
 use crate::codec::Token;
 use crate::engine::{Engine, EngineError};
 use crate::metrics::pitch_class;
-use crate::plan::{DB_PER_UNIT, Spectrum};
+use crate::plan::{DB_PER_UNIT, PlanFrame, Spectrum};
 
 /// Seconds at the end of a prompt that it is taken from, at most and at least.
 const HEARD_S: f32 = 10.0;
 const LEAST_S: f32 = 1.0;
-/// Bands this far below a frame's loudest do not count for what begins, dB.
+/// Bands this far below a frame's loudest are faint, dB.
 const FAINT_DB: f32 = 50.0;
 /// Differences that count as much as each other: of the rise (its logarithm), of the entropy in bits, of the level in dB, of the shares
 /// of pitch classes, and of the timbre in dB rms.
 const RISE: f32 = 0.3;
 const ENTROPY_BITS: f32 = 0.3;
 const LEVEL_DB: f32 = 3.0;
-const SHARES: f32 = 0.25;
+const SHARES: f32 = 0.4;
 const TIMBRE_DB: f32 = 1.5;
 /// Groups of neighbouring bands, equally many of them each, that a timbre is told by.
 const N_GROUPS: usize = 8;
@@ -26,7 +26,7 @@ const N_GROUPS: usize = 8;
 /// How a stretch of music is played, as far as plan frames tell; means over them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Manner {
-    /// What bands rise by from frame to frame; falling counts as nothing.
+    /// [`rise`] from frame to frame.
     rise: f32,
     level_db: f32,
     /// Shares that the twelve pitch classes have in the power, and how many sound at a time: the entropy of a frame's shares.
@@ -36,35 +36,47 @@ pub struct Manner {
     timbre_db: [f32; N_GROUPS],
 }
 
-impl Manner {
-    /// Of the end of a prompt, by its plan as the model reads it, for that is what it is compared with; `None` when it is too short to
-    /// tell.
-    ///
-    /// # Errors
-    /// The engine's own.
-    pub fn of_prompt(engine: &dyn Engine, prompt: &[Token], spectrum: &Spectrum) -> Result<Option<Self>, EngineError> {
-        let hop = spectrum.hop();
-        let [most, least] = [HEARD_S, LEAST_S].map(|seconds| (seconds * spectrum.sample_rate() as f32) as usize);
-        let n_frames = prompt.len().min(most) / hop;
-        if prompt.len() < least {
-            return Ok(None);
-        }
-        let plan = engine.plan_of(&prompt[prompt.len() - n_frames * hop..])?;
-        // The first frames look back into silence.
-        let blind = spectrum.window_len().div_ceil(hop).min(n_frames);
-        Ok(Some(Self::of(plan[blind..].iter().map(|frame| frame.bands.as_slice()), spectrum)))
+/// The end of a prompt by its plan as the model reads it, for that is what ways are compared with; `None` when it is too short to tell how
+/// it is played.
+///
+/// # Errors
+/// The engine's own.
+pub fn heard(
+    engine: &dyn Engine,
+    prompt: &[Token],
+    spectrum: &Spectrum,
+) -> Result<Option<Vec<PlanFrame>>, EngineError> {
+    let hop = spectrum.hop();
+    let [most, least] = [HEARD_S, LEAST_S].map(|seconds| (seconds * spectrum.sample_rate() as f32) as usize);
+    let n_frames = prompt.len().min(most) / hop;
+    if prompt.len() < least {
+        return Ok(None);
     }
+    let mut plan = engine.plan_of(&prompt[prompt.len() - n_frames * hop..])?;
+    // The first frames look back into silence.
+    plan.drain(..spectrum.window_len().div_ceil(hop).min(n_frames));
+    Ok(Some(plan))
+}
 
+/// What bands rise by from a frame to the next, on the average; falling counts as nothing, and so does what is faint.
+pub fn rise(frame: &[f32], before: &[f32]) -> f32 {
+    let floor = faint(frame);
+    let rises = frame.iter().zip(before).map(|(now, before)| (now.max(floor) - before.max(floor)).max(0.0));
+    rises.sum::<f32>() / frame.len() as f32
+}
+
+fn faint(frame: &[f32]) -> f32 {
+    frame.iter().copied().fold(f32::NEG_INFINITY, f32::max) - FAINT_DB / DB_PER_UNIT
+}
+
+impl Manner {
     /// Of plan frames that follow each other, `[n_bands]` each; zeros where there are none.
     pub fn of<'a>(frames: impl Iterator<Item = &'a [f32]>, spectrum: &Spectrum) -> Self {
         let classes: Vec<Option<usize>> = spectrum.centres_hz().iter().map(|&hz| pitch_class(hz)).collect();
         let (mut sum, mut n, mut before) = (Self::default(), 0u32, None::<&[f32]>);
         for frame in frames {
-            let floor = frame.iter().copied().fold(f32::NEG_INFINITY, f32::max) - FAINT_DB / DB_PER_UNIT;
-            if let Some(before) = before {
-                let rises = frame.iter().zip(before).map(|(now, before)| (now.max(floor) - before.max(floor)).max(0.0));
-                sum.rise += rises.sum::<f32>() / frame.len() as f32;
-            }
+            let floor = faint(frame);
+            sum.rise += before.map_or(0.0, |before| rise(frame, before));
             let (mut shares, mut total) = ([0.0f32; 12], 0.0);
             for (band, class) in frame.iter().zip(&classes) {
                 // A band holds ln(power) / 4.

@@ -15,6 +15,7 @@ mod manner;
 mod path;
 mod player;
 mod prompt;
+mod rhythm;
 mod seam;
 mod session;
 
@@ -28,10 +29,11 @@ use crate::rng::{Kind, uniform};
 use crate::sampler::{PlanSampling, WaveSampling};
 
 pub use governor::{Alarm, Governor, Intervention};
-pub use manner::Manner;
+pub use manner::{Manner, heard};
 pub use path::{Guide, Path};
 pub use player::{Played, Player, Progress};
 pub use prompt::{CONTEXT_S, Prompt};
+pub use rhythm::Rhythm;
 pub use seam::{Seam, SeamReport, SeamState};
 pub use session::{Recording, Session, SessionError};
 
@@ -81,14 +83,21 @@ impl Default for Options {
 pub struct Generator {
     state: GeneratorState,
     spectrum: Spectrum,
-    /// How all would be played by the ways that it has looked at for the stretch that begins here.
-    looked_at: Vec<Manner>,
+    /// The ways that it has looked at for the stretch that begins here.
+    looked_at: Vec<Way>,
     plan: PlanFrame,
     tokens: Vec<Token>,
 }
 
+/// A way on as it would be played.
+struct Way {
+    /// What was chosen before it counted in.
+    manner: Manner,
+    offbeat: f32,
+}
+
 /// A [`Generator`] as plain data.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct GeneratorState {
     options: Options,
     n_frames: u64,
@@ -101,6 +110,8 @@ struct GeneratorState {
     manner: Option<Manner>,
     /// How what was chosen is played, the later the more; the prompt before it.
     played: Option<Manner>,
+    /// The prompt's, after all that was played.
+    rhythm: Rhythm,
 }
 
 /// What a branch and a choice add to the seed: apart from the seeds that people use, and from each other.
@@ -108,6 +119,8 @@ const BRANCH_STEP: u64 = 0x9E37_79B9_7F4A_7C15;
 const CHOICE_STEP: u64 = 0xD1B5_4A32_D192_ED03;
 /// Frames that are chosen together: half a second at 16 kHz.
 const STRETCH: u64 = 16;
+/// How far off the beat counts as much as what [`Manner`] calls 1.
+const OFFBEAT: f32 = 0.67;
 
 impl GeneratorState {
     /// The uniforms of a frame, `n` of them, on the way `choice`.
@@ -127,7 +140,10 @@ impl Generator {
     /// The engine's own.
     pub fn new(engine: &mut dyn Engine, options: &Options, context: &[Token]) -> Result<Self, EngineError> {
         let spectrum = Spectrum::new(engine.config().codec.sample_rate, &engine.config().plan)?;
-        let manner = Manner::of_prompt(engine, context, &spectrum)?;
+        let heard = heard(engine, context, &spectrum)?;
+        let frames = || heard.iter().flatten().map(|frame| frame.bands.as_slice());
+        let manner = heard.as_ref().map(|_| Manner::of(frames(), &spectrum));
+        let rhythm = Rhythm::of(frames());
         engine.prefill(context)?;
         let state = GeneratorState {
             options: *options,
@@ -137,6 +153,7 @@ impl Generator {
             due: STRETCH,
             manner,
             played: manner,
+            rhythm,
         };
         Ok(Self::from_state(engine, spectrum, state))
     }
@@ -173,13 +190,16 @@ impl Generator {
             engine.set_sampling(plan, wave);
             let plan = engine.plan_ahead(&uniforms)?;
             let of = Manner::of(plan.iter().map(|frame| frame.bands.as_slice()), spectrum);
-            looked_at.push(of.after(state.played.as_ref().unwrap_or(&manner)));
+            looked_at.push(Way {
+                manner: of.after(state.played.as_ref().unwrap_or(&manner)),
+                offbeat: state.rhythm.offbeat(&plan),
+            });
             if looked_at.len() < choices as usize {
                 return Ok(true);
             }
-            let distances = looked_at.iter().map(|all| manner.distance(all));
+            let distances = looked_at.iter().map(|way| manner.distance(&way.manner).hypot(way.offbeat / OFFBEAT));
             if let Some((nearest, _)) = distances.enumerate().min_by(|(_, a), (_, b)| a.total_cmp(b)) {
-                (state.choice, state.played) = (nearest as u64, Some(looked_at[nearest]));
+                (state.choice, state.played) = (nearest as u64, Some(looked_at[nearest].manner));
             }
             looked_at.clear();
         } else {
@@ -220,6 +240,7 @@ impl Generator {
             Some(bands) => self.plan = PlanFrame { tokens: Vec::new(), bands: bands.to_vec() },
             None => engine.next_plan(&plan_uniforms, &mut self.plan)?,
         }
+        self.state.rhythm.hear(&self.plan.bands);
         engine.render(&self.plan, &wave_uniforms, &mut self.tokens)?;
         self.state.n_frames += 1;
         Ok((&self.plan, &self.tokens))

@@ -265,7 +265,7 @@ impl Path {
 
     fn mark(&mut self, engine: &dyn Engine) -> Result<(), EngineError> {
         if self.remembers() {
-            let generator = self.generator.state;
+            let generator = self.generator.state.clone();
             self.marks.retain(|mark| mark.frame() < generator.n_frames);
             let (governor, branches) = (self.governor.clone(), self.branches);
             self.marks.push_back(Mark { engine: engine.snapshot()?, generator, governor, branches });
@@ -301,7 +301,7 @@ impl Path {
         };
         engine.rewind(&mark.engine)?;
         let governor = mark.governor.clone();
-        self.generator.rewind(mark.generator);
+        self.generator.rewind(mark.generator.clone());
         if let (Some(earlier), Some(now)) = (governor, &self.governor) {
             self.governor = Some(Governor::rewound(&earlier, now));
         }
@@ -353,7 +353,7 @@ impl Path {
     pub fn set_options(&mut self, engine: &mut dyn Engine, options: &Options) -> Result<(), EngineError> {
         if options != self.options() {
             self.drop_held(engine)?;
-            self.generator.rewind(GeneratorState { options: *options, ..self.generator.state });
+            self.generator.rewind(GeneratorState { options: *options, ..self.generator.state.clone() });
             self.mark(engine)?;
         }
         Ok(())
@@ -365,7 +365,7 @@ impl Path {
     /// The engine's own.
     pub fn set_guide(&mut self, engine: &mut dyn Engine, guide: Guide) -> Result<(), EngineError> {
         self.drop_held(engine)?;
-        self.generator.rewind(self.generator.state);
+        self.generator.rewind(self.generator.state.clone());
         self.guide = guide;
         self.mark(engine)
     }
@@ -396,7 +396,7 @@ impl Path {
         let Some(mark) = self.mark_before(self.released).filter(|_| self.generator.state.n_frames > self.released)
         else {
             let state = PathState {
-                generator: self.generator.state,
+                generator: self.generator.state.clone(),
                 governor: self.governor.clone(),
                 branches: self.branches,
                 released_since: 0,
@@ -408,7 +408,7 @@ impl Path {
         let saved = engine.save();
         engine.rewind(&now)?;
         let state = PathState {
-            generator: mark.generator,
+            generator: mark.generator.clone(),
             governor: mark.governor.clone(),
             branches: mark.branches,
             released_since: self.released - mark.frame(),
@@ -418,7 +418,7 @@ impl Path {
 
     /// The path that a state was taken of; the engine has been brought to where it belongs.
     pub(super) fn from_state(engine: &mut dyn Engine, state: &PathState) -> Result<Self, EngineError> {
-        let generator = Generator::from_state(engine, spectrum_of(engine)?, state.generator);
+        let generator = Generator::from_state(engine, spectrum_of(engine)?, state.generator.clone());
         let mut path = Self::at(generator, state.governor.clone());
         path.branches = state.branches;
         path.released += state.released_since;

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::plan::{DB_PER_UNIT, PlanError, Spectrum};
 
-pub use music::{Music, Timbre, log_mel_distance_db, music, pitch_class};
+pub use music::{Kinship, Music, Timbre, kinship, log_mel_distance_db, music, pitch_class};
 
 /// Bands that carry the tone in [`tonality_db`].
 const STRONGEST: usize = 12;
@@ -30,6 +30,19 @@ pub fn rms(samples: &[f32]) -> f32 {
 /// Largest magnitude in `samples`.
 pub fn peak(samples: &[f32]) -> f32 {
     samples.iter().fold(0.0, |top, x| top.max(x.abs()))
+}
+
+/// Pearson's correlation of as many values of both; 0 where one of them does not vary.
+pub fn correlation(a: &[f32], b: &[f32]) -> f32 {
+    let mean = |x: &[f32]| x.iter().sum::<f32>() / x.len().max(1) as f32;
+    let (mean_a, mean_b) = (mean(a), mean(b));
+    let (mut ab, mut aa, mut bb) = (0.0, 0.0, 0.0);
+    for (a, b) in a.iter().zip(b) {
+        let (a, b) = (a - mean_a, b - mean_b);
+        (ab, aa, bb) = (ab + a * b, aa + a * a, bb + b * b);
+    }
+    let scale = f32::sqrt(aa * bb);
+    if scale > f32::MIN_POSITIVE { ab / scale } else { 0.0 }
 }
 
 /// The middle value (the mean of the two middle ones); 0 for none.

@@ -3,10 +3,10 @@
 //! Nothing here needs a reference that is aligned in time: a continuation may play other notes than the recording did, and
 //! is still judged by whether it moves like music.
 
-use ndarray::{Array1, Array2, ArrayView2, Axis};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 use serde::Serialize;
 
-use super::median;
+use super::{correlation, median};
 use crate::plan::fourier::{Fourier, Workspace};
 
 /// Samples per frame of timbre and onsets at 16 kHz: 64 ms.
@@ -25,6 +25,9 @@ const ONSET_DB: f32 = 1.5;
 /// Frames before and after that an onset has to lead, 48 ms, and from which its surroundings are taken, 0.5 s.
 const ONSET_LEADS: usize = 3;
 const ONSET_AROUND: usize = 31;
+/// Seconds in which a rhythm is looked for, and after which it may come again.
+const RHYTHM_S: f32 = 4.0;
+const BEAT_S: std::ops::Range<f32> = 0.2..1.5;
 /// Long frames between two chroma vectors that are compared: 256 ms.
 const CHROMA_LAG: usize = 4;
 
@@ -41,6 +44,19 @@ pub struct Music {
     pub chroma_bits: f32,
     /// Cosine distance of these shares to those 256 ms later: held chords 0.
     pub chroma_flux: f32,
+    /// How regularly things begin: the peak of the autocorrelation of the spectral flux over 0.2 to 1.5 s, mean over stretches of 4 s; 1:
+    /// like a clock; 0 where there is no such stretch.
+    pub pulse: f32,
+}
+
+/// How much of what was before is in what comes after, means over its stretches of 4 s. Music need not stay where it was: the recordings'
+/// own tell how much it does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Kinship {
+    /// Correlation of the autocorrelations of the spectral flux: 1 where the beat is kept.
+    pub beat: f32,
+    /// Cosine of the mean shares of pitch classes: 1 where the same notes sound.
+    pub harmony: f32,
 }
 
 /// The statistics of `samples` at `sample_rate` Hz; zeros when there are fewer than 4096 of them.
@@ -57,21 +73,33 @@ pub fn music(samples: &[f32], sample_rate: u32) -> Music {
         centroids.push((moment / total) as f32);
         flatnesses.push((4.343 * (log_mean - (total / power.len() as f64 + MEL_FLOOR).ln())) as f32);
     });
-    let chroma = chroma(samples, sample_rate);
+    let (chroma, flux) = (chroma(samples, sample_rate), flux(log_mel(samples, sample_rate).view()));
     let n = chroma.nrows();
     let bits = |shares: &[f32]| shares.iter().filter(|s| **s > 0.0).map(|s| -s * s.log2()).sum::<f32>();
-    let distance = |k: usize| {
-        let (a, b) = (chroma.row(k), chroma.row(k + CHROMA_LAG));
-        1.0 - a.dot(&b) / (a.dot(&a) * b.dot(&b)).sqrt().max(f32::MIN_POSITIVE)
-    };
+    let distance = |k: usize| 1.0 - cosine(chroma.row(k), chroma.row(k + CHROMA_LAG));
     let lagged = n.saturating_sub(CHROMA_LAG);
     Music {
         centroid_hz: mean(&centroids),
         flatness_db: mean(&flatnesses),
-        onsets_per_s: onsets(log_mel(samples, sample_rate).view()).len() as f32
-            / (samples.len() as f32 / sample_rate as f32),
+        onsets_per_s: onsets(&flux).len() as f32 / (samples.len() as f32 / sample_rate as f32),
         chroma_bits: mean(&chroma.rows().into_iter().map(|row| bits(&row.to_vec())).collect::<Vec<_>>()),
         chroma_flux: mean(&(0..lagged).map(distance).collect::<Vec<_>>()),
+        pulse: mean(&rhythms(&flux, sample_rate).iter().map(|r| peak(r)).collect::<Vec<_>>()),
+    }
+}
+
+/// What `after` has of `before`, both at `sample_rate` Hz; zeros when one of them is shorter than 4 s.
+pub fn kinship(before: &[f32], after: &[f32], sample_rate: u32) -> Kinship {
+    let rhythms_of = |samples: &[f32]| rhythms(&flux(log_mel(samples, sample_rate).view()), sample_rate);
+    let long = (RHYTHM_S * sample_rate as f32) as usize;
+    let before = &before[before.len().saturating_sub(long)..];
+    let (Some(rhythm), rhythms) = (rhythms_of(before).pop(), rhythms_of(after)) else { return Kinship::default() };
+    let shares = |samples: &[f32]| chroma(samples, sample_rate).mean_axis(Axis(0)).unwrap_or_default();
+    let notes = shares(before);
+    let kin = |stretch: &[f32]| cosine(shares(stretch).view(), notes.view());
+    Kinship {
+        beat: mean(&rhythms.iter().map(|r| correlation(r, &rhythm)).collect::<Vec<_>>()),
+        harmony: mean(&after.chunks_exact(long).map(kin).collect::<Vec<_>>()),
     }
 }
 
@@ -193,14 +221,36 @@ fn chroma(samples: &[f32], sample_rate: u32) -> Array2<f32> {
     Array2::from_shape_vec((n, 12), rows).unwrap_or_default()
 }
 
-/// Frames of a log-mel spectrogram in which something begins.
-fn onsets(log_mel: ArrayView2<f32>) -> Vec<usize> {
+/// Spectral flux: by how much the mel bands of each frame rise, dB on their average.
+fn flux(log_mel: ArrayView2<f32>) -> Vec<f32> {
     let rise = |k: usize| {
         let before = log_mel.row(k.saturating_sub(1));
         4.343 * log_mel.row(k).iter().zip(before).map(|(now, before)| (now - before).max(0.0)).sum::<f32>()
             / N_MELS as f32
     };
-    let flux: Vec<f32> = (0..log_mel.nrows()).map(rise).collect();
+    (0..log_mel.nrows()).map(rise).collect()
+}
+
+/// The autocorrelation of spectral flux over [`BEAT_S`] in each stretch of [`RHYTHM_S`].
+fn rhythms(flux: &[f32], sample_rate: u32) -> Vec<Vec<f32>> {
+    let frames = |seconds: f32| (seconds * sample_rate as f32 / HOP as f32) as usize;
+    let lags = frames(BEAT_S.start)..frames(BEAT_S.end);
+    // The last frame of 4 s begins before their end.
+    let long = frames(RHYTHM_S) - FRAME / HOP;
+    let of = |flux: &[f32]| lags.clone().map(|lag| correlation(&flux[lag..], &flux[..flux.len() - lag])).collect();
+    flux.chunks_exact(long).map(of).collect()
+}
+
+fn peak(rhythm: &[f32]) -> f32 {
+    rhythm.iter().copied().fold(0.0, f32::max)
+}
+
+fn cosine(a: ArrayView1<f32>, b: ArrayView1<f32>) -> f32 {
+    a.dot(&b) / (a.dot(&a) * b.dot(&b)).sqrt().max(f32::MIN_POSITIVE)
+}
+
+/// Frames of a spectral flux in which something begins.
+fn onsets(flux: &[f32]) -> Vec<usize> {
     let around = |k: usize, reach: usize| &flux[k.saturating_sub(reach)..(k + reach + 1).min(flux.len())];
     let leads = |k: usize| {
         let neighbours = around(k, ONSET_LEADS);
@@ -298,6 +348,32 @@ mod tests {
         // The first one has no frame before it.
         assert!((found.onsets_per_s - 4.0).abs() < 0.6, "{found:?}");
         assert_eq!(music(&notes(&[220.0], 4.0), RATE).onsets_per_s, 0.0);
+    }
+
+    #[test]
+    fn a_steady_beat_has_a_pulse_and_keeps_it() {
+        let mut rng = Rng::new(7);
+        let steady = |seconds: f32| notes(&[220.0; 32], seconds)[..8 * RATE as usize].to_vec();
+        let (at_four, at_three) = (steady(0.25), steady(1.0 / 3.0));
+        let restless: Vec<f32> =
+            (0..40).flat_map(|_| notes(&[220.0], 0.1 + 0.4 * rng.uniform())).take(8 * RATE as usize).collect();
+        let [clock, free] = [&at_four, &restless].map(|sound| music(sound, RATE).pulse);
+        assert!(clock > 0.8 && free < 0.6 * clock, "{clock} {free}");
+        let [same, other, none] = [&at_four, &at_three, &restless].map(|sound| kinship(&at_four, sound, RATE).beat);
+        assert!(same > 0.95 && other < 0.5 && none < 0.5, "{same} {other} {none}");
+        assert_eq!(
+            (music(&at_four[..50_000], RATE).pulse, kinship(&at_four[..50_000], &at_four, RATE)),
+            (0.0, Kinship::default())
+        );
+    }
+
+    #[test]
+    fn the_same_notes_are_kin() {
+        let line = |first: f32| {
+            notes(&[0, 4, 7, 4].repeat(8).iter().map(|i| first * 2f32.powf(*i as f32 / 12.0)).collect::<Vec<_>>(), 0.25)
+        };
+        let [same, other] = [220.0, 311.1].map(|first| kinship(&line(220.0), &line(first), RATE).harmony);
+        assert!(same > 0.98 && other < 0.6, "{same} {other}");
     }
 
     #[test]
