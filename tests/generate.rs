@@ -132,9 +132,9 @@ fn second_after_second_the_way_most_like_the_prompt_is_taken() {
     let mut gained = [0.0; 2];
     for seed in 0..3 {
         let (first, chosen) = (play(1, seed), play(8, seed));
-        assert!(first[..16] == chosen[..16], "the first half second is played at once");
-        // Both come from the same half second; what came first was one of the eight.
-        let second = [far(&first[16..32]), far(&chosen[16..32])];
+        assert!(first[..8] == chosen[..8], "the first quarter of a second is played at once");
+        // Both come from the same frames; what came first was one of the eight.
+        let second = [far(&first[8..16]), far(&chosen[8..16])];
         assert!(second[1] <= second[0], "seed {seed}: {second:?}");
         gained[0] += second[0];
         gained[1] += second[1];
@@ -144,7 +144,7 @@ fn second_after_second_the_way_most_like_the_prompt_is_taken() {
 
 #[test]
 fn a_session_may_end_anywhere_between_two_choices() {
-    let prompt = prompt(16_000, 1, 32_000);
+    let prompt = prompt(16_000, 1, 48_000);
     let engine = || CpuEngine::new(&checkpoint(), &CpuOptions::default()).unwrap();
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("session.bin");

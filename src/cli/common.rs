@@ -82,7 +82,7 @@ pub struct SamplingArgs {
         "What is played: no choice less likely than this share of the likeliest", |plan| plan.min_p))]
     pub min_p: Option<f32>,
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64), help = format!(
-        "What is played: every half second, the one of so many ways on that is most like the prompt; 1 for the first [default: {}]",
+        "What is played: every quarter of a second, the one of so many ways on that is most like the prompt; 1 for the first [default: {}]",
         Options::default().choices))]
     pub choices: Option<u32>,
     /// How it sounds: breath and noise, 0 for none, 1 as in the recordings [default: the model's]

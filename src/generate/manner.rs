@@ -20,6 +20,8 @@ const ENTROPY_BITS: f32 = 0.3;
 const LEVEL_DB: f32 = 3.0;
 const SHARES: f32 = 0.4;
 const TIMBRE_DB: f32 = 1.5;
+/// Share of the newest stretch in what was played: two of them are half of it.
+const NEWEST: f32 = 0.29;
 /// Groups of neighbouring bands, equally many of them each, that a timbre is told by.
 const N_GROUPS: usize = 8;
 
@@ -111,9 +113,9 @@ impl Manner {
         }
     }
 
-    /// What was played so, and then this: each half as much as what came after it.
+    /// What was played so, and then this; what was played longer ago counts less.
     pub fn after(&self, before: &Self) -> Self {
-        let mean = |a: f32, b: f32| (a + b) / 2.0;
+        let mean = |now: f32, before: f32| before + NEWEST * (now - before);
         let means = |a: &[f32], b: &[f32], i: usize| mean(a[i], b[i]);
         Self {
             rise: mean(self.rise, before.rise),
@@ -165,8 +167,8 @@ mod tests {
         assert!((held.distance(&as_bright) - 1.0 / SHARES).abs() < 0.1, "{}", held.distance(&as_bright));
         let brighter = Manner { timbre_db: held.timbre_db.map(|level| level + TIMBRE_DB), ..held };
         assert!((held.distance(&brighter) - 1.0).abs() < 0.01, "{}", held.distance(&brighter));
-        let halfway = another.after(&held);
-        assert!((held.distance(&halfway) - held.distance(&another) / 2.0).abs() < 0.01, "{halfway:?}");
+        let on_the_way = another.after(&held);
+        assert!((held.distance(&on_the_way) - held.distance(&another) * NEWEST).abs() < 0.01, "{on_the_way:?}");
         assert_eq!(held.after(&held), held);
         let half = note(3, -20.0).len() / 2;
         let high =

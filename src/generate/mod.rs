@@ -3,8 +3,8 @@
 //! ```text
 //! tail of a file --Prompt--> tokens --Generator(engine, uniforms)--> tokens --Path(Governor)--> tokens --Seam--> frames --> sink
 //! ```
-//! Every half second a generator looks at several plans for the next and takes the one that, with what it took before, is played most like the prompt
-//! ([`Options::choices`]).
+//! Every quarter of a second a generator looks at several plans for the next and takes the one that, with what it took before, is played most like the prompt
+//! ([`Manner`]) and keeps its beat best ([`Rhythm`]; [`Options::choices`]).
 //! A path runs ahead and goes back where its [`Governor`] finds that the continuation fails. A [`Player`] is all of it in one; a [`Session`] is a player and its engine's state as plain data, for files and takes.
 //! Uniforms are drawn by (seed, stream, kind, t) with t counted from the join, so the same seed gives the same bytes.
 
@@ -64,7 +64,7 @@ pub struct Options {
     pub seed: u64,
     /// Independent continuations under one seed.
     pub stream: u32,
-    /// Ways to go on of which, every half second, the one most like the prompt is taken; 1 or 0: whatever comes.
+    /// Ways to go on of which, every quarter of a second, the one most like the prompt is taken; 1 or 0: whatever comes.
     pub choices: u32,
     /// How plan tokens are drawn.
     pub plan: PlanSampling,
@@ -117,8 +117,8 @@ struct GeneratorState {
 /// What a branch and a choice add to the seed: apart from the seeds that people use, and from each other.
 const BRANCH_STEP: u64 = 0x9E37_79B9_7F4A_7C15;
 const CHOICE_STEP: u64 = 0xD1B5_4A32_D192_ED03;
-/// Frames that are chosen together: half a second at 16 kHz.
-const STRETCH: u64 = 16;
+/// Frames that are chosen together: a quarter of a second at 16 kHz.
+const STRETCH: u64 = 8;
 /// How far off the beat counts as much as what [`Manner`] calls 1.
 const OFFBEAT: f32 = 0.67;
 

@@ -10,6 +10,10 @@ use crate::plan::PlanFrame;
 
 /// Frames after which a rhythm may come again: 0.2 to 2 s at 16 kHz.
 const LAGS: Range<usize> = 6..64;
+/// Frames before those that come which are compared with what was expected, too: a stretch alone is short.
+const BEFORE: usize = 8;
+/// Rises that are remembered: as many as are compared and as lags reach before them.
+const REMEMBERED: usize = BEFORE + LAGS.end - 1;
 /// Fewest frames that tell of a rhythm: 2.6 s at 16 kHz.
 const FEWEST: usize = 80;
 
@@ -22,7 +26,7 @@ pub struct Rhythm {
     /// How much the prompt's rises are like those before them, for each of [`LAGS`]; what is unlike counts as nothing. Empty where that
     /// could not be told.
     pulse: Vec<f32>,
-    /// What bands rose by in the last frames, oldest first, as many as lags reach.
+    /// What bands rose by in the last frames, oldest first.
     rises: Vec<f32>,
     /// The last frame, `[n_bands]`.
     last: Vec<f32>,
@@ -39,23 +43,29 @@ impl Rhythm {
         Self {
             pulse: LAGS.map(|lag| correlation(&rises[lag..], &rises[..rises.len() - lag]).max(0.0)).collect(),
             last: frames.last().map_or(Vec::new(), |frame| frame.to_vec()),
-            rises: rises[rises.len() + 1 - LAGS.end..].to_vec(),
+            rises: rises[rises.len() - REMEMBERED..].to_vec(),
         }
+    }
+
+    /// Whether a rhythm could be told, and enough is remembered.
+    fn is_known(&self) -> bool {
+        !self.pulse.is_empty() && self.rises.len() >= REMEMBERED
     }
 
     /// Goes on by a frame that is played.
     pub fn hear(&mut self, bands: &[f32]) {
-        if !self.pulse.is_empty() {
+        if self.is_known() {
             self.rises.push(rise(bands, &self.last));
             self.rises.remove(0);
-            self.last.clone_from_slice(bands);
+            self.last.clear();
+            self.last.extend_from_slice(bands);
         }
     }
 
     /// How far off the beat things begin in the frames that come next: 0 where they rise as is expected, 1 where they have nothing to do
     /// with it, 2 where they rise when nothing should; 0 where nothing is known.
     pub fn offbeat(&self, frames: &[PlanFrame]) -> f32 {
-        if self.pulse.is_empty() {
+        if !self.is_known() {
             return 0.0;
         }
         let mut rises = self.rises.clone();
@@ -65,8 +75,9 @@ impl Rhythm {
             before = &frame.bands;
         }
         let expected = |t: usize| LAGS.zip(&self.pulse).map(|(lag, like)| like * rises[t - lag]).sum();
-        let expected: Vec<f32> = (self.rises.len()..rises.len()).map(expected).collect();
-        1.0 - correlation(&expected, &rises[self.rises.len()..])
+        let from = self.rises.len() - BEFORE;
+        let expected: Vec<f32> = (from..rises.len()).map(expected).collect();
+        1.0 - correlation(&expected, &rises[from..])
     }
 }
 
@@ -95,7 +106,7 @@ mod tests {
         let far = |period: usize, first: usize| heard.offbeat(&plan(&struck(16, period, first)));
         let (in_time, late, slower) = (far(10, 3), far(10, 8), far(13, 3));
         assert!(in_time < 0.1, "{in_time}");
-        assert!(late > 0.9 && slower > in_time + 0.2, "{late} {slower}");
+        assert!(late > 0.5 && slower > in_time + 0.1, "{late} {slower}");
     }
 
     #[test]
@@ -105,7 +116,7 @@ mod tests {
         frames[120..].iter().for_each(|frame| heard.hear(frame));
         let next = plan(&struck(166, 10, 3)[150..]);
         assert!(heard.offbeat(&next) < 0.1);
-        assert!(rhythm(&frames[..120]).offbeat(&plan(&struck(171, 10, 3)[155..])) > 0.9);
+        assert!(rhythm(&frames[..120]).offbeat(&plan(&struck(171, 10, 3)[155..])) > 0.5);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Turns samples into the statistics by which two collections of music are compared: timbre, onsets, harmony.
+//! Turns samples into the statistics by which two collections of music are compared: timbre, onsets, rhythm, harmony.
 //!
 //! Nothing here needs a reference that is aligned in time: a continuation may play other notes than the recording did, and
 //! is still judged by whether it moves like music.
