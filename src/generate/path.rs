@@ -211,7 +211,7 @@ impl Path {
         let frame = loop {
             match self.held.pop_front() {
                 Some(frame) => break frame,
-                None => self.advance(engine)?,
+                None => drop(self.advance(engine)?),
             }
         };
         self.released += 1;
@@ -223,15 +223,15 @@ impl Path {
         Ok(frame)
     }
 
-    /// Generates one frame, or goes back where that fails; or looks at one of the ways on from here. Each takes about as long, so that
-    /// what is held lasts.
+    /// Generates one frame, or goes back where that fails; or looks at one of the ways on from here, which takes no longer, so that what is
+    /// held lasts. Says whether it was a frame.
     ///
     /// # Errors
     /// The engine's own.
-    pub fn advance(&mut self, engine: &mut dyn Engine) -> Result<(), EngineError> {
+    pub fn advance(&mut self, engine: &mut dyn Engine) -> Result<bool, EngineError> {
         let at = self.generator.state.n_frames;
         if self.guide.at(at).is_none() && self.generator.consider(engine)? {
-            return Ok(());
+            return Ok(false);
         }
         if self.remembers() && (at.is_multiple_of(self.block) || self.marks.is_empty()) {
             self.mark(engine)?;
@@ -250,7 +250,7 @@ impl Path {
             self.pending.retain(|(from, _)| *from < to);
             self.pending.push((to, intervention));
         }
-        Ok(())
+        Ok(true)
     }
 
     fn seconds(&self, engine: &dyn Engine, frame: u64) -> f64 {

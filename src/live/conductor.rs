@@ -120,11 +120,11 @@ impl Conductor {
         self.path.is_ahead()
     }
 
-    /// Runs a frame ahead.
+    /// Runs ahead, by a frame or by a look at what might come; says whether it was a frame.
     ///
     /// # Errors
     /// The engine's own.
-    pub fn advance(&mut self) -> Result<(), GenerateError> {
+    pub fn advance(&mut self) -> Result<bool, GenerateError> {
         Ok(self.path.advance(self.engine.as_mut())?)
     }
 

@@ -114,7 +114,7 @@ impl Streamer {
     ) {
         // Whoever listens may have gone; the music does not stop for that.
         let tell = |report| drop(reports.send(report));
-        let mut state = State { feed, at: 0, out: Vec::new(), pushed: 0, speed: 0.0, primed: false };
+        let mut state = State { feed, at: 0, out: Vec::new(), pushed: 0, spent_s: 0.0, frame_s: 0.0, primed: false };
         let result = loop {
             match self.obey(&mut state, orders, &tell) {
                 Ok(true) => {}
@@ -221,10 +221,13 @@ impl Streamer {
             self.stats.frames.fetch_add((state.out.len() / channels) as u64, Relaxed);
             self.conductor.interventions().into_iter().for_each(|done| tell(Report::Intervened(done)));
         } else if !self.conductor.is_ahead() {
-            self.conductor.advance()?;
-            let x_real_time = self.conductor.step_s() / begun.elapsed().as_secs_f64().max(1e-9);
-            state.speed += if state.speed == 0.0 { x_real_time } else { 0.05 * (x_real_time - state.speed) };
-            self.stats.x_real_time.store(state.speed.to_bits(), Relaxed);
+            let made = self.conductor.advance()?;
+            state.spent_s += begun.elapsed().as_secs_f64();
+            if made {
+                let frame_s = std::mem::take(&mut state.spent_s);
+                state.frame_s += if state.frame_s == 0.0 { frame_s } else { 0.05 * (frame_s - state.frame_s) };
+                self.stats.x_real_time.store((self.conductor.step_s() / state.frame_s.max(1e-9)).to_bits(), Relaxed);
+            }
             self.stats.surprisal.store(f64::from(self.conductor.surprisal_bits()).to_bits(), Relaxed);
         } else {
             return Ok(Did::Nothing);
@@ -287,7 +290,9 @@ struct State {
     /// Made and on its way into the ring.
     out: Vec<f32>,
     pushed: usize,
-    speed: f64,
+    /// What the next frame has taken so far, looks at ways among it, and what frames take on the average.
+    spent_s: f64,
+    frame_s: f64,
     primed: bool,
 }
 

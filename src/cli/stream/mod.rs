@@ -169,12 +169,11 @@ pub fn run(args: &Args) -> Result<Outcome> {
         // Nobody hears it late.
         Admission::TooSlow if simulated => f64::from(args.buffer.unwrap_or(100)),
         Admission::TooSlow => bail!(
-            "this machine is too slow for the model '{}': {:.2} x real time (a step of {:.0} ms takes {:.1} ms, at worst {:.1}); take \
-             a smaller one with --model, play for a while with --seconds and a --buffer of {:.0} ms for every 10 s, or write \
+            "this machine is too slow for the model '{}': {:.2} x real time (steps take {:.1} ms, {:.1} at worst); take \
+             a smaller one with --model, fewer --choices, play for a while with --seconds and a --buffer of {:.0} ms for every 10 s, or write \
              to a file with --no-audio --clock simulated --to FILE --seconds N",
             checkpoint.config.name,
             speed.x_real_time,
-            speed.frame_ms,
             speed.p50_ms,
             speed.p999_ms,
             1e4 * (1.0 - speed.x_real_time).max(0.1) + 2.0 * speed.p999_ms
@@ -211,9 +210,9 @@ pub fn run(args: &Args) -> Result<Outcome> {
     let screen = Screen { quiet: args.talk.quiet, status: on_terminal, raw: keys.is_some(), shown: false };
     let name = output.as_ref().map_or("no sound device", |device| &device.description);
     screen.note(&format!(
-        "{name}: {rate} Hz, {channels} channels, buffer {buffer_ms:.0} ms; {:.1} x real time (a step of {:.0} ms takes {:.1} ms, at \
-         worst {:.1})",
-        speed.x_real_time, speed.frame_ms, speed.p50_ms, speed.p999_ms
+        "{name}: {rate} Hz, {channels} channels, buffer {buffer_ms:.0} ms; {:.1} x real time (steps take {:.1} ms, {:.1} at \
+         worst)",
+        speed.x_real_time, speed.p50_ms, speed.p999_ms
     ));
     if keys.is_some() {
         screen.note(KEYS);
