@@ -430,7 +430,8 @@ enum DecodeRegion {
   DECODE_X, DECODE_STREAM, DECODE_POWER, DECODE_WIDE, DECODE_ATTENDED, DECODE_SCRATCH, DECODE_RESIDENT, DECODE_REGIONS
 };
 
-/// Generation of `n_frames` plan frames of `streams` streams.
+/// Generation of `n_frames` plan frames of `streams` streams. State, from `counters` to `past`, has a place for each of `capacity` streams; everything after `who`
+/// has one for each whose turn it is.
 struct DecodeArgs {
   const DecodeModel* model;
   const DecodeLinear* linears;
@@ -439,13 +440,14 @@ struct DecodeArgs {
   const float* exact;
   const double* doubles;
   const int32_t* places;      // of a PlanGrid
-  int64_t* counters;          // [streams, 4]: samples, plan frames, residual code, nothing
-  int32_t* ring_tokens;       // [streams, n_tokens]
-  float* memory;              // [streams, memory_stride]
-  void* caches;               // as weights are, cache_stride values a stream: block after block, of each [streams, block_cache]
-  float* frames;              // [streams, 2, frame_stride]
-  float* past;                // [streams, order]: coefficients of the forecast from the past
+  int64_t* counters;          // [capacity, 4]: samples, plan frames, residual code, nothing
+  int32_t* ring_tokens;       // [capacity, n_tokens]
+  float* memory;              // [capacity, memory_stride]
+  void* caches;               // as weights are, cache_stride values a stream: block after block, of each [capacity, block_cache]
+  float* frames;              // [capacity, 2, frame_stride]
+  float* past;                // [capacity, order]: coefficients of the forecast from the past
   uint32_t* flags;            // [sets of streams, 4], 0 at launch: samples played, coefficients made, frames made, nothing
+  const int32_t* who;         // [streams]: whose turn it is, of the `capacity` streams that have a state; each once at most
   const float* plan_uniforms; // [streams, n_frames, n_codebooks]; null: plan_tokens are given
   const float* wave_uniforms; // [streams, n_frames, plan_hop, 2]; null: tokens are given
   int32_t* plan_tokens;       // [streams, n_frames, n_codebooks]
@@ -470,5 +472,7 @@ struct DecodeArgs {
   float level;  // added to the bands of a frame before it is played
   int32_t at[DECODE_REGIONS];  // where regions begin, in bytes
   int32_t n_maps;
+  int32_t capacity;
+  int32_t reserved;
 };
-static_assert(sizeof(DecodeArgs) == 328, "DecodeArgs differs from src/cuda/launch");
+static_assert(sizeof(DecodeArgs) == 344, "DecodeArgs differs from src/cuda/launch");

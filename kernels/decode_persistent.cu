@@ -36,7 +36,8 @@ __device__ void take(const Room<W, ROWS>& room, int set) {
   }
   for (int r = threadIdx.x; r < n_rows; r += blockDim.x) {
     Row& row = room.rows()[r];
-    row.stream = set * ROWS + r;
+    row.turn = set * ROWS + r;
+    row.stream = a.who[row.turn];
     const int64_t* const counters = a.counters + 4 * int64_t(row.stream);
     row.n = counters[0];
     row.plan_pos = counters[1];

@@ -101,7 +101,7 @@ __device__ NO_INLINE void plan_frame(const Room<W, ROWS> room, int k) {
   const DecodeArgs& a = room.a();
   const DecodeModel& m = room.m();
   const int dim = m.plan.dim, books = m.n_codebooks;
-  const auto frame_of = [&](int r) { return int64_t(room.rows()[r].stream) * a.n_frames + k; };
+  const auto frame_of = [&](int r) { return int64_t(room.rows()[r].turn) * a.n_frames + k; };
   const auto token_of = [&](int r, int q) { return a.plan_tokens[frame_of(r) * books + q]; };
   for (int r = threadIdx.x; r < room.n_rows(); r += blockDim.x)
     room.rows()[r].at[m.n_tiers].go_on(m.plan.window);
@@ -230,7 +230,7 @@ __device__ NO_INLINE void prepare_frame(const Room<W, ROWS> room, int k, int slo
   const DecodeArgs& a = room.a();
   const DecodeModel& m = room.m();
   const int n_bands = m.n_bands;
-  const auto bands_of = [&](int r) { return a.bands + (int64_t(room.rows()[r].stream) * a.n_frames + k) * n_bands; };
+  const auto bands_of = [&](int r) { return a.bands + (int64_t(room.rows()[r].turn) * a.n_frames + k) * n_bands; };
   for (int i = threadIdx.x; i < room.n_rows() * n_bands; i += blockDim.x) {
     const int r = i / n_bands, j = i % n_bands;
     float* const frames = room.memory(r) + m.plan_frames + j;

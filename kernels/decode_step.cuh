@@ -63,7 +63,7 @@ struct Row {
   float uniform, logit;  // what chooses a component, and the other uniform's ln(u / (1 - u))
   int stream, residual_code, past_code;
   float tone;  // in the sample
-  int reserved;
+  int turn;    // its place among those whose turn it is
   Standing at[MAX_TIERS + 1];  // of the tiers, and then of the plan's stack
 };
 static_assert(sizeof(Row) == 152, "Row differs from src/cuda/launch");
@@ -397,7 +397,7 @@ struct Room {
   /// A row's cache of the block of a stack whose caches begin at `cache`: those of all streams lie together, so that a fine tier's
   /// are few pages.
   __device__ W* cached(const DecodeStack& stack, int64_t cache, int r) const {
-    return static_cast<W*>(a().caches) + cache * a().streams + int64_t(rows()[r].stream) * stack.block_cache;
+    return static_cast<W*>(a().caches) + cache * a().capacity + int64_t(rows()[r].stream) * stack.block_cache;
   }
 
   /// Attention of this block's heads in stack `which`, a warp for a head of a row: queries and keys of `wide` normalised and rotated, keys and

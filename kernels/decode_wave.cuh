@@ -231,7 +231,7 @@ __device__ __forceinline__ void draw(const Room<W, ROWS>& room, int r, int t, in
   const float mean = forecast + unit * MAX_OFFSET * bounded(head(n + k) / MAX_OFFSET);
   const float log_scale = bounded(head(2 * n + k) / m.own_scale) * m.own_scale + room.scales()[(r * m.slices + slice) * n + k];
   const float scale = unit * __expf(MAX_LOG_SCALE * bounded(log_scale / MAX_LOG_SCALE));
-  const int64_t place = (int64_t(row.stream) * a.n_frames) * m.plan_hop + t;
+  const int64_t place = (int64_t(row.turn) * a.n_frames) * m.plan_hop + t;
   float sample, mean_square = row.mean_square;
   if (a.wave_uniforms) {
     const float weight = __expf(mine - top) * (of == 0 ? a.past_weight : 1.f);
@@ -296,7 +296,7 @@ __device__ __forceinline__ void step(int t, int in_frame, int since, int slot) {
   const bool draws = a.wave_uniforms && uniforms_of < room.n_rows();
   float uniforms[2] = {};
   if (draws) {
-    const float* const from = a.wave_uniforms + 2 * (int64_t(room.rows()[uniforms_of].stream) * a.n_frames * m.plan_hop + t);
+    const float* const from = a.wave_uniforms + 2 * (int64_t(room.rows()[uniforms_of].turn) * a.n_frames * m.plan_hop + t);
     uniforms[0] = from[0];
     uniforms[1] = from[1];
   }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bundle.sh [FOLDER]: builds what a machine with a GPU but without Rust needs, into FOLDER (default: gpu-bundle, which git ignores):
-# the program and the kernels' tests with the feature `cuda`, `render_synth`, stripped and packed, the scripts of benches/peers, and run.sh.
+# the program and the kernels' tests with the feature `cuda`, `render_synth`, stripped and packed, the scripts of benches/peers, a recording, and run.sh.
 # Then, there:
 #
 #     FOLDER/run.sh [OUTPUT]        everything; correctness first, then times. Without a GPU it says so and ends with 0.
@@ -22,7 +22,7 @@ mkdir -p "$folder"
 strip -o "$folder/wavegen" "$program"
 strip -o "$folder/render_synth" "$(dirname "$program")/examples/render_synth"
 strip -o "$folder/kernels-test" "$tests"
-cp benches/peers/*.py scripts/gpu/run.sh "$folder"
+cp benches/peers/*.py scripts/gpu/run.sh examples/prompt.wav "$folder"
 # Both hold the built-in model: a dictionary that reaches from one to the other halves the archive.
 tar -C "$folder" -c wavegen kernels-test render_synth | xz -T0 --lzma2=preset=3,dict=256MiB >"$folder/programs.tar.xz"
 rm "$folder"/{wavegen,kernels-test,render_synth}

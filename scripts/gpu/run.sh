@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # run.sh [OUTPUT]: all that a GPU is needed for, from the folder that bundle.sh made: tests on the GPU, the same under
-# compute-sanitizer, benches, peers, ten minutes of audio. Every step has a time limit, a log in OUTPUT (default: the folder's `out`) and a
+# compute-sanitizer, benches, peers, many takes, ten minutes of audio. Every step has a time limit, a log in OUTPUT (default: the folder's `out`) and a
 # line at the end. PART=tests, sanitize, time, train, peers or play runs one of them, in ten minutes at most.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -50,6 +50,20 @@ long_play() {
         END { print "MiB in use: " first ", at most " most; exit most > first + 64 }' memory.txt
 }
 
+# Takes of a recording, all of them in each launch: what choosing and the governor cost beside playing.
+many_takes() {
+    local takes option
+    for takes in 2 64 512; do
+        for option in "--choices 1 --governor off" "--governor off" ""; do
+            mkdir -p takes
+            # shellcheck disable=SC2086
+            "$1/wavegen" continue "$1/prompt.wav" --engine cuda --takes "$takes" --seconds 4 $option -o takes/take.wav 2>takes.txt || return
+            rm -r takes
+            echo "takes $option: $(grep 'takes: ' takes.txt)"
+        done
+    done
+}
+
 export WAVEGEN_REQUIRE_CUDA=1 RUST_BACKTRACE=0
 # Errors are planted in the emulator only, which wants the sources and a compiler.
 native=(--test-threads 1 --skip left_out --skip shared_memory_is_noticed --skip every_schedule)
@@ -96,8 +110,9 @@ if [[ $part == all || $part == peers ]]; then
     step peer-decode 250 python3 "$here/decode.py"
 fi
 if [[ $part == all || $part == play ]]; then
+    step takes 240 bash -c "$(declare -f many_takes); many_takes '$here'"
     step long-play 300 bash -c "$(declare -f long_play); long_play '$here'"
 fi
-cat ./*.log | grep -E "^test .*FAILED|samples/s|"median"|TFLOP|us|^train" | tail -n 80
+cat ./*.log | grep -E "^test .*FAILED|samples/s|"median"|TFLOP|us|^train|^takes" | tail -n 80
 printf '%s\n' "commit $(cat "$here/commit")" "${summary[@]}"
 exit "$failed"

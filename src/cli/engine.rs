@@ -89,13 +89,16 @@ impl Loaded<'_> {
         })
     }
 
-    /// Streams to be driven at the same time, each from a thread of its own: as many of `wanted` as keep all cores busy.
+    /// Streams to be driven at the same time, each from a thread of its own: as many of `wanted` as keep all cores busy, or as a GPU has room for.
     pub fn streams(&self, wanted: usize) -> Result<Vec<Box<dyn Engine>>> {
         let threads = rayon::current_num_threads().min(wanted);
         match self {
             Self::Reference(_) => (0..threads).map(|_| self.stream()).collect(),
             #[cfg(feature = "cuda")]
-            Self::Cuda(_) => (0..threads).map(|_| self.stream()).collect(),
+            Self::Cuda(engine) => {
+                let streams = engine.fork_in_lockstep(wanted.min(engine.room()?.max(1)))?;
+                Ok(streams.into_iter().map(|e| Box::new(e) as Box<dyn Engine>).collect())
+            }
             Self::Cpu(engine) => {
                 let n = wanted.min(threads * STREAMS_PER_THREAD);
                 let mut streams: Vec<Box<dyn Engine>> = Vec::new();

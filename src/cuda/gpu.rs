@@ -150,6 +150,11 @@ impl Machine for Gpu {
         self.limits
     }
 
+    fn free_bytes(&self) -> Result<usize, MachineError> {
+        self.stream().context().bind_to_thread().map_err(named)?;
+        result::mem_get_info().map(|(free, _)| free).map_err(named)
+    }
+
     fn zeros(&self, bytes: usize) -> Result<Self::Buffer, MachineError> {
         // The driver makes no empty memory.
         self.stream().alloc_zeros(bytes.max(1)).map_err(memory(bytes))
@@ -171,8 +176,18 @@ impl Machine for Gpu {
         self.stream().memset_zeros(&mut part).map_err(named)
     }
 
-    fn copy(&self, from: &Self::Buffer, to: &mut Self::Buffer) -> Result<(), MachineError> {
-        self.stream().memcpy_dtod(from, to).map_err(named)
+    fn copy(
+        &self,
+        (from, from_at): (&Self::Buffer, usize),
+        (to, to_at): (&mut Self::Buffer, usize),
+        bytes: usize,
+    ) -> Result<(), MachineError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let from = from.try_slice(from_at..from_at + bytes).ok_or_else(|| beyond(from_at, bytes))?;
+        let mut to = to.try_slice_mut(to_at..to_at + bytes).ok_or_else(|| beyond(to_at, bytes))?;
+        self.stream().memcpy_dtod(&from, &mut to).map_err(named)
     }
 
     fn read(&self, buffer: &Self::Buffer, at: usize, bytes: &mut [u8]) -> Result<(), MachineError> {

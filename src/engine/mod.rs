@@ -5,10 +5,12 @@
 
 pub mod cpu;
 pub mod cuda;
+mod meeting;
 pub mod reference;
 mod state;
 
 use std::any::Any;
+use std::sync::Arc;
 
 use crate::checkpoint::CheckpointError;
 use crate::codec::Token;
@@ -39,6 +41,9 @@ pub enum EngineError {
     Machine(#[from] cuda::MachineError),
     #[error("the GPU")]
     Launch(#[from] crate::cuda::launch::LaunchError),
+    /// What went wrong for all streams that were played together.
+    #[error(transparent)]
+    Together(Arc<EngineError>),
 }
 
 /// One stream of generation.

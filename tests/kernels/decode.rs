@@ -1,5 +1,6 @@
 //! decode_persistent.cu under the CUDA engine, against the CPU engine in f32: distributions, tokens, states, many streams.
 
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 use wavegen::checkpoint::Checkpoint;
@@ -23,6 +24,7 @@ const FILE: &str = "decode_persistent.cu";
 struct Emulated {
     emulator: Emulator,
     schedule: Mutex<Schedule>,
+    launches: AtomicUsize,
     limits: DecodeLimits,
 }
 
@@ -31,6 +33,10 @@ impl Machine for Emulated {
 
     fn limits(&self) -> DecodeLimits {
         self.limits
+    }
+
+    fn free_bytes(&self) -> Result<usize, MachineError> {
+        Ok(1 << 30)
     }
 
     fn zeros(&self, bytes: usize) -> Result<Self::Buffer, MachineError> {
@@ -42,8 +48,14 @@ impl Machine for Emulated {
         Ok(())
     }
 
-    fn copy(&self, from: &Self::Buffer, to: &mut Self::Buffer) -> Result<(), MachineError> {
-        to.get_mut().unwrap().copy_from_slice(&from.lock().unwrap());
+    fn copy(
+        &self,
+        (from, from_at): (&Self::Buffer, usize),
+        (to, to_at): (&mut Self::Buffer, usize),
+        bytes: usize,
+    ) -> Result<(), MachineError> {
+        let from = &from.lock().unwrap()[from_at..from_at + bytes];
+        to.get_mut().unwrap()[to_at..to_at + bytes].copy_from_slice(from);
         Ok(())
     }
 
@@ -62,6 +74,7 @@ impl Machine for Emulated {
         let args = args.with_pointers(std::array::from_fn(number));
         let mut bytes: Vec<Vec<u8>> =
             buffers.iter().map(|buffer| buffer.map_or(Vec::new(), |buffer| buffer.lock().unwrap().clone())).collect();
+        self.launches.fetch_add(1, Relaxed);
         let mut schedule = self.schedule.lock().unwrap();
         self.emulator.run(launch, &args, N_POINTERS as u32, &mut bytes, *schedule).map_err(MachineError::Other)?;
         schedule.seed = schedule.seed.wrapping_mul(5).wrapping_add(u64::from(schedule.seed > 0));
@@ -76,7 +89,12 @@ impl Machine for Emulated {
 
 fn emulated(schedule: Schedule) -> Option<Arc<Emulated>> {
     let emulator = Emulator::program(FILE)?;
-    Some(Arc::new(Emulated { emulator, schedule: Mutex::new(schedule), limits: DecodeLimits::default() }))
+    Some(Arc::new(Emulated {
+        emulator,
+        schedule: Mutex::new(schedule),
+        launches: AtomicUsize::new(0),
+        limits: DecodeLimits::default(),
+    }))
 }
 
 /// A GPU where there is one, else the emulator.
@@ -117,6 +135,14 @@ impl Machine for Place {
         }
     }
 
+    fn free_bytes(&self) -> Result<usize, MachineError> {
+        match self {
+            Self::Emulated(machine) => machine.free_bytes(),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(machine) => machine.free_bytes(),
+        }
+    }
+
     fn zeros(&self, bytes: usize) -> Result<Memory, MachineError> {
         match self {
             Self::Emulated(machine) => machine.zeros(bytes).map(Memory::Emulated),
@@ -129,11 +155,20 @@ impl Machine for Place {
         at_its_place!(self, buffer, |machine, memory| machine.write(memory, at, bytes))
     }
 
-    fn copy(&self, from: &Memory, to: &mut Memory) -> Result<(), MachineError> {
+    fn copy(
+        &self,
+        (from, from_at): (&Memory, usize),
+        (to, to_at): (&mut Memory, usize),
+        bytes: usize,
+    ) -> Result<(), MachineError> {
         match (self, from, to) {
-            (Self::Emulated(machine), Memory::Emulated(from), Memory::Emulated(to)) => machine.copy(from, to),
+            (Self::Emulated(machine), Memory::Emulated(from), Memory::Emulated(to)) => {
+                machine.copy((from, from_at), (to, to_at), bytes)
+            }
             #[cfg(feature = "cuda")]
-            (Self::Gpu(machine), Memory::Gpu(from), Memory::Gpu(to)) => machine.copy(from, to),
+            (Self::Gpu(machine), Memory::Gpu(from), Memory::Gpu(to)) => {
+                machine.copy((from, from_at), (to, to_at), bytes)
+            }
             #[cfg(feature = "cuda")]
             _ => Err(MachineError::Other("memory of another machine".into())),
         }
@@ -166,6 +201,17 @@ impl Machine for Place {
                 });
                 machine.launch(launch, args, there)
             }
+        }
+    }
+}
+
+impl Place {
+    /// How many launches there were, if they are counted.
+    fn launches(&self) -> Option<usize> {
+        match self {
+            Self::Emulated(machine) => Some(machine.launches.load(Relaxed)),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(_) => None,
         }
     }
 }
@@ -514,6 +560,98 @@ fn assert_plays_as_alone(checkpoint: &Checkpoint, element: Element, n: usize, ge
         let together = played.tokens[stream * 2 * hop..][..2 * hop].iter().map(|&token| token as Token);
         assert!(together.eq(tokens), "stream {stream} of {n}, {element:?}, {geometry:?}");
     }
+}
+
+/// Those whose turn it is play what all would, and the others stay where they are.
+#[test]
+fn streams_whose_turn_it_is_play_what_they_play_alone() {
+    let checkpoint = tiny(11);
+    let (hop, books) = (checkpoint.config.plan.hop, checkpoint.config.plan.n_codebooks);
+    for geometry in [ALONE, OVERLAPPED, DecodeGeometry { rows: SET, ..ALONE }] {
+        let Some(machine) = machine(Schedule::seeded(1)) else { return };
+        let model = Arc::new(Model::new(machine, &checkpoint, Element::Bf16).unwrap());
+        let mut streams = Streams::new(model.clone(), 10, geometry).unwrap();
+        let mut alone: Vec<_> = (0..10).map(|_| Streams::new(model.clone(), 1, ALONE).unwrap()).collect();
+        let sampling = Sampling { plan: PlanSampling::default(), wave: checkpoint.generation };
+        for (turn, who) in [vec![7, 2, 9, 0], (0..10).rev().collect(), vec![9]].iter().enumerate() {
+            let draws = |kind, n| who.iter().flat_map(|&s| uniforms(s as u32, kind, turn, n)).collect::<Vec<_>>();
+            let (plan, wave) = (draws(Kind::Plan, books), draws(Kind::Wave, UNIFORMS_PER_SAMPLE * hop));
+            let played = streams.play_some(who, 1, Plan::Draw(&plan), Wave::Draw(&wave), &sampling).unwrap();
+            for (i, &stream) in who.iter().enumerate() {
+                let (plan, wave) = (&plan[i * books..][..books], &wave[i * UNIFORMS_PER_SAMPLE * hop..]);
+                let wave = Wave::Draw(&wave[..UNIFORMS_PER_SAMPLE * hop]);
+                let expected = alone[stream].play(1, Plan::Draw(plan), wave, &sampling).unwrap();
+                assert!(played.of(i, who.len()) == expected, "{geometry:?}, turn {turn}, stream {stream}");
+            }
+        }
+        for (stream, alone) in alone.iter().enumerate() {
+            let [state, expected] =
+                [streams.store(stream), alone.store(0)].map(|state| state.unwrap().to_bytes().unwrap());
+            assert!(state == expected, "{geometry:?}, stream {stream}");
+        }
+        for who in [vec![10], vec![3, 3]] {
+            let refused =
+                streams.play_some(&who, 1, Plan::Draw(&[0.5; 8][..who.len() * books]), Wave::Silent, &sampling);
+            assert!(refused.is_err(), "{who:?}");
+        }
+    }
+}
+
+/// What a stream of its own plays: ways ahead now and then, a way back, and not all as long.
+fn wander(engine: &mut CudaEngine<Place>, checkpoint: &Checkpoint, stream: u32) -> Vec<Token> {
+    let (hop, books) = (checkpoint.config.plan.hop, checkpoint.config.plan.n_codebooks);
+    let sampling = PlanSampling { temperature: if stream == 0 { 0.8 } else { 1.0 }, ..PlanSampling::default() };
+    engine.set_sampling(sampling, checkpoint.generation);
+    engine.prefill(&music(checkpoint, 300 + 150 * stream as usize)).unwrap();
+    let (mut played, mut plan, mut out) = (Vec::new(), PlanFrame::default(), vec![0; hop]);
+    let mut frame = |engine: &mut CudaEngine<Place>, k: usize| {
+        engine.next_plan(&uniforms(stream, Kind::Plan, k, books), &mut plan).unwrap();
+        engine.render(&plan, &uniforms(stream, Kind::Wave, k, UNIFORMS_PER_SAMPLE * hop), &mut out).unwrap();
+        out.clone()
+    };
+    let here = engine.snapshot().unwrap();
+    for k in 0..2 + stream as usize {
+        if k % 2 == 1 {
+            let ahead = engine.plan_ahead(&uniforms(stream, Kind::Plan, k, 2 * books)).unwrap();
+            played.extend(ahead.iter().flat_map(|frame| frame.tokens.clone()));
+        }
+        played.extend(frame(engine, k));
+        if k == 1 && stream == 1 {
+            engine.rewind(&here).unwrap();
+        }
+    }
+    played
+}
+
+#[test]
+fn engines_in_lockstep_play_what_they_play_alone_and_leave_when_they_like() {
+    let checkpoint = tiny(12);
+    let Some(machine) = machine(Schedule::seeded(2)) else { return };
+    let mut alone = cuda(&machine, &checkpoint, Element::F32, OVERLAPPED);
+    let launches = || machine.launches();
+    let before = launches();
+    let expected = [0, 1, 2].map(|stream| wander(&mut alone, &checkpoint, stream));
+    let apart = launches().zip(before).map(|(now, before)| now - before);
+    for geometry in [ALONE, DecodeGeometry { rows: SET, overlapped: true, ..ALONE }] {
+        let before = launches();
+        let engines = alone.fork_in_lockstep_by(3, geometry).unwrap();
+        let played: Vec<_> = std::thread::scope(|scope| {
+            let play = |(stream, mut engine): (usize, CudaEngine<Place>)| {
+                let checkpoint = &checkpoint;
+                scope.spawn(move || wander(&mut engine, checkpoint, stream as u32))
+            };
+            let threads: Vec<_> = engines.into_iter().enumerate().map(play).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        for (stream, (played, expected)) in played.iter().zip(&expected).enumerate() {
+            assert!(played == expected, "{geometry:?}, stream {stream}");
+        }
+        let together = launches().zip(before).map(|(now, before)| now - before);
+        // Prompts are read by each, and not all have as much to play.
+        assert!(together.zip(apart).is_none_or(|(together, apart)| 4 * together < 3 * apart), "{together:?} {apart:?}");
+    }
+    let other = cuda(&machine, &checkpoint, Element::F32, ALONE).snapshot().unwrap();
+    assert!(alone.rewind(&other).is_err(), "a state of another model's");
 }
 
 /// Tensor cores are no part of the emulator: on a GPU every geometry plays the same bits, in either precision.

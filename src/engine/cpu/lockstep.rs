@@ -1,12 +1,13 @@
-//! Streams that play together though each is driven from a thread of its own: who comes first waits for the others.
+//! Streams that play together though each is driven from a thread of its own.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::plan::PlanTurn;
 use super::stream::{Stream, Turn, Work};
 use super::weights::Weights;
 use crate::codec::Token;
 use crate::engine::EngineError;
+use crate::engine::meeting::{Meeting, lock};
 use crate::plan::PlanFrame;
 use crate::sampler::{PlanDraw, PlanSampling, WaveSampling};
 
@@ -14,18 +15,11 @@ use crate::sampler::{PlanDraw, PlanSampling, WaveSampling};
 struct Group {
     /// Locked by their members, and all of them by whoever plays.
     seats: Vec<Mutex<Seat>>,
-    state: Mutex<State>,
-    /// A round is over, or somebody left.
-    changed: Condvar,
+    meeting: Meeting<Task>,
 }
 
-struct State {
-    n_members: usize,
-    /// Per seat: what it waits for.
-    waiting: Vec<Option<Task>>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
+/// Plans come first: who has drawn one comes back to render with those who wait for that already.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Task {
     Plan,
     Render,
@@ -60,11 +54,7 @@ impl Member {
             draw: PlanDraw::default(),
             tokens: Vec::new(),
         };
-        let group = Arc::new(Group {
-            seats: (0..n).map(|_| Mutex::new(seat())).collect(),
-            state: Mutex::new(State { n_members: n, waiting: vec![None; n] }),
-            changed: Condvar::new(),
-        });
+        let group = Arc::new(Group { seats: (0..n).map(|_| Mutex::new(seat())).collect(), meeting: Meeting::new(n) });
         (0..n).map(|seat| Member { group: group.clone(), seat }).collect()
     }
 
@@ -114,34 +104,19 @@ impl Member {
         lock(&self.group.seats[self.seat])
     }
 
-    /// Returns when `task` is done for this seat; the last one to come does it for all.
     fn wait_for(&self, task: Task, weights: &Weights, work: &mut Work) -> Result<(), EngineError> {
-        let Group { seats, state, changed } = &*self.group;
-        let mut result = Ok(());
-        let mut state = lock(state);
-        state.waiting[self.seat] = Some(task);
-        while state.waiting[self.seat].is_some() {
-            if state.waiting.iter().flatten().count() < state.n_members {
-                state = changed.wait(state).expect(PANICKED);
-                continue;
-            }
-            // Plans come first: who has drawn one comes back to render with those who wait for that already.
-            let task = if state.waiting.contains(&Some(Task::Plan)) { Task::Plan } else { Task::Render };
-            let taking_part = seats.iter().zip(&state.waiting).filter(|(_, waits)| **waits == Some(task));
-            let mut guards: Vec<_> = taking_part.map(|(seat, _)| lock(seat)).collect();
+        let Group { seats, meeting } = &*self.group;
+        meeting.wait_for(self.seat, task, |task, who| {
+            let mut guards: Vec<_> = who.iter().map(|&seat| lock(&seats[seat])).collect();
             let seats = guards.iter_mut();
-            result = match task {
+            match task {
                 Task::Plan => weights.draw_all(seats.map(|seat| seat.plan_turn()), work),
                 Task::Render => {
                     weights.render_all(seats.map(|seat| seat.turn()), work);
                     Ok(())
                 }
-            };
-            drop(guards);
-            state.waiting.iter_mut().filter(|waits| **waits == Some(task)).for_each(|waits| *waits = None);
-            changed.notify_all();
-        }
-        result
+            }
+        })
     }
 }
 
@@ -159,16 +134,6 @@ impl Seat {
 
 impl Drop for Member {
     fn drop(&mut self) {
-        // A group in which somebody panicked has nobody to tell.
-        if let Ok(mut state) = self.group.state.lock() {
-            state.n_members -= 1;
-            self.group.changed.notify_all();
-        }
+        self.group.meeting.leave();
     }
-}
-
-const PANICKED: &str = "another stream of the group panicked";
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().expect(PANICKED)
 }

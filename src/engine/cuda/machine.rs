@@ -18,11 +18,17 @@ pub enum MachineError {
 }
 
 /// Device memory and launches: a GPU, or in tests the emulator of kernels/emulator.
-pub trait Machine: Send + Sync {
+pub trait Machine: Send + Sync + 'static {
     /// Memory that is freed when it is dropped.
-    type Buffer: Send + Sync;
+    type Buffer: Send + Sync + 'static;
 
     fn limits(&self) -> DecodeLimits;
+
+    /// How much memory there still is, in bytes.
+    ///
+    /// # Errors
+    /// When the machine fails.
+    fn free_bytes(&self) -> Result<usize, MachineError>;
 
     /// New memory, all zeros.
     ///
@@ -44,11 +50,16 @@ pub trait Machine: Send + Sync {
         self.write(buffer, at, &vec![0; bytes])
     }
 
-    /// Copies a buffer into another one that is as long, after whatever was launched.
+    /// Copies `bytes` from byte `from.1` of a buffer on into another one, from its byte `to.1` on, after whatever was launched.
     ///
     /// # Errors
-    /// When the machine fails.
-    fn copy(&self, from: &Self::Buffer, to: &mut Self::Buffer) -> Result<(), MachineError>;
+    /// When the machine fails, or a buffer ends before.
+    fn copy(
+        &self,
+        from: (&Self::Buffer, usize),
+        to: (&mut Self::Buffer, usize),
+        bytes: usize,
+    ) -> Result<(), MachineError>;
 
     /// Reads `bytes` from byte `at` of a buffer on, after whatever was launched.
     ///

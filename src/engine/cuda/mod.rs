@@ -1,11 +1,13 @@
 //! The CUDA engine: plan, forecasts, tiers and draws in one persistent kernel (kernels/decode_persistent.cu) that plays whole
 //! plan frames without the host.
 //!
-//! [`CudaEngine`] is one stream; [`Streams`] are any number of them in one launch, each the same as alone. Both run on whatever is
-//! a [`Machine`]: a GPU with the feature `cuda`, or the emulator of the kernels in tests.
+//! [`Streams`] are any number of them in one launch, each the same as alone; [`CudaEngine`] is one of them as an engine, alone or in lockstep with
+//! others. All run on whatever is a [`Machine`]: a GPU with the feature `cuda`, or the emulator of the kernels in tests.
 
+mod group;
 mod machine;
 mod pack;
+mod state;
 mod streams;
 
 use std::sync::Arc;
@@ -13,7 +15,7 @@ use std::sync::Arc;
 use ndarray::{Array2, s};
 
 use super::state::SavedStream;
-use super::{Engine, EngineError, PlanDraw, UNIFORMS_PER_SAMPLE, check_tokens, expect};
+use super::{Engine, EngineError, PlanDraw, Snapshot, UNIFORMS_PER_SAMPLE, check_tokens, expect};
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
 use crate::cuda::launch::{DecodeGeometry, Element};
@@ -21,20 +23,22 @@ use crate::model::config::{GenerationSettings, ModelConfig};
 use crate::model::wave_transformer::PLAN_FRAMES;
 use crate::plan::PlanFrame;
 use crate::sampler::{PlanSampling, WaveSampling};
+use group::{Member, Task, Turn};
 
 pub use machine::{Machine, MachineError};
+pub use state::{Kept, Laid};
 pub use streams::{Model, Plan, Played, Sampling, Streams, Wave};
 
 /// Plan frames of the prompt that the wave transformer reads: more than its attention windows hold.
 const WAVE_CONTEXT: usize = 32;
 /// Plan frames that are scored in a launch.
 const SCORED: usize = 64;
+/// States that a machine is to have room for, of every stream that plays in lockstep: its own, what looks ahead, and what it may go back to.
+const STATES: usize = 14;
 
 /// One stream on a machine.
 pub struct CudaEngine<M: Machine> {
-    streams: Streams<M>,
-    /// What looks ahead, once it was asked to.
-    ahead: Option<Streams<M>>,
+    member: Member<M>,
     sampling: Sampling,
     heard: bool,
     plan_draw: PlanDraw,
@@ -56,9 +60,13 @@ impl<M: Machine> CudaEngine<M> {
     /// # Errors
     /// When the machine has no room for it.
     pub fn over(model: Arc<Model<M>>, geometry: DecodeGeometry) -> Result<Self, EngineError> {
+        Ok(Self::new_group(model, 1, geometry)?.swap_remove(0))
+    }
+
+    fn new_group(model: Arc<Model<M>>, n: usize, geometry: DecodeGeometry) -> Result<Vec<Self>, EngineError> {
         let sampling = Sampling { plan: PlanSampling::default(), wave: model.generation };
-        let streams = Streams::new(model, 1, geometry)?;
-        Ok(Self { streams, ahead: None, sampling, heard: false, plan_draw: PlanDraw::default() })
+        let engine = |member| Self { member, sampling, heard: false, plan_draw: PlanDraw::default() };
+        Ok(Member::group(model, n, geometry)?.into_iter().map(engine).collect())
     }
 
     /// Another stream over the same weights, at its beginning.
@@ -66,12 +74,38 @@ impl<M: Machine> CudaEngine<M> {
     /// # Errors
     /// When the machine has no room for it.
     pub fn fork(&self) -> Result<Self, EngineError> {
-        Self::over(self.model().clone(), self.streams.geometry())
+        Self::over(self.model().clone(), self.member.geometry())
+    }
+
+    /// `n` streams over the same weights that play in one launch: [`Engine::next_plan`], [`Engine::plan_ahead`] and [`Engine::render`] wait until every
+    /// one of them that still exists wants something played too. Each is for a thread of its own, which drops it when it is done; what
+    /// they play is what they would play alone.
+    ///
+    /// # Errors
+    /// When the machine has no room for them.
+    pub fn fork_in_lockstep(&self, n: usize) -> Result<Vec<Self>, EngineError> {
+        self.fork_in_lockstep_by(n, self.model().geometry(n))
+    }
+
+    /// The same, the work shared by `geometry`.
+    ///
+    /// # Errors
+    /// Likewise.
+    pub fn fork_in_lockstep_by(&self, n: usize, geometry: DecodeGeometry) -> Result<Vec<Self>, EngineError> {
+        Self::new_group(self.model().clone(), n, geometry)
+    }
+
+    /// How many streams in lockstep the machine has room for, each with states to go back to.
+    ///
+    /// # Errors
+    /// When the machine fails.
+    pub fn room(&self) -> Result<usize, EngineError> {
+        Ok(self.model().machine.free_bytes()? / (STATES * self.model().state_bytes()))
     }
 
     /// What streams are made of.
     pub fn model(&self) -> &Arc<Model<M>> {
-        &self.streams.model
+        self.member.model()
     }
 
     /// Its state, for one of [`Streams`].
@@ -79,7 +113,12 @@ impl<M: Machine> CudaEngine<M> {
     /// # Errors
     /// When the machine fails.
     pub fn stream(&self) -> Result<SavedStream, EngineError> {
-        self.streams.store(0)
+        self.member.streams().store(self.member.seat())
+    }
+
+    /// Plays by itself, whatever others wait for.
+    fn play_alone(&mut self, n_frames: usize, plan: Plan, wave: Wave) -> Result<Played, EngineError> {
+        self.member.streams().play_some(&[self.member.seat()], n_frames, plan, wave, &self.sampling)
     }
 
     /// Several plan frames by the stream's own plan, in one launch: plan uniforms `[n_frames, n_codebooks]`, wave uniforms `[n_frames,
@@ -94,8 +133,7 @@ impl<M: Machine> CudaEngine<M> {
         wave_uniforms: &[f32],
     ) -> Result<(Vec<PlanFrame>, Vec<Token>), EngineError> {
         self.begin_with_silence()?;
-        let played =
-            self.streams.play(n_frames, Plan::Draw(plan_uniforms), Wave::Draw(wave_uniforms), &self.sampling)?;
+        let played = self.play_alone(n_frames, Plan::Draw(plan_uniforms), Wave::Draw(wave_uniforms))?;
         let tokens = played.tokens.iter().map(|&token| token as Token).collect();
         Ok((self.frames(&played), tokens))
     }
@@ -134,7 +172,7 @@ impl<M: Machine> CudaEngine<M> {
         if n_frames == 0 {
             return Ok(Played::default());
         }
-        let mut streams = Streams::new(self.model().clone(), 1, self.streams.geometry())?;
+        let mut streams = Streams::new(self.model().clone(), 1, self.member.geometry())?;
         streams.play(n_frames, Plan::Read(codes), Wave::Silent, &self.sampling)
     }
 
@@ -146,7 +184,7 @@ impl<M: Machine> CudaEngine<M> {
         for (tokens, bands) in tokens.chunks(SCORED * hop).zip(bands.chunks(SCORED * n_bands)) {
             let tokens: Vec<i32> = tokens.iter().map(|&token| token.into()).collect();
             let n_frames = tokens.len() / hop;
-            let played = self.streams.play(n_frames, Plan::Given(bands), Wave::Read(&tokens), &self.sampling)?;
+            let played = self.play_alone(n_frames, Plan::Given(bands), Wave::Read(&tokens))?;
             nats.extend(played.nll);
         }
         Ok(nats)
@@ -164,7 +202,7 @@ impl<M: Machine> Engine for CudaEngine<M> {
 
     fn reset(&mut self) -> Result<(), EngineError> {
         self.heard = false;
-        self.streams.reset()
+        self.member.streams().reset(self.member.seat())
     }
 
     fn set_sampling(&mut self, plan: PlanSampling, wave: WaveSampling) {
@@ -184,13 +222,13 @@ impl<M: Machine> Engine for CudaEngine<M> {
         let mut tokens = vec![config.codec.silence(); n_frames * hop - prompt.len()];
         tokens.extend_from_slice(prompt);
         let codes = self.codes_of(&tokens)?;
-        let read = self.streams.play(n_frames, Plan::Read(&codes), Wave::Silent, &self.sampling)?;
+        let read = self.play_alone(n_frames, Plan::Read(&codes), Wave::Silent)?;
         let bands =
             Array2::from_shape_vec((n_frames, model.spectrum.n_bands()), read.bands).map_err(super::state_error)?;
         // Of the samples, what lies within reach of the wave transformer's windows, after what the forecasts hear before it.
         let first = n_frames.saturating_sub(WAVE_CONTEXT);
         if first > 0 {
-            let mut state = self.streams.store(0)?;
+            let mut state = self.stream()?;
             let counters = &mut state.counters;
             let seen = &tokens[(first * hop).saturating_sub(history)..first * hop];
             counters.tokens.splice(..seen.len(), []);
@@ -206,7 +244,7 @@ impl<M: Machine> Engine for CudaEngine<M> {
                     *frame = bands.row(before).to_vec();
                 }
             }
-            self.streams.load(0, &state)?;
+            self.member.streams().load(self.member.seat(), &state)?;
         }
         let rest: Vec<f32> = bands.rows().into_iter().skip(first).flatten().copied().collect();
         self.read(&tokens[first * hop..], &rest)?;
@@ -224,7 +262,8 @@ impl<M: Machine> Engine for CudaEngine<M> {
     fn next_plan(&mut self, uniforms: &[f32], out: &mut PlanFrame) -> Result<(), EngineError> {
         expect("uniforms", self.model().config.plan.n_codebooks, uniforms.len())?;
         self.begin_with_silence()?;
-        let played = self.streams.play(1, Plan::Draw(uniforms), Wave::Silent, &self.sampling)?;
+        let turn = Turn { sampling: self.sampling, n_frames: 1, uniforms: uniforms.to_vec(), bands: Vec::new() };
+        let played = self.member.play(Task::Plan, turn)?;
         *out = self.frames(&played).swap_remove(0);
         self.plan_draw = played.plan_draws.first().copied().unwrap_or_default();
         Ok(())
@@ -232,15 +271,9 @@ impl<M: Machine> Engine for CudaEngine<M> {
 
     fn plan_ahead(&mut self, uniforms: &[f32]) -> Result<Vec<PlanFrame>, EngineError> {
         self.begin_with_silence()?;
-        let mut ahead = match self.ahead.take() {
-            Some(ahead) => ahead,
-            None => Streams::new(self.model().clone(), 1, self.streams.geometry())?,
-        };
-        ahead.follow(&self.streams)?;
         let n_frames = uniforms.len() / self.model().config.plan.n_codebooks;
-        let played = ahead.play(n_frames, Plan::Draw(uniforms), Wave::Silent, &self.sampling)?;
-        self.ahead = Some(ahead);
-        Ok(self.frames(&played))
+        let turn = Turn { sampling: self.sampling, n_frames, uniforms: uniforms.to_vec(), bands: Vec::new() };
+        Ok(self.frames(&self.member.play(Task::Ahead, turn)?))
     }
 
     fn plan_draw(&self) -> PlanDraw {
@@ -251,7 +284,8 @@ impl<M: Machine> Engine for CudaEngine<M> {
         expect("tokens", self.model().config.plan.hop, out.len())?;
         expect("uniforms", UNIFORMS_PER_SAMPLE * out.len(), uniforms.len())?;
         expect("plan bands", self.model().spectrum.n_bands(), plan.bands.len())?;
-        let played = self.streams.play(1, Plan::Given(&plan.bands), Wave::Draw(uniforms), &self.sampling)?;
+        let (uniforms, bands) = (uniforms.to_vec(), plan.bands.clone());
+        let played = self.member.play(Task::Render, Turn { sampling: self.sampling, n_frames: 1, uniforms, bands })?;
         out.iter_mut().zip(played.tokens).for_each(|(out, token)| *out = token as Token);
         Ok(())
     }
@@ -275,14 +309,27 @@ impl<M: Machine> Engine for CudaEngine<M> {
     }
 
     fn save(&self) -> Result<Vec<u8>, EngineError> {
-        self.streams.store(0)?.to_bytes()
+        self.stream()?.to_bytes()
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), EngineError> {
         let Model { config, spectrum, .. } = &**self.model();
-        let saved = SavedStream::from_bytes(state, config, spectrum.n_bands())?;
-        self.streams.load(0, &saved)?;
-        self.heard = saved.counters.plan_pos > 0;
-        Ok(())
+        // Some megabytes of numbers at a time, of no more streams at once than there are cores, however many are restored.
+        let (laid, heard) = rayon::scope(|_| -> Result<_, EngineError> {
+            let saved = SavedStream::from_bytes(state, config, spectrum.n_bands())?;
+            Ok((self.model().laid(&saved)?, saved.counters.plan_pos > 0))
+        })?;
+        self.heard = heard;
+        self.member.streams().put(self.member.seat(), &laid)
+    }
+
+    fn snapshot(&self) -> Result<Snapshot, EngineError> {
+        Ok(Snapshot(Box::new((self.member.streams().keep(self.member.seat())?, self.heard))))
+    }
+
+    fn rewind(&mut self, to: &Snapshot) -> Result<(), EngineError> {
+        let (kept, heard) = to.state::<(Kept<M>, bool)>()?;
+        self.heard = *heard;
+        self.member.streams().go_back(self.member.seat(), kept)
     }
 }

@@ -1,29 +1,17 @@
-//! One or many streams of a model on a machine: their state in its memory, and whole plan frames of all of them in a launch.
+//! One or many streams of a model on a machine: whole plan frames of all of them, or of some, in a launch.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::machine::{Machine, MachineError};
 use super::pack::Packed;
+use super::state::{Kept, Laid, State, WORD, floats, words};
 use crate::checkpoint::Checkpoint;
-use crate::codec::Token;
-use crate::cuda::launch::{
-    DecodeArgs, DecodeGeometry, DecodeLayout, DecodeModel, DecodeStack, Element, N_FLAGS, Words,
-};
-use crate::engine::state::{Counters, SavedCache, SavedStream, plan_cache, wave_cache};
-use crate::engine::{EngineError, UNIFORMS_PER_SAMPLE, expect, state_error};
-use crate::forecast::{PastForecast, PlannedForecast, PlannedPast};
+use crate::cuda::launch::{DecodeArgs, DecodeGeometry, DecodeLayout, DecodeModel, Element, N_FLAGS, Words};
+use crate::engine::state::SavedStream;
+use crate::engine::{EngineError, UNIFORMS_PER_SAMPLE, expect};
 use crate::model::config::{GenerationSettings, ModelConfig};
-use crate::model::wave_transformer::PLAN_FRAMES;
 use crate::plan::{ResidualQuantizer, Spectrum};
-use crate::sampler::{Drive, PlanDraw, PlanSampling};
-
-/// In a ring of tokens a token's code lies above its 16 bits.
-const TOKEN_BITS: u32 = 16;
-
-/// 64-bit counters of a stream.
-const N_COUNTERS: usize = 4;
-const WORD: usize = 4;
+use crate::sampler::{PlanDraw, PlanSampling};
 
 /// A model in a machine's memory, for any number of [`Streams`].
 pub struct Model<M: Machine> {
@@ -32,7 +20,7 @@ pub struct Model<M: Machine> {
     pub quantizer: ResidualQuantizer,
     pub spectrum: Spectrum,
     pub generation: GenerationSettings,
-    packed: Packed,
+    pub(super) packed: Packed,
     /// Model, weights, exact, doubles, places.
     parts: [M::Buffer; 5],
 }
@@ -60,13 +48,13 @@ pub enum Wave<'a> {
 }
 
 /// How samples and plan tokens are drawn.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Sampling {
     pub plan: PlanSampling,
     pub wave: GenerationSettings,
 }
 
-/// What a launch leaves behind, stream after stream; empty where nothing was asked for.
+/// What a launch leaves behind, stream after stream of those that it played; empty where nothing was asked for.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Played {
     /// `[streams, n_frames, n_codebooks]`
@@ -81,14 +69,33 @@ pub struct Played {
     pub nll: Vec<f32>,
 }
 
+impl Played {
+    /// What is the `i`th's of `n` streams.
+    pub fn of(&self, i: usize, n: usize) -> Self {
+        fn part<T: Clone>(all: &[T], i: usize, n: usize) -> Vec<T> {
+            all[all.len() / n * i..][..all.len() / n].to_vec()
+        }
+        let Self { plan_tokens, bands, plan_draws, tokens, nll } = self;
+        Self {
+            plan_tokens: part(plan_tokens, i, n),
+            bands: part(bands, i, n),
+            plan_draws: part(plan_draws, i, n),
+            tokens: part(tokens, i, n),
+            nll: part(nll, i, n),
+        }
+    }
+}
+
 /// Streams that are played together.
 pub struct Streams<M: Machine> {
     pub model: Arc<Model<M>>,
-    n: usize,
     playing: Shape<M::Buffer>,
     /// Of launches that make a plan only: there is nothing to run beside it.
     silent: Shape<M::Buffer>,
     state: State<M::Buffer>,
+    /// What a launch makes for itself: frames as the wave transformer reads them, coefficients of the forecast from the past.
+    frames: M::Buffer,
+    past: M::Buffer,
 }
 
 /// How a launch shares the work, and the model's maps with their places in shared memory.
@@ -97,16 +104,6 @@ struct Shape<B> {
     layout: DecodeLayout,
     linears: B,
     maps: B,
-}
-
-/// What lasts from launch to launch.
-struct State<B> {
-    counters: B,
-    ring_tokens: B,
-    memory: B,
-    caches: B,
-    frames: B,
-    past: B,
 }
 
 impl<M: Machine> Model<M> {
@@ -136,7 +133,7 @@ impl<M: Machine> Model<M> {
         })
     }
 
-    fn sizes(&self) -> &DecodeModel {
+    pub(super) fn sizes(&self) -> &DecodeModel {
         &self.packed.model
     }
 
@@ -162,54 +159,27 @@ fn filled<M: Machine>(machine: &M, bytes: &[u8]) -> Result<M::Buffer, MachineErr
     Ok(buffer)
 }
 
-fn floats(bytes: &[u8]) -> Vec<f32> {
-    Element::F32.values(bytes)
-}
-
-fn words(bytes: &[u8]) -> Vec<i32> {
-    bytes.as_chunks().0.iter().map(|&b| i32::from_le_bytes(b)).collect()
-}
-
-/// Where a cache of heads of `head_dim` values has key and value `i` of `[n_heads, window, head_dim]` (kernels/args.cuh).
-fn place_of(i: usize, [n_heads, window, head_dim]: [usize; 3], vector: usize) -> (usize, usize) {
-    let (head, slot, f) = (i / head_dim / window, i / head_dim % window, i % head_dim);
-    let (vectors, padded) = (head_dim.div_ceil(vector), head_dim.next_multiple_of(vector));
-    let key = ((head * vectors + f / vector) * window + slot) * vector + f % vector;
-    (key, ((n_heads + head) * window + slot) * padded + f)
-}
-
-/// The places of a ring (a power of two) that the `n` samples before `end` lie in, oldest first.
-fn places(ring: i32, end: u64, n: usize) -> impl Iterator<Item = usize> {
-    let mask = ring as u64 - 1;
-    (0..n as u64).map(move |i| (end.wrapping_sub(n as u64).wrapping_add(i) & mask) as usize)
-}
-
 impl<M: Machine> Streams<M> {
     /// `n` streams at their beginning.
     ///
     /// # Errors
     /// When the machine has no room for them.
     pub fn new(model: Arc<Model<M>>, n: usize, geometry: DecodeGeometry) -> Result<Self, EngineError> {
-        let (sizes, machine) = (model.sizes(), &*model.machine);
-        let of = |stride: i64, word: usize| machine.zeros(n * stride as usize * word);
-        let state = State {
-            counters: of(N_COUNTERS as i64, 8)?,
-            ring_tokens: of(sizes.n_tokens.into(), WORD)?,
-            memory: of(sizes.memory_stride.into(), WORD)?,
-            caches: of(sizes.cache_stride, model.packed.element.size())?,
-            frames: of(2 * i64::from(sizes.frame_stride), WORD)?,
-            past: of(sizes.order.into(), WORD)?,
-        };
+        let DecodeModel { frame_stride, order, .. } = *model.sizes();
+        let state = model.state(n)?;
+        let frames = model.machine.zeros(n * 2 * WORD * frame_stride as usize)?;
+        let past = model.machine.zeros(n * WORD * order as usize)?;
         let playing = model.shape(geometry)?;
         let silent = model.shape(DecodeGeometry { overlapped: false, group_size: 1, ..geometry })?;
-        let mut streams = Self { n, playing, silent, state, model };
-        streams.reset()?;
+        let mut streams = Self { playing, silent, state, frames, past, model };
+        let fresh = streams.model.laid(&streams.model.fresh()?)?;
+        (0..n).try_for_each(|stream| streams.put(stream, &fresh))?;
         Ok(streams)
     }
 
     /// How many there are.
     pub fn count(&self) -> usize {
-        self.n
+        self.state.n
     }
 
     pub fn geometry(&self) -> DecodeGeometry {
@@ -221,38 +191,12 @@ impl<M: Machine> Streams<M> {
         self.playing.layout.resident
     }
 
-    /// All streams at their beginning.
+    /// One stream at its beginning.
     ///
     /// # Errors
     /// When the machine fails.
-    pub fn reset(&mut self) -> Result<(), EngineError> {
-        let fresh = self.fresh()?;
-        (0..self.n).try_for_each(|stream| self.load(stream, &fresh))
-    }
-
-    fn fresh(&self) -> Result<SavedStream, EngineError> {
-        let Model { config, spectrum, .. } = &*self.model;
-        let counters = Counters {
-            plan_pos: 0,
-            n: 0,
-            tokens: vec![config.codec.silence(); config.wave_transformer.history()],
-            residual_code: 0,
-            plan: vec![spectrum.silent_frame(); PLAN_FRAMES],
-            past: PastForecast::new(&config.forecast).map_err(state_error)?,
-            planned: PlannedForecast::new(&config.forecast).map_err(state_error)?,
-            drive: Drive::default(),
-        };
-        Ok(SavedStream { counters, hidden: None, caches: BTreeMap::new() })
-    }
-
-    /// The stacks' names in a saved state.
-    fn stacks(&self) -> impl Iterator<Item = (DecodeStack, usize, String)> + '_ {
-        let sizes = self.model.sizes();
-        let plan = (0..sizes.plan.n_layers as usize).map(|block| (sizes.plan, block, plan_cache(block)));
-        let tiers = sizes.tiers[..sizes.n_tiers as usize].iter().enumerate();
-        plan.chain(tiers.flat_map(|(i, tier)| {
-            (0..tier.stack.n_layers as usize).map(move |block| (tier.stack, block, wave_cache(i, block)))
-        }))
+    pub fn reset(&mut self, stream: usize) -> Result<(), EngineError> {
+        self.load(stream, &self.model.fresh()?)
     }
 
     /// One stream goes on from a saved state.
@@ -260,82 +204,16 @@ impl<M: Machine> Streams<M> {
     /// # Errors
     /// When the state is none between two plan frames, or the machine fails.
     pub fn load(&mut self, stream: usize, saved: &SavedStream) -> Result<(), EngineError> {
-        let model = self.model.clone();
-        let (sizes, machine) = (model.sizes(), &*model.machine);
-        let Counters { plan_pos, n, tokens, residual_code, plan, past, planned, drive } = &saved.counters;
-        let Some(heard) = past.heard() else {
-            return Err(EngineError::State("it was saved within a plan frame".into()));
-        };
-        let mut memory = vec![0.0f32; sizes.memory_stride as usize];
-        for (place, sample) in places(sizes.n_samples, *n, heard.len()).zip(heard) {
-            memory[sizes.samples as usize + place] = *sample;
-        }
-        let PlannedPast { left, heard, rest } = planned.heard();
-        for (place, sample) in places(sizes.n_left, *n, left.len()).zip(left) {
-            memory[sizes.left as usize + place] = sample;
-        }
-        if sizes.n_heard > 0 {
-            for (place, sample) in places(sizes.n_heard, *n, heard.len()).zip(heard) {
-                memory[sizes.heard as usize + place] = sample;
-            }
-            memory[sizes.rest as usize..][..sizes.plan_hop as usize].iter_mut().zip(rest).for_each(|(to, x)| *to = x);
-        }
-        let frames = memory[sizes.plan_frames as usize..].iter_mut();
-        frames.zip(plan.iter().flatten()).for_each(|(to, band)| *to = *band);
-        if let Some(hidden) = &saved.hidden {
-            memory[sizes.hidden as usize..][..hidden.len()].copy_from_slice(hidden);
-        }
-        memory[sizes.drive as usize] = drive.mean_square;
-        let codec = &model.config.codec;
-        let coded = |token: Token| i32::from(token) | i32::from(codec.code(token)) << TOKEN_BITS;
-        let mut ring = vec![coded(codec.silence()); sizes.n_tokens as usize];
-        for (place, token) in places(sizes.n_tokens, *n, tokens.len()).zip(tokens) {
-            ring[place] = coded(*token);
-        }
-        let counters = [*n as i64, *plan_pos as i64, i64::from(*residual_code), 0];
-        let put = |buffer: &mut M::Buffer, bytes: Vec<u8>| machine.write(buffer, stream * bytes.len(), &bytes);
-        put(&mut self.state.counters, counters.to_bytes())?;
-        put(&mut self.state.ring_tokens, ring.to_bytes())?;
-        put(&mut self.state.memory, memory.to_bytes())?;
-        let places: Vec<_> =
-            self.stacks().map(|(stack, block, name)| (self.cache_at(stream, stack, block), name)).collect();
-        let element = model.packed.element;
-        for ((at, len), name) in places {
-            let caches = &mut self.state.caches;
-            let Some(SavedCache { shape, keys, values }) = saved.caches.get(&name) else {
-                machine.clear(caches, element.size() * at, element.size() * len)?;
-                continue;
-            };
-            let mut laid = vec![0.0f32; len];
-            for (i, (key, value)) in keys.iter().zip(values).enumerate() {
-                let (of_key, of_value) = place_of(i, *shape, element.vector());
-                (laid[of_key], laid[of_value]) = (*key, *value);
-            }
-            machine.write(caches, element.size() * at, &element.to_bytes(&laid))?;
-        }
-        Ok(())
+        let laid = self.model.laid(saved)?;
+        self.put(stream, &laid)
     }
 
-    /// Where a stream's cache of a block begins, and how long it is, in values: `cached` of kernels/decode_step.cuh.
-    fn cache_at(&self, stream: usize, stack: DecodeStack, block: usize) -> (usize, usize) {
-        let len = stack.block_cache as usize;
-        ((stack.cache as usize + block * len) * self.n + stream * len, len)
-    }
-
-    /// All of them are where those of `other` are, as many of the same model.
+    /// One stream goes on from a state as it lies in memory.
     ///
     /// # Errors
-    /// When there are not as many, or the machine fails.
-    pub fn follow(&mut self, other: &Self) -> Result<(), EngineError> {
-        expect("streams", self.n, other.n)?;
-        let (machine, from, to) = (&*self.model.machine, &other.state, &mut self.state);
-        machine.copy(&from.counters, &mut to.counters)?;
-        machine.copy(&from.ring_tokens, &mut to.ring_tokens)?;
-        machine.copy(&from.memory, &mut to.memory)?;
-        machine.copy(&from.caches, &mut to.caches)?;
-        machine.copy(&from.frames, &mut to.frames)?;
-        machine.copy(&from.past, &mut to.past)?;
-        Ok(())
+    /// When the machine fails.
+    pub fn put(&mut self, stream: usize, laid: &Laid) -> Result<(), EngineError> {
+        Ok(self.model.put(&mut self.state, stream, laid)?)
     }
 
     /// One stream's state.
@@ -343,58 +221,37 @@ impl<M: Machine> Streams<M> {
     /// # Errors
     /// When the machine fails.
     pub fn store(&self, stream: usize) -> Result<SavedStream, EngineError> {
-        let (sizes, machine, config) = (self.model.sizes(), &*self.model.machine, &self.model.config);
-        let read = |buffer: &M::Buffer, at: usize, len: usize| -> Result<Vec<u8>, MachineError> {
-            let mut bytes = vec![0; len];
-            machine.read(buffer, at, &mut bytes)?;
-            Ok(bytes)
-        };
-        let get = |buffer: &M::Buffer, len: usize| read(buffer, stream * len, len);
-        let counters = get(&self.state.counters, 8 * N_COUNTERS)?;
-        let [n, plan_pos, residual_code] =
-            [0, 1, 2].map(|i| counters.as_chunks().0.get(i).map_or(0, |&b| u64::from_le_bytes(b)));
-        let memory = floats(&get(&self.state.memory, WORD * sizes.memory_stride as usize)?);
-        let ring = words(&get(&self.state.ring_tokens, WORD * sizes.n_tokens as usize)?);
-        let from_ring = |at: i32, ring: i32, len: usize| -> Vec<f32> {
-            places(ring, n, len).map(|place| memory[at as usize + place]).collect()
-        };
-        let forecast = &config.forecast;
-        let heard = from_ring(sizes.samples, sizes.n_samples, forecast.past_window + forecast.past_hop);
-        let with_tones = |n: usize| if forecast.tones { n } else { 0 };
-        let planned = PlannedPast {
-            left: from_ring(sizes.left, sizes.n_left, forecast.planned_order),
-            heard: from_ring(sizes.heard, sizes.n_heard, with_tones(forecast.past_window)),
-            rest: memory[sizes.rest as usize..][..with_tones(config.plan.hop)].to_vec(),
-        };
-        let n_bands = sizes.n_bands as usize;
-        let frames = &memory[sizes.plan_frames as usize..][..PLAN_FRAMES * n_bands];
-        let saved_caches = self.stacks().map(|(stack, block, name)| {
-            let (n_heads, window) = (stack.n_heads as usize, stack.window as usize);
-            let head_dim = stack.dim as usize / n_heads;
-            let (at, len) = self.cache_at(stream, stack, block);
-            let element = self.model.packed.element;
-            let cache = element.values(&read(&self.state.caches, element.size() * at, element.size() * len)?);
-            let shape = [n_heads, window, head_dim];
-            let at = |i| place_of(i, shape, element.vector());
-            let (keys, values) = (0..n_heads * window * head_dim).map(|i| (cache[at(i).0], cache[at(i).1])).unzip();
-            Ok((name, SavedCache { shape, keys, values }))
-        });
-        let saved_caches = saved_caches.collect::<Result<_, MachineError>>()?;
-        let tokens = places(sizes.n_tokens, n, config.wave_transformer.history()).map(|place| ring[place] as u16);
-        Ok(SavedStream {
-            counters: Counters {
-                plan_pos,
-                n,
-                tokens: tokens.collect(),
-                residual_code: residual_code as u16,
-                plan: frames.chunks_exact(n_bands).map(<[f32]>::to_vec).collect(),
-                past: PastForecast::after(forecast, heard).map_err(state_error)?,
-                planned: PlannedForecast::after(forecast, planned).map_err(state_error)?,
-                drive: Drive { mean_square: memory[sizes.drive as usize] },
-            },
-            hidden: (plan_pos > 0).then(|| memory[sizes.hidden as usize..][..sizes.plan.dim as usize].to_vec()),
-            caches: saved_caches,
-        })
+        self.model.saved(&self.state, stream)
+    }
+
+    /// All of them are where those of `other` are, as many of the same model.
+    ///
+    /// # Errors
+    /// When there are not as many, or the machine fails.
+    pub fn follow(&mut self, other: &Self) -> Result<(), EngineError> {
+        expect("streams", self.state.n, other.state.n)?;
+        Ok(self.model.copy_all(&other.state, &mut self.state)?)
+    }
+
+    /// Keeps a stream's state where it is: cheaper than [`Self::store`].
+    ///
+    /// # Errors
+    /// When the machine has no room for it.
+    pub fn keep(&self, stream: usize) -> Result<Kept<M>, EngineError> {
+        let mut state = self.model.state(1)?;
+        self.model.copy((&self.state, stream), (&mut state, 0))?;
+        Ok(Kept { model: self.model.clone(), state })
+    }
+
+    /// One stream goes on from a state that was kept.
+    ///
+    /// # Errors
+    /// When it was of another model, or the machine fails.
+    pub fn go_back(&mut self, stream: usize, kept: &Kept<M>) -> Result<(), EngineError> {
+        if !Arc::ptr_eq(&self.model, &kept.model) {
+            return Err(EngineError::State("it was kept of another model".into()));
+        }
+        Ok(self.model.copy((&kept.state, 0), (&mut self.state, stream))?)
     }
 
     /// `n_frames` plan frames of every stream.
@@ -408,8 +265,35 @@ impl<M: Machine> Streams<M> {
         wave: Wave,
         sampling: &Sampling,
     ) -> Result<Played, EngineError> {
+        self.play_some(&(0..self.state.n).collect::<Vec<_>>(), n_frames, plan, wave, sampling)
+    }
+
+    /// `n_frames` plan frames of the streams `who`, each of them there and named once; the others stay where they are. What is given and comes
+    /// back is theirs alone, in their order.
+    ///
+    /// # Errors
+    /// When numbers are missing, `who` is not as above, or the machine fails.
+    pub fn play_some(
+        &mut self,
+        who: &[usize],
+        n_frames: usize,
+        plan: Plan,
+        wave: Wave,
+        sampling: &Sampling,
+    ) -> Result<Played, EngineError> {
         let (sizes, machine) = (self.model.sizes(), &*self.model.machine);
-        let frames = self.n * n_frames;
+        let mut named = vec![false; self.state.n];
+        for &stream in who {
+            if named.get(stream) != Some(&false) {
+                return Err(EngineError::State(format!("of {} streams these cannot be played: {who:?}", self.state.n)));
+            }
+            named[stream] = true;
+        }
+        if who.is_empty() || n_frames == 0 {
+            return Ok(Played::default());
+        }
+        let turns = filled(machine, &who.iter().map(|&stream| stream as i32).collect::<Vec<_>>().to_bytes())?;
+        let frames = who.len() * n_frames;
         let (books, bands, hop) = (sizes.n_codebooks as usize, sizes.n_bands as usize, sizes.plan_hop as usize);
         let upload = |what, values: &[f32], each: usize| -> Result<M::Buffer, EngineError> {
             expect(what, frames * each, values.len())?;
@@ -449,11 +333,12 @@ impl<M: Machine> Streams<M> {
             Wave::Silent => (),
         }
         let Shape { geometry, layout, linears, maps } = if tokens.is_some() { &self.playing } else { &self.silent };
-        let flags = machine.zeros(WORD * N_FLAGS * self.n.div_ceil(geometry.rows))?;
+        let flags = machine.zeros(WORD * N_FLAGS * who.len().div_ceil(geometry.rows))?;
         let PlanSampling { temperature, top_k, top_p, min_p } = sampling.plan;
         let GenerationSettings { grain, past, offset, .. } = sampling.wave;
         let args = DecodeArgs {
-            streams: self.n as i32,
+            streams: who.len() as i32,
+            capacity: self.state.n as i32,
             n_frames: n_frames as i32,
             make_plan: make_plan.into(),
             make_wave: tokens.is_some().into(),
@@ -469,7 +354,7 @@ impl<M: Machine> Streams<M> {
             ..geometry.args(layout)
         };
         let [model, weights, exact, doubles, places] = &self.model.parts;
-        let State { counters, ring_tokens, memory, caches, frames: slots, past } = &self.state;
+        let State { counters, ring_tokens, memory, caches, .. } = &self.state;
         let buffers = [
             Some(model),
             Some(linears),
@@ -482,9 +367,10 @@ impl<M: Machine> Streams<M> {
             Some(ring_tokens),
             Some(memory),
             Some(caches),
-            Some(slots),
-            Some(past),
+            Some(&self.frames),
+            Some(&self.past),
             Some(&flags),
+            Some(&turns),
             plan_uniforms.as_ref(),
             wave_uniforms.as_ref(),
             Some(&plan_tokens),

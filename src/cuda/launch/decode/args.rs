@@ -192,7 +192,7 @@ mirrored!(
 
 mirrored!(
     /// Arguments of `decode_persistent_*`; the pointers come first.
-    DecodeArgs, 328, {
+    DecodeArgs, 344, {
         model: u64,
         linears: u64,
         maps: u64,
@@ -207,6 +207,7 @@ mirrored!(
         frames: u64,
         past: u64,
         flags: u64,
+        who: u64,
         plan_uniforms: u64,
         wave_uniforms: u64,
         plan_tokens: u64,
@@ -231,12 +232,14 @@ mirrored!(
         level: f32,
         at: [i32; N_REGIONS],
         n_maps: i32,
+        capacity: i32,
+        reserved: i32,
     }
 );
 words!(u64);
 
 /// Pointers that [`DecodeArgs`] begins with.
-pub const N_POINTERS: usize = 21;
+pub const N_POINTERS: usize = 22;
 
 impl DecodeArgs {
     /// The same with these pointers, in the order of the fields.
@@ -248,6 +251,7 @@ impl DecodeArgs {
             frames,
             past,
             flags,
+            who,
             plan_uniforms,
             wave_uniforms,
             plan_tokens,
@@ -271,6 +275,7 @@ impl DecodeArgs {
             frames,
             past,
             flags,
+            who,
             plan_uniforms,
             wave_uniforms,
             plan_tokens,
