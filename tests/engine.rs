@@ -70,7 +70,7 @@ fn plans_ahead_are_those_that_come_and_change_nothing() {
         let mut way = |frames: usize| (0..frames * books).map(|_| rng.uniform()).collect::<Vec<f32>>();
         engine.prefill(&music(5000)).unwrap();
         let ways = [way(6), way(6), way(6)];
-        let ahead = ways.each_ref().map(|uniforms| engine.plan_ahead(uniforms).unwrap());
+        let ahead = engine.plan_ahead(&ways).unwrap();
         let here = engine.snapshot().unwrap();
         for (uniforms, ahead) in ways.iter().zip(ahead) {
             let plan: Vec<PlanFrame> = uniforms

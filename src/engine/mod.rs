@@ -73,17 +73,28 @@ pub trait Engine: Send {
     /// Samples the next plan frame; `uniforms` holds one number in (0, 1) per codebook.
     fn next_plan(&mut self, uniforms: &[f32], out: &mut PlanFrame) -> Result<(), EngineError>;
 
-    /// What [`Engine::next_plan`] would give from here on by these uniforms, `[frames * n_codebooks]`. The stream stays where it is.
-    fn plan_ahead(&mut self, uniforms: &[f32]) -> Result<Vec<PlanFrame>, EngineError> {
+    /// What [`Engine::next_plan`] would give from here on by each of these uniforms, `[frames * n_codebooks]`, as many of all ways. The stream stays
+    /// where it is.
+    fn plan_ahead(&mut self, ways: &[Vec<f32>]) -> Result<Vec<Vec<PlanFrame>>, EngineError> {
         let here = self.snapshot()?;
-        let mut plan = Vec::new();
-        for uniforms in uniforms.chunks_exact(self.config().plan.n_codebooks) {
-            let mut frame = PlanFrame::default();
-            self.next_plan(uniforms, &mut frame)?;
-            plan.push(frame);
+        let n_codebooks = self.config().plan.n_codebooks;
+        let mut plans = Vec::new();
+        for uniforms in ways {
+            let mut plan = Vec::new();
+            for uniforms in uniforms.chunks_exact(n_codebooks) {
+                let mut frame = PlanFrame::default();
+                self.next_plan(uniforms, &mut frame)?;
+                plan.push(frame);
+            }
+            self.rewind(&here)?;
+            plans.push(plan);
         }
-        self.rewind(&here)?;
-        Ok(plan)
+        Ok(plans)
+    }
+
+    /// How many ways ahead are best asked for at a time.
+    fn ways_at_once(&self) -> usize {
+        1
     }
 
     /// How surprising the frame of the last [`Engine::next_plan`] was.
@@ -93,6 +104,18 @@ pub trait Engine: Send {
     ///
     /// Only `plan.bands` is read: a frame can come from [`Engine::next_plan`] or from elsewhere.
     fn render(&mut self, plan: &PlanFrame, uniforms: &[f32], out: &mut [Token]) -> Result<(), EngineError>;
+
+    /// [`Engine::next_plan`], and [`Engine::render`] by what it gives.
+    fn next_frame(
+        &mut self,
+        plan_uniforms: &[f32],
+        uniforms: &[f32],
+        plan: &mut PlanFrame,
+        out: &mut [Token],
+    ) -> Result<(), EngineError> {
+        self.next_plan(plan_uniforms, plan)?;
+        self.render(plan, uniforms, out)
+    }
 
     /// Teacher-forced: resets, reads `tokens` (a multiple of `hop`) under their own quantised plan and writes
     /// -ln P(token) of each, in nats. The plan's own cost is not part of it; see [`Engine::score_plan`].

@@ -173,8 +173,8 @@ impl Generator {
         self.state.manner.filter(|_| self.state.options.choices > 1)
     }
 
-    /// Looks at one of the ways through the next stretch, if it is time to choose one; says whether there is more to look at. The
-    /// first stretch is played at once.
+    /// Looks at one of the ways through the next stretch, or at as many as the engine likes to at once, if it is time to choose one; says whether there
+    /// is more to look at. The first stretch is played at once.
     fn consider(&mut self, engine: &mut dyn Engine) -> Result<bool, EngineError> {
         let manner = self.manner();
         let Self { state, spectrum, looked_at, .. } = self;
@@ -184,16 +184,20 @@ impl Generator {
         }
         if let Some(manner) = manner {
             let n_codebooks = engine.config().plan.n_codebooks;
-            let frames = state.n_frames..state.n_frames + STRETCH;
-            let way = looked_at.len() as u64;
-            let uniforms: Vec<f32> = frames.flat_map(|k| state.draws(Kind::Plan, way, k, n_codebooks)).collect();
+            let draws = |way: u64| {
+                let frames = state.n_frames..state.n_frames + STRETCH;
+                frames.flat_map(|k| state.draws(Kind::Plan, way, k, n_codebooks)).collect::<Vec<f32>>()
+            };
+            let ways = looked_at.len() as u64..u64::from(choices);
+            let ways: Vec<_> = ways.take(engine.ways_at_once()).map(draws).collect();
             engine.set_sampling(plan, wave);
-            let plan = engine.plan_ahead(&uniforms)?;
-            let of = Manner::of(plan.iter().map(|frame| frame.bands.as_slice()), spectrum);
-            looked_at.push(Way {
-                manner: of.after(state.played.as_ref().unwrap_or(&manner)),
-                offbeat: state.rhythm.offbeat(&plan),
-            });
+            for plan in engine.plan_ahead(&ways)? {
+                let of = Manner::of(plan.iter().map(|frame| frame.bands.as_slice()), spectrum);
+                looked_at.push(Way {
+                    manner: of.after(state.played.as_ref().unwrap_or(&manner)),
+                    offbeat: state.rhythm.offbeat(&plan),
+                });
+            }
             if looked_at.len() < choices as usize {
                 return Ok(true);
             }
@@ -237,11 +241,13 @@ impl Generator {
         let plan_uniforms = draws(Kind::Plan, engine.config().plan.n_codebooks);
         let wave_uniforms = draws(Kind::Wave, self.tokens.len() * UNIFORMS_PER_SAMPLE);
         match given {
-            Some(bands) => self.plan = PlanFrame { tokens: Vec::new(), bands: bands.to_vec() },
-            None => engine.next_plan(&plan_uniforms, &mut self.plan)?,
+            Some(bands) => {
+                self.plan = PlanFrame { tokens: Vec::new(), bands: bands.to_vec() };
+                engine.render(&self.plan, &wave_uniforms, &mut self.tokens)?;
+            }
+            None => engine.next_frame(&plan_uniforms, &wave_uniforms, &mut self.plan, &mut self.tokens)?,
         }
         self.state.rhythm.hear(&self.plan.bands);
-        engine.render(&self.plan, &wave_uniforms, &mut self.tokens)?;
         self.state.n_frames += 1;
         Ok((&self.plan, &self.tokens))
     }

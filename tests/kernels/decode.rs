@@ -471,16 +471,18 @@ fn plans_ahead_are_those_that_come_and_change_nothing() {
     let mut cuda = cuda(&machine, &checkpoint, Element::F32, OVERLAPPED);
     cuda.prefill(&music(&checkpoint, 800)).unwrap();
     let (state, books) = (cuda.save().unwrap(), checkpoint.config.plan.n_codebooks);
-    for way in 0..2 {
-        let draws: Vec<f32> = (0..3).flat_map(|frame| uniforms(way, Kind::Plan, frame, books)).collect();
-        let ahead = cuda.plan_ahead(&draws).unwrap();
-        assert!(cuda.save().unwrap() == state, "way {way}");
+    // More than a launch has room for.
+    let ways: Vec<Vec<f32>> = (0..10).map(|way| uniforms(way, Kind::Plan, 0, 3 * books)).collect();
+    let ahead = cuda.plan_ahead(&ways).unwrap();
+    assert!(cuda.save().unwrap() == state && ahead.len() == ways.len());
+    for way in [0, 1, 9] {
+        let (draws, ahead) = (&ways[way], &ahead[way]);
         let plan = draws.chunks(books).map(|uniforms| {
             let mut frame = PlanFrame::default();
             cuda.next_plan(uniforms, &mut frame).unwrap();
             frame
         });
-        assert!(plan.collect::<Vec<_>>() == ahead, "way {way}");
+        assert!(plan.collect::<Vec<_>>() == *ahead, "way {way}");
         cuda.restore(&state).unwrap();
     }
 }
@@ -605,15 +607,23 @@ fn wander(engine: &mut CudaEngine<Place>, checkpoint: &Checkpoint, stream: u32) 
     engine.prefill(&music(checkpoint, 300 + 150 * stream as usize)).unwrap();
     let (mut played, mut plan, mut out) = (Vec::new(), PlanFrame::default(), vec![0; hop]);
     let mut frame = |engine: &mut CudaEngine<Place>, k: usize| {
-        engine.next_plan(&uniforms(stream, Kind::Plan, k, books), &mut plan).unwrap();
-        engine.render(&plan, &uniforms(stream, Kind::Wave, k, UNIFORMS_PER_SAMPLE * hop), &mut out).unwrap();
+        let (of_plan, of_wave) =
+            (uniforms(stream, Kind::Plan, k, books), uniforms(stream, Kind::Wave, k, UNIFORMS_PER_SAMPLE * hop));
+        if k == 0 {
+            engine.next_plan(&of_plan, &mut plan).unwrap();
+            engine.render(&plan, &of_wave, &mut out).unwrap();
+        } else {
+            engine.next_frame(&of_plan, &of_wave, &mut plan, &mut out).unwrap();
+        }
+        assert!(engine.plan_draw().entropy > 0.0);
         out.clone()
     };
     let here = engine.snapshot().unwrap();
     for k in 0..2 + stream as usize {
         if k % 2 == 1 {
-            let ahead = engine.plan_ahead(&uniforms(stream, Kind::Plan, k, 2 * books)).unwrap();
-            played.extend(ahead.iter().flat_map(|frame| frame.tokens.clone()));
+            let ways = [0, 1, 2].map(|way| uniforms(stream + 10 * way, Kind::Plan, k, 2 * books));
+            let ahead = engine.plan_ahead(&ways).unwrap();
+            played.extend(ahead.iter().flatten().flat_map(|frame| frame.tokens.clone()));
         }
         played.extend(frame(engine, k));
         if k == 1 && stream == 1 {

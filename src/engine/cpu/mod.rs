@@ -280,18 +280,21 @@ impl Engine for CpuEngine {
         }
     }
 
-    fn plan_ahead(&mut self, uniforms: &[f32]) -> Result<Vec<PlanFrame>, EngineError> {
+    fn plan_ahead(&mut self, ways: &[Vec<f32>]) -> Result<Vec<Vec<PlanFrame>>, EngineError> {
         self.begin()?;
         let Self { weights, stream, work, plan_sampling: sampling, .. } = self;
-        let mut state = stream.plan.clone();
-        let mut plan = Vec::new();
-        for uniforms in uniforms.chunks_exact(weights.config.plan.n_codebooks) {
-            let (mut frame, mut draw) = <(PlanFrame, PlanDraw)>::default();
-            let turn = PlanTurn { state: &mut state, sampling, uniforms, frame: &mut frame, draw: &mut draw };
-            weights.draw(&mut [turn], work)?;
-            plan.push(frame);
-        }
-        Ok(plan)
+        let way = |uniforms: &Vec<f32>| {
+            let mut state = stream.plan.clone();
+            let mut plan = Vec::new();
+            for uniforms in uniforms.chunks_exact(weights.config.plan.n_codebooks) {
+                let (mut frame, mut draw) = <(PlanFrame, PlanDraw)>::default();
+                let turn = PlanTurn { state: &mut state, sampling, uniforms, frame: &mut frame, draw: &mut draw };
+                weights.draw(&mut [turn], work)?;
+                plan.push(frame);
+            }
+            Ok(plan)
+        };
+        ways.iter().map(way).collect()
     }
 
     fn plan_draw(&self) -> PlanDraw {

@@ -4,11 +4,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::machine::Machine;
 use super::streams::{Model, Plan, Played, Sampling, Streams, Wave};
-use crate::cuda::launch::DecodeGeometry;
+use crate::cuda::launch::{DecodeGeometry, SET};
 use crate::engine::EngineError;
 use crate::engine::meeting::{Meeting, lock};
 
-/// What members wait for. Who has looked ahead comes back for a plan, and who has one to render it with those who wait for that already.
+/// What members wait for. Who has looked ahead comes back to go on with those who wait for that already, and who has a plan to render it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Task {
     /// Plan frames, by which nothing moves on.
@@ -16,6 +16,8 @@ pub enum Task {
     Plan,
     /// Frames under bands that are given.
     Render,
+    /// Plan frames, and what they render.
+    Play,
 }
 
 /// What a member wants played.
@@ -23,9 +25,11 @@ pub enum Task {
 pub struct Turn {
     pub sampling: Sampling,
     pub n_frames: usize,
-    /// Of the plan or, where frames are rendered, of the wave.
-    pub uniforms: Vec<f32>,
-    /// Where frames are rendered.
+    /// Uniforms of the plan, as far as it is drawn; those of one way after the other where several are looked at.
+    pub plan: Vec<f32>,
+    /// Uniforms of the wave, as far as it is.
+    pub wave: Vec<f32>,
+    /// Where the plan is given.
     pub bands: Vec<f32>,
 }
 
@@ -104,47 +108,62 @@ impl<M: Machine> Group<M> {
     fn play(&self, task: Task, who: &[usize]) -> Result<(), EngineError> {
         let mut seats: Vec<_> = who.iter().map(|&seat| (seat, lock(&self.seats[seat]))).collect();
         while let Some((_, first)) = seats.first() {
-            let Turn { sampling, n_frames, .. } = first.0;
+            let Turn { sampling, n_frames, ref plan, .. } = first.0;
+            let n_plan = plan.len();
             let drawn_alike = |other: &Sampling| match task {
                 Task::Ahead | Task::Plan => other.plan == sampling.plan,
                 Task::Render => other.wave == sampling.wave,
+                Task::Play => *other == sampling,
             };
-            let alike = |turn: &Turn| turn.n_frames == n_frames && drawn_alike(&turn.sampling);
+            let alike =
+                |turn: &Turn| turn.n_frames == n_frames && turn.plan.len() == n_plan && drawn_alike(&turn.sampling);
             let (mut now, later): (Vec<_>, _) = seats.into_iter().partition(|(_, seat)| alike(&seat.0));
             seats = later;
-            let together = |of: fn(&Turn) -> &[f32]| now.iter().flat_map(|(_, seat)| of(&seat.0)).copied().collect();
-            let (uniforms, bands): (Vec<f32>, Vec<f32>) =
-                (together(|turn| &turn.uniforms), together(|turn| &turn.bands));
-            let who: Vec<usize> = now.iter().map(|(seat, _)| *seat).collect();
-            let mut streams = lock(&self.streams);
-            let played = match task {
-                Task::Plan => streams.play_some(&who, n_frames, Plan::Draw(&uniforms), Wave::Silent, &sampling),
-                Task::Render => {
-                    streams.play_some(&who, n_frames, Plan::Given(&bands), Wave::Draw(&uniforms), &sampling)
-                }
-                Task::Ahead => self.look_ahead(&streams, &who, n_frames, &uniforms, &sampling),
-            }?;
-            for (i, (_, seat)) in now.iter_mut().enumerate() {
-                seat.1 = played.of(i, who.len());
+            let (who, turns): (Vec<_>, Vec<_>) = now.iter().map(|(seat, guard)| (*seat, &guard.0)).unzip();
+            let played = if task == Task::Ahead {
+                self.look_ahead(&who, &turns)?
+            } else {
+                let all = |of: fn(&Turn) -> &[f32]| turns.iter().flat_map(|turn| of(turn)).copied().collect::<Vec<_>>();
+                let (plan, wave, bands) = (all(|turn| &turn.plan), all(|turn| &turn.wave), all(|turn| &turn.bands));
+                let plan = if task == Task::Render { Plan::Given(&bands) } else { Plan::Draw(&plan) };
+                let wave = if task == Task::Plan { Wave::Silent } else { Wave::Draw(&wave) };
+                let played = lock(&self.streams).play_some(&who, n_frames, plan, wave, &sampling)?;
+                (0..who.len()).map(|i| played.of(i, who.len())).collect()
+            };
+            for ((_, seat), played) in now.iter_mut().zip(played) {
+                seat.1 = played;
             }
         }
         Ok(())
     }
 
-    fn look_ahead(
-        &self,
-        streams: &Streams<M>,
-        who: &[usize],
-        n_frames: usize,
-        uniforms: &[f32],
-        sampling: &Sampling,
-    ) -> Result<Played, EngineError> {
+    /// The ways of streams whose turns are alike, as many of each in a launch as there is room for.
+    fn look_ahead(&self, who: &[usize], turns: &[&Turn]) -> Result<Vec<Played>, EngineError> {
+        let mut played = vec![Played::default(); who.len()];
+        let Some(Turn { n_frames, sampling, plan, .. }) = turns.first() else { return Ok(played) };
+        let n_way = n_frames * self.model.config.plan.n_codebooks;
+        let streams = lock(&self.streams);
         let mut ahead = lock(&self.ahead);
         let ahead = match &mut *ahead {
             Some(ahead) => ahead,
-            none => none.insert(Streams::new(self.model.clone(), streams.count(), self.geometry)?),
+            none => {
+                let n = streams.count();
+                let geometry = if n < SET { self.model.geometry(SET) } else { self.geometry };
+                none.insert(Streams::new(self.model.clone(), n.max(SET), geometry)?)
+            }
         };
-        ahead.follow(streams)?;
-        ahead.play_some(who, n_frames, Plan::Draw(uniforms), Wave::Silent, sampling)
+        let at_once = (n_way * (ahead.count() / who.len()).max(1)).max(1);
+        for from in (0..plan.len()).step_by(at_once) {
+            let ways = from..plan.len().min(from + at_once);
+            let rows: Vec<usize> = who.iter().flat_map(|&seat| vec![seat; ways.len() / n_way]).collect();
+            ahead.follow(&streams, &rows)?;
+            let uniforms: Vec<f32> = turns.iter().flat_map(|turn| &turn.plan[ways.clone()]).copied().collect();
+            let turns: Vec<usize> = (0..rows.len()).collect();
+            let of_all = ahead.play_some(&turns, *n_frames, Plan::Draw(&uniforms), Wave::Silent, sampling)?;
+            for (i, played) in played.iter_mut().enumerate() {
+                played.extend(of_all.of(i, who.len()));
+            }
+        }
+        Ok(played)
     }
 }

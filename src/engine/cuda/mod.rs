@@ -33,7 +33,7 @@ pub use streams::{Model, Plan, Played, Sampling, Streams, Wave};
 const WAVE_CONTEXT: usize = 32;
 /// Plan frames that are scored in a launch.
 const SCORED: usize = 64;
-/// States that a machine is to have room for, of every stream that plays in lockstep: its own, what looks ahead, and what it may go back to.
+/// States that a machine is to have room for, of every stream that plays in lockstep: its own, one to look ahead with, and what it may go back to.
 const STATES: usize = 14;
 
 /// One stream on a machine.
@@ -77,8 +77,8 @@ impl<M: Machine> CudaEngine<M> {
         Self::over(self.model().clone(), self.member.geometry())
     }
 
-    /// `n` streams over the same weights that play in one launch: [`Engine::next_plan`], [`Engine::plan_ahead`] and [`Engine::render`] wait until every
-    /// one of them that still exists wants something played too. Each is for a thread of its own, which drops it when it is done; what
+    /// `n` streams over the same weights that play in one launch: what asks for frames waits until every one of them that
+    /// still exists wants something played too. Each is for a thread of its own, which drops it when it is done; what
     /// they play is what they would play alone.
     ///
     /// # Errors
@@ -136,6 +136,17 @@ impl<M: Machine> CudaEngine<M> {
         let played = self.play_alone(n_frames, Plan::Draw(plan_uniforms), Wave::Draw(wave_uniforms))?;
         let tokens = played.tokens.iter().map(|&token| token as Token).collect();
         Ok((self.frames(&played), tokens))
+    }
+
+    /// A turn of so many frames, with nothing in it yet.
+    fn turn(&self, n_frames: usize) -> Turn {
+        Turn { sampling: self.sampling, n_frames, ..Turn::default() }
+    }
+
+    /// The one plan frame that was drawn.
+    fn take_frame(&mut self, played: &Played, out: &mut PlanFrame) {
+        *out = self.frames(played).swap_remove(0);
+        self.plan_draw = played.plan_draws.first().copied().unwrap_or_default();
     }
 
     fn frames(&self, played: &Played) -> Vec<PlanFrame> {
@@ -262,18 +273,22 @@ impl<M: Machine> Engine for CudaEngine<M> {
     fn next_plan(&mut self, uniforms: &[f32], out: &mut PlanFrame) -> Result<(), EngineError> {
         expect("uniforms", self.model().config.plan.n_codebooks, uniforms.len())?;
         self.begin_with_silence()?;
-        let turn = Turn { sampling: self.sampling, n_frames: 1, uniforms: uniforms.to_vec(), bands: Vec::new() };
-        let played = self.member.play(Task::Plan, turn)?;
-        *out = self.frames(&played).swap_remove(0);
-        self.plan_draw = played.plan_draws.first().copied().unwrap_or_default();
+        let played = self.member.play(Task::Plan, Turn { plan: uniforms.to_vec(), ..self.turn(1) })?;
+        self.take_frame(&played, out);
         Ok(())
     }
 
-    fn plan_ahead(&mut self, uniforms: &[f32]) -> Result<Vec<PlanFrame>, EngineError> {
+    fn plan_ahead(&mut self, ways: &[Vec<f32>]) -> Result<Vec<Vec<PlanFrame>>, EngineError> {
+        let Some(first) = ways.first() else { return Ok(Vec::new()) };
+        ways.iter().try_for_each(|way| expect("uniforms", first.len(), way.len()))?;
         self.begin_with_silence()?;
-        let n_frames = uniforms.len() / self.model().config.plan.n_codebooks;
-        let turn = Turn { sampling: self.sampling, n_frames, uniforms: uniforms.to_vec(), bands: Vec::new() };
-        Ok(self.frames(&self.member.play(Task::Ahead, turn)?))
+        let turn = self.turn(first.len() / self.model().config.plan.n_codebooks);
+        let played = self.member.play(Task::Ahead, Turn { plan: ways.concat(), ..turn })?;
+        Ok((0..ways.len()).map(|way| self.frames(&played.of(way, ways.len()))).collect())
+    }
+
+    fn ways_at_once(&self) -> usize {
+        usize::MAX
     }
 
     fn plan_draw(&self) -> PlanDraw {
@@ -284,8 +299,26 @@ impl<M: Machine> Engine for CudaEngine<M> {
         expect("tokens", self.model().config.plan.hop, out.len())?;
         expect("uniforms", UNIFORMS_PER_SAMPLE * out.len(), uniforms.len())?;
         expect("plan bands", self.model().spectrum.n_bands(), plan.bands.len())?;
-        let (uniforms, bands) = (uniforms.to_vec(), plan.bands.clone());
-        let played = self.member.play(Task::Render, Turn { sampling: self.sampling, n_frames: 1, uniforms, bands })?;
+        let turn = Turn { wave: uniforms.to_vec(), bands: plan.bands.clone(), ..self.turn(1) };
+        let played = self.member.play(Task::Render, turn)?;
+        out.iter_mut().zip(played.tokens).for_each(|(out, token)| *out = token as Token);
+        Ok(())
+    }
+
+    fn next_frame(
+        &mut self,
+        plan_uniforms: &[f32],
+        uniforms: &[f32],
+        plan: &mut PlanFrame,
+        out: &mut [Token],
+    ) -> Result<(), EngineError> {
+        expect("uniforms", self.model().config.plan.n_codebooks, plan_uniforms.len())?;
+        expect("tokens", self.model().config.plan.hop, out.len())?;
+        expect("uniforms", UNIFORMS_PER_SAMPLE * out.len(), uniforms.len())?;
+        self.begin_with_silence()?;
+        let turn = Turn { plan: plan_uniforms.to_vec(), wave: uniforms.to_vec(), ..self.turn(1) };
+        let played = self.member.play(Task::Play, turn)?;
+        self.take_frame(&played, plan);
         out.iter_mut().zip(played.tokens).for_each(|(out, token)| *out = token as Token);
         Ok(())
     }

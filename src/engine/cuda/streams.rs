@@ -84,6 +84,16 @@ impl Played {
             nll: part(nll, i, n),
         }
     }
+
+    /// What came after it.
+    pub fn extend(&mut self, after: Self) {
+        let Self { plan_tokens, bands, plan_draws, tokens, nll } = after;
+        self.plan_tokens.extend(plan_tokens);
+        self.bands.extend(bands);
+        self.plan_draws.extend(plan_draws);
+        self.tokens.extend(tokens);
+        self.nll.extend(nll);
+    }
 }
 
 /// Streams that are played together.
@@ -224,13 +234,17 @@ impl<M: Machine> Streams<M> {
         self.model.saved(&self.state, stream)
     }
 
-    /// All of them are where those of `other` are, as many of the same model.
+    /// The first of them, one after the other, are where the streams `who` of others of the same model are.
     ///
     /// # Errors
-    /// When there are not as many, or the machine fails.
-    pub fn follow(&mut self, other: &Self) -> Result<(), EngineError> {
-        expect("streams", self.state.n, other.state.n)?;
-        Ok(self.model.copy_all(&other.state, &mut self.state)?)
+    /// When the machine fails, or one of these is not there.
+    pub fn follow(&mut self, other: &Self, who: &[usize]) -> Result<(), EngineError> {
+        let Self { model, state, .. } = self;
+        // All at once are less to copy than one by one.
+        if state.n == other.state.n && who.iter().copied().eq(0..state.n) {
+            return Ok(model.copy_all(&other.state, state)?);
+        }
+        Ok(who.iter().enumerate().try_for_each(|(i, &seat)| model.copy((&other.state, seat), (state, i)))?)
     }
 
     /// Keeps a stream's state where it is: cheaper than [`Self::store`].
