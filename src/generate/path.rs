@@ -223,8 +223,8 @@ impl Path {
         Ok(frame)
     }
 
-    /// Generates one frame, or goes back where that fails; or looks at one of the ways on from here, which takes no longer, so that what is
-    /// held lasts. Says whether it was a frame.
+    /// Generates one frame, or goes back where that fails; or looks at a way on from here (at all of them where the engine likes that
+    /// better), which takes no longer, so that what is held lasts. Says whether it was a frame.
     ///
     /// # Errors
     /// The engine's own.
