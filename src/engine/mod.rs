@@ -105,7 +105,7 @@ pub trait Engine: Send {
     /// Only `plan.bands` is read: a frame can come from [`Engine::next_plan`] or from elsewhere.
     fn render(&mut self, plan: &PlanFrame, uniforms: &[f32], out: &mut [Token]) -> Result<(), EngineError>;
 
-    /// [`Engine::next_plan`], and [`Engine::render`] by what it gives.
+    /// [`Engine::next_plan`], which takes `plan_uniforms`, and [`Engine::render`] by what it gives, which takes `uniforms`.
     fn next_frame(
         &mut self,
         plan_uniforms: &[f32],

@@ -498,7 +498,15 @@ fn states_go_to_other_engines_and_back() {
     let expected = play(&mut cuda, 1).unwrap();
     cuda.restore(&state).unwrap();
     assert!(cuda.save().unwrap() == state, "a state is not what it was");
+    let here = cuda.snapshot().unwrap();
     assert!(play(&mut cuda, 1).unwrap() == expected, "back in time");
+    cuda.rewind(&here).unwrap();
+    assert!(cuda.save().unwrap() == state, "a state that was kept in memory is not what it was");
+    let (hop, books) = (checkpoint.config.plan.hop, checkpoint.config.plan.n_codebooks);
+    let (plan, wave) = (uniforms(0, Kind::Plan, 1, books), uniforms(0, Kind::Wave, 1, UNIFORMS_PER_SAMPLE * hop));
+    let (draw, mut at_once) = (cuda.plan_draw(), (PlanFrame::default(), vec![0; hop]));
+    cuda.next_frame(&plan, &wave, &mut at_once.0, &mut at_once.1).unwrap();
+    assert!(at_once == expected && cuda.plan_draw() == draw, "plan and samples in one launch");
     cpu.restore(&state).unwrap();
     cuda.restore(&state).unwrap();
     plays_like(&mut cuda, &mut cpu, 2).unwrap();

@@ -155,7 +155,7 @@ impl<M: Machine> Group<M> {
         let at_once = (n_way * (ahead.count() / who.len()).max(1)).max(1);
         for from in (0..plan.len()).step_by(at_once) {
             let ways = from..plan.len().min(from + at_once);
-            let rows: Vec<usize> = who.iter().flat_map(|&seat| vec![seat; ways.len() / n_way]).collect();
+            let rows: Vec<usize> = who.iter().flat_map(|&seat| std::iter::repeat_n(seat, ways.len() / n_way)).collect();
             ahead.follow(&streams, &rows)?;
             let uniforms: Vec<f32> = turns.iter().flat_map(|turn| &turn.plan[ways.clone()]).copied().collect();
             let turns: Vec<usize> = (0..rows.len()).collect();

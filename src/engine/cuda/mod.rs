@@ -24,9 +24,9 @@ use crate::model::wave_transformer::PLAN_FRAMES;
 use crate::plan::PlanFrame;
 use crate::sampler::{PlanSampling, WaveSampling};
 use group::{Member, Task, Turn};
+use state::Kept;
 
 pub use machine::{Machine, MachineError};
-pub use state::{Kept, Laid};
 pub use streams::{Model, Plan, Played, Sampling, Streams, Wave};
 
 /// Plan frames of the prompt that the wave transformer reads: more than its attention windows hold.

@@ -30,7 +30,7 @@ pub(super) struct State<B> {
 }
 
 /// One stream's state as bytes of the machine's memory.
-pub struct Laid {
+pub(super) struct Laid {
     counters: Vec<u8>,
     ring_tokens: Vec<u8>,
     memory: Vec<u8>,
@@ -39,7 +39,7 @@ pub struct Laid {
 }
 
 /// One stream's state in the machine's memory.
-pub struct Kept<M: Machine> {
+pub(super) struct Kept<M: Machine> {
     pub(super) model: Arc<Model<M>>,
     pub(super) state: State<M::Buffer>,
 }
@@ -123,7 +123,7 @@ impl<M: Machine> Model<M> {
     ///
     /// # Errors
     /// When it is none between two plan frames.
-    pub fn laid(&self, saved: &SavedStream) -> Result<Laid, EngineError> {
+    pub(super) fn laid(&self, saved: &SavedStream) -> Result<Laid, EngineError> {
         let sizes = self.sizes();
         let Counters { plan_pos, n, tokens, residual_code, plan, past, planned, drive } = &saved.counters;
         let Some(heard) = past.heard() else {

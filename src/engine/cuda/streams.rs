@@ -70,10 +70,11 @@ pub struct Played {
 }
 
 impl Played {
-    /// What is the `i`th's of `n` streams.
+    /// What is the `i`th's of the `n` streams that it is of; empty where there are not so many.
     pub fn of(&self, i: usize, n: usize) -> Self {
         fn part<T: Clone>(all: &[T], i: usize, n: usize) -> Vec<T> {
-            all[all.len() / n * i..][..all.len() / n].to_vec()
+            let each = all.len() / n.max(1);
+            all.chunks_exact(each.max(1)).nth(i).map_or_else(Vec::new, <[T]>::to_vec)
         }
         let Self { plan_tokens, bands, plan_draws, tokens, nll } = self;
         Self {
@@ -85,8 +86,8 @@ impl Played {
         }
     }
 
-    /// What came after it.
-    pub fn extend(&mut self, after: Self) {
+    /// Joins what came after it.
+    pub(super) fn extend(&mut self, after: Self) {
         let Self { plan_tokens, bands, plan_draws, tokens, nll } = after;
         self.plan_tokens.extend(plan_tokens);
         self.bands.extend(bands);
@@ -222,7 +223,7 @@ impl<M: Machine> Streams<M> {
     ///
     /// # Errors
     /// When the machine fails.
-    pub fn put(&mut self, stream: usize, laid: &Laid) -> Result<(), EngineError> {
+    pub(super) fn put(&mut self, stream: usize, laid: &Laid) -> Result<(), EngineError> {
         Ok(self.model.put(&mut self.state, stream, laid)?)
     }
 
@@ -238,7 +239,7 @@ impl<M: Machine> Streams<M> {
     ///
     /// # Errors
     /// When the machine fails, or one of these is not there.
-    pub fn follow(&mut self, other: &Self, who: &[usize]) -> Result<(), EngineError> {
+    pub(super) fn follow(&mut self, other: &Self, who: &[usize]) -> Result<(), EngineError> {
         let Self { model, state, .. } = self;
         // All at once are less to copy than one by one.
         if state.n == other.state.n && who.iter().copied().eq(0..state.n) {
@@ -251,7 +252,7 @@ impl<M: Machine> Streams<M> {
     ///
     /// # Errors
     /// When the machine has no room for it.
-    pub fn keep(&self, stream: usize) -> Result<Kept<M>, EngineError> {
+    pub(super) fn keep(&self, stream: usize) -> Result<Kept<M>, EngineError> {
         let mut state = self.model.state(1)?;
         self.model.copy((&self.state, stream), (&mut state, 0))?;
         Ok(Kept { model: self.model.clone(), state })
@@ -261,7 +262,7 @@ impl<M: Machine> Streams<M> {
     ///
     /// # Errors
     /// When it was of another model, or the machine fails.
-    pub fn go_back(&mut self, stream: usize, kept: &Kept<M>) -> Result<(), EngineError> {
+    pub(super) fn go_back(&mut self, stream: usize, kept: &Kept<M>) -> Result<(), EngineError> {
         if !Arc::ptr_eq(&self.model, &kept.model) {
             return Err(EngineError::State("it was kept of another model".into()));
         }
