@@ -22,7 +22,7 @@
 //! | [`checkpoint`] | a safetensors file into a model and back |
 //! | [`engine`] | a prompt and uniforms into plan frames and tokens |
 //! | [`simd`] | the inner loops, for the machine's instruction set |
-//! | [`generate`] | a recording into its continuation: the loop, the prompt, the seam, sessions |
+//! | [`generate`] | a recording into its continuation: the loop, the prompt, the seam, treble and width, sessions |
 //! | [`sink`] | where samples go: WAV file, pipe |
 //! | [`live`] | an engine into endless sound on a device, steered while it plays |
 //! | [`corpus`] | folders of recordings into samples at one rate and level, and a manifest |
@@ -53,6 +53,7 @@ pub(crate) mod atomic;
 pub mod audio;
 pub mod baselines;
 pub mod checkpoint;
+pub(crate) mod cholesky;
 pub mod codec;
 pub mod corpus;
 pub mod cuda;

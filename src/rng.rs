@@ -12,6 +12,8 @@ pub enum Kind {
     Wave = 1,
     /// White noise through the planned filter, the training-free floor; `t` counts samples.
     Noise = 2,
+    /// Treble that no model hears; `t` counts bins of its spectra.
+    Treble = 3,
 }
 
 /// A uniform in (0, 1), a pure function of its arguments, so that a session resumed at any `t` draws the same.

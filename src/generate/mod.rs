@@ -5,6 +5,7 @@
 //! ```
 //! Every quarter of a second a generator looks at several plans for the next and takes the one that, with what it took before, is played most like the prompt
 //! ([`Manner`]) and keeps its beat best ([`Rhythm`]; [`Options::choices`]).
+//! A seam brings samples to the recording's rate, channels and level, and makes what the model lacks of them.
 //! A path runs ahead and goes back where its [`Governor`] finds that the continuation fails. A [`Player`] is all of it in one; a [`Session`] is a player and its engine's state as plain data, for files and takes.
 //! Uniforms are drawn by (seed, stream, kind, t) with t counted from the join, so the same seed gives the same bytes.
 
@@ -15,6 +16,7 @@ mod manner;
 mod path;
 mod player;
 mod prompt;
+mod rest;
 mod rhythm;
 mod seam;
 mod session;

@@ -1,5 +1,7 @@
 //! Turns model samples into frames at the prompt's own rate, channels and level, without a step at the join.
 
+use std::f32::consts::FRAC_PI_2;
+
 use serde::{Deserialize, Serialize};
 
 use crate::audio::{Clip, ResamplerState, StreamResampler};
@@ -9,16 +11,18 @@ use crate::plan::{PlanConfig, Spectrum};
 use super::GenerateError;
 use super::extrapolate::extrapolate;
 use super::prompt::{Prompt, channel};
+use super::rest::{Rest, RestState};
 
 /// Frames before the join from which the rest that the model does not hear is carried over it.
 const CARRIED: usize = 4096;
-/// Seconds over which that rest fades out.
+/// Seconds over which that gives way to what is made of the model's samples.
 const FADE_S: f64 = 0.05;
 
 /// The way from the model's samples to the recording's frames.
 ///
-/// The resampler runs through the prompt first, so phase and level go on. What the prompt has and the model does not
-/// (treble above the model's band, the difference of the channels) rings on by linear prediction and fades out.
+/// The resampler runs through the prompt first, so phase and level go on. The rest that the prompt has and the model does not
+/// (treble above the model's band, the difference of the channels) rings on by linear prediction and gives way to a rest made of what the model plays, as
+/// the prompt's own followed from what the model heard of it.
 ///
 /// Every frame is settled by the samples around it, so frames come out a filter's length (some 0.1 s at common rates)
 /// after their samples, and are the same however many follow.
@@ -34,8 +38,11 @@ pub struct Seam {
     made: Vec<f32>,
     /// Frames from the join to the start of `made`: negative before it.
     made_start: i64,
+    rest: Rest,
+    /// The rests of all channels, interleaved, from the start of `made` as far as they are settled.
+    rests: Vec<f32>,
     /// Per channel, what rings on after the join; known when the join is reached.
-    rests: Option<Vec<Vec<f32>>>,
+    carried: Option<Vec<Vec<f32>>>,
     /// The continuation's first frames, for the report.
     first_frames: Vec<f32>,
 }
@@ -50,7 +57,9 @@ pub struct SeamState {
     resampler: ResamplerState,
     made: Vec<f32>,
     made_start: i64,
-    rests: Option<Vec<Vec<f32>>>,
+    rest: RestState,
+    rests: Vec<f32>,
+    carried: Option<Vec<Vec<f32>>>,
 }
 
 impl SeamState {
@@ -60,8 +69,10 @@ impl SeamState {
             && channels > 0
             && self.channel_gains.len() == channels
             && self.tail.samples.len().is_multiple_of(channels)
-            && match &self.rests {
-                Some(rests) => rests.len() == channels && self.made_start >= 0,
+            && self.rests.len().is_multiple_of(channels)
+            && self.rests.len() <= self.made.len() * channels
+            && match &self.carried {
+                Some(carried) => carried.len() == channels && self.made_start >= 0,
                 None => self.made_start <= 0 && self.made_start.unsigned_abs() <= self.tail.n_frames() as u64,
             }
     }
@@ -91,7 +102,9 @@ impl Seam {
             resampler,
             made: Vec::new(),
             made_start: -(prompt.tail.n_frames() as i64),
-            rests: None,
+            rest: Rest::new(prompt.rest.clone(), prompt.tail.sample_rate, prompt.model_rate),
+            rests: Vec::new(),
+            carried: None,
             first_frames: Vec::new(),
             gain: prompt.gain,
             channel_gains: prompt.channel_gains.clone(),
@@ -101,13 +114,16 @@ impl Seam {
             },
         };
         seam.resampler.push(&prompt.mono, &mut seam.made)?;
-        seam.forget_distant();
+        let distant = seam.before_join().saturating_sub(CARRIED);
+        seam.made.drain(..distant);
+        seam.made_start += distant as i64;
+        seam.rest.push(&seam.made, seam.channel_gains.len(), &mut seam.rests);
         Ok(seam)
     }
 
     /// What [`Self::from_state`] goes on from, bit for bit.
     pub fn state(&self) -> SeamState {
-        let tail = match self.rests {
+        let tail = match self.carried {
             Some(_) => Clip { samples: Vec::new(), ..self.tail },
             None => self.tail.clone(),
         };
@@ -118,7 +134,9 @@ impl Seam {
             resampler: self.resampler.state(),
             made: self.made.clone(),
             made_start: self.made_start,
+            rest: self.rest.state(),
             rests: self.rests.clone(),
+            carried: self.carried.clone(),
         }
     }
 
@@ -131,8 +149,10 @@ impl Seam {
             return Err(GenerateError::State);
         }
         let resampler = StreamResampler::from_state(&state.resampler)?;
-        let SeamState { gain, channel_gains, tail, made, made_start, rests, .. } = state;
-        Ok(Self { gain, channel_gains, tail, resampler, made, made_start, rests, first_frames: Vec::new() })
+        let SeamState { gain, channel_gains, tail, made, made_start, rest, rests, carried, .. } = state;
+        let rest = Rest::from_state(rest, tail.channels).ok_or(GenerateError::State)?;
+        let first_frames = Vec::new();
+        Ok(Self { gain, channel_gains, tail, resampler, made, made_start, rest, rests, carried, first_frames })
     }
 
     /// Frames per second of the recording and its continuation, Hz.
@@ -151,27 +171,42 @@ impl Seam {
     /// The resampler's own.
     pub fn push(&mut self, samples: &[f32]) -> Result<(), GenerateError> {
         let scaled: Vec<f32> = samples.iter().map(|x| x / self.gain).collect();
-        Ok(self.resampler.push(&scaled, &mut self.made)?)
+        let known = self.made.len();
+        self.resampler.push(&scaled, &mut self.made)?;
+        self.rest.push(&self.made[known..], self.channel_gains.len(), &mut self.rests);
+        Ok(())
     }
 
     /// Appends the next settled frames, at most `most`, to `out`, interleaved; gives their number.
     pub fn take(&mut self, most: u64, out: &mut Vec<f32>) -> u64 {
-        self.forget_distant();
-        if self.made_start + (self.made.len() as i64) <= 0 {
+        let channels = self.channel_gains.len();
+        let settled = self.made.len().min(self.rests.len() / channels);
+        let before = self.before_join();
+        if settled <= before {
             return 0;
         }
-        if self.rests.is_none() {
-            let before: Vec<f32> = self.made.drain(..self.made_start.unsigned_abs() as usize).collect();
+        if self.carried.is_none() {
+            let last: Vec<f32> = self.made.drain(..before).collect();
+            self.rests.drain(..before * channels);
             self.made_start = 0;
-            self.rests = Some(self.rests_after(&before));
+            self.carried = Some(self.carried_after(&last));
         }
-        let rests = self.rests.as_deref().unwrap_or_default();
-        let n = self.made.len().min(usize::try_from(most).unwrap_or(usize::MAX));
+        let carried = self.carried.as_deref().unwrap_or_default();
+        let n = (settled - before).min(usize::try_from(most).unwrap_or(usize::MAX));
         let first = out.len();
-        for (at, x) in (self.made_start as usize..).zip(self.made.drain(..n)) {
-            let channels = self.channel_gains.iter().zip(rests);
-            out.extend(channels.map(|(gain, rest)| gain * x + rest.get(at).copied().unwrap_or(0.0)));
+        let n_fade = fade_frames(&self.tail);
+        for ((at, x), rests) in
+            (self.made_start as usize..).zip(self.made.drain(..n)).zip(self.rests.chunks_exact(channels))
+        {
+            // Of two signals that go their own ways, one out and one in.
+            let share = if at < n_fade { (FRAC_PI_2 * at as f32 / n_fade as f32).sin() } else { 1.0 };
+            let channels = self.channel_gains.iter().zip(carried).zip(rests);
+            out.extend(
+                channels
+                    .map(|((gain, carried), rest)| gain * x + carried.get(at).copied().unwrap_or(0.0) + share * rest),
+            );
         }
+        self.rests.drain(..n * channels);
         self.made_start += n as i64;
         let enough = 2 * level_frames(&self.tail) * self.tail.channels;
         let missing = enough.saturating_sub(self.first_frames.len());
@@ -184,25 +219,22 @@ impl Seam {
         SeamReport::measure(&self.tail, &self.first_frames)
     }
 
-    /// Before the join only the last frames of the resampled prompt are of use.
-    fn forget_distant(&mut self) {
-        let before_join = self.made.len().min(self.made_start.min(0).unsigned_abs() as usize);
-        let distant = before_join.saturating_sub(CARRIED);
-        self.made.drain(..distant);
-        self.made_start += distant as i64;
+    /// Frames of `made` that lie before the join.
+    fn before_join(&self) -> usize {
+        self.made.len().min(self.made_start.min(0).unsigned_abs() as usize)
     }
 
     /// Per channel: what the prompt's last frames have beyond the resampled downmix `before`, continued and faded out.
-    fn rests_after(&self, before: &[f32]) -> Vec<Vec<f32>> {
+    fn carried_after(&self, before: &[f32]) -> Vec<Vec<f32>> {
         let tail = &self.tail;
-        let n_fade = (FADE_S * f64::from(tail.sample_rate)) as usize;
+        let n_fade = fade_frames(tail);
         let rest_of = |(c, gain): (usize, &f32)| {
             let samples = channel(tail, c);
             let last = &samples[samples.len() - before.len()..];
             let rest: Vec<f32> = last.iter().zip(before).map(|(x, y)| x - gain * y).collect();
             let mut carried = extrapolate(&rest, n_fade);
             for (i, x) in carried.iter_mut().enumerate() {
-                *x *= (0.5 * std::f32::consts::PI * i as f32 / n_fade as f32).cos().powi(2);
+                *x *= (FRAC_PI_2 * i as f32 / n_fade as f32).cos().powi(2);
             }
             carried
         };
@@ -222,6 +254,10 @@ const HIGHEST_HZ: f64 = 7700.0;
 /// Frames at the end of the prompt that are of use: for the report, and (fewer, at any rate) to carry over the join.
 fn own_frames(clip: &Clip) -> usize {
     (OWN_S * f64::from(clip.sample_rate)) as usize
+}
+
+fn fade_frames(clip: &Clip) -> usize {
+    (FADE_S * f64::from(clip.sample_rate)) as usize
 }
 
 fn level_frames(clip: &Clip) -> usize {
@@ -401,7 +437,8 @@ mod tests {
             SeamState { channel_gains: vec![1.0], ..state.clone() },
             SeamState { made_start: 1, ..state.clone() },
             SeamState { made_start: -100_000, ..state.clone() },
-            SeamState { rests: Some(vec![]), ..state },
+            SeamState { carried: Some(vec![]), ..state.clone() },
+            SeamState { rests: vec![0.0], ..state },
         ] {
             assert!(matches!(Seam::from_state(bent), Err(GenerateError::State)));
         }

@@ -2,7 +2,7 @@
 //! cost: the frame's bands by least squares from its decoded bands and the state after it.
 
 use candle_core::Device;
-use ndarray::{Array1, Array2, Axis, concatenate, s};
+use ndarray::{Array2, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
 
 use super::TrainError;
@@ -10,6 +10,7 @@ use super::dataset::{Dataset, Recording};
 use super::plan::tensors;
 use super::workers::Workers;
 use crate::checkpoint::{Checkpoint, Weights};
+use crate::cholesky::solve;
 use crate::model::config::PLAN_CONTEXT;
 use crate::model::plan_transformer::REFINE;
 use crate::plan::DB_PER_UNIT;
@@ -141,50 +142,4 @@ fn map_of(checkpoint: &Checkpoint, n: usize, n_bands: usize) -> Result<Array2<f3
     };
     let all = [values("bias")?, values("weight")?].concat();
     Ok(Array2::from_shape_vec((n, n_bands), all).map_err(candle_core::Error::wrap)?)
-}
-
-/// x of `a x = b` for a symmetric, positive definite a (Cholesky).
-fn solve(mut a: Array2<f64>, mut b: Array2<f64>) -> Array2<f64> {
-    let n = a.nrows();
-    for j in 0..n {
-        let pivot = a[[j, j]].max(f64::MIN_POSITIVE).sqrt();
-        let column: Array1<f64> = &a.slice(s![j.., j]) / pivot;
-        a.slice_mut(s![j.., j]).assign(&column);
-        for k in j + 1..n {
-            let factor = column[k - j];
-            let rest = &column.slice(s![k - j..]) * factor;
-            a.slice_mut(s![k.., k]).scaled_add(-1.0, &rest);
-        }
-    }
-    for i in 0..n {
-        for k in 0..i {
-            let (before, mut row) = b.multi_slice_mut((s![k, ..], s![i, ..]));
-            row.scaled_add(-a[[i, k]], &before);
-        }
-        b.row_mut(i).mapv_inplace(|x| x / a[[i, i]]);
-    }
-    for i in (0..n).rev() {
-        for k in i + 1..n {
-            let (mut row, after) = b.multi_slice_mut((s![i, ..], s![k, ..]));
-            row.scaled_add(-a[[k, i]], &after);
-        }
-        b.row_mut(i).mapv_inplace(|x| x / a[[i, i]]);
-    }
-    b
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::rng::Rng;
-
-    #[test]
-    fn what_is_solved_fits() {
-        let mut rng = Rng::new(3);
-        let mut draw = |rows, columns| Array2::from_shape_fn((rows, columns), |_| f64::from(rng.normal()));
-        let (root, x) = (draw(20, 12), draw(12, 5));
-        let a = root.t().dot(&root);
-        let found = solve(a.clone(), a.dot(&x));
-        assert!(found.iter().zip(&x).all(|(a, b)| (a - b).abs() < 1e-6), "{found}");
-    }
 }
