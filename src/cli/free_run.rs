@@ -322,7 +322,11 @@ fn summarise(all: &[&Figures], truths: &[&Figures]) -> Summary {
             chroma_flux: mean(&|f| f.music.chroma_flux),
             pulse: mean(&|f| f.music.pulse),
         },
-        kinship: Kinship { beat: mean(&|f| f.kinship.beat), harmony: mean(&|f| f.kinship.harmony) },
+        kinship: Kinship {
+            beat: mean(&|f| f.kinship.beat),
+            harmony: mean(&|f| f.kinship.harmony),
+            themes: mean(&|f| f.kinship.themes),
+        },
         frechet: timbre(all).distance(&timbre(truths)),
     }
 }
@@ -352,12 +356,12 @@ impl FreeRun {
             self.model.worst_adherence_db, self.model.worst_level_drift_db, self.plan
         ))?;
         print(&format!(
-            "{:>26} {:>10} {:>10} {:>10} {:>11} {:>8} {:>6} {:>8} {:>8} {:>7}",
-            "", "centroid", "flatness", "onsets", "chroma", "its flux", "pulse", "Frechet", "beat", "harmony"
+            "{:>26} {:>10} {:>10} {:>10} {:>11} {:>8} {:>6} {:>8} {:>8} {:>8} {:>7}",
+            "", "centroid", "flatness", "onsets", "chroma", "its flux", "pulse", "Frechet", "beat", "harmony", "themes"
         ))?;
         for (name, Summary { music, kinship, frechet, .. }) in rows {
             print(&format!(
-                "{name:>26} {:>7.0} Hz {:>7.1} dB {:>8.2}/s {:>6.2} bits {:>8.3} {:>6.2} {frechet:>8.1} {:>8.2} {:>7.2}",
+                "{name:>26} {:>7.0} Hz {:>7.1} dB {:>8.2}/s {:>6.2} bits {:>8.3} {:>6.2} {frechet:>8.1} {:>8.2} {:>8.2} {:>7.2}",
                 music.centroid_hz,
                 music.flatness_db,
                 music.onsets_per_s,
@@ -365,7 +369,8 @@ impl FreeRun {
                 music.chroma_flux,
                 music.pulse,
                 kinship.beat,
-                kinship.harmony
+                kinship.harmony,
+                kinship.themes
             ))?;
         }
         Ok(())

@@ -3,7 +3,7 @@
 //! Nothing here needs a reference that is aligned in time: a continuation may play other notes than the recording did, and
 //! is still judged by whether it moves like music.
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
 use serde::Serialize;
 
 use super::{correlation, median};
@@ -28,6 +28,9 @@ const ONSET_AROUND: usize = 31;
 /// Seconds in which a rhythm is looked for, and after which it may come again.
 const RHYTHM_S: f32 = 4.0;
 const BEAT_S: std::ops::Range<f32> = 0.2..1.5;
+/// Long frames that a theme is told by, 2 s, and from one of those that are looked for to the next.
+const THEME: usize = 31;
+const THEME_STEP: usize = 8;
 /// Long frames between two chroma vectors that are compared: 256 ms.
 const CHROMA_LAG: usize = 4;
 
@@ -57,6 +60,9 @@ pub struct Kinship {
     pub beat: f32,
     /// Cosine of the mean shares of pitch classes: 1 where the same notes sound.
     pub harmony: f32,
+    /// How much of it was there before, in the prompt or since: of each 2 s the correlation with those earlier ones that are most like
+    /// it, of what pitch classes sound frame by frame; 1 where all comes again note for note.
+    pub themes: f32,
 }
 
 /// The statistics of `samples` at `sample_rate` Hz; zeros when there are fewer than 4096 of them.
@@ -92,15 +98,32 @@ pub fn music(samples: &[f32], sample_rate: u32) -> Music {
 pub fn kinship(before: &[f32], after: &[f32], sample_rate: u32) -> Kinship {
     let rhythms_of = |samples: &[f32]| rhythms(&flux(log_mel(samples, sample_rate).view()), sample_rate);
     let long = (RHYTHM_S * sample_rate as f32) as usize;
-    let before = &before[before.len().saturating_sub(long)..];
-    let (Some(rhythm), rhythms) = (rhythms_of(before).pop(), rhythms_of(after)) else { return Kinship::default() };
+    let end = &before[before.len().saturating_sub(long)..];
+    let (Some(rhythm), rhythms) = (rhythms_of(end).pop(), rhythms_of(after)) else { return Kinship::default() };
     let shares = |samples: &[f32]| chroma(samples, sample_rate).mean_axis(Axis(0)).unwrap_or_default();
-    let notes = shares(before);
+    let notes = shares(end);
     let kin = |stretch: &[f32]| cosine(shares(stretch).view(), notes.view());
     Kinship {
         beat: mean(&rhythms.iter().map(|r| correlation(r, &rhythm)).collect::<Vec<_>>()),
         harmony: mean(&after.chunks_exact(long).map(kin).collect::<Vec<_>>()),
+        themes: themes(chroma(&[before, after].concat(), sample_rate), before.len().div_ceil(LONG_HOP)),
     }
+}
+
+/// How much of what the frames of `chroma` have from `first` on was there before.
+fn themes(mut chroma: Array2<f32>, first: usize) -> f32 {
+    // As vectors whose products say how alike chords are, whatever is common to all of them.
+    chroma.mapv_inplace(f32::sqrt);
+    let common = chroma.mean_axis(Axis(0)).unwrap_or_default();
+    for mut row in chroma.rows_mut() {
+        row -= &common;
+        row /= row.dot(&row).sqrt().max(f32::MIN_POSITIVE);
+    }
+    let at = |k: usize| chroma.slice(s![k..k + THEME, ..]);
+    let like = |k: usize, before: usize| (&at(k) * &at(before)).sum() / THEME as f32;
+    let last = (chroma.nrows() + 1).saturating_sub(THEME);
+    let again = |k: usize| (0..=k - THEME).map(|before| like(k, before)).fold(-1.0, f32::max);
+    mean(&(first.max(THEME)..last).step_by(THEME_STEP).map(again).collect::<Vec<_>>())
 }
 
 /// How far two sounds of one length are apart: root mean square of the difference of their log-mel spectrograms, dB; 0 when they are
@@ -374,6 +397,18 @@ mod tests {
         };
         let [same, other] = [220.0, 311.1].map(|first| kinship(&line(220.0), &line(first), RATE).harmony);
         assert!(same > 0.98 && other < 0.6, "{same} {other}");
+    }
+
+    #[test]
+    fn what_comes_again_is_told_from_what_is_new() {
+        let mut rng = Rng::new(9);
+        let mut melody = || {
+            let pitches: Vec<f32> = (0..20).map(|_| 220.0 * 2f32.powf(rng.below(12) as f32 / 12.0)).collect();
+            notes(&pitches, 0.25)
+        };
+        let (theme, other) = (melody(), melody());
+        let [again, anew] = [&theme, &other].map(|after| kinship(&theme, after, RATE).themes);
+        assert!(again > 0.9 && anew < 0.6, "{again} {anew}");
     }
 
     #[test]

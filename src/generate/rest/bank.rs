@@ -139,7 +139,8 @@ pub fn power(lines: &[Complex<f32>]) -> f64 {
 
 /// Sum of products; real, since gains are.
 pub fn inner(a: &[Complex<f32>], b: &[Complex<f32>]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| f64::from(a.re * b.re + a.im * b.im)).sum()
+    let product = |x: f32, y: f32| f64::from(x) * f64::from(y);
+    a.iter().zip(b).map(|(a, b)| product(a.re, b.re) + product(a.im, b.im)).sum()
 }
 
 #[cfg(test)]

@@ -15,8 +15,8 @@ use crate::generate::prompt::channel;
 const LEAST_FRAMES: usize = 8;
 /// Added to the squares of the features' deviations (nepers of power): as many frames of one neper that say that levels do not move.
 const RIDGE: f64 = 30.0;
-/// Added to the rests' own powers, as a share of their sum: they may be each other's copies.
-const JITTER: f64 = 1e-6;
+/// What channels do not share of their rests is rounding's below this share of the power of all.
+const ROUNDING: f64 = 1e-6;
 /// Mean logarithm of a line's power over the mean power, for white noise: minus Euler's constant.
 const NOISE_FLATNESS: f64 = -0.5772;
 /// A rest is at most so many times as powerful as the recording ever had it in a frame.
@@ -197,10 +197,9 @@ impl Sums {
         });
         // What is beside it, and a root of that: as many bases as there are channels, each of power one.
         let beside = |(i, j): (usize, usize)| self.products[[i, j]] - along[i] * along[j] * first_power;
-        let mut covariance = Array2::from_shape_fn([channels; 2], beside);
-        let jitter = JITTER * covariance.diag().sum().max(0.0) + silence;
-        covariance.diag_mut().iter_mut().for_each(|x| *x += jitter);
-        let mut mix = cholesky::factor(covariance);
+        let covariance = Array2::from_shape_fn([channels; 2], beside);
+        let least = ROUNDING * covariance.diag().sum().max(silence);
+        let mut mix = cholesky::factor(covariance, least);
         let skipped = usize::from(filled);
         for (j, mut column) in mix.columns_mut().into_iter().enumerate() {
             column /= (sum(&|seen| seen.bases[j + skipped]) + silence).sqrt();

@@ -217,6 +217,19 @@ mod tests {
     }
 
     #[test]
+    fn channels_of_nothing_stay_silent() {
+        let Clip { samples, .. } = recording(4 * TURN);
+        let samples = samples.chunks_exact(2).flat_map(|frame| [frame[0], frame[1], 0.0]).collect();
+        let clip = Clip { samples, channels: 3, sample_rate: RATE };
+        let [heard, _] = parts(&clip.downmix());
+        let mut rest = Rest::new(Fit::new(&clip, &heard, &[1.5, 1.5, 0.0], 16_000), RATE, 16_000);
+        let mut made = Vec::new();
+        rest.push(&heard, 3, &mut made);
+        let level = |c: usize| level_db(&made.iter().skip(c).step_by(3).copied().collect::<Vec<f32>>());
+        assert!(level(0) > -40.0 && level(1) > -40.0 && level(2) < -100.0, "{} {} {}", level(0), level(1), level(2));
+    }
+
+    #[test]
     fn a_bent_state_is_refused() {
         let clip = recording(2 * TURN);
         let [heard, _] = parts(&clip.downmix());
