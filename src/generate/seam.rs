@@ -15,8 +15,8 @@ use super::rest::{Rest, RestState};
 
 /// Frames before the join from which the rest that the model does not hear is carried over it.
 const CARRIED: usize = 4096;
-/// Seconds over which that gives way to what is made of the model's samples.
-const FADE_S: f64 = 0.05;
+/// Seconds over which that gives way to what is made of the model's samples: noise does not ring on, and its place would be empty.
+const FADE_S: f64 = 0.01;
 
 /// The way from the model's samples to the recording's frames.
 ///
@@ -336,8 +336,8 @@ fn spectral_distances(own: &[f32], after: &[f32], sample_rate: u32) -> (Option<f
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::audio::Tail;
     use crate::audio::decode::Spec;
+    use crate::audio::{Tail, resample};
     use crate::codec::Codec;
 
     /// A chord at any rate, per channel at its own level, with treble that no model at 16 kHz hears where the rate allows.
@@ -409,10 +409,38 @@ mod tests {
                 let report = report.unwrap();
                 assert!(report.jump < 3.0, "{rate} Hz, {channels} channels: {report:?}");
                 assert!(report.level_change_db.unwrap().abs() < 0.5, "{rate} Hz, {channels} channels: {report:?}");
-                // After the fade only the treble is missing.
+                // After the fade the treble is another.
                 for (i, (x, y)) in out.iter().zip(&all.samples[n * channels..]).enumerate() {
                     assert!((x - y).abs() < 0.02, "{rate} Hz, {channels} channels, sample {i}: {x} for {y}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn treble_and_width_of_noise_go_on_without_a_gap() {
+        let mut rng = crate::rng::Rng::new(6);
+        let (rate, n) = (44_100u32, 2 * 44_100);
+        let samples: Vec<f32> = (0..2 * n).map(|_| 0.1 * rng.normal()).collect();
+        let all = Clip { samples, channels: 2, sample_rate: rate };
+        let known = n / 2;
+        let prompt = prompt_of(Clip { samples: all.samples[..2 * known].to_vec(), ..all });
+        let mut seam = Seam::new(&prompt).unwrap();
+        let heard = resample(&all.downmix(), rate, 16_000).unwrap();
+        let played: Vec<f32> = heard[prompt.mono.len()..].iter().map(|x| x * prompt.gain).collect();
+        let mut out = all.samples[..2 * known].to_vec();
+        seam.push(&played).unwrap();
+        seam.take(u64::MAX, &mut out);
+        let out = Clip { samples: out, ..all };
+        let first = channel(&out, 0);
+        let low = resample(&resample(&first, rate, 16_000).unwrap(), 16_000, rate).unwrap();
+        let treble: Vec<f32> = first.iter().zip(low).map(|(x, y)| x - y).collect();
+        let side: Vec<f32> = first.iter().zip(channel(&out, 1)).map(|(x, y)| x - y).collect();
+        let window = rate as usize / 50;
+        for (what, signal) in [("treble", treble), ("side", side)] {
+            let expected = level_db(&signal[..known]);
+            for (k, piece) in signal[known..].chunks_exact(window).take(20).enumerate() {
+                assert!((level_db(piece) - expected).abs() < 3.0, "{what}, {k}: {} dB", level_db(piece) - expected);
             }
         }
     }
