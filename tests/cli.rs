@@ -108,6 +108,32 @@ fn continue_writes_the_prompt_unchanged_and_then_more() {
 }
 
 #[test]
+fn from_a_moment_is_what_a_recording_that_ends_there_gives() {
+    let scene = Scene::new();
+    let (_, samples) = wav_data(&scene.path("in.wav"));
+    scene.write_wav("cut.wav", 2, &samples[..samples.len() / 2]);
+    scene.play_on(&["in.wav", "--from", "0:00.1", "-o", "a.wav"]).assert().success();
+    scene.play_on(&["cut.wav", "-o", "b.wav"]).assert().success();
+    let [a, b] = ["a.wav", "b.wav"].map(|name| wav_data(&scene.path(name)));
+    assert!(a == b && a.1.len() == samples.len() / 2 + 2 * 1600);
+    scene.refuses(scene.play_on(&["in.wav", "--from", "3", "-o", "c.wav"]), 1, "in.wav: is 0.20 s long");
+    scene.refuses(scene.play_on(&["in.wav", "--from", "1:75", "-o", "c.wav"]), 2, "such as 90 or 1:30");
+}
+
+#[test]
+fn who_plays_on_from_the_end_of_a_fade_hears_of_it() {
+    let scene = Scene::new();
+    let mut samples = scene.chord(2 * 5 * RATE as usize);
+    samples.iter_mut().skip(2 * 2 * RATE as usize).for_each(|x| *x *= 1e-3);
+    scene.write_wav("faded.wav", 2, &samples);
+    let softer = contains("faded.wav: its last 2 s are").and(contains("--from"));
+    scene.play_on(&["faded.wav", "-o", "a.wav"]).assert().success().stderr(softer);
+    for args in [&["faded.wav", "--from", "1.5", "-o", "b.wav"][..], &["in.wav", "-o", "c.wav"]] {
+        scene.play_on(args).assert().success().stderr(contains("softer").not());
+    }
+}
+
+#[test]
 fn the_same_seed_gives_the_same_bytes_and_another_seed_others() {
     let scene = Scene::new();
     for (seed, output) in [("7", "a.wav"), ("7", "b.wav"), ("8", "c.wav")] {

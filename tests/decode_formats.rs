@@ -234,6 +234,25 @@ fn every_listed_exception_exists() {
 }
 
 #[test]
+fn a_source_that_ends_earlier_has_the_same_beginning() {
+    let Some(formats) = formats() else { return };
+    for file in
+        ["rodio/assets/music.mp3", "rodio/assets/music.flac", "rodio/assets/music.m4a", "rodio/assets/lmms16bit.wav"]
+    {
+        let source = AudioSource::open(&formats.join(file)).unwrap();
+        let whole = decode_tail(&source, 1e9).unwrap().clip;
+        for seconds in [1e-6, 0.0311, 1.7] {
+            let part = decode_tail(&source.clone().until(seconds), 1e9).unwrap();
+            let n_frames = ((seconds * f64::from(whole.sample_rate)).round() as usize).max(1);
+            assert_eq!((part.clip.n_frames(), part.total_frames), (n_frames, n_frames as u64), "{file}, {seconds} s");
+            assert!(whole.samples.starts_with(&part.clip.samples), "{file}, {seconds} s");
+        }
+        let beyond = decode_tail(&source.until(whole.duration_s() + 1.0), 1.0).unwrap_err().to_string();
+        assert!(beyond.contains(file) && beyond.contains("s long"), "{beyond}");
+    }
+}
+
+#[test]
 fn the_extension_does_not_matter() {
     let Some(formats) = formats() else { return };
     let folder = tempfile::tempdir().unwrap();

@@ -141,6 +141,7 @@ impl Decoder {
             Some(_) => None,
             None => exact_frames.filter(|&n| n > 0),
         };
+        self.spec.n_frames = self.spec.n_frames.map(|n| n.min(self.source.end_frame(first.sample_rate)));
         if let Some(prompt) = prompt.filter(|prompt| prompt.missing_frames > 0) {
             let missing_s = prompt.missing_frames as f64 / f64::from(first.sample_rate);
             self.warnings
@@ -174,9 +175,12 @@ impl Decoder {
     /// # Errors
     /// A floating-point sample that is not finite.
     pub fn next_block(&mut self) -> Result<Option<&[f32]>> {
-        if !std::mem::take(&mut self.waiting) && !self.fill()? {
+        let left = self.source.end_frame(self.spec.sample_rate) - self.n_frames;
+        if left == 0 || !std::mem::take(&mut self.waiting) && !self.fill()? {
             return Ok(None);
         }
+        let most = usize::try_from(left).unwrap_or(usize::MAX).saturating_mul(self.spec.channels);
+        self.block.truncate(most);
         self.n_frames += (self.block.len() / self.spec.channels) as u64;
         Ok(Some(&self.block))
     }
@@ -345,7 +349,7 @@ pub struct Tail {
 /// Decodes a file and keeps its last `max_s` seconds (at least one frame); holds at most twice that in memory.
 ///
 /// # Errors
-/// As [`Decoder::from_source`] and [`Decoder::next_block`].
+/// As [`Decoder::from_source`] and [`Decoder::next_block`], and a source that is to end after the file does.
 pub fn decode_tail(source: &AudioSource, max_s: f64) -> Result<Tail> {
     let mut decoder = Decoder::from_source(source)?;
     let Spec { channels, sample_rate, .. } = *decoder.spec();
@@ -360,6 +364,12 @@ pub fn decode_tail(source: &AudioSource, max_s: f64) -> Result<Tail> {
         }
     }
     samples.drain(..samples.len().saturating_sub(max_samples));
+    if let Some(end_s) = source.end_s()
+        && decoder.n_frames < source.end_frame(sample_rate)
+    {
+        let has_s = decoder.n_frames as f64 / f64::from(sample_rate);
+        return Err(AudioError::Shorter { path: source.name().into(), has_s, end_s });
+    }
     Ok(Tail {
         clip: Clip { samples, channels, sample_rate },
         total_frames: decoder.n_frames,

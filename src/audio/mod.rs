@@ -115,6 +115,16 @@ pub enum AudioError {
         /// The codec's name.
         codec: String,
     },
+    /// The file ends before the moment that was asked for.
+    #[error("{path}: is {has_s:.2} s long and has nothing at {end_s:.2} s; give a moment before its end")]
+    Shorter {
+        /// The file.
+        path: String,
+        /// What it has, seconds.
+        has_s: f64,
+        /// The moment, seconds.
+        end_s: f64,
+    },
     /// Nothing in the file decodes to samples.
     #[error("{path}: contains no audio samples{detail}; give a file with at least one sample")]
     NoSamples {

@@ -14,6 +14,7 @@ use super::{AudioError, Result};
 pub struct AudioSource {
     name: String,
     path: PathBuf,
+    end_s: Option<f64>,
     _spooled: Option<Arc<NamedTempFile>>,
 }
 
@@ -35,7 +36,7 @@ impl AudioSource {
         }
         let mut file = File::open(path).map_err(failed)?;
         if metadata.is_file() {
-            Ok(Self { name, path: path.to_path_buf(), _spooled: None })
+            Ok(Self { name, path: path.to_path_buf(), end_s: None, _spooled: None })
         } else {
             Self::spool(name, &mut file)
         }
@@ -45,7 +46,22 @@ impl AudioSource {
         let failed = |source| AudioError::Io { path: name.clone(), source };
         let mut file = NamedTempFile::with_prefix("wavegen-").map_err(failed)?;
         io::copy(from, &mut file).map_err(failed)?;
-        Ok(Self { path: file.path().to_path_buf(), _spooled: Some(Arc::new(file)), name })
+        Ok(Self { path: file.path().to_path_buf(), end_s: None, _spooled: Some(Arc::new(file)), name })
+    }
+
+    /// The same without what comes after its first `seconds`.
+    pub fn until(self, seconds: f64) -> Self {
+        Self { end_s: Some(seconds), ..self }
+    }
+
+    /// Where it ends by [`Self::until`], seconds.
+    pub(super) fn end_s(&self) -> Option<f64> {
+        self.end_s
+    }
+
+    /// The same in frames at `sample_rate` Hz, at least one; the last there can be if it goes on to the file's end.
+    pub(super) fn end_frame(&self, sample_rate: u32) -> u64 {
+        self.end_s.map_or(u64::MAX, |end_s| ((end_s * f64::from(sample_rate)).round() as u64).max(1))
     }
 
     /// The name to show to people.

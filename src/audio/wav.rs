@@ -219,7 +219,7 @@ fn basic_chunk(sample_rate: u32, channels: usize, format: SampleFormat) -> [u8; 
 pub struct WavPrompt {
     /// What the data bytes are.
     pub format: WavFormat,
-    /// Frames in the data, an incomplete last one left out.
+    /// Frames in the data up to the source's end, an incomplete last one left out.
     pub n_frames: u64,
     /// Frames that the header promises and the file lacks.
     pub missing_frames: u64,
@@ -240,8 +240,9 @@ impl WavPrompt {
         match find_data(&mut BufReader::new(file), file_bytes) {
             Ok(Some((format, data_start, data))) => {
                 let frame_bytes = format.frame_bytes() as u64;
-                let n_frames = data.present / frame_bytes;
-                let missing_frames = (data.declared / frame_bytes).saturating_sub(n_frames);
+                let end = source.end_frame(format.sample_rate);
+                let n_frames = (data.present / frame_bytes).min(end);
+                let missing_frames = (data.declared / frame_bytes).min(end).saturating_sub(n_frames);
                 Ok(Some(Self { format, n_frames, missing_frames, source: source.clone(), data_start }))
             }
             Ok(None) => Ok(None),

@@ -34,6 +34,21 @@ pub fn seconds(text: &str) -> Result<f64, String> {
     }
 }
 
+/// A moment of a recording as seconds, minutes and seconds, or hours too: `90`, `1:30`, `0:01:30.5`.
+pub fn moment(text: &str) -> Result<f64, String> {
+    let parts: Vec<&str> = text.split(':').collect();
+    let value = |part: &str| part.parse::<f64>().ok().filter(|value| *value >= 0.0);
+    let whole = parts.iter().rev().skip(1).all(|part| part.bytes().all(|byte| byte.is_ascii_digit()));
+    let under_60 = parts.iter().skip(1).all(|part| value(part).is_some_and(|value| value < 60.0));
+    let total = parts.iter().try_fold(0.0, |total, part| Some(60.0 * total + value(part)?));
+    match total.filter(|total| parts.len() <= 3 && whole && under_60 && *total <= MOST_SECONDS) {
+        Some(total) if total > 0.0 => Ok(total),
+        _ => {
+            Err(format!("'{text}' is no moment of a recording: give seconds or M:SS, more than 0, such as 90 or 1:30"))
+        }
+    }
+}
+
 pub fn number_in(text: &str, range: std::ops::RangeInclusive<f32>) -> Result<f32, String> {
     let value: f32 = text.parse().map_err(|_| format!("'{text}' is no number"))?;
     if range.contains(&value) { Ok(value) } else { Err(format!("must lie in {} to {}", range.start(), range.end())) }
@@ -380,6 +395,19 @@ mod tests {
         }
         assert_eq!(seconds("0.5"), Ok(0.5));
         assert_eq!(seconds("86400"), Ok(86_400.0));
+    }
+
+    #[test]
+    fn moments_are_seconds_or_minutes_and_seconds() {
+        for (text, seconds) in [("90", 90.0), ("1:30", 90.0), ("0:01:30.5", 90.5), ("90.25", 90.25), ("75:00", 4500.0)]
+        {
+            assert_eq!(moment(text), Ok(seconds), "{text}");
+        }
+        for bad in
+            ["0", "-1", "1:60", "1:-3", "1.5:00", "1::2", "1:2:3:4", ":30", "nan", "1:nan", "inf", "99:00:00", "x", ""]
+        {
+            assert!(moment(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -5,16 +5,21 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use wavegen::audio::decode::decode_tail;
-use wavegen::audio::{AudioSource, SampleFormat, WavFormat, WavPrompt};
+use wavegen::audio::{AudioSource, Clip, SampleFormat, WavFormat, WavPrompt};
 use wavegen::checkpoint::Checkpoint;
 use wavegen::generate::{CONTEXT_S, Prompt, Recording};
+use wavegen::metrics::level_db;
 use wavegen::train::adapt::AdaptSettings;
 use wavegen::train::schedule::Budget;
 
 use super::Outcome;
 use super::adapt::fit;
-use super::common::{Usage, catch_interrupt, interrupted, output_path, report_damage, seconds};
+use super::common::{Usage, catch_interrupt, interrupted, moment, output_path, report_damage, seconds};
 use super::play::{Before, PlayArgs, Start, load_session};
+
+/// Seconds at the end of a recording that tell whether it has faded out, and by how much they are softer then than what it ends with, dB.
+const END_S: f64 = 2.0;
+const FADED_DB: f32 = 25.0;
 
 /// Play a recording on: writes a WAV of the recording and what comes next
 ///
@@ -27,6 +32,7 @@ Examples:
   wavegen continue song.wav                          writes song.continued.wav with 10 more seconds
   wavegen continue song.mp3 --seconds 30 -o long.wav
   wavegen continue song.wav --seed 7 --temperature 0.8 --force
+  wavegen continue song.mp3 --from 1:30              the first minute and a half, and then another way
   wavegen continue song.wav --takes 4                four ways to go on: song.continued.1.wav and so on
   wavegen continue song.wav -o a.wav --save-session s.bin
   wavegen continue a.wav --resume s.bin -o b.wav     10 s more, as if a.wav had been 10 s longer
@@ -40,6 +46,9 @@ pub struct Args {
     /// Play on from a session; its sampling settings stand where no others are given
     #[arg(long, value_name = "SESSION")]
     resume: Option<PathBuf>,
+    /// Play on from this moment of the recording, seconds or M:SS, and leave out what comes after it [default: its end]
+    #[arg(long, value_name = "MOMENT", value_parser = moment, conflicts_with = "resume")]
+    from: Option<f64>,
     /// Where the WAV goes, - for standard output [default: FILE.continued.wav beside the input]
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -63,6 +72,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
     }
     let takes = args.play.open(&output)?;
     let source = args.input.as_deref().map(AudioSource::open).transpose()?;
+    let source = source.map(|source| args.from.into_iter().fold(source, AudioSource::until));
     let mut checkpoint = args.play.model.load()?;
     if let (Some(adapt_s), Some(source)) = (args.adapt, &source) {
         catch_interrupt()?;
@@ -96,11 +106,21 @@ fn listen(args: &Args, source: AudioSource, checkpoint: &Checkpoint) -> Result<(
     let prompt = Prompt::new(&tail, &checkpoint.config.codec)?;
     if prompt.is_silent() {
         bail!(
-            "{}: the last {:.1} s are silent, so there is nothing to play on; cut the silence off, or start from nothing \
+            "{}: the last {:.1} s are silent, so there is nothing to play on; play on from before with --from, or start from nothing \
              with `wavegen generate`",
             source.name(),
             tail.clip.duration_s()
         );
+    }
+    let Clip { samples, channels, sample_rate } = &tail.clip;
+    let end = &samples[samples.len().saturating_sub((END_S * f64::from(*sample_rate)) as usize * channels)..];
+    let softer_db = level_db(samples) - level_db(end);
+    if softer_db > FADED_DB && args.from.is_none() {
+        talk.note(&format!(
+            "{}: its last {END_S:.0} s are {softer_db:.0} dB softer than what is before them, and it is played on from there; --from \
+             MOMENT plays on from before",
+            source.name()
+        ));
     }
     talk.detail(&format!(
         "context: {:.2} s at {:+.1} dB, {} Hz, {} channels",

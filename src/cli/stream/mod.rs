@@ -27,7 +27,9 @@ use self::desk::{Desk, Settings};
 use self::outlet::Outlet;
 use self::screen::Screen;
 use super::Outcome;
-use super::common::{ModelArgs, SamplingArgs, Talk, Usage, catch_interrupt, is_pipe, print, report_damage, seconds};
+use super::common::{
+    ModelArgs, SamplingArgs, Talk, Usage, catch_interrupt, is_pipe, moment, print, report_damage, seconds,
+};
 use super::engine::EngineArgs;
 use super::keys::{KEYS, Keys, Socket, read_stdin};
 
@@ -49,6 +51,9 @@ pub struct Args {
     /// Recording in any audio format, - for standard input; without one it begins from nothing
     #[arg(value_name = "FILE")]
     input: Option<PathBuf>,
+    /// Play the recording up to this moment, seconds or M:SS, and then on [default: its end]
+    #[arg(long, value_name = "MOMENT", value_parser = moment, requires = "input")]
+    from: Option<f64>,
     /// Name the sound devices and end
     #[arg(long)]
     list_devices: bool,
@@ -142,6 +147,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
         return Err(Usage("standard output is a terminal; give --to a file, or redirect it".into()).into());
     }
     let source = args.input.as_deref().map(AudioSource::open).transpose()?;
+    let source = source.map(|source| args.from.into_iter().fold(source, AudioSource::until));
     let output = match args.no_audio {
         true => None,
         false => Some(device::find(args.device.as_deref())?),
@@ -325,7 +331,7 @@ fn listen(
         Prompt::new(&Tail { total_frames: end.n_frames() as u64, clip: end, ..tail }, &checkpoint.config.codec)?;
     if prompt.is_silent() {
         bail!(
-            "{}: its end is silent, so there is nothing to play on; cut the silence off, or give no file",
+            "{}: its end is silent, so there is nothing to play on; play on from before with --from, or give no file",
             source.name()
         );
     }
