@@ -3,13 +3,13 @@
 use std::ops::Range;
 
 use ndarray::{Array1, Array2, Axis};
+use realfft::num_complex::Complex;
 use serde::{Deserialize, Serialize};
 
 use super::bank::{Bank, Lines, inner, power};
 use super::decorrelator::Decorrelator;
 use crate::audio::Clip;
 use crate::cholesky;
-use crate::generate::prompt::channel;
 
 /// Frames that are too few to learn from.
 const LEAST_FRAMES: usize = 8;
@@ -86,28 +86,28 @@ impl Fit {
     /// `None`: too short, or silent.
     pub fn new(clip: &Clip, heard: &[f32], gains: &[f32], model_rate: u32) -> Option<Self> {
         let bank = Bank::new(clip.sample_rate, model_rate);
-        let n_samples = heard.len().min(clip.n_frames());
-        let mut decorrelators = decorrelators(clip.channels, clip.sample_rate);
-        let mut all_bases = vec![Vec::with_capacity(n_samples); clip.channels + 1];
-        for &x in &heard[..n_samples] {
-            all_bases.iter_mut().zip(bases(&mut decorrelators, x)).for_each(|(basis, x)| basis.push(x));
-        }
-        let rest = |(c, gain): (usize, &f32)| channel(clip, c).iter().zip(heard).map(|(x, y)| x - gain * y).collect();
-        let rests: Vec<Vec<f32>> = gains.iter().enumerate().map(rest).collect();
-
-        let sums = || Sums { frames: Vec::new(), products: Array2::zeros([clip.channels; 2]), flatness: [0.0; 2] };
+        let channels = clip.channels;
+        let sums = || Sums { frames: Vec::new(), products: Array2::zeros([channels; 2]), flatness: [0.0; 2] };
         let mut bands: Vec<Sums> = bank.bands().map(|_| sums()).collect();
         let mut features = Vec::new();
-        for start in (0..n_samples).step_by(bank.hop()).take_while(|start| start + bank.n() <= n_samples) {
-            let of = |signal: &Vec<f32>| bank.analyse(&signal[start..start + bank.n()]);
-            let first = of(&all_bases[0]);
-            if power(&first) < bank.silence() {
+        let mut decorrelators = decorrelators(channels, clip.sample_rate);
+        let mut last = vec![Vec::with_capacity(bank.n()); channels + 1];
+        for (end, &x) in (1..=clip.n_frames()).zip(heard) {
+            last.iter_mut().zip(bases(&mut decorrelators, x)).for_each(|(basis, x)| basis.push(x));
+            if last[0].len() < bank.n() {
                 continue;
             }
-            features.push(bank.features(&first));
-            let mut bases: Vec<Lines> = all_bases.iter().map(of).collect();
+            let mut bases: Vec<Lines> = last.iter().map(|samples| bank.analyse(samples)).collect();
+            last.iter_mut().for_each(|samples| drop(samples.drain(..bank.hop())));
+            if power(&bases[0]) < bank.silence() {
+                continue;
+            }
+            features.push(bank.features(&bases[0]));
             bases.iter_mut().for_each(|lines| bank.replicate(lines));
-            let rests: Vec<Lines> = rests.iter().map(of).collect();
+            let frame = end - bank.n()..end;
+            let of = |c: usize| clip.samples[frame.start * channels..].iter().skip(c).step_by(channels);
+            let rest = |(c, gain)| of(c).zip(&heard[frame.clone()]).map(|(x, y)| x - gain * y).collect::<Vec<f32>>();
+            let rests: Vec<Lines> = gains.iter().enumerate().map(rest).map(|samples| bank.analyse(&samples)).collect();
             for (sums, (lines, filled)) in bands.iter_mut().zip(bank.bands()) {
                 sums.add(&bases, &rests, lines, filled);
             }
@@ -125,7 +125,7 @@ impl Fit {
         let silence = bank.silence();
         let fits = bands.iter().zip(bank.bands()).map(|(sums, (_, filled))| sums.fit(filled, &deviations, silence));
         Some(Self {
-            channels: clip.channels,
+            channels,
             bands: fits.collect(),
             features: ranges.iter().map(|range| range.map(|x| x as f32)).collect(),
         })
@@ -238,7 +238,7 @@ impl Sums {
 }
 
 /// Logarithm of the ratio of the geometric and the arithmetic mean of lines' powers (spectral flatness); 0 for silence.
-fn log_flatness(lines: &[realfft::num_complex::Complex<f32>]) -> f64 {
+fn log_flatness(lines: &[Complex<f32>]) -> f64 {
     let mean = power(lines) / lines.len() as f64;
     if mean < f64::from(f32::MIN_POSITIVE) {
         return 0.0;
