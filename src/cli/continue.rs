@@ -74,6 +74,11 @@ pub fn run(args: &Args) -> Result<Outcome> {
     let source = args.input.as_deref().map(AudioSource::open).transpose()?;
     let source = source.map(|source| args.from.into_iter().fold(source, AudioSource::until));
     let mut checkpoint = args.play.model.load()?;
+    let (start, before, recording) = match (&args.resume, source.clone()) {
+        (Some(session), source) => resume(session, source, &checkpoint)?,
+        (None, Some(source)) => listen(args, source, &checkpoint)?,
+        (None, None) => return Err(Usage("give a recording, or a session with --resume; see --help".into()).into()),
+    };
     if let (Some(adapt_s), Some(source)) = (args.adapt, &source) {
         catch_interrupt()?;
         let budget = Budget::Time(Duration::from_secs_f64(adapt_s));
@@ -83,11 +88,6 @@ pub fn run(args: &Args) -> Result<Outcome> {
             return Ok(Outcome::Interrupted);
         }
     }
-    let (start, before, recording) = match (&args.resume, source) {
-        (Some(session), source) => resume(session, source, &checkpoint)?,
-        (None, Some(source)) => listen(args, source, &checkpoint)?,
-        (None, None) => return Err(Usage("give a recording, or a session with --resume; see --help".into()).into()),
-    };
     args.play.play(&checkpoint, takes, start, &before, &recording)
 }
 

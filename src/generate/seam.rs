@@ -24,7 +24,7 @@ const FADE_S: f64 = 0.01;
 /// (treble above the model's band, the difference of the channels) rings on by linear prediction and gives way to a rest made of what the model plays, as
 /// the prompt's own followed from what the model heard of it.
 ///
-/// Every frame is settled by the samples around it, so frames come out a filter's length (some 0.1 s at common rates)
+/// Every frame is settled by the samples around it, so frames come out a filter and a spectrum later (some 0.1 s at common rates)
 /// after their samples, and are the same however many follow.
 pub struct Seam {
     /// Factor from the recording's level to the model's.
@@ -87,7 +87,7 @@ impl Seam {
         Self::resampled(prompt, StreamResampler::new(prompt.model_rate, prompt.tail.sample_rate)?)
     }
 
-    /// A seam that settles frames sooner, within 30 ms of their samples, for a little treble.
+    /// A seam that settles frames sooner, within 46 ms of their samples, for a little treble.
     ///
     /// # Errors
     /// A rate that cannot be resampled.
