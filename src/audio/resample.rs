@@ -75,6 +75,11 @@ impl StreamResampler {
         })
     }
 
+    /// From which rate to which, Hz.
+    pub fn rates(&self) -> (u32, u32) {
+        (self.from as u32, self.to as u32)
+    }
+
     /// What [`Self::from_state`] goes on from, bit for bit.
     pub fn state(&self) -> ResamplerState {
         // All input was f32.

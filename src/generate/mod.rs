@@ -12,6 +12,7 @@
 mod extrapolate;
 pub mod governor;
 mod habits;
+mod join;
 mod manner;
 mod path;
 mod player;
@@ -31,12 +32,13 @@ use crate::rng::{Kind, uniform};
 use crate::sampler::{PlanSampling, WaveSampling};
 
 pub use governor::{Alarm, Governor, Intervention};
+pub use join::SeamReport;
 pub use manner::{Manner, heard};
 pub use path::{Guide, Path};
 pub use player::{Played, Player, Progress};
 pub use prompt::{CONTEXT_S, Prompt};
 pub use rhythm::Rhythm;
-pub use seam::{Seam, SeamReport, SeamState};
+pub use seam::{Seam, SeamState};
 pub use session::{Recording, Session, SessionError};
 
 /// What can go wrong between a prompt and its continuation.

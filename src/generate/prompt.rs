@@ -6,7 +6,6 @@ use crate::metrics::rms;
 
 use super::GenerateError;
 use super::extrapolate::extrapolate;
-use super::rest::Fit;
 
 /// Seconds at the end of a recording that a model gets to hear.
 pub const CONTEXT_S: f64 = 40.0;
@@ -34,8 +33,6 @@ pub struct Prompt {
     /// Factor from the downmix to each channel.
     pub(super) channel_gains: Vec<f32>,
     pub(super) model_rate: u32,
-    /// How what the model does not hear follows from what it hears.
-    pub(super) rest: Option<Fit>,
     tokens: Vec<Token>,
 }
 
@@ -65,16 +62,9 @@ impl Prompt {
         native.extend(extrapolate(&native, filter_reach(*sample_rate, codec.sample_rate)));
         let mut mono = resample(&native, *sample_rate, codec.sample_rate)?;
         mono.truncate(n_model as usize);
-        let rest = if *channels > 1 || from > to {
-            let beyond = extrapolate(&mono, filter_reach(codec.sample_rate, *sample_rate));
-            let heard = resample(&[mono.as_slice(), &beyond].concat(), codec.sample_rate, *sample_rate)?;
-            Fit::new(&tail_clip, &heard, &channel_gains, codec.sample_rate)
-        } else {
-            None
-        };
         let gain = gain_to_model(&mono);
         let tokens = mono.iter().map(|x| codec.encode(x * gain)).collect();
-        Ok(Self { tail: tail_clip, mono, gain, channel_gains, model_rate: codec.sample_rate, rest, tokens })
+        Ok(Self { tail: tail_clip, mono, gain, channel_gains, model_rate: codec.sample_rate, tokens })
     }
 
     /// Nothing was played yet: mono at the model's own rate and level, after silence.
@@ -90,7 +80,6 @@ impl Prompt {
             gain: 1.0,
             channel_gains,
             model_rate: codec.sample_rate,
-            rest: None,
             tokens: vec![codec.silence()],
         }
     }

@@ -27,8 +27,6 @@ pub struct Rest {
 /// A [`Rest`] as plain data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RestState {
-    sample_rate: u32,
-    model_rate: u32,
     fit: Option<Fit>,
     decorrelators: Vec<Decorrelator>,
     /// Of each basis, the samples that the next spectrum has in common with the last, and those since.
@@ -44,8 +42,6 @@ impl Rest {
         let bank = Bank::new(sample_rate, model_rate);
         let channels = fit.as_ref().map_or(0, |fit| fit.channels);
         let state = RestState {
-            sample_rate,
-            model_rate,
             decorrelators: fit::decorrelators(channels, sample_rate),
             heard: vec![Vec::new(); channels + 1],
             overlap: vec![vec![0.0; bank.hop()]; channels],
@@ -60,17 +56,19 @@ impl Rest {
         self.state.clone()
     }
 
-    /// What a state was taken of; `None` if it does not hold together.
-    pub fn from_state(state: RestState, channels: usize) -> Option<Self> {
-        let fresh = Self::new(state.fit.clone(), state.sample_rate, state.model_rate);
+    /// What a state was taken of; `None` if it does not hold together, or belongs to other channels or rates.
+    pub fn from_state(state: RestState, channels: usize, sample_rate: u32, model_rate: u32) -> Option<Self> {
+        if state.fit.as_ref().is_some_and(|fit| !fit.fits(channels, &Bank::new(sample_rate, model_rate))) {
+            return None;
+        }
+        let fresh = Self::new(state.fit.clone(), sample_rate, model_rate);
         let Self { bank, state: expected } = &fresh;
         let like = state.decorrelators.len() == expected.decorrelators.len()
             && state.decorrelators.iter().zip(&expected.decorrelators).all(|(a, b)| a.is_like(b))
             && state.heard.len() == expected.heard.len()
             && state.heard.iter().all(|heard| heard.len() < bank.n() && heard.len() == state.heard[0].len())
             && state.overlap.len() == expected.overlap.len()
-            && state.overlap.iter().all(|overlap| overlap.len() == bank.hop())
-            && state.fit.as_ref().is_none_or(|fit| fit.fits(channels, bank));
+            && state.overlap.iter().all(|overlap| overlap.len() == bank.hop());
         like.then_some(Self { state, ..fresh })
     }
 
@@ -236,9 +234,10 @@ mod tests {
         let mut rest = Rest::new(Fit::new(&clip, &heard, &[1.0, 1.0], 16_000), RATE, 16_000);
         rest.push(&heard[..1000], 2, &mut Vec::new());
         let state = rest.state();
-        assert!(Rest::from_state(state.clone(), 2).is_some() && Rest::from_state(state.clone(), 3).is_none());
-        let bends: [fn(&mut RestState); 7] = [
-            |state| state.sample_rate = 48_000,
+        for (channels, sample_rate, holds) in [(2, RATE, true), (3, RATE, false), (2, 48_000, false)] {
+            assert_eq!(Rest::from_state(state.clone(), channels, sample_rate, 16_000).is_some(), holds);
+        }
+        let bends: [fn(&mut RestState); 6] = [
             |state| state.decorrelators.truncate(1),
             |state| state.heard[1].truncate(1),
             |state| state.heard.truncate(0),
@@ -249,7 +248,7 @@ mod tests {
         for bend in bends {
             let mut bent = state.clone();
             bend(&mut bent);
-            assert!(Rest::from_state(bent, 2).is_none());
+            assert!(Rest::from_state(bent, 2, RATE, 16_000).is_none());
         }
     }
 
