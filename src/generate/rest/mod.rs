@@ -215,6 +215,27 @@ mod tests {
     }
 
     #[test]
+    fn noisy_treble_over_clean_tones_is_noise() {
+        // Tones 441 Hz apart come again every 100 samples, and so they would moved up.
+        let n = 6 * TURN;
+        let mut rng = Rng::new(3);
+        let [_, noise] = parts(&(0..n).map(|_| 0.02 * rng.normal()).collect::<Vec<f32>>());
+        let tone = |i: usize, k: i32| 0.02 * (TAU * (441 * k) as f32 * (i % 100) as f32 / RATE as f32).sin();
+        let heard: Vec<f32> = (0..n).map(|i| (6..16).map(|k| tone(i, k)).sum()).collect();
+        let samples = heard.iter().zip(&noise).map(|(x, y)| x + y).collect();
+        let fit = Fit::new(&Clip { samples, channels: 1, sample_rate: RATE }, &heard, &[1.0], 16_000);
+        let mut rest = Rest::new(fit, RATE, 16_000);
+        let mut made = Vec::new();
+        rest.push(&heard, 1, &mut made);
+        let [_, treble] = parts(&made);
+        let treble = &treble[TURN..];
+        let again =
+            |x: &[f32]| (90..111).map(|lag| correlation(&x[lag..], &x[..x.len() - lag]).abs()).fold(0.0, f32::max);
+        assert!(again(&heard) > 0.99 && again(treble) < 0.3, "{}", again(treble));
+        assert!((level_db(treble) - level_db(&noise)).abs() < 1.5, "{} for {}", level_db(treble), level_db(&noise));
+    }
+
+    #[test]
     fn channels_of_nothing_stay_silent() {
         let Clip { samples, .. } = recording(4 * TURN);
         let samples = samples.chunks_exact(2).flat_map(|frame| [frame[0], frame[1], 0.0]).collect();
