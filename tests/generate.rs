@@ -4,15 +4,12 @@ mod memory;
 
 use std::ops::ControlFlow;
 
-use wavegen::audio::decode::decode_tail;
-use wavegen::audio::{AudioSource, SampleFormat, WavFormat};
+use wavegen::audio::{Clip, SampleFormat, WavFormat};
 use wavegen::checkpoint::Checkpoint;
 use wavegen::engine::Engine;
 use wavegen::engine::cpu::{CpuEngine, CpuOptions};
 use wavegen::engine::reference::ReferenceEngine;
-use wavegen::generate::{
-    CONTEXT_S, Manner, Options, Path, Played, Player, Prompt, Recording, Session, SessionError, heard,
-};
+use wavegen::generate::{Manner, Options, Path, Played, Player, Prompt, Recording, Session, SessionError, heard};
 use wavegen::model::config::ModelConfig;
 
 use memory::Memory;
@@ -22,14 +19,9 @@ fn checkpoint() -> Checkpoint {
 }
 
 fn prompt(rate: u32, channels: usize, n_frames: usize) -> Prompt {
-    let file = tempfile::Builder::new().suffix(".wav").tempfile().unwrap();
-    let mut sink = wavegen::sink::open(file.path(), true).unwrap();
-    sink.start(&WavFormat::new(rate, channels, SampleFormat::F32)).unwrap();
-    let samples: Vec<f32> = (0..n_frames * channels).map(|i| 0.1 * (i as f32 * 0.03).sin()).collect();
-    sink.write(&samples).unwrap();
-    sink.finish().unwrap();
-    let tail = decode_tail(&AudioSource::open(file.path()).unwrap(), CONTEXT_S).unwrap();
-    Prompt::new(&tail, &checkpoint().config.codec).unwrap()
+    let samples = (0..n_frames * channels).map(|i| 0.1 * (i as f32 * 0.03).sin()).collect();
+    let clip = Clip { samples, channels, sample_rate: rate };
+    Prompt::new(&clip, n_frames as u64, &checkpoint().config.codec).unwrap()
 }
 
 fn play(prompt: &Prompt, seconds: f64, seed: u64, frames: usize) -> (Played, Vec<f32>) {

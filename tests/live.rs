@@ -12,7 +12,7 @@ use wavegen::generate::{Options, Path, Prompt, Seam};
 use wavegen::live::clock::{RealClock, SimulatedClock};
 use wavegen::live::ring::ring;
 use wavegen::live::stream::Stats;
-use wavegen::live::{Change, Conductor, Order, Report, Streamer};
+use wavegen::live::{Change, Conductor, Order, Report, Streamer, Voice};
 use wavegen::model::config::{GenerationSettings, ModelConfig};
 use wavegen::plan::PlanFrame;
 use wavegen::sampler::{PlanSampling, WaveSampling};
@@ -97,10 +97,8 @@ fn options() -> Options {
     Options { plan: PlanSampling { temperature: 4.0, ..PlanSampling::default() }, ..Options::default() }
 }
 
-fn conductor(mut engine: Box<dyn Engine>, rate: u32, channels: usize) -> Conductor {
-    let prompt = prompt(rate, channels);
-    let path = Path::new(engine.as_mut(), &options(), prompt.tokens(), false).unwrap();
-    Conductor::new(engine, path, &prompt).unwrap()
+fn conductor(engine: Box<dyn Engine>, rate: u32, channels: usize) -> Conductor {
+    Conductor::new(Voice::new(engine, &options(), &prompt(rate, channels), false).unwrap())
 }
 
 fn streamer(conductor: Conductor, buffer_s: f64, seconds: f64) -> Streamer {
@@ -321,8 +319,68 @@ fn a_real_model_plays_through_the_same_path() {
     (0..4).for_each(|_| conductor.next(&mut out).unwrap());
     assert!(out.iter().all(|x| x.is_finite()) && out.len() > 2 * 20 * 1400);
     assert_eq!(conductor.take(0.1).n_frames(), 4410);
-    let mut other = CpuEngine::new(&checkpoint, &CpuOptions::default()).unwrap();
-    let path = Path::new(&mut other, &Options::default(), &[128; 1000], true).unwrap();
-    conductor.apply(Change::Engine(Box::new(other), Box::new(path))).unwrap();
+    let other = CpuEngine::new(&checkpoint, &CpuOptions::default()).unwrap();
+    let other = Voice::new(Box::new(other), &Options::default(), &prompt(44_100, 2), true).unwrap();
+    conductor.apply(Change::Voice(Box::new(other))).unwrap();
     conductor.next(&mut out).unwrap();
+}
+
+/// A tone's level at 48 kHz, from its crests.
+fn crest(samples: &[f32]) -> f32 {
+    samples.iter().fold(0.0, |most, x| x.abs().max(most))
+}
+
+#[test]
+fn another_voice_has_its_own_level_and_balance_and_comes_without_a_click() {
+    let engine = || Box::new(Tone::new(Duration::ZERO));
+    let mut conductor = conductor(engine(), 48_000, 2);
+    let mut out = Vec::new();
+    (0..20).for_each(|_| conductor.next(&mut out).unwrap());
+    let before = out.len();
+    let softer = Prompt::silence_at(&Codec::default(), 48_000, vec![0.1, 0.4]);
+    let other = Voice::new(engine(), &options(), &softer, false).unwrap();
+    conductor.apply(Change::Voice(Box::new(other))).unwrap();
+    while out.len() < before + 2 * 9600 {
+        conductor.next(&mut out).unwrap();
+    }
+    let channel = |c: usize| out.iter().skip(c).step_by(2).copied().collect::<Vec<f32>>();
+    for (c, (first, then)) in [(0.3, 0.03), (0.15, 0.12)].into_iter().enumerate() {
+        let x = channel(c);
+        let (old, new) = (&x[before / 2 - 4800..before / 2], &x[before / 2 + 4800..]);
+        assert!((crest(old) - first).abs() < 0.02 * first, "channel {c}: {}", crest(old));
+        assert!((crest(new) - then).abs() < 0.02 * then, "channel {c}: {}", crest(new));
+        // A sine of 400 Hz and 0.3 moves by 0.0157 a frame at most.
+        let around = &x[before / 2 - 960..before / 2 + 4800];
+        let steepest = around.windows(2).map(|w| (w[1] - w[0]).abs()).fold(0.0, f32::max);
+        assert!(steepest < 0.02, "channel {c}: a click of {steepest}");
+    }
+}
+
+#[test]
+fn who_joins_in_later_plays_what_is_due_then() {
+    let prompt = Prompt::silence_at(&Codec::default(), 48_000, vec![1.0]);
+    let play = |voice: &mut Voice, n: usize| {
+        let mut out = Vec::new();
+        while out.len() < n {
+            voice.next(&mut out).unwrap();
+        }
+        out.truncate(n);
+        out
+    };
+    let voice = || Voice::new(Box::new(Tone::new(Duration::ZERO)), &options(), &prompt, false).unwrap();
+    let whole = play(&mut voice(), 48_000);
+    // Due 0.5 s after the prompt, when it began to prepare; 0.1 s pass meanwhile, by a clock that goes on with each look at it.
+    let looks = std::cell::Cell::new(0);
+    let due = || {
+        looks.set(looks.get() + 1);
+        (0.5 + 0.01 * f64::from(looks.get())).min(0.6)
+    };
+    let mut late = voice();
+    late.skip(due).unwrap();
+    assert_eq!(play(&mut late, 9600), whole[28_800..28_800 + 9600]);
+    // What never catches up gives up after four seconds of music.
+    let mut never = voice();
+    never.skip(|| f64::INFINITY).unwrap();
+    let longer = play(&mut voice(), 5 * 48_000);
+    assert_eq!(play(&mut never, 4800), longer[4 * 48_000..4 * 48_000 + 4800]);
 }

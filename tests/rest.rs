@@ -5,8 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use wavegen::audio::decode::decode_tail;
-use wavegen::audio::{AudioSource, Clip, SampleFormat, WavFormat, decode_file, resample};
+use wavegen::audio::{Clip, decode_file, resample};
 use wavegen::codec::Codec;
 use wavegen::generate::{CONTEXT_S, Prompt, Seam};
 use wavegen::metrics::{level_db, median};
@@ -50,13 +49,9 @@ fn play_on(path: &Path) -> [Clip; 2] {
     let clip = decode_file(path).unwrap();
     let (rate, channels) = (clip.sample_rate, clip.channels);
     let n_prompt = (PROMPT * clip.n_frames() as f64) as usize;
-    let file = tempfile::Builder::new().suffix(".wav").tempfile().unwrap();
-    let mut sink = wavegen::sink::open(file.path(), true).unwrap();
-    sink.start(&WavFormat::new(rate, channels, SampleFormat::F32)).unwrap();
-    sink.write(&clip.samples[..n_prompt * channels]).unwrap();
-    sink.finish().unwrap();
-    let tail = decode_tail(&AudioSource::open(file.path()).unwrap(), CONTEXT_S).unwrap();
-    let prompt = Prompt::new(&tail, &Codec::default()).unwrap();
+    let distant = n_prompt.saturating_sub((CONTEXT_S * f64::from(rate)) as usize);
+    let end = Clip { samples: clip.samples[distant * channels..n_prompt * channels].to_vec(), ..clip };
+    let prompt = Prompt::new(&end, n_prompt as u64, &Codec::default()).unwrap();
     let heard = resample(&clip.downmix(), rate, 16_000).unwrap();
     let first = (n_prompt as u64 * 16_000).div_ceil(rate.into()) as usize;
     let samples: Vec<f32> = heard[first..].iter().map(|x| x * prompt.gain()).collect();

@@ -226,6 +226,86 @@ fn what_is_recorded_behind_alsa_is_what_the_engine_made() {
     assert!((0..3).any(|_| same_at_the_sink(48_000, 2, "alsa:default")), "something else was heard three times");
 }
 
+/// Plays a tone on the left for 1.5 s to who listens to `source`: it goes on on the left. Gives its level; `None` if it cannot be tried.
+fn plays_on_after(source: &str, amplitude: f32) -> Option<f32> {
+    let scene = Scene::with_sink(48_000, 2)?;
+    std::fs::write(scene.path(".asoundrc"), "pcm.!default { type pulse }\nctl.!default { type pulse }\n").unwrap();
+    let listed = String::from_utf8(scene.stream(&["--list-devices"]).output().unwrap().stdout).unwrap();
+    if !listed.lines().any(|line| line.contains(&format!(" {source}: ")) && line.ends_with(", --source")) {
+        println!("skipped: there is no {source} (apt-get install libasound2-plugins)");
+        return None;
+    }
+    let tone = |i: u32| amplitude * (i as f32 / 48_000.0 * 440.0 * std::f32::consts::TAU).sin();
+    let bytes: Vec<u8> = (0..72_000).flat_map(|i| [tone(i).to_le_bytes(), [0; 4]].concat()).collect();
+    std::fs::write(scene.path("tone.raw"), bytes).unwrap();
+    let record = ["--to", "made.raw", "--format", "f32le", "--governor", "off", "--control", "-"];
+    let mut command = scene.stream(&[&record[..], &["--device", "null", "--source", source, "--listen"]].concat());
+    command.stdin(Stdio::piped());
+    let mut run = Run::start(command);
+    run.hears("listening to");
+    let mut player = scene.command("pacat");
+    player.args(["--playback", "--device=null", "--format=float32le", "--rate=48000", "--channels=2", "tone.raw"]);
+    assert!(player.status().unwrap().success());
+    std::thread::sleep(Duration::from_millis(300));
+    run.says("status");
+    run.hears(", listening ");
+    run.says("listen");
+    let said = run.hears("playing on after ");
+    let seconds: f32 = said.split("playing on after ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    assert!((1.4..=1.7).contains(&seconds), "{said}");
+    std::thread::sleep(Duration::from_millis(1500));
+    run.says("quit");
+    run.hears("s played in");
+    assert_eq!(run.ends(), 0);
+    let made = scene.samples("made.raw");
+    let level = |c: usize, frames: &[f32]| {
+        let power: f32 = frames.iter().skip(c).step_by(2).map(|x| x * x).sum();
+        (2.0 * power / frames.len() as f32).sqrt()
+    };
+    let half = 48_000;
+    assert_eq!(level(0, &made[..half]), 0.0, "it is silent while it listens");
+    let last = &made[made.len() - half..];
+    let (left, right) = (level(0, last), level(1, last));
+    assert!(left > 0.0 && right < 1e-3 * left, "{source}: {right} on the right, {left} on the left");
+    Some(left)
+}
+
+/// Untrained, it has a level of its own, but in proportion to what it heard.
+fn plays_on_at_the_level_of(source: &str) {
+    let (Some(loud), Some(soft)) = (plays_on_after(source, 0.3), plays_on_after(source, 0.01)) else { return };
+    assert!((15.0..60.0).contains(&(loud / soft)), "{source}: {loud} after 0.3 and {soft} after 0.01");
+}
+
+#[test]
+fn it_plays_on_from_what_a_source_heard() {
+    plays_on_at_the_level_of("null.monitor");
+}
+
+#[cfg(feature = "live")]
+#[test]
+fn it_plays_on_from_what_alsa_heard() {
+    plays_on_at_the_level_of("alsa:default");
+}
+
+#[test]
+fn who_plays_nothing_is_told_and_the_music_stays_as_it_is() {
+    let Some(scene) = Scene::with_sink(44_100, 2) else { return };
+    let mut run = Run::start(scene.stream(&["--listen", "0.5", "--source", "null.mon", "--seconds", "4"]));
+    run.hears("listening to Monitor of Null Output for 0.5 s");
+    run.hears("error: nothing was played in 0.5 s (-120 dBFS at most); is it the right --source");
+    run.hears("s played in");
+    assert_eq!(run.ends(), 0);
+    for (args, reason) in [
+        (&["--listen", "--source", "piano"][..], "no sound device is called 'piano'; there are: null.monitor"),
+        (&["--listen", "41"], "must lie in 0.1 to 40 seconds"),
+        (&["--listen", "4", "--no-audio", "--clock", "simulated"], "who is listened to takes real time"),
+    ] {
+        let refused = scene.stream(args).output().unwrap();
+        let said = String::from_utf8(refused.stderr).unwrap();
+        assert!(said.contains(reason) && !refused.status.success(), "{said}");
+    }
+}
+
 #[test]
 fn a_server_that_goes_and_comes_back_is_told_and_the_music_goes_on() {
     let Some(mut scene) = Scene::with_sink(48_000, 2) else { return };

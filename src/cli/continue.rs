@@ -103,7 +103,7 @@ fn listen(args: &Args, source: AudioSource, checkpoint: &Checkpoint) -> Result<(
     }
     let tail = decode_tail(&source, CONTEXT_S)?;
     report_damage(source.name(), tail.damaged_packets, &tail.warnings, talk);
-    let prompt = Prompt::new(&tail, &checkpoint.config.codec)?;
+    let prompt = Prompt::new(&tail.clip, tail.total_frames, &checkpoint.config.codec)?;
     if prompt.is_silent() {
         bail!(
             "{}: the last {:.1} s are silent, so there is nothing to play on; play on from before with --from, or start from nothing \

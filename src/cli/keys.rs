@@ -20,7 +20,7 @@ pub struct Asked {
 
 /// What the keys do, for people.
 pub const KEYS: &str = "space hold | v another way | m mute | f fade | t/T temperature | p/P top-p | g/G grain | s seed | \
-k take | ? help | q quit";
+l listen | k take | ? help | q quit";
 
 /// What a key asks for.
 fn line_of(code: KeyCode) -> Option<&'static str> {
@@ -36,6 +36,7 @@ fn line_of(code: KeyCode) -> Option<&'static str> {
         KeyCode::Char('g') => "key grain -",
         KeyCode::Char('G') => "key grain +",
         KeyCode::Char('s') => "key seed",
+        KeyCode::Char('l') => "listen",
         KeyCode::Char('k') => "take",
         KeyCode::Char('?' | 'h') => "key help",
         KeyCode::Char('q') | KeyCode::Esc => "quit",

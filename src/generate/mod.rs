@@ -34,7 +34,7 @@ use crate::sampler::{PlanSampling, WaveSampling};
 pub use governor::{Alarm, Governor, Intervention};
 pub use join::SeamReport;
 pub use manner::{Manner, heard};
-pub use path::{Guide, Path};
+pub use path::{Frame, Guide, Path};
 pub use player::{Played, Player, Progress};
 pub use prompt::{CONTEXT_S, Prompt};
 pub use rhythm::Rhythm;

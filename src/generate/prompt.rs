@@ -1,6 +1,6 @@
 //! Turns the end of a recording into the tokens that an engine reads, and keeps what the way back needs.
 
-use crate::audio::{Clip, Tail, level, resample};
+use crate::audio::{Clip, level, resample};
 use crate::codec::{Codec, Token};
 use crate::metrics::rms;
 
@@ -37,12 +37,12 @@ pub struct Prompt {
 }
 
 impl Prompt {
-    /// From the end of a file. Model sample i lies at time `i / codec.sample_rate` of the whole file.
+    /// From the end of a recording of `total_frames` frames. Model sample i lies at time `i / codec.sample_rate` of the whole.
     ///
     /// # Errors
     /// No samples, samples that are not finite, or a rate that cannot be resampled.
-    pub fn new(tail: &Tail, codec: &Codec) -> Result<Self, GenerateError> {
-        let Clip { samples, channels, sample_rate } = &tail.clip;
+    pub fn new(end: &Clip, total_frames: u64, codec: &Codec) -> Result<Self, GenerateError> {
+        let Clip { samples, channels, sample_rate } = end;
         if samples.is_empty() {
             return Err(GenerateError::EmptyPrompt);
         }
@@ -51,20 +51,20 @@ impl Prompt {
         }
         let (from, to) = (u64::from(*sample_rate), u64::from(codec.sample_rate));
         let grid = from / gcd(from, to);
-        let first = tail.total_frames - tail.clip.n_frames() as u64;
+        let first = total_frames - end.n_frames() as u64;
         // The tail is longer than a step of the grid unless it is the whole file, which starts on the grid.
         let start = first.next_multiple_of(grid);
         let skipped = (start - first) as usize * channels;
-        let tail_clip = Clip { samples: samples[skipped.min(samples.len())..].to_vec(), ..tail.clip };
-        let mut native = mono_of(&tail_clip);
-        let channel_gains = channel_gains(&tail_clip, &native);
-        let n_model = (tail.total_frames * to).div_ceil(from) - start * to / from;
+        let tail = Clip { samples: samples[skipped.min(samples.len())..].to_vec(), ..*end };
+        let mut native = mono_of(&tail);
+        let channel_gains = channel_gains(&tail, &native);
+        let n_model = (total_frames * to).div_ceil(from) - start * to / from;
         native.extend(extrapolate(&native, filter_reach(*sample_rate, codec.sample_rate)));
         let mut mono = resample(&native, *sample_rate, codec.sample_rate)?;
         mono.truncate(n_model as usize);
         let gain = gain_to_model(&mono);
         let tokens = mono.iter().map(|x| codec.encode(x * gain)).collect();
-        Ok(Self { tail: tail_clip, mono, gain, channel_gains, model_rate: codec.sample_rate, tokens })
+        Ok(Self { tail, mono, gain, channel_gains, model_rate: codec.sample_rate, tokens })
     }
 
     /// Nothing was played yet: mono at the model's own rate and level, after silence.
@@ -155,7 +155,6 @@ fn gcd(a: u64, b: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::audio::decode::Spec;
 
     fn chord(n: usize, rate: u32, channels: usize) -> Clip {
         let sample = |i: usize, c: usize| {
@@ -167,33 +166,19 @@ mod tests {
         Clip { samples, channels, sample_rate: rate }
     }
 
-    fn tail_of(clip: &Clip, n_frames: usize) -> Tail {
-        let spec = Spec {
-            container: "wave".into(),
-            codec: "pcm_f32le".into(),
-            sample_rate: clip.sample_rate,
-            channels: clip.channels,
-            sample_format: None,
-            n_frames: None,
-        };
+    /// The last `n_frames` frames of a clip as a prompt.
+    fn prompt_of(clip: &Clip, n_frames: usize) -> Result<Prompt, GenerateError> {
         let kept = clip.samples[clip.samples.len() - n_frames * clip.channels..].to_vec();
-        Tail {
-            clip: Clip { samples: kept, ..clip.clone() },
-            total_frames: clip.n_frames() as u64,
-            damaged_packets: 0,
-            warnings: Vec::new(),
-            spec,
-        }
+        Prompt::new(&Clip { samples: kept, ..*clip }, clip.n_frames() as u64, &Codec::default())
     }
 
     #[test]
     fn a_tail_lies_on_the_grid_of_the_whole_file() {
-        let codec = Codec::default();
         for (rate, n) in [(44_100, 120_017), (16_000, 30_001), (8000, 20_003), (48_000, 100_001), (22_050, 50_001)] {
             let clip = chord(n, rate, 1);
-            let whole = Prompt::new(&tail_of(&clip, n), &codec).unwrap();
+            let whole = prompt_of(&clip, n).unwrap();
             assert_eq!(whole.mono.len(), (n * 16_000).div_ceil(rate as usize), "{rate} Hz");
-            let tail = Prompt::new(&tail_of(&clip, n / 2 + 13), &codec).unwrap();
+            let tail = prompt_of(&clip, n / 2 + 13).unwrap();
             let (a, b) = (&whole.mono[whole.mono.len() - 4000..], &tail.mono[tail.mono.len() - 4000..]);
             for (i, (x, y)) in a.iter().zip(b).enumerate() {
                 assert!((x - y).abs() < 1e-4, "{rate} Hz, sample {i}: {x} and {y}");
@@ -205,7 +190,7 @@ mod tests {
     fn the_last_samples_before_the_join_are_not_bent_by_the_files_end() {
         for rate in [44_100, 8000, 96_000] {
             let clip = chord(rate as usize, rate, 1);
-            let prompt = Prompt::new(&tail_of(&clip, rate as usize), &Codec::default()).unwrap();
+            let prompt = prompt_of(&clip, rate as usize).unwrap();
             let exact = chord(16_000, 16_000, 1).samples;
             for (i, (x, y)) in prompt.mono.iter().zip(&exact).enumerate().skip(15_900) {
                 assert!((x - y).abs() < 2e-3, "{rate} Hz, sample {i}: {x} for {y}");
@@ -223,13 +208,13 @@ mod tests {
     #[test]
     fn channels_keep_their_level_and_sign() {
         let stereo = chord(16_000, 16_000, 2);
-        let prompt = Prompt::new(&tail_of(&stereo, 16_000), &Codec::default()).unwrap();
+        let prompt = prompt_of(&stereo, 16_000).unwrap();
         assert!(
             (prompt.channel_gains[0] - 4.0 / 3.0).abs() < 1e-4 && (prompt.channel_gains[1] - 2.0 / 3.0).abs() < 1e-4
         );
         let mut opposed = stereo;
         opposed.samples.chunks_exact_mut(2).for_each(|frame| frame[1] = -frame[0]);
-        let prompt = Prompt::new(&tail_of(&opposed, 16_000), &Codec::default()).unwrap();
+        let prompt = prompt_of(&opposed, 16_000).unwrap();
         assert!(!prompt.is_silent());
         assert_eq!(prompt.channel_gains.iter().sum::<f32>(), 0.0);
     }
@@ -237,8 +222,8 @@ mod tests {
     #[test]
     fn one_sample_is_a_prompt_and_none_is_not() {
         let one = Clip { samples: vec![0.1], channels: 1, sample_rate: 44_100 };
-        assert_eq!(Prompt::new(&tail_of(&one, 1), &Codec::default()).unwrap().tokens().len(), 1);
+        assert_eq!(prompt_of(&one, 1).unwrap().tokens().len(), 1);
         let none = Clip { samples: vec![], channels: 1, sample_rate: 44_100 };
-        assert!(matches!(Prompt::new(&tail_of(&none, 0), &Codec::default()), Err(GenerateError::EmptyPrompt)));
+        assert!(matches!(prompt_of(&none, 0), Err(GenerateError::EmptyPrompt)));
     }
 }

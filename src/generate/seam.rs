@@ -255,8 +255,7 @@ fn fade_frames(clip: &Clip) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::audio::decode::Spec;
-    use crate::audio::{Tail, resample};
+    use crate::audio::resample;
     use crate::codec::Codec;
     use crate::metrics::{level_db, rms};
 
@@ -277,17 +276,7 @@ mod tests {
     }
 
     fn prompt_of(clip: Clip) -> Prompt {
-        let spec = Spec {
-            container: "wave".into(),
-            codec: "pcm_f32le".into(),
-            sample_rate: clip.sample_rate,
-            channels: clip.channels,
-            sample_format: None,
-            n_frames: None,
-        };
-        let total_frames = clip.n_frames() as u64;
-        let tail = Tail { clip, total_frames, damaged_packets: 0, warnings: Vec::new(), spec };
-        Prompt::new(&tail, &Codec::default()).unwrap()
+        Prompt::new(&clip, clip.n_frames() as u64, &Codec::default()).unwrap()
     }
 
     /// Plays on with what a perfect model would: the same chord.

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::{Playing, Pull};
+use super::{Pull, Running};
 
 /// Seconds between two calls.
 const PERIOD_S: f64 = 0.01;
@@ -35,7 +35,7 @@ impl RealClock {
     }
 }
 
-impl Playing for RealClock {
+impl Running for RealClock {
     fn latency_ms(&self) -> f64 {
         0.0
     }

@@ -1,4 +1,4 @@
-//! Turns an engine into frames for a device, one plan frame at a time, and requests into what they change.
+//! Turns a voice into frames for a device, one plan frame at a time, and requests into what they change.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -6,14 +6,10 @@ use std::sync::Arc;
 use ndarray::Array2;
 
 use crate::audio::Clip;
-use crate::codec::Codec;
-use crate::engine::Engine;
-use crate::generate::{GenerateError, Guide, Intervention, Options, Path, Prompt, Seam};
+use crate::generate::{GenerateError, Guide, Intervention, Options};
 
-use super::control::{MOST_TAKE_S, MOST_VARY_S};
-
-/// Seconds over which one way of going on gives way to another.
-const CROSSFADE_S: f64 = 0.01;
+use super::control::MOST_TAKE_S;
+use super::voice::{CROSSFADE_S, Leaving, Voice};
 
 /// What is to change, with all that has to be read or computed for it.
 pub enum Change {
@@ -27,20 +23,17 @@ pub enum Change {
     Vary(f64),
     /// Play these plan frames, `[n_frames, n_bands]`; `None`: the model's own.
     Follow(Option<Arc<Array2<f32>>>),
-    /// Go on with this engine, which has been given its context.
-    Engine(Box<dyn Engine>, Box<Path>),
+    /// Play this instead, at the same rate and channels.
+    Voice(Box<Voice>),
 }
 
 /// What plays.
 pub struct Conductor {
-    engine: Box<dyn Engine>,
-    path: Path,
-    seam: Seam,
-    codec: Codec,
+    voice: Voice,
     /// Plan of the frame that was played last.
     bands: Vec<f32>,
-    /// The end of the way that was left, `crossfade` samples of the model.
-    leaving: Vec<f32>,
+    /// The end of the voice that was left.
+    leaving: Leaving,
     volume: Volume,
     /// The last frames for the device, interleaved.
     played: VecDeque<f32>,
@@ -59,50 +52,36 @@ struct Volume {
 }
 
 impl Conductor {
-    /// Plays on after `prompt`, whose rate and channels are the device's. `path` has been given the prompt's tokens and must
-    /// belong to `engine`.
-    ///
-    /// # Errors
-    /// A rate that cannot be resampled.
-    pub fn new(engine: Box<dyn Engine>, path: Path, prompt: &Prompt) -> Result<Self, GenerateError> {
-        let seam = Seam::soon(prompt)?;
-        let most_played = (MOST_TAKE_S * f64::from(seam.sample_rate())) as usize * seam.channels();
-        let mut conductor = Self {
-            codec: engine.config().codec.clone(),
-            engine,
-            path,
-            seam,
+    /// Plays `voice`.
+    pub fn new(voice: Voice) -> Self {
+        let (sample_rate, channels) = voice.shape();
+        let most_played = (MOST_TAKE_S * f64::from(sample_rate)) as usize * channels;
+        Self {
+            voice,
             bands: Vec::new(),
-            leaving: Vec::new(),
+            leaving: Leaving::default(),
             volume: Volume { gain: 1.0, target: 1.0, step: 1.0 },
             played: VecDeque::with_capacity(most_played),
             most_played,
             made: Vec::new(),
             surprisal: 0.0,
             interventions: Vec::new(),
-        };
-        conductor.path.keep(conductor.frames(MOST_VARY_S));
-        Ok(conductor)
+        }
     }
 
     /// Frames per second and channels of what is played.
     pub fn shape(&self) -> (u32, usize) {
-        (self.seam.sample_rate(), self.seam.channels())
-    }
-
-    fn frames(&self, seconds: f64) -> u64 {
-        let config = self.engine.config();
-        (seconds * f64::from(config.codec.sample_rate) / config.plan.hop as f64).round() as u64
+        self.voice.shape()
     }
 
     /// Seconds of a plan frame: what a step makes.
     pub fn step_s(&self) -> f64 {
-        self.engine.config().plan.hop as f64 / f64::from(self.codec.sample_rate)
+        self.voice.step_s()
     }
 
     /// How it draws.
     pub fn options(&self) -> &Options {
-        self.path.options()
+        self.voice.path.options()
     }
 
     /// -log2 P of the plan over the last frames, bits a frame.
@@ -117,7 +96,7 @@ impl Conductor {
 
     /// Whether it has run as far ahead as its governor wants it to.
     pub fn is_ahead(&self) -> bool {
-        self.path.is_ahead()
+        self.voice.path.is_ahead()
     }
 
     /// Runs ahead, by a frame or by a look at what might come; says whether it was a frame.
@@ -125,7 +104,7 @@ impl Conductor {
     /// # Errors
     /// The engine's own.
     pub fn advance(&mut self) -> Result<bool, GenerateError> {
-        Ok(self.path.advance(self.engine.as_mut())?)
+        Ok(self.voice.path.advance(self.voice.engine.as_mut())?)
     }
 
     /// Appends what the next plan frame settles to `out`, interleaved.
@@ -133,20 +112,13 @@ impl Conductor {
     /// # Errors
     /// The engine's own.
     pub fn next(&mut self, out: &mut Vec<f32>) -> Result<(), GenerateError> {
-        let frame = self.path.release(self.engine.as_mut())?;
+        let mut made = std::mem::take(&mut self.made);
+        made.clear();
+        let frame = self.voice.next(&mut made)?;
         self.surprisal += 0.03 * (frame.draw.surprisal - self.surprisal);
-        self.interventions.extend(self.path.interventions());
-        let mut samples = self.codec.decode_all(&frame.tokens);
+        self.interventions.extend(self.voice.path.interventions());
         self.bands = frame.plan.bands;
-        let n = self.leaving.len();
-        for (i, (x, leaving)) in samples.iter_mut().zip(self.leaving.drain(..)).enumerate() {
-            let share = (i + 1) as f32 / (n + 1) as f32;
-            *x = share * *x + (1.0 - share) * leaving;
-        }
-        self.seam.push(&samples)?;
-        self.made.clear();
-        self.seam.take(u64::MAX, &mut self.made);
-        let made = std::mem::take(&mut self.made);
+        self.leaving.fade_into(&mut made, self.shape().1);
         self.send(&made, out);
         self.made = made;
         Ok(())
@@ -154,7 +126,7 @@ impl Conductor {
 
     /// Appends frames that were there before, such as the prompt, at the present volume.
     pub fn send(&mut self, interleaved: &[f32], out: &mut Vec<f32>) {
-        let (first, channels) = (out.len(), self.seam.channels());
+        let (first, channels) = (out.len(), self.shape().1);
         out.extend_from_slice(interleaved);
         self.volume.apply(&mut out[first..], channels);
         let surplus = (self.played.len() + interleaved.len()).saturating_sub(self.most_played);
@@ -175,43 +147,35 @@ impl Conductor {
     /// # Errors
     /// The engine's own.
     pub fn apply(&mut self, change: Change) -> Result<f64, GenerateError> {
-        let engine = self.engine.as_mut();
+        let Voice { engine, path, .. } = &mut self.voice;
+        let engine = engine.as_mut();
         match change {
-            Change::Options(options) => self.path.set_options(engine, &options)?,
+            Change::Options(options) => path.set_options(engine, &options)?,
             Change::Volume { gain, seconds } => {
-                let n = (seconds * self.seam.sample_rate() as f32).max(1.0);
+                let n = (seconds * self.shape().0 as f32).max(1.0);
                 self.volume.target = gain;
                 self.volume.step = (gain - self.volume.gain) / n;
             }
-            Change::Hold(false) => self.path.set_guide(engine, Guide::Own)?,
             Change::Hold(true) if self.bands.is_empty() => {}
-            Change::Hold(true) => self.path.set_guide(engine, Guide::Still(self.bands.clone()))?,
-            Change::Follow(None) => self.path.set_guide(engine, Guide::Own)?,
+            Change::Hold(true) => path.set_guide(engine, Guide::Still(self.bands.clone()))?,
+            Change::Hold(false) | Change::Follow(None) => path.set_guide(engine, Guide::Own)?,
             Change::Follow(Some(bands)) => {
-                let start = self.path.released();
-                self.path.set_guide(engine, Guide::Other { bands, start })?;
+                let start = path.released();
+                path.set_guide(engine, Guide::Other { bands, start })?;
             }
-            Change::Vary(seconds) => {
-                self.leave()?;
-                let frames = self.frames(seconds);
-                let back = self.path.vary(self.engine.as_mut(), frames)?;
-                return Ok(back as f64 * self.step_s());
-            }
-            Change::Engine(engine, path) => {
-                self.leave()?;
-                (self.engine, self.path) = (engine, *path);
-                self.path.keep(self.frames(MOST_VARY_S));
+            Change::Vary(seconds) => return self.voice.vary(seconds),
+            Change::Voice(voice) => {
+                if self.leaving.is_over() {
+                    let (sample_rate, channels) = self.shape();
+                    let mut last = Vec::new();
+                    self.voice.next(&mut last)?;
+                    last.truncate((CROSSFADE_S * f64::from(sample_rate)) as usize * channels);
+                    self.leaving = Leaving::of(last);
+                }
+                self.voice = *voice;
             }
         }
         Ok(0.0)
-    }
-
-    /// Keeps the next samples of the way that is about to be left, to fade them out.
-    fn leave(&mut self) -> Result<(), GenerateError> {
-        let frame = self.path.release(self.engine.as_mut())?;
-        self.leaving = self.codec.decode_all(&frame.tokens);
-        self.leaving.truncate((CROSSFADE_S * f64::from(self.codec.sample_rate)) as usize);
-        Ok(())
     }
 }
 

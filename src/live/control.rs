@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::generate::CONTEXT_S;
+
 /// Something that changes what is played while it plays.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Request {
@@ -23,6 +25,8 @@ pub enum Request {
     Own,
     /// Play on after this recording instead.
     Prompt(PathBuf),
+    /// Hear what is played to a microphone, for so many seconds or until this is said again, and play on from there.
+    Listen(Option<f64>),
     /// Save what was played in the last seconds.
     Take { seconds: f64, path: Option<PathBuf> },
     /// Other uniforms from here on.
@@ -45,7 +49,8 @@ pub struct Nonsense {
 
 /// All that can be said.
 pub const HELP: &str = "temperature X | top-p X | grain X | volume X | mute | unmute | fade [SECONDS] | hold | go | \
-vary [SECONDS] | follow FILE | own | prompt FILE | take [SECONDS] [FILE] | seed N | status | help | quit";
+vary [SECONDS] | follow FILE | own | prompt FILE | \
+listen [SECONDS] | take [SECONDS] [FILE] | seed N | status | help | quit";
 
 /// Seconds that `mute` and `unmute` take.
 pub const RAMP_S: f32 = 0.01;
@@ -95,6 +100,8 @@ impl Request {
             "follow" => Ok(Self::Follow(file()?)),
             "own" => alone(Self::Own),
             "prompt" => Ok(Self::Prompt(file()?)),
+            "listen" if rest.is_empty() => Ok(Self::Listen(None)),
+            "listen" => Ok(Self::Listen(Some(number(LEAST_LISTEN_S, MOST_LISTEN_S, None)?))),
             "take" => {
                 let (seconds, path) = rest.split_once(char::is_whitespace).unwrap_or((rest, ""));
                 let seconds: f64 = match seconds {
@@ -119,6 +126,9 @@ impl Request {
 
 /// Furthest that `vary` goes back, seconds.
 pub const MOST_VARY_S: f64 = 30.0;
+/// Shortest and longest time that it listens, seconds; the longest is what a model hears.
+pub const LEAST_LISTEN_S: f64 = 0.1;
+pub const MOST_LISTEN_S: f64 = CONTEXT_S;
 /// Longest take, seconds.
 pub const MOST_TAKE_S: f64 = 60.0;
 
@@ -143,6 +153,8 @@ mod tests {
             ("follow my song.wav", Request::Follow("my song.wav".into())),
             ("prompt a.flac", Request::Prompt("a.flac".into())),
             ("own", Request::Own),
+            ("listen", Request::Listen(None)),
+            ("listen 8", Request::Listen(Some(8.0))),
             ("take", Request::Take { seconds: TAKE_S, path: None }),
             ("take 5 a b.wav", Request::Take { seconds: 5.0, path: Some("a b.wav".into()) }),
             ("seed 7", Request::Seed(7)),
@@ -161,6 +173,7 @@ mod tests {
             ("temperature hot", "is no number"),
             ("temperature nan", "must lie"),
             ("top-p 2", "must lie in 0 to 1"),
+            ("listen 41", "must lie in 0.1 to 40"),
             ("take -1", "more than 0"),
             ("take 1e9", "at most"),
             ("mute now", "stands alone"),

@@ -1,22 +1,25 @@
-//! Turns a name into a device, its rate and channels, and a [`Pull`] into sound on it.
+//! Turns a name into a device, its rate and channels, a [`Pull`] into sound on it, and what it hears into an [`Ear`].
 
-use super::Pull;
 use super::ring::MOST_CHANNELS;
+use super::{Ear, Pull};
 
 /// Why nothing is heard; every message says the way out.
 #[derive(Debug, thiserror::Error)]
 pub enum LiveError {
     /// There is no way to any device.
-    #[error("no way to play sound: {reason}; {WAYS_OUT}")]
+    #[error("no way to any sound device: {reason}; {WAYS_OUT}")]
     NoHost { reason: String },
     /// There are ways, but no device.
     #[error("there is no sound device; connect one, or use --no-audio with --to FILE")]
     NoDevice,
+    /// There are devices, but none that hears.
+    #[error("there is nothing to listen to: no microphone and no other input; connect one (see --list-devices)")]
+    NoInput,
     /// None has this name.
     #[error("no sound device is called '{name}'; there are: {names} (see --list-devices)")]
     Unknown { name: String, names: String },
-    /// It is there and will not play.
-    #[error("{name}: {reason}; another program may have it, so close that one or choose another with --device")]
+    /// It is there and refuses.
+    #[error("{name}: {reason}; another program may have it, so close that one or choose another (see --list-devices)")]
     Refused { name: String, reason: String },
 }
 
@@ -36,11 +39,22 @@ pub enum Host {
     Card,
 }
 
-/// Something that plays.
+/// What a device is there for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direction {
+    /// It plays.
+    Output,
+    /// It hears: a microphone, an instrument's input, or what another device plays.
+    Input,
+}
+
+/// Something that plays or hears.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Device {
     pub host: Host,
-    /// What `--device` takes.
+    pub direction: Direction,
+    /// What `--device` or `--source` takes.
     pub name: String,
     /// For people.
     pub description: String,
@@ -49,8 +63,8 @@ pub struct Device {
     pub is_default: bool,
 }
 
-/// A device that plays until this is dropped.
-pub trait Playing: Send {
+/// A device that plays, or listens, until this is dropped.
+pub trait Running: Send {
     /// Device's own delay, ms, as far as it is known.
     fn latency_ms(&self) -> f64;
 
@@ -79,17 +93,23 @@ pub fn list() -> Result<Vec<Device>, LiveError> {
     }
     devices.retain(|device| (1..=MOST_CHANNELS).contains(&device.channels));
     // Every host has its own; the first host's is the default.
-    let defaults = devices.iter_mut().filter(|device| device.is_default);
-    defaults.skip(1).for_each(|device| device.is_default = false);
+    for direction in [Direction::Output, Direction::Input] {
+        let defaults = devices.iter_mut().filter(|device| device.is_default && device.direction == direction);
+        defaults.skip(1).for_each(|device| device.is_default = false);
+    }
     if answered { Ok(devices) } else { Err(LiveError::NoHost { reason: reasons.join("; ") }) }
 }
 
-/// The device of this name, or part of a name or description that only one has; without a name the default one.
+/// The device of this direction and name, or part of a name or description that only one has; without a name the default one.
 ///
 /// # Errors
 /// There is none, or no host.
-pub fn find(name: Option<&str>) -> Result<Device, LiveError> {
-    choose(list()?, name)
+pub fn find(direction: Direction, name: Option<&str>) -> Result<Device, LiveError> {
+    let devices: Vec<Device> = list()?.into_iter().filter(|device| device.direction == direction).collect();
+    match direction {
+        Direction::Input if devices.is_empty() => Err(LiveError::NoInput),
+        _ => choose(devices, name),
+    }
 }
 
 fn choose(devices: Vec<Device>, name: Option<&str>) -> Result<Device, LiveError> {
@@ -114,17 +134,35 @@ fn choose(devices: Vec<Device>, name: Option<&str>) -> Result<Device, LiveError>
 ///
 /// # Errors
 /// The device is gone or refuses.
-pub fn play(device: &Device, pull: Pull) -> Result<Box<dyn Playing>, LiveError> {
-    let refused = |reason| LiveError::Refused { name: device.name.clone(), reason };
-    match device.host {
+pub fn play(device: &Device, pull: Pull) -> Result<Box<dyn Running>, LiveError> {
+    let running = match device.host {
         #[cfg(target_os = "linux")]
-        Host::Pulse => super::pulse::play(device, pull).map_err(refused),
+        Host::Pulse => super::pulse::play(device, pull),
         #[cfg(any(feature = "live", target_os = "macos", target_os = "windows"))]
-        Host::Card => super::card::play(device, pull).map_err(refused),
+        Host::Card => super::card::play(device, pull),
         #[allow(unreachable_patterns)]
-        _ => Err(refused("this program was built without the way to it".into())),
-    }
+        _ => Err(NO_WAY.into()),
+    };
+    running.map_err(|reason| LiveError::Refused { name: device.name.clone(), reason })
 }
+
+/// Gives `ear`, whose channels are the device's, what the device hears, at its rate.
+///
+/// # Errors
+/// The device is gone or refuses.
+pub fn listen(device: &Device, ear: Ear) -> Result<Box<dyn Running>, LiveError> {
+    let running = match device.host {
+        #[cfg(target_os = "linux")]
+        Host::Pulse => super::pulse::listen(device, ear),
+        #[cfg(any(feature = "live", target_os = "macos", target_os = "windows"))]
+        Host::Card => super::card::listen(device, ear),
+        #[allow(unreachable_patterns)]
+        _ => Err(NO_WAY.into()),
+    };
+    running.map_err(|reason| LiveError::Refused { name: device.name.clone(), reason })
+}
+
+const NO_WAY: &str = "this program was built without the way to it";
 
 #[cfg(test)]
 mod tests {
@@ -132,7 +170,8 @@ mod tests {
 
     fn device(name: &str, description: &str, is_default: bool) -> Device {
         let (name, description) = (name.into(), description.into());
-        Device { host: Host::Pulse, name, description, sample_rate: 48_000, channels: 2, is_default }
+        let (host, direction) = (Host::Pulse, Direction::Output);
+        Device { host, direction, name, description, sample_rate: 48_000, channels: 2, is_default }
     }
 
     #[test]

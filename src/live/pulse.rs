@@ -1,4 +1,5 @@
-//! Turns a [`Pull`] into sound on a PulseAudio or PipeWire server, without any library of the system's.
+//! Turns a [`Pull`] into sound on a PulseAudio or PipeWire server, and what that hears into an [`Ear`], without any library of the
+//! system's.
 
 use std::ffi::CString;
 use std::pin::Pin;
@@ -6,16 +7,20 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::executor::block_on;
-use pulseaudio::protocol::stream::BufferAttr;
-use pulseaudio::protocol::{ChannelMap, ChannelVolume, PlaybackStreamParams, SampleFormat, SampleSpec, SinkInfo};
-use pulseaudio::{Client, ClientError, PlaybackSource, PlaybackStream, protocol::ChannelPosition};
+use pulseaudio::protocol::stream::{BufferAttr, StreamFlags};
+use pulseaudio::protocol::{
+    ChannelMap, ChannelPosition, ChannelVolume, PlaybackStreamParams, RecordStreamParams, SampleFormat, SampleSpec,
+};
+use pulseaudio::{Client, ClientError, PlaybackSource, PlaybackStream, RecordStream};
 
-use super::device::Host;
+use super::device::{Direction, Host};
 use super::ring::MOST_CHANNELS;
-use super::{Device, Playing, Pull};
+use super::{Device, Ear, Pull, Running};
 
 /// What the server is asked to keep, ms.
 const TARGET_MS: u32 = 30;
+/// What the server is to hand over at a time, ms.
+const FRAGMENT_MS: u32 = 10;
 /// Frames that are converted at a time.
 const BLOCK: usize = 1024;
 const BYTES: usize = size_of::<f32>();
@@ -34,35 +39,51 @@ fn with_cause(error: &dyn std::error::Error) -> String {
     }
 }
 
-/// The server's sinks.
+/// The server's sinks and sources.
 pub fn devices() -> Result<Vec<Device>, String> {
     let client = connect()?;
-    let ask = async { Ok::<_, ClientError>((client.server_info().await?, client.list_sinks().await?)) };
-    let (server, sinks) = block_on(ask).map_err(|error| with_cause(&error))?;
-    let device = |sink: SinkInfo| {
-        let name = sink.name.to_string_lossy().into_owned();
-        Device {
-            host: Host::Pulse,
-            description: sink.description.map_or(name.clone(), |text| text.to_string_lossy().into_owned()),
-            is_default: server.default_sink_name.as_ref() == Some(&sink.name),
-            sample_rate: sink.sample_spec.sample_rate,
-            channels: sink.sample_spec.channels.into(),
-            name,
-        }
+    let ask = async {
+        Ok::<_, ClientError>((client.server_info().await?, client.list_sinks().await?, client.list_sources().await?))
     };
-    Ok(sinks.into_iter().map(device).collect())
+    let (server, sinks, sources) = block_on(ask).map_err(|error| with_cause(&error))?;
+    let device =
+        |direction, name: &CString, description: Option<CString>, spec: SampleSpec, default: Option<&CString>| {
+            let is_default = default == Some(name);
+            let name = name.to_string_lossy().into_owned();
+            Device {
+                host: Host::Pulse,
+                direction,
+                description: description.map_or(name.clone(), |text| text.to_string_lossy().into_owned()),
+                is_default,
+                sample_rate: spec.sample_rate,
+                channels: spec.channels.into(),
+                name,
+            }
+        };
+    let default = server.default_sink_name.as_ref();
+    let sinks = sinks.into_iter().map(|x| device(Direction::Output, &x.name, x.description, x.sample_spec, default));
+    let default = server.default_source_name.as_ref();
+    let sources = sources.into_iter().map(|x| device(Direction::Input, &x.name, x.description, x.sample_spec, default));
+    Ok(sinks.chain(sources).collect())
+}
+
+fn spec_of(device: &Device) -> SampleSpec {
+    SampleSpec { format: SampleFormat::Float32Le, channels: device.channels as u8, sample_rate: device.sample_rate }
+}
+
+fn bytes_per_ms(device: &Device) -> u32 {
+    (device.sample_rate * (device.channels * BYTES) as u32 / 1000).max(1)
 }
 
 /// Opens a stream on a sink.
-pub fn play(device: &Device, pull: Pull) -> Result<Box<dyn Playing>, String> {
+pub fn play(device: &Device, pull: Pull) -> Result<Box<dyn Running>, String> {
     let client = connect()?;
-    let channels = device.channels as u8;
-    let per_ms = device.sample_rate * u32::from(channels) * BYTES as u32 / 1000;
+    let per_ms = bytes_per_ms(device);
     let params = PlaybackStreamParams {
-        sample_spec: SampleSpec { format: SampleFormat::Float32Le, channels, sample_rate: device.sample_rate },
+        sample_spec: spec_of(device),
         channel_map: channel_map(device.channels),
         sink_name: Some(CString::new(device.name.as_str()).map_err(|error| error.to_string())?),
-        cvolume: Some(ChannelVolume::norm(channels)),
+        cvolume: Some(ChannelVolume::norm(device.channels as u8)),
         buffer_attr: BufferAttr {
             target_length: TARGET_MS * per_ms,
             pre_buffering: TARGET_MS * per_ms,
@@ -70,13 +91,39 @@ pub fn play(device: &Device, pull: Pull) -> Result<Box<dyn Playing>, String> {
             ..BufferAttr::default()
         },
         // The server is to keep no more than was asked for.
-        flags: pulseaudio::protocol::stream::StreamFlags { adjust_latency: true, ..Default::default() },
+        flags: StreamFlags { adjust_latency: true, ..Default::default() },
         ..PlaybackStreamParams::default()
     };
     let source = Source { pull, block: [0.0; BLOCK] };
     let stream = block_on(client.create_playback_stream(params, source)).map_err(|error| with_cause(&error))?;
-    let latency_ms = f64::from(stream.buffer_attr().target_length) / f64::from(per_ms.max(1));
+    let latency_ms = f64::from(stream.buffer_attr().target_length) / f64::from(per_ms);
     Ok(Box::new(Stream { latency_ms, stream: Some(stream), _client: client }))
+}
+
+/// Opens a stream from a source.
+pub fn listen(device: &Device, mut ear: Ear) -> Result<Box<dyn Running>, String> {
+    let client = connect()?;
+    let params = RecordStreamParams {
+        sample_spec: spec_of(device),
+        channel_map: channel_map(device.channels),
+        source_name: Some(CString::new(device.name.as_str()).map_err(|error| error.to_string())?),
+        cvolume: Some(ChannelVolume::norm(device.channels as u8)),
+        buffer_attr: BufferAttr { fragment_size: FRAGMENT_MS * bytes_per_ms(device), ..BufferAttr::default() },
+        flags: StreamFlags { adjust_latency: true, ..Default::default() },
+        ..RecordStreamParams::default()
+    };
+    // The server sends whole frames, if not always many.
+    let per_block = BLOCK / ear.channels() * ear.channels();
+    let mut block = [0.0; BLOCK];
+    let hear = move |data: &[u8]| {
+        for bytes in data.as_chunks::<BYTES>().0.chunks(per_block) {
+            let samples = &mut block[..bytes.len()];
+            samples.iter_mut().zip(bytes).for_each(|(sample, &bytes)| *sample = f32::from_le_bytes(bytes));
+            ear.hear(samples);
+        }
+    };
+    let stream = block_on(client.create_record_stream(params, hear)).map_err(|error| with_cause(&error))?;
+    Ok(Box::new(Listening { stream: Some(stream), _client: client }))
 }
 
 fn channel_map(channels: usize) -> ChannelMap {
@@ -121,7 +168,7 @@ struct Stream {
     _client: Client,
 }
 
-impl Playing for Stream {
+impl Running for Stream {
     fn latency_ms(&self) -> f64 {
         self.latency_ms
     }
@@ -132,6 +179,26 @@ impl Drop for Stream {
         if let Some(stream) = self.stream.take() {
             // What it was given last is still on its way.
             std::thread::sleep(Duration::from_secs_f64(2.0 * self.latency_ms / 1e3));
+            // A server that is gone has nothing to delete.
+            let _ = block_on(stream.delete());
+        }
+    }
+}
+
+struct Listening {
+    stream: Option<RecordStream>,
+    _client: Client,
+}
+
+impl Running for Listening {
+    fn latency_ms(&self) -> f64 {
+        FRAGMENT_MS.into()
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        if let Some(stream) = self.stream.take() {
             // A server that is gone has nothing to delete.
             let _ = block_on(stream.delete());
         }

@@ -10,10 +10,10 @@ use anyhow::{Context, Result, bail};
 use wavegen::audio::decode::decode_tail;
 use wavegen::audio::{AudioSource, Clip, SampleFormat, WavFormat};
 use wavegen::checkpoint::Checkpoint;
-use wavegen::generate::{Intervention, Options, Path as Continuation, Prompt};
-use wavegen::live::control::{HELP, RAMP_S};
+use wavegen::generate::{CONTEXT_S, Intervention, Options, Prompt};
+use wavegen::live::control::{HELP, MOST_LISTEN_S, RAMP_S};
 use wavegen::live::stream::Stats;
-use wavegen::live::{Change, Order, Report, Request};
+use wavegen::live::{Change, Order, Report, Request, Voice};
 use wavegen::plan::bands_of;
 use wavegen::sink;
 
@@ -21,13 +21,16 @@ use super::super::common::{interrupted, is_pipe, one_line};
 use super::super::engine::Loaded;
 use super::super::keys::{Asked, CLOSED, KEYS};
 use super::super::play::describe;
+use super::listening::Listening;
 use super::outlet::Outlet;
 use super::screen::Screen;
-use super::{Args, MOST_PRELUDE_S};
+use super::{Args, MOST_PRELUDE_S, song};
 
 /// How often keys, messages and the status line are looked after.
 const TICK: Duration = Duration::from_millis(20);
 const STATUS: Duration = Duration::from_millis(500);
+/// Seconds in which it falls silent to listen.
+const HUSH_S: f32 = 0.2;
 
 /// What requests have set.
 pub struct Settings {
@@ -39,7 +42,8 @@ pub struct Settings {
 /// Who waits for what.
 pub struct Pending {
     pub answer: Option<Sender<String>>,
-    pub said: String,
+    /// What is said when it is done, if anything.
+    pub said: Option<String>,
     /// Where a take goes.
     pub path: Option<PathBuf>,
 }
@@ -54,18 +58,13 @@ pub struct Desk<'a> {
     pub screen: Screen,
     pub stats: Arc<Stats>,
     pub settings: Settings,
+    pub listening: Option<Listening>,
     /// Orders that were not yet carried out.
     pub pending: VecDeque<Pending>,
     pub interventions: Vec<Intervention>,
     pub buffer_ms: f64,
     pub ended: bool,
     pub failed: Option<wavegen::generate::GenerateError>,
-}
-
-/// A song that was loaded for a change.
-struct Song {
-    name: String,
-    prompt: Prompt,
 }
 
 impl Desk<'_> {
@@ -87,6 +86,7 @@ impl Desk<'_> {
                 let _ = self.order.send(Order::Stop);
             }
             self.look_after_device();
+            self.look_after_listening();
             if shown.elapsed() > STATUS {
                 shown = Instant::now();
                 let status = self.status();
@@ -100,7 +100,7 @@ impl Desk<'_> {
         match report {
             Report::Primed => self.outlet.begin()?,
             Report::Changed(back_s) => {
-                if let Some(Pending { answer, said, .. }) = self.pending.pop_front() {
+                if let Some(Pending { answer, said: Some(said), .. }) = self.pending.pop_front() {
                     let back = if back_s > 0.0 { format!(" (from {back_s:.1} s ago)") } else { String::new() };
                     self.reply(answer, &format!("{said}{back}"));
                 }
@@ -134,6 +134,21 @@ impl Desk<'_> {
         if let Some((name, feed)) = self.outlet.reopen(self.args.device.as_deref()) {
             self.screen.note(&format!("{name}: the music goes on"));
             let _ = self.order.send(Order::Feed(feed));
+        }
+    }
+
+    fn look_after_listening(&mut self) {
+        let Some(listening) = self.listening.take() else { return };
+        let joined = match listening.is_done() {
+            Ok(true) => self.join_in(listening, None),
+            Ok(false) => {
+                self.listening = Some(listening);
+                Ok(())
+            }
+            Err(error) => self.speak_again().and(Err(error)),
+        };
+        if let Err(error) = joined {
+            self.reply(None, &format!("error: {}", one_line(&error)));
         }
     }
 
@@ -188,7 +203,6 @@ impl Desk<'_> {
 
     /// Has a request carried out; `true` to end.
     fn order(&mut self, request: Request, answer: Option<Sender<String>>) -> Result<bool> {
-        let mut path = None;
         let (order, said) = match request {
             Request::Quit => {
                 self.reply(answer, "ending");
@@ -231,54 +245,120 @@ impl Desk<'_> {
             Request::Vary(seconds) => (Order::Change(Change::Vary(seconds)), "another way".to_owned()),
             Request::Own => (Order::Change(Change::Follow(None)), "its own way".to_owned()),
             Request::Follow(file) => {
-                let Song { name, prompt } = self.load(&file)?;
+                let (name, clip) = decode(&file, MOST_PRELUDE_S)?;
+                let prompt = Prompt::new(&clip, clip.n_frames() as u64, &self.checkpoint.config.codec)?;
+                if prompt.is_silent() {
+                    bail!("{name}: is silent");
+                }
                 let bands = bands_of(&self.loaded.stream()?.plan_of(prompt.tokens())?);
                 (Order::Change(Change::Follow(Some(Arc::new(bands)))), format!("following {name}"))
             }
             Request::Prompt(file) => {
-                let Song { name, prompt } = self.load(&file)?;
-                let mut engine = self.loaded.stream()?;
-                let governed = self.args.sampling.governor.is_on();
-                let path = Continuation::new(engine.as_mut(), &self.settings.options, prompt.tokens(), governed)?;
-                self.settings.held = false;
-                (Order::Change(Change::Engine(engine, Box::new(path))), format!("playing on after {name}"))
+                let (name, clip) = decode(&file, CONTEXT_S)?;
+                let clip = song::reshaped(&clip, self.outlet.shape)?;
+                let prompt = song::prompt_after(&clip, &self.checkpoint.config.codec)?;
+                if prompt.is_silent() {
+                    bail!("{name}: its end is silent");
+                }
+                let voice = self.voice_after(&prompt)?;
+                let hushed = self.listening.take().is_some();
+                self.play(voice, hushed, format!("playing on after {name}"), answer)?;
+                return Ok(false);
             }
-            Request::Take { seconds, path: to } => {
-                path = to;
-                (Order::Take(seconds), String::new())
+            Request::Listen(seconds) => {
+                self.listen(seconds, answer)?;
+                return Ok(false);
+            }
+            Request::Take { seconds, path } => {
+                self.send(Order::Take(seconds), Pending { answer, said: None, path })?;
+                return Ok(false);
             }
         };
-        self.pending.push_back(Pending { answer, said, path });
+        self.send(order, Pending { answer, said: Some(said), path: None })?;
+        Ok(false)
+    }
+
+    fn send(&mut self, order: Order, pending: Pending) -> Result<()> {
+        self.pending.push_back(pending);
         if self.order.send(order).is_err() {
             bail!("the music has ended");
         }
-        Ok(false)
+        Ok(())
+    }
+
+    /// Falls silent and listens; where it listens already, that was enough, and it plays on from there.
+    pub fn listen(&mut self, seconds: Option<f64>, answer: Option<Sender<String>>) -> Result<()> {
+        if let Some(listening) = self.listening.take() {
+            return self.join_in(listening, answer);
+        }
+        let listening = Listening::start(self.args.source.as_deref(), seconds)?;
+        let until = match seconds {
+            Some(seconds) => format!("for {seconds} s"),
+            None => format!("until `listen` is said again (key: l), {MOST_LISTEN_S} s at most"),
+        };
+        let said = Some(format!("listening to {} {until}", listening.name));
+        self.listening = Some(listening);
+        let hush = Change::Volume { gain: 0.0, seconds: HUSH_S };
+        self.send(Order::Change(hush), Pending { answer, said, path: None })
+    }
+
+    /// Plays on from what was heard, or where that was nothing as before.
+    fn join_in(&mut self, mut listening: Listening, answer: Option<Sender<String>>) -> Result<()> {
+        match self.answer_to(&mut listening) {
+            Ok((voice, said)) => self.play(voice, true, said, answer),
+            Err(error) => self.speak_again().and(Err(error)),
+        }
+    }
+
+    /// A voice that goes on after what was heard, where that would be by the time that it is heard.
+    fn answer_to(&self, listening: &mut Listening) -> Result<(Voice, String)> {
+        let (played, since_s) = song::played(&listening.heard.clip())?;
+        let said = format!("playing on after {:.1} s of {}", played.duration_s(), listening.name);
+        let played = song::reshaped(&played, self.outlet.shape)?;
+        let mut voice = self.voice_after(&song::prompt_after(&played, &self.checkpoint.config.codec)?)?;
+        let on_the_way_ms = listening.input.latency_ms() + self.buffer_ms + self.outlet.latency_ms();
+        voice.skip(|| since_s + listening.heard.since_s() + on_the_way_ms / 1e3)?;
+        Ok((voice, said))
+    }
+
+    fn voice_after(&self, prompt: &Prompt) -> Result<Voice> {
+        let governed = self.args.sampling.governor.is_on();
+        Ok(Voice::new(self.loaded.stream()?, &self.settings.options, prompt, governed)?)
+    }
+
+    /// Changes to another voice; `hushed`: after it had fallen silent to listen.
+    fn play(&mut self, voice: Voice, hushed: bool, said: String, answer: Option<Sender<String>>) -> Result<()> {
+        self.settings.held = false;
+        let pending = Pending { answer, said: Some(said), path: None };
+        self.send(Order::Change(Change::Voice(Box::new(voice))), pending)?;
+        if !hushed {
+            return Ok(());
+        }
+        if self.settings.volume == 0.0 {
+            self.settings.volume = 1.0;
+        }
+        self.speak_again()
+    }
+
+    /// Back to the volume that was set, after listening.
+    fn speak_again(&mut self) -> Result<()> {
+        let volume = Change::Volume { gain: self.settings.volume, seconds: RAMP_S };
+        self.send(Order::Change(volume), Pending { answer: None, said: None, path: None })
     }
 
     fn change_options(&self) -> Order {
         Order::Change(Change::Options(self.settings.options))
     }
 
-    fn load(&self, file: &Path) -> Result<Song> {
-        if is_pipe(file) {
-            bail!("-: give a file");
-        }
-        let source = AudioSource::open(file)?;
-        let tail = decode_tail(&source, MOST_PRELUDE_S)?;
-        let prompt = Prompt::new(&tail, &self.checkpoint.config.codec)?;
-        if prompt.is_silent() {
-            bail!("{}: is silent", source.name());
-        }
-        Ok(Song { name: source.name().to_owned(), prompt })
-    }
-
     fn status(&self) -> String {
         let rate = f64::from(self.outlet.shape.0);
         let (underruns, _) = self.outlet.underruns();
-        let latency_ms = self.outlet.playing.as_ref().map_or(0.0, |playing| playing.latency_ms());
+        let latency_ms = self.outlet.latency_ms();
         let held = if self.settings.held { ", held" } else { "" };
+        let listening = self.listening.as_ref();
+        let listening = listening.map_or(String::new(), |of| format!(", listening {:.1} s", of.heard.seconds()));
         format!(
-            "{:.1} s, {:.1} x real time, buffer {:.0} of {:.0} ms + {latency_ms:.0}, {underruns} underruns, surprisal {:.1} bits{held}",
+            "{:.1} s, {:.1} x real time, buffer {:.0} of {:.0} ms + {latency_ms:.0}, {underruns} underruns, surprisal {:.1} bits{held}{listening}",
             self.stats.frames() as f64 / rate,
             self.stats.x_real_time(),
             1e3 * self.stats.waiting() as f64 / rate,
@@ -286,6 +366,16 @@ impl Desk<'_> {
             self.stats.surprisal_bits()
         )
     }
+}
+
+/// A file's name and its last seconds.
+fn decode(file: &Path, seconds: f64) -> Result<(String, Clip)> {
+    if is_pipe(file) {
+        bail!("-: give a file");
+    }
+    let source = AudioSource::open(file)?;
+    let tail = decode_tail(&source, seconds)?;
+    Ok((source.name().to_owned(), tail.clip))
 }
 
 /// Writes a take, without a name to `wavegen-take-N.wav`; tells where.

@@ -1,8 +1,10 @@
 //! `wavegen stream`: turns a recording, or nothing, into sound on a device for as long as anyone listens.
 
 mod desk;
+mod listening;
 mod outlet;
 mod screen;
+mod song;
 
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal};
@@ -14,13 +16,14 @@ use std::time::Instant;
 use anyhow::{Result, bail};
 use serde::Serialize;
 use wavegen::audio::decode::decode_tail;
-use wavegen::audio::{AudioSource, Clip, SampleFormat, Tail, WavFormat, resample};
+use wavegen::audio::{AudioSource, SampleFormat, WavFormat};
 use wavegen::checkpoint::Checkpoint;
-use wavegen::generate::{CONTEXT_S, Intervention, Options, Path as Continuation, Prompt};
+use wavegen::generate::{Intervention, Options, Prompt};
 use wavegen::live::clock::SimulatedClock;
+use wavegen::live::control::{LEAST_LISTEN_S, MOST_LISTEN_S};
 use wavegen::live::ring::ring;
 use wavegen::live::stream::Stats;
-use wavegen::live::{Admission, Conductor, Device, Speed, Streamer, device};
+use wavegen::live::{Admission, Change, Conductor, Device, Direction, Speed, Streamer, Voice, device};
 use wavegen::sink::{self, RawSink, Sink};
 
 use self::desk::{Desk, Settings};
@@ -42,6 +45,7 @@ use super::keys::{KEYS, Keys, Socket, read_stdin};
 Examples:
   wavegen stream song.flac                           the song, and then what the model makes of it
   wavegen stream                                     from nothing
+  wavegen stream --listen 8                          hears you play for eight seconds, and goes on
   wavegen stream song.wav --device headphones --to session.wav
   wavegen stream song.wav --no-audio --to - --format s16le | aplay -f S16_LE -r 48000 -c 2
   echo 'temperature 0.9' | wavegen stream song.wav --control -
@@ -54,6 +58,13 @@ pub struct Args {
     /// Play the recording up to this moment, seconds or M:SS, and then on [default: its end]
     #[arg(long, value_name = "MOMENT", value_parser = moment, requires = "input")]
     from: Option<f64>,
+    /// Hear what is played to a microphone, and go on from there: for so many seconds [default: until `l` or `listen`, 40 s
+    /// at most]
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, value_parser = listened, conflicts_with = "input")]
+    listen: Option<Option<f64>>,
+    /// Listen to this device: its name, or a part of it that no other has [default: the system's choice]
+    #[arg(long, value_name = "NAME")]
+    source: Option<String>,
     /// Name the sound devices and end
     #[arg(long)]
     list_devices: bool,
@@ -84,7 +95,7 @@ pub struct Args {
     /// Without a sound device: what paces it [default: simulated where --to is a pipe, which paces by itself; else real]
     #[arg(long, value_enum, requires = "no_audio")]
     clock: Option<Clock>,
-    /// End after so long, the recording included [default: never]
+    /// End after so long, the recording or the listening included [default: never]
     #[arg(long, short, value_parser = seconds)]
     seconds: Option<f64>,
     /// Take requests from lines on standard input (-) or on a Unix socket that is made at this path
@@ -146,11 +157,17 @@ pub fn run(args: &Args) -> Result<Outcome> {
     if to_stdout && io::stdout().is_terminal() {
         return Err(Usage("standard output is a terminal; give --to a file, or redirect it".into()).into());
     }
+    if args.listen.is_some() && args.clock == Some(Clock::Simulated) {
+        return Err(Usage("who is listened to takes real time; leave --clock simulated out".into()).into());
+    }
+    if args.listen.is_some() {
+        device::find(Direction::Input, args.source.as_deref())?;
+    }
     let source = args.input.as_deref().map(AudioSource::open).transpose()?;
     let source = source.map(|source| args.from.into_iter().fold(source, AudioSource::until));
     let output = match args.no_audio {
         true => None,
-        false => Some(device::find(args.device.as_deref())?),
+        false => Some(device::find(Direction::Output, args.device.as_deref())?),
     };
     let (rate, channels) = output.as_ref().map_or((args.rate, args.channels.into()), |d| (d.sample_rate, d.channels));
     let recording = args.to.as_deref().map(|path| open_recording(args, path, rate, channels)).transpose()?;
@@ -158,16 +175,17 @@ pub fn run(args: &Args) -> Result<Outcome> {
     let checkpoint = args.model.load()?;
     let loaded = args.engine.load(&checkpoint, &args.talk)?;
     let (prelude, prompt) = match &source {
-        Some(source) => listen(source, rate, channels, &checkpoint, &args.talk)?,
-        None => (Vec::new(), Prompt::silence_at(&checkpoint.config.codec, rate, fronts(channels))),
+        Some(source) => read(source, (rate, channels), &checkpoint, &args.talk)?,
+        None => (Vec::new(), Prompt::silence_at(&checkpoint.config.codec, rate, song::fronts(channels))),
     };
     let options = args.sampling.options(Options { wave: checkpoint.generation, ..Options::default() });
     let governed = args.sampling.governor.is_on();
-    let mut engine = loaded.stream()?;
-    let path = Continuation::new(engine.as_mut(), &options, prompt.tokens(), governed)?;
-    let mut conductor = Conductor::new(engine, path, &prompt)?;
+    let mut conductor = Conductor::new(Voice::new(loaded.stream()?, &options, &prompt, governed)?);
+    if args.listen.is_some() {
+        conductor.apply(Change::Volume { gain: 0.0, seconds: 0.0 })?;
+    }
 
-    let paced_by_pipe = args.no_audio && to_stdout;
+    let paced_by_pipe = args.no_audio && to_stdout && args.listen.is_none();
     let simulated = args.no_audio && args.clock.map_or(paced_by_pipe, |clock| clock == Clock::Simulated);
     let speed = Speed::measure(&mut conductor)?;
     let buffer_ms = match speed.admit(args.buffer.map(f64::from), args.seconds) {
@@ -247,13 +265,17 @@ pub fn run(args: &Args) -> Result<Outcome> {
         },
         screen,
         stats,
-        settings: Settings { options, held: false, volume: 1.0 },
+        settings: Settings { options, held: false, volume: if args.listen.is_some() { 0.0 } else { 1.0 } },
+        listening: None,
         pending: VecDeque::new(),
         interventions: Vec::new(),
         buffer_ms,
         ended: false,
         failed: None,
     };
+    if let Some(seconds) = args.listen {
+        desk.listen(seconds, None)?;
+    }
     desk.attend(&asked, &reports)?;
     // Dropping orders ends the thread where it has not ended by itself.
     let Desk { outlet, mut screen, stats, interventions, failed, order, .. } = desk;
@@ -291,9 +313,10 @@ fn list_devices(talk: &Talk) -> Result<Outcome> {
     let devices = device::list()?;
     talk.json(&devices, false)?;
     if !talk.json {
-        for Device { name, description, sample_rate, channels, is_default, .. } in &devices {
+        for Device { direction, name, description, sample_rate, channels, is_default, .. } in &devices {
             let mark = if *is_default { "*" } else { " " };
-            print(&format!("{mark} {name}: {description}, {sample_rate} Hz, {channels} channels"))?;
+            let heard = if *direction == Direction::Input { ", --source" } else { "" };
+            print(&format!("{mark} {name}: {description}, {sample_rate} Hz, {channels} channels{heard}"))?;
         }
     }
     if devices.is_empty() {
@@ -312,23 +335,14 @@ fn open_recording(args: &Args, path: &Path, rate: u32, channels: usize) -> Resul
 }
 
 /// The recording at the device's rate and channels, and its end as a prompt.
-fn listen(
-    source: &AudioSource,
-    rate: u32,
-    channels: usize,
-    checkpoint: &Checkpoint,
-    talk: &Talk,
-) -> Result<(Vec<f32>, Prompt)> {
+fn read(source: &AudioSource, shape: (u32, usize), checkpoint: &Checkpoint, talk: &Talk) -> Result<(Vec<f32>, Prompt)> {
     let tail = decode_tail(source, MOST_PRELUDE_S)?;
     report_damage(source.name(), tail.damaged_packets, &tail.warnings, talk);
     if tail.clip.n_frames() as u64 != tail.total_frames {
         talk.note(&format!("{}: only its last {MOST_PRELUDE_S:.0} s are played", source.name()));
     }
-    let clip = reshaped(&tail.clip, rate, channels)?;
-    let most = (CONTEXT_S * f64::from(rate)) as usize * channels;
-    let end = Clip { samples: clip.samples[clip.samples.len().saturating_sub(most)..].to_vec(), ..clip };
-    let prompt =
-        Prompt::new(&Tail { total_frames: end.n_frames() as u64, clip: end, ..tail }, &checkpoint.config.codec)?;
+    let clip = song::reshaped(&tail.clip, shape)?;
+    let prompt = song::prompt_after(&clip, &checkpoint.config.codec)?;
     if prompt.is_silent() {
         bail!(
             "{}: its end is silent, so there is nothing to play on; play on from before with --from, or give no file",
@@ -338,26 +352,13 @@ fn listen(
     Ok((clip.samples, prompt))
 }
 
-/// Which channels of a device carry what comes from one channel: the first two, or the only one.
-fn fronts(channels: usize) -> Vec<f32> {
-    (0..channels).map(|c| if c < 2 { 1.0 } else { 0.0 }).collect()
-}
-
-/// A clip at another rate and channel count. Mono goes to the front, all goes to mono, else channels keep their places.
-fn reshaped(clip: &Clip, rate: u32, channels: usize) -> Result<Clip> {
-    let own: Vec<Vec<f32>> = match (clip.channels, channels) {
-        (_, 1) => vec![clip.downmix()],
-        (n, _) => (0..n.min(channels)).map(|c| clip.samples.iter().skip(c).step_by(n).copied().collect()).collect(),
-    };
-    let own = own.iter().map(|x| resample(x, clip.sample_rate, rate)).collect::<Result<Vec<_>, _>>()?;
-    let n_frames = own.first().map_or(0, Vec::len);
-    let of = |c: usize| match own.len() {
-        1 if c < 2 => own.first(),
-        _ => own.get(c),
-    };
-    let places: Vec<_> = (0..channels).map(of).collect();
-    let samples = (0..n_frames).flat_map(|i| places.iter().map(move |x| x.map_or(0.0, |x| x[i]))).collect();
-    Ok(Clip { samples, channels, sample_rate: rate })
+/// Seconds of listening.
+fn listened(text: &str) -> Result<f64, String> {
+    let seconds = seconds(text)?;
+    match (LEAST_LISTEN_S..=MOST_LISTEN_S).contains(&seconds) {
+        true => Ok(seconds),
+        false => Err(format!("must lie in {LEAST_LISTEN_S} to {MOST_LISTEN_S} seconds")),
+    }
 }
 
 /// What is told at the end.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use wavegen::live::clock::RealClock;
 use wavegen::live::ring::{Counters, ring};
-use wavegen::live::{Device, Feed, Playing, Pull, device};
+use wavegen::live::{Device, Direction, Feed, Pull, Running, device};
 
 /// A device that took nothing for so long while there was something is lost.
 const LOST: Duration = Duration::from_secs(2);
@@ -21,7 +21,7 @@ pub struct Outlet {
     pub ring_frames: usize,
     /// For the device, until that begins.
     pub pull: Option<Pull>,
-    pub playing: Option<Box<dyn Playing>>,
+    pub playing: Option<Box<dyn Running>>,
     pub counters: Arc<Counters>,
     /// Underruns and missing frames of devices that are gone.
     pub before: [u64; 2],
@@ -34,6 +34,11 @@ pub struct Outlet {
 impl Outlet {
     pub fn underruns(&self) -> (u64, u64) {
         (self.before[0] + self.counters.underruns(), self.before[1] + self.counters.missing())
+    }
+
+    /// Device's own delay, ms.
+    pub fn latency_ms(&self) -> f64 {
+        self.playing.as_ref().map_or(0.0, |playing| playing.latency_ms())
     }
 
     /// The device begins.
@@ -72,7 +77,7 @@ impl Outlet {
         }
         self.lost = Some(Instant::now());
         let (sample_rate, channels) = self.shape;
-        let found = device::find(name).ok()?;
+        let found = device::find(Direction::Output, name).ok()?;
         // A server takes any rate and channels; of others only the same will do.
         let device = if found.host == device::Host::Pulse { Device { sample_rate, channels, ..found } } else { found };
         if (device.sample_rate, device.channels) != self.shape {
