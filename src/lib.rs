@@ -24,7 +24,7 @@
 //! | [`simd`] | the inner loops, for the machine's instruction set |
 //! | [`generate`] | a recording into its continuation: the loop, the prompt, the seam, treble and width, sessions |
 //! | [`sink`] | where samples go: WAV file, pipe |
-//! | [`live`] | an engine into endless sound on a device, steered while it plays |
+//! | [`live`] | an engine into endless sound on a device, steered while it plays; what a device hears into a clip |
 //! | [`corpus`] | folders of recordings into samples at one rate and level, and a manifest |
 //! | [`train`] | recordings, or a corpus, into a checkpoint |
 //! | [`cuda`] | launches of the kernels in kernels/; with the feature `cuda`, tensors into tensors on a GPU |

@@ -1,9 +1,13 @@
 //! Turns the end of a signal into a guess of what comes next, by linear prediction.
 
+use crate::audio::{AudioError, resample};
+
 /// Most coefficients of the predictor.
 const ORDER: usize = 128;
 /// Most samples that the predictor is estimated from.
 const ESTIMATE: usize = 4096;
+/// How far a resampler's filter looks ahead, with room, in samples at the lower rate.
+const FILTER_REACH: u64 = 1024;
 
 /// The next `n` samples of the signal that ends with `samples`, by Burg's linear prediction (order up to 128).
 ///
@@ -17,6 +21,20 @@ pub fn extrapolate(samples: &[f32], n: usize) -> Vec<f32> {
         signal.push(next);
     }
     signal[signal.len() - n..].iter().map(|&x| x as f32).collect()
+}
+
+/// Samples at `from` Hz at `to` Hz instead, as if they went on after their end: where they stop, the filter would see an edge, and bend
+/// the last of them.
+///
+/// # Errors
+/// Rates that cannot be resampled.
+pub fn resample_end(samples: &[f32], from: u32, to: u32) -> Result<Vec<f32>, AudioError> {
+    let (f, t) = (u64::from(from), u64::from(to));
+    let reach = (FILTER_REACH * f).div_ceil(f.min(t).max(1)) as usize;
+    let going_on = [samples, &extrapolate(samples, reach)].concat();
+    let mut resampled = resample(&going_on, from, to)?;
+    resampled.truncate((samples.len() as u64 * t).div_ceil(f.max(1)) as usize);
+    Ok(resampled)
 }
 
 /// Predictor coefficients by Burg's method (J. P. Burg, "Maximum entropy spectral analysis", 1967): the next sample is
@@ -53,6 +71,22 @@ fn burg(samples: &[f64], order: usize) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_samples_are_not_bent() {
+        for hz in [440.0, 3000.0] {
+            let sine = |i: usize, rate: f64| (0.3 * (std::f64::consts::TAU * hz * i as f64 / rate).sin()) as f32;
+            for (from, to) in [(44_100, 48_000), (48_000, 44_100), (44_100, 16_000), (8000, 48_000)] {
+                let known: Vec<f32> = (0..from as usize + 3).map(|i| sine(i, f64::from(from))).collect();
+                let resampled = resample_end(&known, from, to).unwrap();
+                assert_eq!(resampled.len(), (known.len() * to as usize).div_ceil(from as usize), "{from} to {to} Hz");
+                for (i, x) in resampled.iter().enumerate().skip(to as usize / 2) {
+                    let exact = sine(i, f64::from(to));
+                    assert!((x - exact).abs() < 3e-3, "{hz} Hz from {from} to {to} Hz, {i}: {x} for {exact}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn a_chord_rings_on_in_phase() {

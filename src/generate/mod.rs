@@ -31,6 +31,7 @@ use crate::plan::{PlanFrame, Spectrum};
 use crate::rng::{Kind, uniform};
 use crate::sampler::{PlanSampling, WaveSampling};
 
+pub use extrapolate::resample_end;
 pub use governor::{Alarm, Governor, Intervention};
 pub use join::SeamReport;
 pub use manner::{Manner, heard};

@@ -1,11 +1,11 @@
 //! Turns the end of a recording into the tokens that an engine reads, and keeps what the way back needs.
 
-use crate::audio::{Clip, level, resample};
+use crate::audio::{Clip, level};
 use crate::codec::{Codec, Token};
 use crate::metrics::rms;
 
 use super::GenerateError;
-use super::extrapolate::extrapolate;
+use super::extrapolate::resample_end;
 
 /// Seconds at the end of a recording that a model gets to hear.
 pub const CONTEXT_S: f64 = 40.0;
@@ -14,8 +14,6 @@ pub const CONTEXT_S: f64 = 40.0;
 const MOST_GAIN: f32 = 100.0;
 /// A context below this root mean square is silence and has no level.
 const SILENT_RMS: f32 = 1e-5;
-/// How far the resampler's filter looks ahead, with room, in samples at the lower rate.
-const FILTER_REACH: u64 = 1024;
 /// A downmix this much softer than the loudest channel has cancelled itself.
 const CANCELLED: f32 = 0.1;
 /// A channel is at most this much louder than the downmix.
@@ -56,12 +54,9 @@ impl Prompt {
         let start = first.next_multiple_of(grid);
         let skipped = (start - first) as usize * channels;
         let tail = Clip { samples: samples[skipped.min(samples.len())..].to_vec(), ..*end };
-        let mut native = mono_of(&tail);
+        let native = mono_of(&tail);
         let channel_gains = channel_gains(&tail, &native);
-        let n_model = (total_frames * to).div_ceil(from) - start * to / from;
-        native.extend(extrapolate(&native, filter_reach(*sample_rate, codec.sample_rate)));
-        let mut mono = resample(&native, *sample_rate, codec.sample_rate)?;
-        mono.truncate(n_model as usize);
+        let mono = resample_end(&native, *sample_rate, codec.sample_rate)?;
         let gain = gain_to_model(&mono);
         let tokens = mono.iter().map(|x| codec.encode(x * gain)).collect();
         Ok(Self { tail, mono, gain, channel_gains, model_rate: codec.sample_rate, tokens })
@@ -141,11 +136,6 @@ fn channel_gains(clip: &Clip, mono: &[f32]) -> Vec<f32> {
 /// One channel's samples.
 pub(super) fn channel(clip: &Clip, c: usize) -> Vec<f32> {
     clip.samples.iter().skip(c).step_by(clip.channels).copied().collect()
-}
-
-/// How far the resampler's filter looks ahead, in samples at the rate `from`.
-pub(super) fn filter_reach(from: u32, to: u32) -> usize {
-    (FILTER_REACH * u64::from(from)).div_ceil(u64::from(from.min(to))) as usize
 }
 
 fn gcd(a: u64, b: u64) -> u64 {

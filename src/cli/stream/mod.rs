@@ -46,6 +46,7 @@ Examples:
   wavegen stream song.flac                           the song, and then what the model makes of it
   wavegen stream                                     from nothing
   wavegen stream --listen 8                          hears you play for eight seconds, and goes on
+  while sleep 16; do echo listen 8; done | wavegen stream --listen 8 --control -    trading eights
   wavegen stream song.wav --device headphones --to session.wav
   wavegen stream song.wav --no-audio --to - --format s16le | aplay -f S16_LE -r 48000 -c 2
   echo 'temperature 0.9' | wavegen stream song.wav --control -

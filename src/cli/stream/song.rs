@@ -1,9 +1,9 @@
 //! Turns recordings, and what a microphone heard, into what a voice goes on after at a device's rate and channels.
 
 use anyhow::{Result, bail};
-use wavegen::audio::{Clip, resample};
+use wavegen::audio::Clip;
 use wavegen::codec::Codec;
-use wavegen::generate::{CONTEXT_S, GenerateError, Prompt};
+use wavegen::generate::{CONTEXT_S, GenerateError, Prompt, resample_end};
 use wavegen::metrics::{SILENCE_DB, level_db};
 
 /// Below this level nobody plays: a microphone's own noise, dBFS.
@@ -25,7 +25,7 @@ pub fn reshaped(clip: &Clip, (rate, channels): (u32, usize)) -> Result<Clip> {
         (_, 1) => vec![clip.downmix()],
         (n, _) => (0..n.min(channels)).map(|c| clip.samples.iter().skip(c).step_by(n).copied().collect()).collect(),
     };
-    let own = own.iter().map(|x| resample(x, clip.sample_rate, rate)).collect::<Result<Vec<_>, _>>()?;
+    let own = own.iter().map(|x| resample_end(x, clip.sample_rate, rate)).collect::<Result<Vec<_>, _>>()?;
     let n_frames = own.first().map_or(0, Vec::len);
     let of = |c: usize| match own.len() {
         1 if c < 2 => own.first(),
