@@ -39,7 +39,7 @@ fn strike(output: &mut [f64], on_s: f64, off_s: f64, key: i32, loudness: f64) {
     for (k, hz) in partials.take_while(|(_, hz)| *hz < 9000.0) {
         // A hammer at an eighth of the string leaves out every eighth partial; a harder blow sounds brighter.
         let position = 0.1 + (PI * f64::from(k) / 8.0).sin().abs();
-        let level = (f0 / 440.0).powf(0.7) * loudness * position * (-hz / (500.0 + 900.0 * loudness)).exp()
+        let level = (f0 / 440.0).powf(0.7) * loudness * position * (-hz / (200.0 + 400.0 * loudness)).exp()
             / f64::from(k).sqrt();
         let slow_s = sustain_s / (1.0 + hz / 2500.0);
         for (string, cents) in [-0.4, 0.5].into_iter().enumerate() {

@@ -42,6 +42,19 @@ fn noise(seconds: usize, seed: u64) -> Vec<f32> {
     (0..seconds * RATE).map(|_| 0.1 * rng.normal()).collect()
 }
 
+/// Sawtooth blips of any pitch, thirteen a second: no piano.
+fn blips(seconds: usize, seed: u64) -> Vec<f32> {
+    let mut rng = Rng::new(seed);
+    let mut blip = || {
+        let (hz, decay) = (60.0 + 2400.0 * rng.uniform(), 5.0 + 35.0 * rng.uniform());
+        (0..1200).map(move |i| {
+            let t = i as f32 / RATE as f32;
+            0.35 * (2.0 * (hz * t).fract() - 1.0) * (-decay * t).exp()
+        })
+    };
+    (0..seconds * RATE / 1200).flat_map(|_| blip()).collect()
+}
+
 fn untrained() -> Checkpoint {
     Checkpoint::untrained(ModelConfig::preset("tiny").unwrap(), 1).unwrap()
 }
@@ -228,6 +241,31 @@ fn a_recording_is_continued_by_the_model_that_was_adapted_to_it() {
         scene.wavegen(&args).assert().code(2).stderr(contains("wavegen adapt"));
         assert!(!scene.path("no.wav").exists() && !scene.path("s.bin").exists());
     }
+}
+
+#[test]
+fn who_plays_on_what_the_model_does_not_know_is_told_of_adapting() {
+    let scene = Scene::new();
+    scene.write("blips.wav", &blips(3, 1));
+    let prompt = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/prompt.wav");
+    let play = |input: &str, args: &[&str]| {
+        let all = [&["continue", input, "-o", "out.wav", "--force", "--seconds", "0.1"], args].concat();
+        let run = scene.wavegen(&all).assert().success();
+        String::from_utf8(run.get_output().stderr.clone()).unwrap()
+    };
+    let stream = ["stream", "blips.wav", "--no-audio", "--clock", "simulated", "--seconds", "3.2"];
+    let streamed = scene.wavegen(&stream).assert().success();
+    for told in [play("blips.wav", &[]), String::from_utf8_lossy(&streamed.get_output().stderr).into()] {
+        assert!(told.contains("unlike what the model 'piano' learned from") && told.contains("--adapt 30"), "{told}");
+    }
+    assert!(!play(prompt, &[]).contains("--adapt"));
+    assert!(!play("blips.wav", &["--quiet"]).contains("--adapt"));
+    // Not where it was done.
+    scene.write("blips.wav", &blips(5, 1));
+    assert!(!play("blips.wav", &["--adapt", "0.5"]).contains("unlike"));
+    let stream = ["stream", "blips.wav", "--no-audio", "--clock", "simulated", "--seconds", "5.2", "--adapt", "0.5"];
+    let told = contains("bits/frame on the tail").and(contains("s played in")).and(contains("unlike").not());
+    scene.wavegen(&stream).assert().success().stderr(told);
 }
 
 #[test]

@@ -8,6 +8,7 @@ use anyhow::Result;
 use serde::Serialize;
 use wavegen::audio::AudioSource;
 use wavegen::checkpoint::Checkpoint;
+use wavegen::generate::Prompt;
 use wavegen::train::Part;
 use wavegen::train::adapt::{AdaptEvent, AdaptSettings, Adaptation, Adapted, Verdict, adapt};
 use wavegen::train::schedule::Budget;
@@ -15,6 +16,13 @@ use wavegen::train::schedule::Budget;
 use super::Outcome;
 use super::common::{Talk, catch_interrupt, interrupted, seconds, start_threads};
 use super::train::{Store, check_output};
+
+/// The note of a checkpoint that names the recordings that it was fitted to.
+const ADAPTED_TO: &str = "adapted-to";
+/// More bits in a plan frame than in recordings of what the model knows.
+const UNFAMILIAR_BITS: f32 = 13.0;
+/// Seconds of a recording that tell.
+const TELLING_S: f64 = 2.0;
 
 /// Fit a model to recordings in seconds to minutes: a few small steps on their heads, judged by their tails
 ///
@@ -86,15 +94,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
     let settings =
         AdaptSettings { seed: args.seed, calibrate: !args.no_calibration, ..AdaptSettings::new(budget, threads) };
     catch_interrupt()?;
-    let (mut adapted, adaptation) = fit(&checkpoint, &sounds, &settings, talk)?;
-    let used = |part: &Adapted| part.verdict == Verdict::Adapted;
-    if used(&adaptation.plan) || used(&adaptation.wave) {
-        let name = |sound: &AudioSource| {
-            Path::new(sound.name()).file_name().map_or(sound.name().into(), |name| name.to_string_lossy().into_owned())
-        };
-        let names = sounds.iter().map(name).collect::<Vec<_>>().join(", ");
-        adapted.notes.insert("adapted-to".into(), names);
-    }
+    let (adapted, adaptation) = fit(&checkpoint, &sounds, &settings, talk)?;
     adapted.save(&args.output, args.store.into())?;
     let output = args.output.display().to_string();
     let how = if interrupted() { " (interrupted early, whole)" } else { "" };
@@ -104,8 +104,32 @@ pub fn run(args: &Args) -> Result<Outcome> {
     Ok(if interrupted() { Outcome::Interrupted } else { Outcome::Done })
 }
 
+/// Says how well the model knows the music of a prompt, `bits` a plan frame, and what can be done where it does not.
+pub fn judge(checkpoint: &Checkpoint, prompt: &Prompt, bits: Option<f32>, talk: &Talk) {
+    let heard_s = prompt.tokens().len() as f64 / f64::from(checkpoint.config.codec.sample_rate);
+    let Some(bits) = bits.filter(|_| heard_s >= TELLING_S) else { return };
+    talk.detail(&format!("the model finds {bits:.1} bits in a plan frame of the recording"));
+    if bits > UNFAMILIAR_BITS && !checkpoint.notes.contains_key(ADAPTED_TO) {
+        talk.note(&format!(
+            "the recording is unlike what the model '{}' learned from ({bits:.0} bits a plan frame, 4 to 12 where it knows the music); \
+             --adapt 30 fits the model to it for half a minute first",
+            checkpoint.config.name
+        ));
+    }
+}
+
+/// What `--adapt` does before a recording is played on; `None` where it was interrupted.
+pub fn fitted(checkpoint: &Checkpoint, source: &AudioSource, adapt_s: f64, talk: &Talk) -> Result<Option<Checkpoint>> {
+    catch_interrupt()?;
+    let settings = AdaptSettings::new(Budget::Time(Duration::from_secs_f64(adapt_s)), rayon::current_num_threads());
+    let (mut adapted, _) = fit(checkpoint, std::slice::from_ref(source), &settings, talk)?;
+    // Even where nothing was gained: there is no more to be had.
+    adapted.notes.entry(ADAPTED_TO.into()).or_insert_with(|| source.name().to_owned());
+    Ok((!interrupted()).then_some(adapted))
+}
+
 /// Adapts a model, shows how it goes, and tells what became of it.
-pub fn fit(
+fn fit(
     checkpoint: &Checkpoint,
     sounds: &[AudioSource],
     settings: &AdaptSettings,
@@ -133,7 +157,15 @@ pub fn fit(
         if interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     bar.finish_and_clear();
-    let (adapted, adaptation) = adapted?;
+    let (mut adapted, adaptation) = adapted?;
+    let used = |part: &Adapted| part.verdict == Verdict::Adapted;
+    if used(&adaptation.plan) || used(&adaptation.wave) {
+        let name = |sound: &AudioSource| {
+            Path::new(sound.name()).file_name().map_or(sound.name().into(), |name| name.to_string_lossy().into_owned())
+        };
+        let names = sounds.iter().map(name).collect::<Vec<_>>().join(", ");
+        adapted.notes.insert(ADAPTED_TO.into(), names);
+    }
     talk.note(&format!("{:.1} s to learn from, {:.1} s to judge by", adaptation.head_s, adaptation.tail_s));
     talk.note(&describe(Part::Plan, &adaptation.plan, &adaptation));
     talk.note(&describe(Part::Wave, &adaptation.wave, &adaptation));

@@ -95,11 +95,12 @@ pub fn run(args: &Args) -> Result<Outcome> {
     refused.summarise(talk);
     if !talk.json {
         print(&format!(
-            "{:>6} {:>6} {:>6} {:>9} {:>9} {:>11} {:>9} {:>11} {:>9}",
-            "grain", "past", "offset", "level", "plan", "recording", "tonality", "adherence", "bias"
+            "{:>6} {:>6} {:>6} {:>9} {:>9} {:>11} {:>9} {:>11} {:>9} {:>9}",
+            "grain", "past", "offset", "level", "plan", "recording", "tonality", "adherence", "bias", "louder"
         ))?;
         let chosen = tried.iter().rposition(|tried| tried.settings == best);
-        for (i, Tried { settings, plan, recordings, adherence_db, bias_db, .. }) in tried.iter().enumerate() {
+        for (i, Tried { settings, plan, recordings, adherence_db, bias_db, louder_db, .. }) in tried.iter().enumerate()
+        {
             let plan = if *plan == Follow::Own { "own" } else { "theirs" };
             let distance = recordings.map_or("-".to_owned(), |of| format!("{:.2} dB", of.distance_db));
             let tonality = recordings.map_or("-".to_owned(), |of| format!("{:+.2} dB", of.tonality_db));
@@ -109,7 +110,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
                 _ => "",
             };
             print(&format!(
-                "{:>6.2} {:>6.2} {:>6.2} {:>+6.1} dB {plan:>9} {distance:>11} {tonality:>9} {adherence_db:>8.2} dB {bias_db:>+6.2} dB{note}",
+                "{:>6.2} {:>6.2} {:>6.2} {:>+6.1} dB {plan:>9} {distance:>11} {tonality:>9} {adherence_db:>8.2} dB {bias_db:>+6.2} dB {louder_db:>+6.2} dB{note}",
                 settings.grain, settings.past, settings.offset, settings.level_db
             ))?;
         }

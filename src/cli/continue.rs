@@ -1,7 +1,6 @@
 //! `wavegen continue`: turns a recording into the same recording with more of it.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Result, bail};
 use wavegen::audio::decode::decode_tail;
@@ -9,12 +8,10 @@ use wavegen::audio::{AudioSource, Clip, SampleFormat, WavFormat, WavPrompt};
 use wavegen::checkpoint::Checkpoint;
 use wavegen::generate::{CONTEXT_S, Prompt, Recording};
 use wavegen::metrics::level_db;
-use wavegen::train::adapt::AdaptSettings;
-use wavegen::train::schedule::Budget;
 
 use super::Outcome;
-use super::adapt::fit;
-use super::common::{Usage, catch_interrupt, interrupted, moment, output_path, report_damage, seconds};
+use super::adapt::fitted;
+use super::common::{Usage, moment, output_path, report_damage, seconds};
 use super::play::{Before, PlayArgs, Start, load_session};
 
 /// Seconds at the end of a recording that tell whether it has faded out, and by how much they are softer then than what it ends with, dB.
@@ -80,12 +77,9 @@ pub fn run(args: &Args) -> Result<Outcome> {
         (None, None) => return Err(Usage("give a recording, or a session with --resume; see --help".into()).into()),
     };
     if let (Some(adapt_s), Some(source)) = (args.adapt, &source) {
-        catch_interrupt()?;
-        let budget = Budget::Time(Duration::from_secs_f64(adapt_s));
-        let settings = AdaptSettings::new(budget, rayon::current_num_threads());
-        (checkpoint, _) = fit(&checkpoint, std::slice::from_ref(source), &settings, &args.play.talk)?;
-        if interrupted() {
-            return Ok(Outcome::Interrupted);
+        match fitted(&checkpoint, source, adapt_s, &args.play.talk)? {
+            Some(adapted) => checkpoint = adapted,
+            None => return Ok(Outcome::Interrupted),
         }
     }
     args.play.play(&checkpoint, takes, start, &before, &recording)

@@ -16,6 +16,7 @@ use wavegen::generate::{Intervention, Options, Played, Player, Progress, Prompt,
 use wavegen::sink::{self, Sink};
 
 use super::Outcome;
+use super::adapt::judge;
 use super::common::{ModelArgs, SamplingArgs, Talk, Usage, catch_interrupt, interrupted, is_pipe, seconds};
 use super::engine::EngineArgs;
 
@@ -128,12 +129,17 @@ impl PlayArgs {
             };
             shared.play(take, engine.as_mut(), player, &mut follow)
         };
+        let begin = |engine: &mut dyn Engine, prompt: &Prompt| -> Result<Player> {
+            let player = Player::new(engine, prompt, &options, governed)?;
+            judge(checkpoint, prompt, player.context_bits(), talk);
+            Ok(player)
+        };
         let mut reports = Vec::new();
         if n_takes == 1 {
             for one in takes {
                 let mut engine = loaded.stream()?;
                 let player = match &start {
-                    Start::Prompt(prompt) => Player::new(engine.as_mut(), prompt, &options, governed)?,
+                    Start::Prompt(prompt) => begin(engine.as_mut(), prompt)?,
                     Start::Session(session) => session.resume(engine.as_mut())?,
                 };
                 reports.push(take(0, one, engine, player)?);
@@ -143,7 +149,7 @@ impl PlayArgs {
                 Start::Session(session) => session,
                 Start::Prompt(prompt) => {
                     let mut engine = loaded.stream()?;
-                    let player = Player::new(engine.as_mut(), &prompt, &options, governed)?;
+                    let player = begin(engine.as_mut(), &prompt)?;
                     Box::new(Session::of(&player, engine.as_mut(), recording.clone())?)
                 }
             };

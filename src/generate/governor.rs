@@ -150,6 +150,11 @@ impl Governor {
         })
     }
 
+    /// Mean surprisal of the prompt's plan frames, nats; what is usual where the prompt is too short to say.
+    pub fn prompt_surprisal(&self) -> f32 {
+        self.habits.surprisal
+    }
+
     fn frames(&self, seconds: f32) -> usize {
         ((seconds * self.frames_per_second).round() as usize).max(2)
     }

@@ -155,6 +155,11 @@ impl Path {
         }
     }
 
+    /// How surprising the context is, bits a plan frame: as the governor knows it.
+    pub fn context_bits(&self) -> Option<f32> {
+        Some(self.governor.as_ref()?.prompt_surprisal() / std::f32::consts::LN_2)
+    }
+
     /// From now on it remembers how to go back by this many frames, can go back at any time without delay, and has frames to
     /// play while it does.
     pub fn keep(&mut self, frames: u64) {

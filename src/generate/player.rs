@@ -51,6 +51,11 @@ impl Player {
         Ok(Self { seam: Seam::new(prompt)?, path: Path::new(engine, options, prompt.tokens(), governed)? })
     }
 
+    /// How surprising the context is, bits a plan frame: as the governor knows it.
+    pub fn context_bits(&self) -> Option<f32> {
+        self.path.context_bits()
+    }
+
     /// How it draws.
     pub fn options(&self) -> &Options {
         self.path.options()

@@ -50,6 +50,11 @@ impl Voice {
         self.engine.config().plan.hop as f64 / f64::from(self.codec.sample_rate)
     }
 
+    /// How surprising the prompt is, bits a plan frame: as the governor knows it.
+    pub fn context_bits(&self) -> Option<f32> {
+        self.path.context_bits()
+    }
+
     /// Appends what the next plan frame settles to `out`, interleaved.
     ///
     /// # Errors

@@ -261,7 +261,8 @@ fn adapt_to(
         let mut candidate = checkpoint.clone();
         candidate.weights.extend(best.clone());
         let play = |model: &Checkpoint| calibrate::play(model, data, &scenes, model.generation, Follow::Recording);
-        let played = FreeRun { before_db: play(checkpoint)?.0.rms_db, after_db: play(&candidate)?.0.rms_db };
+        let played =
+            FreeRun { before_db: play(checkpoint)?.adherence.rms_db, after_db: play(&candidate)?.adherence.rms_db };
         free_run = Some(played);
         if played.is_worse() {
             wave.verdict = Verdict::PlaysWorse;

@@ -1,6 +1,6 @@
-//! Fits the generation settings in free run: nearest to the recordings and as tonal as they are, with bias near 0.
+//! Fits the generation settings in free run: nearest to the recordings, as tonal and as loud as they are.
 //!
-//! Every setting is judged at its own level, the one at which nothing is louder or softer than planned: more grain is louder, and
+//! Every setting is judged at its own level, the one at which it is neither louder nor softer than planned: more grain is louder, and
 //! who fits one after the other creeps along a valley. In the end the level is fitted to plans of the model's own, by which it
 //! will play: their flicker is another than that of codebooks.
 //!
@@ -32,7 +32,7 @@ const OFFSETS: [f32; 5] = [0.0, 0.25, 0.5, 0.75, 1.0];
 const PASTS: [f32; 4] = [0.0, 0.1, 0.25, 0.5];
 /// Levels that a model may be given.
 const LEVELS_DB: std::ops::RangeInclusive<f32> = -6.0..=3.0;
-/// How often the level of a setting is corrected at most, and the bias that needs no correction.
+/// How often the level of a setting is corrected at most, and what needs no correction.
 const CORRECTIONS: usize = 2;
 const NEAR_DB: f32 = 0.1;
 
@@ -45,6 +45,8 @@ pub struct Tried {
     /// From the plan.
     pub adherence_db: f32,
     pub bias_db: f32,
+    /// How much more powerful than planned.
+    pub louder_db: f32,
     /// By their plans.
     pub recordings: Option<Compared>,
     /// The best of its pass so far.
@@ -61,16 +63,22 @@ pub struct Compared {
 }
 
 impl Tried {
-    /// What is to be small: distance, tonality gained or lost, bias left.
+    /// What is to be small: distance, tonality gained or lost, and what its level leaves: by power, where what is loud counts, and by
+    /// bands, where what is soft does too.
     pub fn error_db(&self) -> f32 {
         let compared = |Compared { distance_db, tonality_db }| distance_db.hypot(tonality_db);
-        self.recordings.map_or(0.0, compared).hypot(self.bias_db)
+        self.recordings.map_or(0.0, compared).hypot(self.bias_db).hypot(self.louder_db)
+    }
+
+    /// How much too loud it is: the level at which both are least is a dB lower for each dB of this.
+    fn excess_db(&self) -> f32 {
+        0.5 * (self.bias_db + self.louder_db)
     }
 }
 
 impl std::fmt::Display for Tried {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        let Self { settings, adherence_db, bias_db, recordings, chosen, .. } = self;
+        let Self { settings, adherence_db, bias_db, louder_db, recordings, chosen, .. } = self;
         let GenerationSettings { grain, past, offset, level_db } = settings;
         let best = if *chosen { ", best so far" } else { "" };
         let compared = |Compared { distance_db, tonality_db }| {
@@ -79,7 +87,7 @@ impl std::fmt::Display for Tried {
         let compared = recordings.map_or("own plans".to_owned(), compared);
         write!(
             f,
-            "grain {grain:.2} past {past:.2} offset {offset:.2} level {level_db:+.1} dB: {compared}, adherence {adherence_db:.2} dB, bias {bias_db:+.2} dB{best}"
+            "grain {grain:.2} past {past:.2} offset {offset:.2} level {level_db:+.1} dB: {compared}, adherence {adherence_db:.2} dB, bias {bias_db:+.2} dB, {louder_db:+.2} dB louder{best}"
         )
     }
 }
@@ -119,10 +127,10 @@ pub fn calibrate(
             let mut now = match known {
                 Some(known) => known,
                 None => at_its_level(settings, |settings| {
-                    let (adherence, compared) = play(checkpoint, data, &scenes, settings, plan)?;
+                    let Heard { adherence, louder_db, compared } = play(checkpoint, data, &scenes, settings, plan)?;
                     let Adherence { rms_db: adherence_db, bias_db } = adherence;
                     let recordings = (plan == Follow::Recording).then_some(compared);
-                    Ok(Tried { settings, plan, adherence_db, bias_db, recordings, chosen: false })
+                    Ok(Tried { settings, plan, adherence_db, bias_db, louder_db, recordings, chosen: false })
                 })?,
             };
             now.chosen = now.error_db() < least;
@@ -143,20 +151,20 @@ pub fn calibrate(
 /// The plans played, and the settings to try, given the best so far.
 type Pass<'a> = (Follow, &'a dyn Fn(GenerationSettings) -> Vec<GenerationSettings>);
 
-/// Plays at the level of `settings` and at better ones: a dB more of it is about a dB more of bias.
+/// Plays at the level of `settings` and at better ones: a dB more of it is about a dB louder.
 fn at_its_level(
     settings: GenerationSettings,
     mut play: impl FnMut(GenerationSettings) -> Result<Tried, TrainError>,
 ) -> Result<Tried, TrainError> {
     let mut best = play(settings)?;
     for _ in 0..CORRECTIONS {
-        let level_db = ((best.settings.level_db - best.bias_db) * 10.0).round() / 10.0;
+        let level_db = ((best.settings.level_db - best.excess_db()) * 10.0).round() / 10.0;
         let level_db = level_db.clamp(*LEVELS_DB.start(), *LEVELS_DB.end());
-        if best.bias_db.abs() <= NEAR_DB || level_db == best.settings.level_db {
+        if best.excess_db().abs() <= NEAR_DB || level_db == best.settings.level_db {
             break;
         }
         let now = play(GenerationSettings { level_db, ..settings })?;
-        if now.bias_db.abs() >= best.bias_db.abs() {
+        if now.excess_db().abs() >= best.excess_db().abs() {
             break;
         }
         best = now;
@@ -181,17 +189,24 @@ fn scenes(data: &Dataset, excerpts: usize) -> Result<Vec<Scene>, TrainError> {
         .collect()
 }
 
-/// Adherence, and what lies between this and the recordings, over all scenes, which are played side by side (the second says
-/// something where the plans are the recordings').
+/// How something was played, in the mean.
+pub(super) struct Heard {
+    pub adherence: Adherence,
+    louder_db: f32,
+    /// Says something where the plans are the recordings'.
+    compared: Compared,
+}
+
+/// Plays all scenes, side by side.
 pub(super) fn play(
     checkpoint: &Checkpoint,
     data: &Dataset,
     scenes: &[Scene],
     settings: GenerationSettings,
     plan: Follow,
-) -> Result<(Adherence, Compared), TrainError> {
+) -> Result<Heard, TrainError> {
     let engine = CpuEngine::new(checkpoint, &CpuOptions::default())?;
-    let results: Vec<(Adherence, Compared)> = scenes
+    let results: Vec<Heard> = scenes
         .par_iter()
         .enumerate()
         .map(|(i, scene)| {
@@ -199,14 +214,23 @@ pub(super) fn play(
             engine.set_sampling(PlanSampling::default(), settings);
             let played = scene.play(&mut engine, plan, i as u64, &data.spectrum, &data.codec)?;
             let distance_db = scene.distance_db(&played, data.codec.sample_rate);
-            Ok((played.adherence(), Compared { distance_db, tonality_db: scene.tonality_gained_db(&played) }))
+            let compared = Compared { distance_db, tonality_db: scene.tonality_gained_db(&played) };
+            let louder_db = played.louder_db(&data.spectrum)?;
+            Ok(Heard { adherence: played.adherence(), louder_db, compared })
         })
         .collect::<Result<_, TrainError>>()?;
-    let n = results.len().max(1) as f32;
-    let mean = |of: fn(&(Adherence, Compared)) -> f32| results.iter().map(of).sum::<f32>() / n;
-    let adherence = Adherence { rms_db: mean(|(a, _)| a.rms_db.powi(2)).sqrt(), bias_db: mean(|(a, _)| a.bias_db) };
-    let distance_db = mean(|(_, c)| c.distance_db.powi(2)).sqrt();
-    Ok((adherence, Compared { distance_db, tonality_db: mean(|(_, c)| c.tonality_db) }))
+    let mean = |of: fn(&Heard) -> f32| results.iter().map(of).sum::<f32>() / results.len().max(1) as f32;
+    let mean_square = |of: fn(&Heard) -> f32| {
+        (results.iter().map(|heard| of(heard).powi(2)).sum::<f32>() / results.len().max(1) as f32).sqrt()
+    };
+    Ok(Heard {
+        adherence: Adherence { rms_db: mean_square(|h| h.adherence.rms_db), bias_db: mean(|h| h.adherence.bias_db) },
+        louder_db: mean(|h| h.louder_db),
+        compared: Compared {
+            distance_db: mean_square(|h| h.compared.distance_db),
+            tonality_db: mean(|h| h.compared.tonality_db),
+        },
+    })
 }
 
 #[cfg(test)]
@@ -214,14 +238,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_settings_level_takes_the_bias_away_where_it_can() {
-        let levelled = |bias_at: &dyn Fn(f32) -> f32| {
+    fn a_settings_level_makes_it_as_loud_as_planned_where_it_can() {
+        let levelled = |excess_at: &dyn Fn(f32) -> f32| {
             let mut played = Vec::new();
             let settings = GenerationSettings { level_db: -0.4, ..GenerationSettings::default() };
             let play = |settings: GenerationSettings| {
                 played.push(settings.level_db);
-                let bias_db = bias_at(settings.level_db);
-                Ok(Tried { settings, plan: Follow::Own, adherence_db: 0.0, bias_db, recordings: None, chosen: false })
+                // Too loud where it is loud, too soft where it is soft.
+                let excess_db = excess_at(settings.level_db);
+                let (bias_db, louder_db) = (excess_db - 2.0, excess_db + 2.0);
+                let (plan, recordings) = (Follow::Own, None);
+                Ok(Tried { settings, plan, adherence_db: 0.0, bias_db, louder_db, recordings, chosen: false })
             };
             let best = at_its_level(settings, play).unwrap().settings.level_db;
             (best, played)

@@ -7,8 +7,8 @@ use super::TrainError;
 use super::dataset::{Dataset, Recording};
 use crate::codec::{Codec, Token};
 use crate::engine::{Engine, UNIFORMS_PER_SAMPLE};
-use crate::metrics::{Adherence, adherence, log_mel_distance_db, tonality_db};
-use crate::plan::{PlanFrame, Spectrum};
+use crate::metrics::{Adherence, Track, adherence, level_drift, log_mel_distance_db, tonality_db};
+use crate::plan::{PlanError, PlanFrame, Spectrum};
 use crate::rng::Rng;
 
 /// A prompt, and the plan of what comes after it.
@@ -114,8 +114,19 @@ impl Scene {
 impl Played {
     /// How far the continuation is from its plan.
     pub fn adherence(&self) -> Adherence {
+        adherence(self.continuation(), self.planned.view())
+    }
+
+    /// How much louder the continuation is than planned, dB: by its power, so what is loud counts.
+    pub fn louder_db(&self, spectrum: &Spectrum) -> Result<f32, PlanError> {
+        let per_second = spectrum.sample_rate() as f32 / spectrum.hop() as f32;
+        let heard = Track::new(self.continuation().to_owned(), spectrum)?;
+        let planned = Track::new(self.planned.clone(), spectrum)?;
+        Ok(level_drift(&heard.level_db, &planned.level_db, per_second).median_db)
+    }
+
+    fn continuation(&self) -> ArrayView2<'_, f32> {
         let first = self.heard.nrows() - self.planned.nrows();
-        let continuation: ArrayView2<f32> = self.heard.slice(s![first.., ..]);
-        adherence(continuation, self.planned.view())
+        self.heard.slice(s![first.., ..])
     }
 }

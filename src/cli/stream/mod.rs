@@ -30,6 +30,7 @@ use self::desk::{Desk, Settings};
 use self::outlet::Outlet;
 use self::screen::Screen;
 use super::Outcome;
+use super::adapt::{fitted, judge};
 use super::common::{
     ModelArgs, SamplingArgs, Talk, Usage, catch_interrupt, is_pipe, moment, print, report_damage, seconds,
 };
@@ -59,6 +60,9 @@ pub struct Args {
     /// Play the recording up to this moment, seconds or M:SS, and then on [default: its end]
     #[arg(long, value_name = "MOMENT", value_parser = moment, requires = "input")]
     from: Option<f64>,
+    /// Adapt the model to the recording for so many seconds, as `wavegen adapt` does, before it begins
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, requires = "input")]
+    adapt: Option<f64>,
     /// Hear what is played to a microphone, and go on from there: for so many seconds [default: until `l` or `listen`, 40 s
     /// at most]
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, value_parser = listened, conflicts_with = "input")]
@@ -173,15 +177,23 @@ pub fn run(args: &Args) -> Result<Outcome> {
     let (rate, channels) = output.as_ref().map_or((args.rate, args.channels.into()), |d| (d.sample_rate, d.channels));
     let recording = args.to.as_deref().map(|path| open_recording(args, path, rate, channels)).transpose()?;
 
-    let checkpoint = args.model.load()?;
-    let loaded = args.engine.load(&checkpoint, &args.talk)?;
+    let mut checkpoint = args.model.load()?;
     let (prelude, prompt) = match &source {
         Some(source) => read(source, (rate, channels), &checkpoint, &args.talk)?,
         None => (Vec::new(), Prompt::silence_at(&checkpoint.config.codec, rate, song::fronts(channels))),
     };
+    if let (Some(adapt_s), Some(source)) = (args.adapt, &source) {
+        match fitted(&checkpoint, source, adapt_s, &args.talk)? {
+            Some(adapted) => checkpoint = adapted,
+            None => return Ok(Outcome::Interrupted),
+        }
+    }
+    let loaded = args.engine.load(&checkpoint, &args.talk)?;
     let options = args.sampling.options(Options { wave: checkpoint.generation, ..Options::default() });
     let governed = args.sampling.governor.is_on();
-    let mut conductor = Conductor::new(Voice::new(loaded.stream()?, &options, &prompt, governed)?);
+    let voice = Voice::new(loaded.stream()?, &options, &prompt, governed)?;
+    judge(&checkpoint, &prompt, voice.context_bits(), &args.talk);
+    let mut conductor = Conductor::new(voice);
     if args.listen.is_some() {
         conductor.apply(Change::Volume { gain: 0.0, seconds: 0.0 })?;
     }
