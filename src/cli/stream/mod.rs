@@ -190,7 +190,8 @@ pub fn run(args: &Args) -> Result<Outcome> {
     }
     let loaded = args.engine.load(&checkpoint, &args.talk)?;
     let options = args.sampling.options(Options { wave: checkpoint.generation, ..Options::default() });
-    let governed = args.sampling.governor.is_on();
+    // What plays until somebody was listened to is not heard.
+    let governed = args.sampling.governor.is_on() && args.listen.is_none();
     let voice = Voice::new(loaded.stream()?, &options, &prompt, governed)?;
     judge(&checkpoint, &prompt, voice.context_bits(), &args.talk);
     let mut conductor = Conductor::new(voice);
