@@ -15,6 +15,7 @@ test:
 examples:
 	cargo run --release --example tokens
 	cargo run --release --example plan
+	cargo run --release --example continuation
 
 docs:
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --release
