@@ -38,7 +38,7 @@ pub use admission::{Admission, Speed};
 pub use conductor::{Change, Conductor};
 pub use control::Request;
 pub use device::{Device, Direction, LiveError, Running};
-pub use ear::{Ear, Heard, ear};
+pub use ear::{Ear, Heard};
 pub use ring::{Feed, Pull};
 pub use stream::{Order, Report, Streamer};
 pub use voice::Voice;

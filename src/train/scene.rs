@@ -130,3 +130,30 @@ impl Played {
         self.heard.slice(s![first.., ..])
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::{DB_PER_UNIT, PlanConfig};
+
+    #[test]
+    fn what_is_played_louder_than_planned_is_told_by_its_power() {
+        let spectrum = Spectrum::new(16_000, &PlanConfig::default()).unwrap();
+        // Most bands soft, a few loud: the soft ones hardly have any power.
+        let planned = Array2::from_shape_fn((48, spectrum.n_bands()), |(_, b)| if b < 8 { 0.0 } else { -4.0 });
+        let played = |loud: f32, soft: f32| {
+            let heard = Array2::from_shape_fn((60, spectrum.n_bands()), |(frame, b)| match (frame < 12, b < 8) {
+                (true, _) => 3.0,
+                (false, true) => loud,
+                (false, false) => -4.0 + soft,
+            });
+            Played { heard, planned: planned.clone(), sound: Vec::new() }
+        };
+        for (loud, soft) in [(0.0, 0.0), (0.5, 0.5), (-0.25, -0.25)] {
+            let db = played(loud, soft).louder_db(&spectrum).unwrap();
+            assert!((db - loud * DB_PER_UNIT).abs() < 0.02, "{db} for {loud} units");
+        }
+        let of = played(0.5, -0.5);
+        assert!(of.louder_db(&spectrum).unwrap() > 0.8 * 0.5 * DB_PER_UNIT && of.adherence().bias_db < 0.0);
+    }
+}

@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use wavegen::live::control::MOST_LISTEN_S;
-use wavegen::live::{Direction, Heard, Running, device, ear};
+use wavegen::live::ear::ear;
+use wavegen::live::{Direction, Heard, Running, device};
 
 /// How much longer a device may take than what it hears.
 const PATIENCE: Duration = Duration::from_secs(2);
