@@ -136,12 +136,15 @@ impl Governor {
         let samples = engine.config().codec.decode_all(last);
         let surprisals = if (last.len() / spectrum.hop()) < 2 { Vec::new() } else { engine.score_plan(last)? };
         let habits = Habits::of(&samples, &surprisals, spectrum, frames_per_second);
+        let samples = samples[samples.len().saturating_sub(spectrum.window_len())..].to_vec();
+        // The first windows still hear the prompt.
+        let asked = VecDeque::from([power_db(&spectrum.analyse_last(&samples), spectrum)?]);
         Ok(Self {
             habits,
             frames_per_second,
             heard: VecDeque::new(),
-            samples: samples[samples.len().saturating_sub(spectrum.window_len())..].to_vec(),
-            asked: VecDeque::new(),
+            samples,
+            asked,
             over_plan: 0,
             quiet: 0,
             lead: Lead::default(),
@@ -303,10 +306,14 @@ mod tests {
 
     /// A governor that has heard eight seconds of notes, and usual draws.
     fn governor() -> (Governor, Spectrum, PlanDraw) {
+        governor_after(&notes(8.0, 0.3))
+    }
+
+    fn governor_after(prompt: &[f32]) -> (Governor, Spectrum, PlanDraw) {
         let checkpoint = Checkpoint::untrained(ModelConfig::preset("tiny").unwrap(), 1).unwrap();
         let mut engine = CpuEngine::new(&checkpoint, &CpuOptions::default()).unwrap();
         let spectrum = checkpoint.spectrum().unwrap();
-        let prompt = checkpoint.config.codec.encode_all(&notes(8.0, 0.3));
+        let prompt = checkpoint.config.codec.encode_all(prompt);
         let governor = Governor::new(&mut engine, &spectrum, &prompt).unwrap();
         let usual = governor.habits.surprisal;
         (governor, spectrum, PlanDraw { surprisal: usual, entropy: usual })
@@ -326,6 +333,21 @@ mod tests {
         samples.chunks_exact(HOP).enumerate().find_map(|(i, frame)| {
             heard(&mut governor, frame, draw(usual), &spectrum).map(|alarm| (alarm, (i * HOP) as f32 / 16_000.0))
         })
+    }
+
+    #[test]
+    fn a_prompt_that_ends_loud_is_no_burst_of_what_is_soft_after_it() {
+        let notes = notes(8.2, 0.3);
+        let (mut governor, spectrum, usual) = governor_after(&notes[..8 * 16_000 + 512]);
+        let soft: Vec<f32> = (0..64 * HOP).map(|i| 0.02 * (0.1 * i as f32).sin()).collect();
+        let plan = spectrum.analyse(&soft).row(40).to_vec();
+        for (i, frame) in soft.chunks_exact(HOP).take(16).enumerate() {
+            assert_eq!(governor.hear(frame, &plan, usual, &spectrum).unwrap(), None, "frame {i}");
+        }
+        // Later as loud as the prompt's end was.
+        let loud = notes[..4 * HOP].chunks_exact(HOP);
+        let alarms: Vec<_> = loud.map(|frame| governor.hear(frame, &plan, usual, &spectrum).unwrap()).collect();
+        assert!(alarms.contains(&Some(Alarm::Burst)), "{alarms:?}");
     }
 
     #[test]
