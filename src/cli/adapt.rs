@@ -21,8 +21,8 @@ use super::train::{Store, check_output};
 const ADAPTED_TO: &str = "adapted-to";
 /// More bits in a plan frame than in recordings of what the model knows.
 const UNFAMILIAR_BITS: f32 = 13.0;
-/// Seconds of a recording that tell.
-const TELLING_S: f64 = 2.0;
+/// Seconds of a recording that tell; less is too little to adapt to.
+const TELLING_S: f64 = 4.0;
 
 /// Fit a model to recordings in seconds to minutes: a few small steps on their heads, judged by their tails
 ///

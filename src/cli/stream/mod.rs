@@ -165,6 +165,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
     if args.listen.is_some() && args.clock == Some(Clock::Simulated) {
         return Err(Usage("who is listened to takes real time; leave --clock simulated out".into()).into());
     }
+    // Refused before anything is loaded.
     if args.listen.is_some() {
         device::find(Direction::Input, args.source.as_deref())?;
     }
