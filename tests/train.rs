@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use candle_core::Device;
-use ndarray::s;
+use ndarray::{Axis, s};
 use wavegen::checkpoint::{Checkpoint, Precision};
 use wavegen::codec::Quantizer;
 use wavegen::engine::reference::ReferenceEngine;
@@ -285,7 +285,7 @@ fn one_part_can_be_trained_on_from_a_model() {
 }
 
 #[test]
-fn a_model_of_mulaw_goes_on_in_16_bits_and_with_one_codebook_more() {
+fn a_model_of_mulaw_goes_on_in_16_bits_and_with_more_and_larger_codebooks() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("one.wav");
     write_melody(&path, 8, 1);
@@ -295,6 +295,7 @@ fn a_model_of_mulaw_goes_on_in_16_bits_and_with_one_codebook_more() {
     let mut config = old.config.clone();
     config.codec.quantizer = Quantizer::Pcm16;
     config.plan.n_codebooks += 1;
+    config.plan.n_entries += 4;
     let (model, fates) = grow(&old, &config, 1).unwrap();
     assert_eq!(fates.map(|(_, fate)| fate), [Fate::Grown, Fate::Moved]);
     let second = TrainSettings {
@@ -310,11 +311,19 @@ fn a_model_of_mulaw_goes_on_in_16_bits_and_with_one_codebook_more() {
     let new = train(&second, &mut |_| ControlFlow::Continue(())).unwrap();
     assert_eq!(new.config, config);
     assert_eq!(new.quantizer.mean, old.quantizer.mean);
-    let known = old.config.plan.n_codebooks;
-    let translated = new.quantizer.books.slice(s![..known, .., ..]);
+    let (known, entries, _) = old.quantizer.books.dim();
+    let translated = new.quantizer.books.slice(s![..known, ..entries, ..]);
     assert!(
         translated != old.quantizer.books && new.quantizer.books.slice(s![known.., .., ..]).iter().any(|x| *x != 0.0)
     );
+    // After two steps a new entry still means about what the nearest old one does.
+    for (q, parents) in new.quantizer.parents(entries).enumerate().take(known) {
+        let table = new.weights[&format!("plan.{q}.embedding")].floats().into_owned();
+        for (i, parent) in parents.into_iter().enumerate() {
+            let apart = &table.index_axis(Axis(0), entries + i) - &table.index_axis(Axis(0), parent);
+            assert!(apart.iter().all(|x| x.abs() < 0.05), "codebook {q}, new entry {i}: {apart}");
+        }
+    }
     let stored = Checkpoint::load(&second.output).unwrap();
     assert_eq!((stored.config, stored.quantizer), (config, new.quantizer));
 }

@@ -64,32 +64,36 @@ impl ResidualQuantizer {
         let frames = to_fit(frames, &mut rng);
         let mean = frames.mean_axis(Axis(0)).ok_or(PlanError::NoFrames)?;
         let first = Self::new(mean, Array3::zeros((n_codebooks, n_entries, frames.ncols())))?;
-        first.fitted(0, frames, rounds, rng)
+        first.fitted((0, 0), frames, rounds, rng)
     }
 
-    /// These codebooks and others after them that add nothing, `n_codebooks` in all.
+    /// These codebooks in other sizes, without anything new in them: more entries, which are the first once more, so that none
+    /// is ever the nearest, and more codebooks after them, which add nothing.
     ///
     /// # Errors
-    /// When there are more than that.
-    pub fn padded(&self, n_codebooks: usize) -> Result<Self, PlanError> {
-        let (known, n_entries, n_bands) = self.books.dim();
-        if n_codebooks < known {
+    /// When there are more codebooks or entries than that.
+    pub fn padded(&self, n_codebooks: usize, n_entries: usize) -> Result<Self, PlanError> {
+        let (known, known_entries, n_bands) = self.books.dim();
+        if n_codebooks < known || n_entries < known_entries {
             return Err(PlanError::Codebooks { n_codebooks, n_entries });
         }
         let mut books = Array3::zeros((n_codebooks, n_entries, n_bands));
-        books.slice_mut(s![..known, .., ..]).assign(&self.books);
+        for (mut to, from) in books.outer_iter_mut().zip(self.books.outer_iter()) {
+            to.assign(&from.row(0));
+            to.slice_mut(s![..known_entries, ..]).assign(&from);
+        }
         Self::new(self.mean.clone(), books)
     }
 
-    /// These codebooks and more after them, `n_codebooks` in all: the new ones are [fitted](Self::fit) to what these leave of
-    /// frames `[n_frames, n_bands]`. So the first tokens of a frame go on to mean what they meant.
+    /// These codebooks with more entries, and more codebooks after them: the new ones are [fitted](Self::fit) to what these leave of
+    /// frames `[n_frames, n_bands]`. What there is stays, so tokens go on to mean what they meant.
     ///
     /// # Errors
-    /// When the frames are of other bands or none is finite, or fewer codebooks are asked for than there are.
+    /// When the frames are of other bands or none is finite, or fewer codebooks or entries are asked for than there are.
     pub fn refined(
         &self,
         frames: ArrayView2<f32>,
-        n_codebooks: usize,
+        (n_codebooks, n_entries): (usize, usize),
         rounds: usize,
         seed: u64,
     ) -> Result<Self, PlanError> {
@@ -101,18 +105,32 @@ impl ResidualQuantizer {
         if frames.is_empty() {
             return Err(PlanError::NoFrames);
         }
-        self.padded(n_codebooks)?.fitted(self.books.len_of(Axis(0)), frames, rounds, rng)
+        let (known, known_entries, _) = self.books.dim();
+        self.padded(n_codebooks, n_entries)?.fitted((known, known_entries), frames, rounds, rng)
     }
 
-    /// All but the first `known` codebooks, fitted to what those before them leave of `frames`.
-    fn fitted(self, known: usize, frames: Array2<f32>, rounds: usize, mut rng: Rng) -> Result<Self, PlanError> {
+    /// For each codebook, of each entry after the first `n_entries` the nearest of these.
+    pub fn parents(&self, n_entries: usize) -> impl Iterator<Item = Vec<usize>> {
+        let books = self.books.outer_iter();
+        books.map(move |book| {
+            let (older, younger) = book.split_at(Axis(0), n_entries);
+            Entries::new(older).nearest_to(younger)
+        })
+    }
+
+    /// All but the first `known` codebooks' first `known_entries`, fitted to what those before them leave of `frames`.
+    fn fitted(
+        self,
+        (known, known_entries): (usize, usize),
+        frames: Array2<f32>,
+        rounds: usize,
+        mut rng: Rng,
+    ) -> Result<Self, PlanError> {
         let Self { mean, mut books, .. } = self;
         let mut left = frames - &mean;
         for (q, mut book) in books.outer_iter_mut().enumerate() {
-            if q >= known {
-                let centres = k_means(left.view(), book.nrows(), rounds, &mut rng);
-                book.assign(&centres);
-            }
+            let kept = if q < known { known_entries } else { 0 };
+            k_means(left.view(), book.view_mut(), kept, rounds, &mut rng);
             let nearest = Entries::new(book.view()).nearest_to(left.view());
             take_away(&mut left, book.view(), &nearest);
         }
@@ -137,7 +155,7 @@ impl ResidualQuantizer {
         let mut left = &is - &self.mean;
         for (mut book, tokens) in books.outer_iter_mut().zip(tokens.columns()) {
             let chosen: Vec<usize> = tokens.iter().map(|&token| token.into()).collect();
-            move_to_means(book.view_mut(), left.view(), &chosen);
+            move_to_means(book.view_mut(), 0, left.view(), &chosen);
             take_away(&mut left, book.view(), &chosen);
         }
         Self::new(self.mean.clone(), books)
@@ -229,34 +247,60 @@ fn to_fit(frames: ArrayView2<f32>, rng: &mut Rng) -> Array2<f32> {
     frames.select(Axis(0), &choose(finite, MAX_FIT_FRAMES, rng))
 }
 
-/// Lloyd's algorithm from random frames; a centre that no frame is nearest to starts again at a random frame.
-fn k_means(frames: ArrayView2<f32>, n_centres: usize, rounds: usize, rng: &mut Rng) -> Array2<f32> {
-    let mut first = choose((0..frames.nrows()).collect(), n_centres, rng);
-    first.extend((first.len()..n_centres).map(|_| rng.below(frames.nrows())));
-    let mut centres = frames.select(Axis(0), &first);
+/// Lloyd's algorithm from random frames; a centre that no frame is nearest to starts again at a random frame. The first `kept`
+/// centres stay where they are, and the others begin at frames that are far from them (drawn by the squared distance; Arthur and Vassilvitskii, 2007).
+fn k_means(frames: ArrayView2<f32>, mut centres: ArrayViewMut2<f32>, kept: usize, rounds: usize, rng: &mut Rng) {
+    let n_new = centres.nrows() - kept;
+    if n_new == 0 {
+        return;
+    }
+    let mut first = match kept {
+        0 => choose((0..frames.nrows()).collect(), n_new, rng),
+        _ => draw_far(frames, centres.slice(s![..kept, ..]), n_new, rng),
+    };
+    first.extend((first.len()..n_new).map(|_| rng.below(frames.nrows())));
+    centres.slice_mut(s![kept.., ..]).assign(&frames.select(Axis(0), &first));
     for _ in 0..rounds {
         let nearest = Entries::new(centres.view()).nearest_to(frames);
-        for alone in move_to_means(centres.view_mut(), frames, &nearest) {
+        for alone in move_to_means(centres.view_mut(), kept, frames, &nearest) {
             centres.row_mut(alone).assign(&frames.row(rng.below(frames.nrows())));
         }
     }
-    centres
 }
 
-/// Moves each centre to the mean of its frames, `of` saying whose each frame is; gives those that have none, which stay.
-fn move_to_means(mut centres: ArrayViewMut2<f32>, frames: ArrayView2<f32>, of: &[usize]) -> Vec<usize> {
+/// `n` frames, each drawn by its squared distance from the nearest centre.
+fn draw_far(frames: ArrayView2<f32>, centres: ArrayView2<f32>, n: usize, rng: &mut Rng) -> Vec<usize> {
+    let mut left = frames.to_owned();
+    take_away(&mut left, centres, &Entries::new(centres).nearest_to(frames));
+    let sums: Vec<f64> = left
+        .outer_iter()
+        .scan(0.0, |sum, left| {
+            *sum += f64::from(left.dot(&left));
+            Some(*sum)
+        })
+        .collect();
+    let draw = |_| {
+        let place = f64::from(rng.uniform()) * sums.last().copied().unwrap_or(0.0);
+        sums.partition_point(|sum| *sum <= place).min(frames.nrows() - 1)
+    };
+    (0..n).map(draw).collect()
+}
+
+/// Moves each centre but the first `kept` to the mean of its frames, `of` saying whose each frame is; gives those that have none, which
+/// stay.
+fn move_to_means(mut centres: ArrayViewMut2<f32>, kept: usize, frames: ArrayView2<f32>, of: &[usize]) -> Vec<usize> {
     let mut sums = Array2::<f64>::zeros(centres.raw_dim());
     let mut counts = vec![0usize; centres.nrows()];
     for (frame, &centre) in frames.outer_iter().zip(of) {
         sums.row_mut(centre).zip_mut_with(&frame, |sum, &x| *sum += f64::from(x));
         counts[centre] += 1;
     }
-    for ((mut centre, sum), &count) in centres.rows_mut().into_iter().zip(sums.outer_iter()).zip(&counts) {
+    for ((mut centre, sum), &count) in centres.rows_mut().into_iter().zip(sums.outer_iter()).zip(&counts).skip(kept) {
         if count > 0 {
             centre.zip_mut_with(&sum, |x, sum| *x = (sum / count as f64) as f32);
         }
     }
-    (0..counts.len()).filter(|&centre| counts[centre] == 0).collect()
+    (kept..counts.len()).filter(|&centre| counts[centre] == 0).collect()
 }
 
 /// What is left of frames without their centres.
@@ -367,17 +411,34 @@ mod tests {
     fn more_codebooks_bring_frames_nearer_and_leave_the_first_tokens_alone() {
         let plan = frames(2000, 6);
         let coarse = ResidualQuantizer::fit(plan.view(), 2, 16, 12, 5).unwrap();
-        let fine = coarse.refined(plan.view(), 4, 12, 7).unwrap();
+        let fine = coarse.refined(plan.view(), (4, 16), 12, 7).unwrap();
         assert_eq!(fine.books.slice(s![..2, .., ..]), coarse.books);
         let [first, all] = [&coarse, &fine].map(|q| q.encode_all(plan.view()).unwrap());
         assert_eq!(all.slice(s![.., ..2]), first);
         let [before, after] = [&coarse, &fine].map(|q| rms_error(q, &plan));
         assert!(after < 0.93 * before, "{before} to {after}");
-        assert!(matches!(coarse.refined(plan.view(), 1, 12, 7), Err(PlanError::Codebooks { n_codebooks: 1, .. })));
-        let other = coarse.refined(plan.slice(s![.., ..20]), 3, 12, 7);
+        assert!(matches!(
+            coarse.refined(plan.view(), (1, 16), 12, 7),
+            Err(PlanError::Codebooks { n_codebooks: 1, .. })
+        ));
+        let other = coarse.refined(plan.slice(s![.., ..20]), (3, 16), 12, 7);
         assert_eq!(other, Err(PlanError::BandCount { expected: 24, got: 20 }));
         let not_finite = Array2::from_elem((5, 24), f32::NAN);
-        assert_eq!(coarse.refined(not_finite.view(), 3, 12, 7), Err(PlanError::NoFrames));
+        assert_eq!(coarse.refined(not_finite.view(), (3, 16), 12, 7), Err(PlanError::NoFrames));
+    }
+
+    #[test]
+    fn more_entries_bring_other_frames_nearer_and_leave_the_ones_there_are() {
+        let (known, other) = (frames(2000, 6), frames(600, 8));
+        let old = ResidualQuantizer::fit(known.view(), 3, 16, 12, 5).unwrap();
+        let both = ndarray::concatenate![Axis(0), known, other];
+        let new = old.refined(both.view(), (3, 24), 12, 7).unwrap();
+        assert_eq!(new.books.slice(s![.., ..16, ..]), old.books);
+        let [before, after] = [&old, &new].map(|q| [rms_error(q, &known), rms_error(q, &other)]);
+        assert!(after[0] < 1.02 * before[0] && after[1] < 0.7 * before[1], "{before:?} to {after:?}");
+        let padded = old.padded(3, 24).unwrap();
+        assert_eq!(padded.encode_all(both.view()).unwrap(), old.encode_all(both.view()).unwrap());
+        assert!(matches!(old.refined(both.view(), (3, 8), 12, 7), Err(PlanError::Codebooks { n_entries: 8, .. })));
     }
 
     #[test]

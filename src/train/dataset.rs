@@ -250,13 +250,13 @@ impl Dataset {
         Ok(ResidualQuantizer::fit(frames.view(), config.n_codebooks, config.n_entries, KMEANS_ROUNDS, seed)?)
     }
 
-    /// Codebooks of a model that heard the training pieces through the codec `was`, for what they sound like now, `n_codebooks` of
-    /// them.
+    /// Codebooks of a model that heard the training pieces through the codec `was`, for what they sound like now, as many and as large
+    /// as `config` says.
     pub fn refit_codebooks(
         &self,
         old: &ResidualQuantizer,
         was: &Codec,
-        n_codebooks: usize,
+        config: &PlanConfig,
         seed: u64,
     ) -> Result<ResidualQuantizer, TrainError> {
         let frames = self.frames_to_fit(&self.codec)?;
@@ -264,7 +264,7 @@ impl Dataset {
             true => old.clone(),
             false => old.translated(self.frames_to_fit(was)?.view(), frames.view())?,
         };
-        Ok(known.refined(frames.view(), n_codebooks, KMEANS_ROUNDS, seed)?)
+        Ok(known.refined(frames.view(), (config.n_codebooks, config.n_entries), KMEANS_ROUNDS, seed)?)
     }
 
     /// Exact plan frames of all training pieces as `codec` hears them, `[frames, n_bands]`.

@@ -6,13 +6,13 @@
 //! new ones zero, is smaller by `sqrt(old / new)`, which the gains of the old features make up for (but for the norm's
 //! epsilon). Heads keep their width, because the angles of their position embedding depend on it.
 
-use ndarray::{ArrayD, s};
+use ndarray::{ArrayD, Axis, s};
 
 use super::Part;
 use crate::checkpoint::{Checkpoint, Weight};
 use crate::model::config::{ConfigError, ModelConfig, PlanTransformerConfig};
 use crate::model::params::ParamsError;
-use crate::plan::{PlanConfig, PlanError};
+use crate::plan::{PlanConfig, PlanError, ResidualQuantizer};
 
 /// Why a model cannot begin from another.
 #[derive(Debug, thiserror::Error)]
@@ -44,23 +44,26 @@ pub enum Fate {
 }
 
 /// The model in the sizes of `config`: codebooks of `old`, each part kept, grown or new. New weights are a pure
-/// function of `seed`. Codebooks that `old` has not add nothing until they are [fitted](crate::plan::ResidualQuantizer::refined).
+/// function of `seed`. Codebooks that `old` has not add nothing until they are [fitted](crate::plan::ResidualQuantizer::refined); entries
+/// that it has not want to [`inherit`] as well then.
 ///
 /// # Errors
-/// When sample rate or plan differ in more than new codebooks, or the configuration does not hold together.
+/// When sample rate or plan differ in more than new codebooks and entries, or the configuration does not hold together.
 pub fn grow(old: &Checkpoint, config: &ModelConfig, seed: u64) -> Result<(Checkpoint, [(Part, Fate); 2]), GrowError> {
     config.validate()?;
     if config.codec.sample_rate != old.config.codec.sample_rate {
         return Err(GrowError::Codebooks { what: "sample rate" });
     }
-    let known = old.config.plan.n_codebooks;
-    if (PlanConfig { n_codebooks: known, ..config.plan.clone() }) != old.config.plan || config.plan.n_codebooks < known
+    let PlanConfig { n_codebooks, n_entries, .. } = old.config.plan;
+    if (PlanConfig { n_codebooks, n_entries, ..config.plan.clone() }) != old.config.plan
+        || config.plan.n_codebooks < n_codebooks
+        || config.plan.n_entries < n_entries
     {
         return Err(GrowError::Codebooks { what: "plan" });
     }
-    let refined = config.plan.n_codebooks > known;
+    let refined = config.plan != old.config.plan;
     let mut model = Checkpoint::untrained(config.clone(), seed)?;
-    model.quantizer = old.quantizer.padded(config.plan.n_codebooks)?;
+    model.quantizer = old.quantizer.padded(config.plan.n_codebooks, config.plan.n_entries)?;
     model.notes = old.notes.clone();
     let (from, to) = (&old.config.plan_transformer, &config.plan_transformer);
     let requantised = config.codec != old.config.codec;
@@ -91,6 +94,34 @@ pub fn grow(old: &Checkpoint, config: &ModelConfig, seed: u64) -> Result<(Checkp
         model.generation = old.generation;
     }
     Ok((model, [(Part::Plan, plan), (Part::Wave, wave)]))
+}
+
+/// How much less likely a new entry is than the one that it takes after, in nats.
+const YOUNGER: f32 = 2.0;
+
+/// Lets the entries of known codebooks that `old` has not, once they are fitted, mean to the plan transformer what the nearest of the
+/// old ones means.
+pub fn inherit(model: &mut Checkpoint, old: &ResidualQuantizer) {
+    let (n_codebooks, n_entries, _) = old.books.dim();
+    for (q, parents) in model.quantizer.parents(n_entries).enumerate().take(n_codebooks) {
+        let take_after = |axis: usize, less: f32| {
+            let parents = &parents;
+            move |all: &mut ArrayD<f32>| {
+                for (i, &parent) in parents.iter().enumerate() {
+                    let values = all.index_axis(Axis(axis), parent).mapv(|x| x - less);
+                    all.index_axis_mut(Axis(axis), n_entries + i).assign(&values);
+                }
+            }
+        };
+        let tensors =
+            [("embedding", 0, 0.0), ("given", 0, 0.0), ("head_out.weight", 1, 0.0), ("head_out.bias", 0, YOUNGER)];
+        for (name, axis, less) in tensors {
+            // No codebook comes after the last, so it has no table of what is given.
+            if let Some(weight) = model.weights.get_mut(&format!("plan.{q}.{name}")) {
+                weight.change(take_after(axis, less));
+            }
+        }
+    }
 }
 
 /// Why a plan transformer cannot grow into another, if it cannot.
@@ -232,6 +263,46 @@ mod tests {
         assert_eq!(silent, old.quantizer.decode(&[3, 5, 7, 9][..old.config.plan.n_codebooks]).unwrap());
         config.plan.n_codebooks = 1;
         assert!(matches!(grow(&new, &config, 1), Err(GrowError::Codebooks { what: "plan" })));
+    }
+
+    #[test]
+    fn a_new_entry_means_what_the_nearest_old_one_means() {
+        let old = tiny();
+        let mut config = old.config.clone();
+        let known = config.plan.n_entries;
+        config.plan.n_entries += 5;
+        let (mut new, fates) = grow(&old, &config, 1).unwrap();
+        assert_eq!(fates, [(Part::Plan, Fate::Grown), (Part::Wave, Fate::Kept)]);
+        // Each new entry lies beside an old one.
+        let parent = |q: usize, i: usize| (7 * i + 3 * q + 1) % known;
+        let mut books = new.quantizer.books.clone();
+        for (q, mut book) in books.outer_iter_mut().enumerate() {
+            for i in 0..5 {
+                let beside = &book.row(parent(q, i)) + 1e-3;
+                book.row_mut(known + i).assign(&beside);
+            }
+        }
+        new.quantizer = ResidualQuantizer::new(new.quantizer.mean.clone(), books).unwrap();
+        inherit(&mut new, &old.quantizer);
+
+        let (tokens, bands) = sequence(&old, 64);
+        let before = nll(&old, &(tokens.clone(), bands.clone()));
+        // What the new entries take is at most five times e^-2 of what there was.
+        let most = new.config.plan.n_codebooks as f32 * (1.0 + 5.0 * (-YOUNGER).exp()).ln();
+        for (frame, (a, b)) in before.iter().zip(&nll(&new, &(tokens.clone(), bands.clone()))).enumerate() {
+            assert!(*b >= a - 1e-4 && *b <= a + most, "frame {frame}: {a} and {b}");
+        }
+        // Heard and given, a new one does what its parent does; expected, it is less likely.
+        let n = config.plan.n_codebooks;
+        let elders: Vec<u32> = (0..64 * n).map(|i| parent(i % n, i / n % 5) as u32).collect();
+        let children: Vec<u32> = (0..64 * n).map(|i| (known + i / n % 5) as u32).collect();
+        let [a, b] = [elders, children].map(|all| {
+            let tokens = Tensor::from_vec(all, (1, 64, n), &Device::Cpu).unwrap();
+            nll(&new, &(tokens, bands.clone()))
+        });
+        for (frame, (a, b)) in a.iter().zip(&b).enumerate() {
+            assert!((a + YOUNGER * n as f32 - b).abs() < 1e-3 * a.abs().max(1.0), "frame {frame}: {a} and {b}");
+        }
     }
 
     #[test]

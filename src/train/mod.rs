@@ -195,9 +195,10 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
     let mut checkpoint = match &settings.start {
         Start::From(checkpoint) => Checkpoint::clone(checkpoint),
         Start::Refitted { model, books, was } => {
-            let n = config.plan.n_codebooks;
-            let quantizer = folder.codebooks(|| data.refit_codebooks(books, was, n, settings.seed))?;
-            Checkpoint { quantizer, ..Checkpoint::clone(model) }
+            let quantizer = folder.codebooks(|| data.refit_codebooks(books, was, &config.plan, settings.seed))?;
+            let mut grown = Checkpoint { quantizer, ..Checkpoint::clone(model) };
+            grow::inherit(&mut grown, books);
+            grown
         }
         Start::New(_) => {
             let quantizer = folder.codebooks(|| data.fit_codebooks(&config.plan, settings.seed))?;

@@ -4,10 +4,12 @@
 //! ```text
 //! cargo run --release --example render_synth -- synth/ --files 120 --seed 1
 //! ```
-//! Every file is a minute at 16 kHz, mono, 16 bits, and a pure function of the seed and its number.
+//! Every file is a minute at 16 kHz, mono, 16 bits, and a pure function of the seed and its number. With `--instruments 24` it writes as many
+//! folders of single notes instead, which `render_piano --samples` plays music on.
+mod instrument;
 
 use std::f32::consts::TAU;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::Parser;
@@ -16,16 +18,21 @@ use wavegen::audio::{SampleFormat, WavFormat};
 use wavegen::rng::Rng;
 use wavegen::sink::{Sink, WavFileSink};
 
+use instrument::{Instrument, KEY_STEP, KEYS, LAYERS};
+
 const RATE: f32 = 16_000.0;
 const LEN: usize = 60 * 16_000;
 
-/// Renders pieces of invented sounds to mono 16-bit WAV files
+/// Renders pieces of invented sounds, or notes of invented instruments, to mono 16-bit WAV files
 #[derive(Parser)]
 struct Options {
     /// Folder for the WAV files
     output: PathBuf,
     #[arg(long, default_value_t = 120)]
     files: u64,
+    /// Invent so many instruments, a folder of notes each, instead of pieces
+    #[arg(long, conflicts_with = "files")]
+    instruments: Option<u64>,
     /// Everything drawn depends on this number and the file's
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -149,8 +156,13 @@ fn music(rng: &mut Rng) -> Vec<f32> {
     out
 }
 
+/// Everything drawn for one file, or one instrument, follows from this.
+fn draws(seed: u64, number: u64) -> Rng {
+    Rng::new(seed.wrapping_mul(1_000_003).wrapping_add(number))
+}
+
 fn piece(seed: u64, number: u64) -> Vec<f32> {
-    let mut rng = Rng::new(seed.wrapping_mul(1_000_003).wrapping_add(number));
+    let mut rng = draws(seed, number);
     let rng = &mut rng;
     if rng.below(5) == 0 {
         return test_tones(rng);
@@ -174,17 +186,40 @@ fn piece(seed: u64, number: u64) -> Vec<f32> {
     out
 }
 
+fn write(path: &Path, rate: u32, samples: &[f32], force: bool) -> Result<()> {
+    let mut sink = WavFileSink::new(path, force)?;
+    sink.start(&WavFormat::new(rate, 1, SampleFormat::I16))?;
+    sink.write(samples)?;
+    sink.finish()?;
+    Ok(())
+}
+
+/// Writes the notes of an instrument, named as `render_piano` looks for them.
+fn write_instrument(folder: &Path, instrument: &Instrument, force: bool) -> Result<()> {
+    const NAMES: [&str; 12] = ["C", "Cs", "D", "Ds", "E", "F", "Fs", "G", "Gs", "A", "As", "B"];
+    std::fs::create_dir_all(folder)?;
+    for key in KEYS.step_by(KEY_STEP) {
+        for layer in 0..LAYERS {
+            let (name, octave) = (NAMES[usize::from(key % 12)], key / 12 - 1);
+            let path = folder.join(format!("{name}{octave}v{}.wav", layer + 1));
+            write(&path, instrument::RATE, &instrument.note(key, layer), force)?;
+        }
+    }
+    Ok(())
+}
+
 fn main() -> Result<()> {
-    let options = Options::parse();
-    std::fs::create_dir_all(&options.output)?;
-    (0..options.files).into_par_iter().try_for_each(|number| {
-        let path = options.output.join(format!("synth-{}-{number:04}.wav", options.seed));
-        let mut sink = WavFileSink::new(&path, options.force)?;
-        sink.start(&WavFormat::new(RATE as u32, 1, SampleFormat::I16))?;
-        sink.write(&piece(options.seed, number))?;
-        sink.finish()?;
-        Ok(())
-    })
+    let Options { output, files, instruments, seed, force } = Options::parse();
+    std::fs::create_dir_all(&output)?;
+    let path = |number: u64| output.join(format!("synth-{seed}-{number:04}"));
+    match instruments {
+        Some(n) => (0..n)
+            .into_par_iter()
+            .try_for_each(|number| write_instrument(&path(number), &Instrument::draw(&mut draws(seed, number)), force)),
+        None => (0..files).into_par_iter().try_for_each(|number| {
+            write(&path(number).with_extension("wav"), RATE as u32, &piece(seed, number), force)
+        }),
+    }
 }
 
 #[cfg(test)]
