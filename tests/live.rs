@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 use std::time::Duration;
 
+use wavegen::audio::{SampleFormat, WavFormat};
 use wavegen::checkpoint::Checkpoint;
 use wavegen::codec::{Codec, Token};
 use wavegen::engine::cpu::{CpuEngine, CpuOptions};
@@ -12,10 +13,11 @@ use wavegen::generate::{Options, Path, Prompt, Seam};
 use wavegen::live::clock::{RealClock, SimulatedClock};
 use wavegen::live::ring::ring;
 use wavegen::live::stream::Stats;
-use wavegen::live::{Change, Conductor, Order, Report, Streamer, Voice};
+use wavegen::live::{Change, Conductor, Order, Recording, Report, Streamer, Voice};
 use wavegen::model::config::{GenerationSettings, ModelConfig};
 use wavegen::plan::PlanFrame;
 use wavegen::sampler::{PlanSampling, WaveSampling};
+use wavegen::sink::{Sink, WavFileSink};
 
 type Outcome<T> = Result<T, EngineError>;
 
@@ -217,10 +219,11 @@ struct Player {
 }
 
 impl Player {
-    fn start(conductor: Conductor) -> (Self, std::thread::JoinHandle<()>, RealClock) {
+    fn start(conductor: Conductor, recording: Option<Recording>) -> (Self, std::thread::JoinHandle<()>, RealClock) {
         let (rate, channels) = conductor.shape();
         let mut streamer = streamer(conductor, 0.04, 3600.0);
         streamer.prelude.clear();
+        streamer.recording = recording;
         let (feed, pull) = ring(streamer.ring_frames(), channels, rate);
         let (order, orders) = mpsc::channel();
         let (report, told) = mpsc::channel();
@@ -264,7 +267,8 @@ fn pitch(samples: &[f32], rate: f64) -> f64 {
 #[test]
 fn requests_act_within_100_ms_of_audio_and_without_a_click() {
     let rate = 48_000.0;
-    let (player, thread, clock) = Player::start(conductor(Box::new(Tone::new(Duration::from_millis(1))), 48_000, 1));
+    let (player, thread, clock) =
+        Player::start(conductor(Box::new(Tone::new(Duration::from_millis(1))), 48_000, 1), None);
     player.play(0.4);
     let mut options = options();
     options.plan.temperature = 8.0;
@@ -297,6 +301,47 @@ fn requests_act_within_100_ms_of_audio_and_without_a_click() {
         let steepest = window.windows(2).map(|w| (w[1] - w[0]).abs()).fold(0.0, f32::max);
         assert!(steepest < 0.06, "a click of {steepest} after frame {at}");
     }
+}
+
+#[test]
+fn a_recording_and_a_take_have_what_a_musician_played_where_it_was_heard() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("both.wav");
+    let mut sink = WavFileSink::new(&path, false).unwrap();
+    sink.start(&WavFormat::new(48_000, 2, SampleFormat::F32)).unwrap();
+    let engine = || Box::new(Tone::new(Duration::ZERO));
+    let (player, thread, clock) =
+        Player::start(conductor(engine(), 48_000, 2), Some(Recording::new(Box::new(sink), false)));
+    let volume = |gain| player.change(Change::Volume { gain, seconds: 0.01 });
+    player.play(0.1);
+    player.order.send(Order::Listen).unwrap();
+    volume(0.0);
+    player.play(0.4);
+    let voice = Voice::new(engine(), &options(), &prompt(48_000, 2), false).unwrap();
+    player.change(Change::Voice(Box::new(voice)));
+    volume(1.0);
+    player.play(0.1);
+    // A tenth of a second, until a twentieth before the voice changed.
+    let heard: Vec<f32> = [0.25, -0.5].repeat(4800);
+    player.order.send(Order::Heard { samples: heard.clone(), ago_s: 0.05 }).unwrap();
+    player.play(0.1);
+    let (took, _) = player.take();
+    player.order.send(Order::Stop).unwrap();
+    thread.join().unwrap();
+    drop(clock);
+
+    let recorded = wavegen::audio::decode_file(&path).unwrap().samples;
+    assert!(recorded.len() >= took.len() && recorded[..took.len()] == took);
+    let frames: Vec<&[f32]> = recorded.chunks_exact(2).collect();
+    let first = frames.iter().position(|frame| *frame == [0.25, -0.5]).unwrap();
+    assert_eq!(recorded[2 * first..2 * first + 9600], heard);
+    let gap = &recorded[2 * (first + 4800)..2 * (first + 7200)];
+    assert!(gap.iter().all(|x| *x == 0.0) && recorded[2 * first - 2..2 * first] == [0.0; 2]);
+    // A sine from nothing on, at once.
+    let answer = &recorded[2 * (first + 7200)..2 * (first + 7300)];
+    assert!(answer[..20].iter().any(|x| *x != 0.0), "{answer:?}");
+    // Before, it played.
+    assert!(pitch(&frames[..2000].iter().map(|frame| frame[0]).collect::<Vec<_>>(), 48_000.0) > 350.0);
 }
 
 #[test]

@@ -262,8 +262,15 @@ fn plays_on_after(source: &str, amplitude: f32) -> Option<f32> {
         let power: f32 = frames.iter().skip(c).step_by(2).map(|x| x * x).sum();
         (2.0 * power / frames.len() as f32).sqrt()
     };
+    // The recording has both: silence, what was heard, silence until the request, and the answer.
     let half = 48_000;
-    assert_eq!(level(0, &made[..half]), 0.0, "it is silent while it listens");
+    let begins = made.iter().step_by(2).position(|x| x.abs() > 0.5 * amplitude).unwrap();
+    assert!(begins > 0 && made[..2 * begins.saturating_sub(2400)].iter().all(|x| x.abs() < 1e-3 * amplitude));
+    let tone = &made[2 * (begins + 4800)..2 * (begins + 62_400)];
+    let (left, right) = (level(0, tone), level(1, tone));
+    let heard = amplitude / std::f32::consts::SQRT_2;
+    assert!((left - heard).abs() < 0.02 * heard && right < 1e-3 * heard, "{source}: {left} and {right} of {heard}");
+    assert!(level(0, &made[2 * (begins + 74_400)..2 * (begins + 81_600)]) < 1e-3 * amplitude, "nobody plays then");
     let last = &made[made.len() - half..];
     let (left, right) = (level(0, last), level(1, last));
     assert!(left > 0.0 && right < 1e-3 * left, "{source}: {right} on the right, {left} on the left");

@@ -35,9 +35,10 @@ pub struct Conductor {
     /// The end of the voice that was left.
     leaving: Leaving,
     volume: Volume,
-    /// The last frames for the device, interleaved.
+    /// The last frames for the device, interleaved, and of all that there were those since the voice changed, in samples.
     played: VecDeque<f32>,
     most_played: usize,
+    since_change: usize,
     made: Vec<f32>,
     surprisal: f32,
     interventions: Vec<Intervention>,
@@ -63,6 +64,7 @@ impl Conductor {
             volume: Volume { gain: 1.0, target: 1.0, step: 1.0 },
             played: VecDeque::with_capacity(most_played),
             most_played,
+            since_change: 0,
             made: Vec::new(),
             surprisal: 0.0,
             interventions: Vec::new(),
@@ -132,6 +134,17 @@ impl Conductor {
         let surplus = (self.played.len() + interleaved.len()).saturating_sub(self.most_played);
         self.played.drain(..surplus.min(self.played.len()));
         self.played.extend(&out[first..]);
+        self.since_change += out.len() - first;
+    }
+
+    /// Adds what a musician played, interleaved, to what was played, so that it ends `ago_s` before the voice changed. Gives how many
+    /// samples have been sent since that end.
+    pub fn add(&mut self, heard: &[f32], ago_s: f64) -> usize {
+        let (sample_rate, channels) = self.shape();
+        let before = self.since_change + (ago_s.max(0.0) * f64::from(sample_rate)) as usize * channels;
+        let until = self.played.len().saturating_sub(before);
+        self.played.range_mut(..until).rev().zip(heard.iter().rev()).for_each(|(sum, x)| *sum += x);
+        before
     }
 
     /// What was played in the last `seconds`.
@@ -173,6 +186,7 @@ impl Conductor {
                     self.leaving = Leaving::of(last);
                 }
                 self.voice = *voice;
+                self.since_change = 0;
             }
         }
         Ok(0.0)

@@ -40,5 +40,5 @@ pub use control::Request;
 pub use device::{Device, Direction, LiveError, Running};
 pub use ear::{Ear, Heard};
 pub use ring::{Feed, Pull};
-pub use stream::{Order, Report, Streamer};
+pub use stream::{Order, Recording, Report, Streamer};
 pub use voice::Voice;

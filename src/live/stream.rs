@@ -28,11 +28,15 @@ pub enum Order {
     Take(f64),
     /// A new device was opened.
     Feed(Feed),
+    /// A musician is listened to, whom the recording is to hear too: it waits for [`Order::Heard`].
+    Listen,
+    /// What was heard, interleaved, until so many seconds before the last change of voice; nothing if it was nothing.
+    Heard { samples: Vec<f32>, ago_s: f64 },
     /// End.
     Stop,
 }
 
-/// What the thread tells, one for each order but [`Order::Feed`], and more.
+/// What the thread tells, one for each [`Order::Change`] and [`Order::Take`], and more.
 pub enum Report {
     /// The ring is full for the first time: the device may begin.
     Primed,
@@ -83,13 +87,64 @@ impl Stats {
     }
 }
 
+/// A copy of all that is played, and of what a musician played in between.
+pub struct Recording {
+    sink: Box<dyn Sink>,
+    is_live: bool,
+    /// What cannot be written before it is known what was heard meanwhile, interleaved.
+    waiting: Option<Vec<f32>>,
+}
+
+impl Recording {
+    /// Records to a sink that has been started; `is_live`: somebody hears it as it is written, so it waits for nothing and has only what
+    /// is played.
+    pub fn new(sink: Box<dyn Sink>, is_live: bool) -> Self {
+        Self { sink, is_live, waiting: None }
+    }
+
+    fn write(&mut self, interleaved: &[f32]) -> Result<(), AudioError> {
+        match &mut self.waiting {
+            Some(waiting) => waiting.extend_from_slice(interleaved),
+            None => self.sink.write(interleaved)?,
+        }
+        Ok(())
+    }
+
+    fn wait(&mut self) {
+        if !self.is_live {
+            self.waiting.get_or_insert_default();
+        }
+    }
+
+    /// Adds to what waits so that it ends `before` samples before the end.
+    fn add(&mut self, samples: &[f32], before: usize) {
+        if let Some(waiting) = &mut self.waiting {
+            let until = waiting.len().saturating_sub(before);
+            waiting[..until].iter_mut().rev().zip(samples.iter().rev()).for_each(|(sum, x)| *sum += x);
+        }
+    }
+
+    /// Writes what waits.
+    fn go_on(&mut self) -> Result<(), AudioError> {
+        match self.waiting.take() {
+            Some(waiting) => self.sink.write(&waiting),
+            None => Ok(()),
+        }
+    }
+
+    fn finish(mut self) -> Result<(), AudioError> {
+        let written = self.go_on();
+        self.sink.finish().and(written)
+    }
+}
+
 /// All that the thread needs.
 pub struct Streamer {
     pub conductor: Conductor,
     /// Played first, at the conductor's rate and channels.
     pub prelude: Vec<f32>,
     /// Where a copy of all that is played goes; has been started.
-    pub recording: Option<Box<dyn Sink>>,
+    pub recording: Option<Recording>,
     /// Frames that the ring is kept filled with.
     pub target: usize,
     /// Ends by itself after so many frames.
@@ -185,6 +240,18 @@ impl Streamer {
         match order {
             Order::Change(change) => tell(Report::Changed(self.conductor.apply(change)?)),
             Order::Take(seconds) => tell(Report::Took(self.conductor.take(seconds))),
+            Order::Listen => {
+                if let Some(recording) = &mut self.recording {
+                    recording.wait();
+                }
+            }
+            Order::Heard { samples, ago_s } => {
+                let before = self.conductor.add(&samples, ago_s);
+                if let Some(recording) = &mut self.recording {
+                    recording.add(&samples, before);
+                    self.keep(Recording::go_on, tell);
+                }
+            }
             Order::Feed(_) | Order::Stop => {}
         }
         Ok(())
@@ -236,12 +303,17 @@ impl Streamer {
     }
 
     fn record(&mut self, interleaved: &[f32], tell: &dyn Fn(Report)) {
+        self.keep(|recording| recording.write(interleaved), tell);
+    }
+
+    /// Does something to the recording, which ends where it cannot be done.
+    fn keep(&mut self, write: impl FnOnce(&mut Recording) -> Result<(), AudioError>, tell: &dyn Fn(Report)) {
         if let Some(recording) = &mut self.recording
-            && let Err(error) = recording.write(interleaved)
+            && let Err(error) = write(recording)
         {
             tell(Report::NotRecorded(error));
             // What there is stays readable.
-            if let Some(Err(error)) = self.recording.take().map(|mut recording| recording.finish()) {
+            if let Some(Err(error)) = self.recording.take().map(Recording::finish) {
                 tell(Report::NotRecorded(error));
             }
         }
@@ -277,7 +349,7 @@ impl Streamer {
             }
         }
         state.feed.end();
-        if let Some(Err(error)) = self.recording.take().map(|mut recording| recording.finish()) {
+        if let Some(Err(error)) = self.recording.take().map(Recording::finish) {
             tell(Report::NotRecorded(error));
         }
     }

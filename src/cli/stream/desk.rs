@@ -145,7 +145,7 @@ impl Desk<'_> {
                 self.listening = Some(listening);
                 Ok(())
             }
-            Err(error) => self.speak_again().and(Err(error)),
+            Err(error) => self.speak_again(None).and(Err(error)),
         };
         if let Err(error) = joined {
             self.reply(None, &format!("error: {}", one_line(&error)));
@@ -261,8 +261,10 @@ impl Desk<'_> {
                     bail!("{name}: its end is silent");
                 }
                 let voice = self.voice_after(&prompt)?;
-                let hushed = self.listening.take().is_some();
-                self.play(voice, hushed, format!("playing on after {name}"), answer)?;
+                self.play(voice, format!("playing on after {name}"), answer)?;
+                if self.listening.take().is_some() {
+                    self.speak_again(None)?;
+                }
                 return Ok(false);
             }
             Request::Listen(seconds) => {
@@ -298,27 +300,35 @@ impl Desk<'_> {
         };
         let said = Some(format!("listening to {} {until}", listening.name));
         self.listening = Some(listening);
+        // Where the music has ended, the next order says so.
+        let _ = self.order.send(Order::Listen);
         let hush = Change::Volume { gain: 0.0, seconds: HUSH_S };
         self.send(Order::Change(hush), Pending { answer, said, path: None })
     }
 
     /// Plays on from what was heard, or where that was nothing as before.
-    fn join_in(&mut self, mut listening: Listening, answer: Option<Sender<String>>) -> Result<()> {
-        match self.answer_to(&mut listening) {
-            Ok((voice, said)) => self.play(voice, true, said, answer),
-            Err(error) => self.speak_again().and(Err(error)),
+    fn join_in(&mut self, listening: Listening, answer: Option<Sender<String>>) -> Result<()> {
+        match self.answer_to(listening) {
+            Ok((voice, said, heard)) => {
+                self.play(voice, said, answer)?;
+                self.speak_again(Some(heard))
+            }
+            Err(error) => self.speak_again(None).and(Err(error)),
         }
     }
 
-    /// A voice that goes on after what was heard, where that would be by the time that it is heard.
-    fn answer_to(&self, listening: &mut Listening) -> Result<(Voice, String)> {
-        let (played, since_s) = song::played(&listening.heard.clip())?;
+    /// A voice that goes on after what was heard, where that would be by the time that it is heard; what is said of it, and what was heard
+    /// and how long before.
+    fn answer_to(&self, mut listening: Listening) -> Result<(Voice, String, (Clip, f64))> {
+        let heard = listening.heard.clip();
+        let (played, since_s) = song::played(&heard)?;
         let said = format!("playing on after {:.1} s of {}", played.duration_s(), listening.name);
         let played = song::reshaped(&played, self.outlet.shape)?;
         let mut voice = self.voice_after(&song::prompt_after(&played, &self.checkpoint.config.codec)?)?;
         let on_the_way_ms = listening.input.latency_ms() + self.buffer_ms + self.outlet.latency_ms();
-        voice.skip(|| since_s + listening.heard.since_s() + on_the_way_ms / 1e3)?;
-        Ok((voice, said))
+        let ago_s = || listening.heard.since_s() + on_the_way_ms / 1e3;
+        voice.skip(|| since_s + ago_s())?;
+        Ok((voice, said, (heard, ago_s())))
     }
 
     fn voice_after(&self, prompt: &Prompt) -> Result<Voice> {
@@ -326,24 +336,26 @@ impl Desk<'_> {
         Ok(Voice::new(self.loaded.stream()?, &self.settings.options, prompt, governed)?)
     }
 
-    /// Changes to another voice; `hushed`: after it had fallen silent to listen.
-    fn play(&mut self, voice: Voice, hushed: bool, said: String, answer: Option<Sender<String>>) -> Result<()> {
+    /// Changes to another voice.
+    fn play(&mut self, voice: Voice, said: String, answer: Option<Sender<String>>) -> Result<()> {
         self.settings.held = false;
         let pending = Pending { answer, said: Some(said), path: None };
-        self.send(Order::Change(Change::Voice(Box::new(voice))), pending)?;
-        if !hushed {
-            return Ok(());
-        }
-        if self.settings.volume == 0.0 {
-            self.settings.volume = 1.0;
-        }
-        self.speak_again()
+        self.send(Order::Change(Change::Voice(Box::new(voice))), pending)
     }
 
-    /// Back to the volume that was set, after listening.
-    fn speak_again(&mut self) -> Result<()> {
+    /// Back to the volume that was set, after listening; what was heard, and how long before the voice changed, is recorded.
+    fn speak_again(&mut self, heard: Option<(Clip, f64)>) -> Result<()> {
+        if heard.is_some() && self.settings.volume == 0.0 {
+            self.settings.volume = 1.0;
+        }
         let volume = Change::Volume { gain: self.settings.volume, seconds: RAMP_S };
-        self.send(Order::Change(volume), Pending { answer: None, said: None, path: None })
+        self.send(Order::Change(volume), Pending { answer: None, said: None, path: None })?;
+        let (samples, ago_s) = match heard {
+            Some((clip, ago_s)) => (song::reshaped(&clip, self.outlet.shape)?.samples, ago_s),
+            None => (Vec::new(), 0.0),
+        };
+        let _ = self.order.send(Order::Heard { samples, ago_s });
+        Ok(())
     }
 
     fn change_options(&self) -> Order {

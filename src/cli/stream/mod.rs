@@ -23,7 +23,7 @@ use wavegen::live::clock::SimulatedClock;
 use wavegen::live::control::{LEAST_LISTEN_S, MOST_LISTEN_S};
 use wavegen::live::ring::ring;
 use wavegen::live::stream::Stats;
-use wavegen::live::{Admission, Change, Conductor, Device, Direction, Speed, Streamer, Voice, device};
+use wavegen::live::{Admission, Change, Conductor, Device, Direction, Recording, Speed, Streamer, Voice, device};
 use wavegen::sink::{self, RawSink, Sink};
 
 use self::desk::{Desk, Settings};
@@ -79,7 +79,7 @@ pub struct Args {
     /// Sound that is kept ready, ms [default: what the machine needs]
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(5..=600_000))]
     buffer: Option<u32>,
-    /// Record what is played; - for standard output
+    /// Record what is played, and what was heard in between; - for standard output, what is played, as it is played
     #[arg(long, value_name = "FILE")]
     to: Option<PathBuf>,
     /// Samples of --to: WAV with u8, i16, i24, i32, f32 or f64; bare s16le or f32le [default: i16]
@@ -340,13 +340,13 @@ fn list_devices(talk: &Talk) -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-fn open_recording(args: &Args, path: &Path, rate: u32, channels: usize) -> Result<Box<dyn Sink>> {
+fn open_recording(args: &Args, path: &Path, rate: u32, channels: usize) -> Result<Recording> {
     let (mut sink, format): (Box<dyn Sink>, _) = match args.format.unwrap_or(Recorded::Wav(SampleFormat::I16)) {
         Recorded::Wav(format) => (sink::open(path, args.force)?, format),
         Recorded::Raw(format) => (Box::new(RawSink::open(path, format, args.force)?), format),
     };
     sink.start(&WavFormat::new(rate, channels, format))?;
-    Ok(sink)
+    Ok(Recording::new(sink, is_pipe(path)))
 }
 
 /// The recording at the device's rate and channels, and its end as a prompt.
