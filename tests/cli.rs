@@ -342,6 +342,8 @@ fn sessions_that_do_not_fit_are_refused() {
     scene.refuses(scene.play_on(&["--resume", "s.bin", "--format", "i16"]), 2, "--format");
     scene.refuses(scene.play_on(&["in.wav", "-o", "out.wav", "--save-session", "s.bin"]), 1, "s.bin: already exists");
     scene.refuses(scene.play_on(&["in.wav", "-o", "out.wav", "--save-session", "no/s.bin"]), 1, "no/s.bin");
+    let both = "./out.wav: cannot be both the audio and the session";
+    scene.refuses(scene.play_on(&["in.wav", "-o", "out.wav", "--save-session", "./out.wav"]), 2, both);
 }
 
 #[test]
@@ -646,6 +648,17 @@ fn training_grows_a_model_and_says_what_begins_anew() {
     let anew = contains("warning: the wave transformer begins anew").and(contains("--part wave"));
     train("b.safetensors", "both.toml").assert().success().stderr(grows.and(anew));
     scene.refuses(train("c.safetensors", "other.toml"), 2, "codebooks");
+    // Nothing is trained for hours that cannot be kept, and a run goes on only from what it began with.
+    scene.refuses(train("c.training", "plan.toml"), 2, "c.training: is the name of a folder");
+    scene.refuses(train("new/", "plan.toml"), 2, "new/: is the name of a folder");
+    scene.refuses(train(".", "plan.toml"), 2, ".: is the name of a folder");
+    let mut same = train("tiny.safetensors", "plan.toml");
+    same.arg("--force");
+    scene.refuses(same, 2, "tiny.safetensors: is --init too");
+    // An unfinished run beside a model is no leave to write over that.
+    std::fs::create_dir(scene.path("a.training")).unwrap();
+    let adapt = ["adapt", "in.wav", "-o", "a.safetensors", "--model", "tiny.safetensors", "--steps", "1"];
+    scene.refuses(scene.wavegen(&adapt), 1, "a.safetensors: already exists");
 }
 
 #[test]

@@ -220,10 +220,14 @@ struct Player {
 
 impl Player {
     fn start(conductor: Conductor, recording: Option<Recording>) -> (Self, std::thread::JoinHandle<()>, RealClock) {
-        let (rate, channels) = conductor.shape();
         let mut streamer = streamer(conductor, 0.04, 3600.0);
         streamer.prelude.clear();
         streamer.recording = recording;
+        Self::of(streamer)
+    }
+
+    fn of(streamer: Streamer) -> (Self, std::thread::JoinHandle<()>, RealClock) {
+        let (rate, channels) = streamer.conductor.shape();
         let (feed, pull) = ring(streamer.ring_frames(), channels, rate);
         let (order, orders) = mpsc::channel();
         let (report, told) = mpsc::channel();
@@ -402,6 +406,41 @@ fn another_voice_has_its_own_level_and_balance_and_comes_without_a_click() {
 }
 
 #[test]
+fn another_voice_comes_instead_of_the_rest_of_the_recording_without_a_click() {
+    let engine = || Box::new(Tone::new(Duration::ZERO));
+    let mut streamer = streamer(conductor(engine(), 48_000, 1), 0.04, 3600.0);
+    let hum = |i: u32| 0.3 * (f64::from(i) / 48_000.0 * 100.0 * std::f64::consts::TAU).sin();
+    streamer.prelude = (0..480_000).map(|i| hum(i) as f32).collect();
+    let (player, thread, clock) = Player::of(streamer);
+    player.play(0.2);
+    let voice = Voice::new(engine(), &options(), &prompt(48_000, 1), false).unwrap();
+    let changed = player.change(Change::Voice(Box::new(voice))) as usize;
+    player.play(0.3);
+    let (heard, _) = player.take();
+    player.order.send(Order::Stop).unwrap();
+    thread.join().unwrap();
+    drop(clock);
+    assert!((pitch(&heard[..changed], 48_000.0) - 100.0).abs() < 15.0);
+    assert!((pitch(&heard[changed + 2400..changed + 7200], 48_000.0) - 400.0).abs() < 15.0);
+    // Both sines of 0.3, the faster moving by 0.0157 a frame at most.
+    let around = &heard[changed - 960..changed + 4800];
+    let steepest = around.windows(2).map(|w| (w[1] - w[0]).abs()).fold(0.0, f32::max);
+    assert!(steepest < 0.02, "a click of {steepest}");
+}
+
+#[test]
+fn a_fade_of_ten_minutes_takes_ten_minutes() {
+    let mut conductor = conductor(Box::new(Tone::new(Duration::ZERO)), 192_000, 1);
+    conductor.apply(Change::Volume { gain: 0.0, seconds: 600.0 }).unwrap();
+    let mut out = Vec::new();
+    conductor.send(&vec![1.0; 60 * 192_000], &mut out);
+    for (second, expected) in [(0, 1.0), (30, 0.95), (60, 0.9)] {
+        let x = out[(second * 192_000usize).saturating_sub(1)];
+        assert!((x - expected).abs() < 1e-4, "{x} after {second} s");
+    }
+}
+
+#[test]
 fn who_joins_in_later_plays_what_is_due_then() {
     let prompt = Prompt::silence_at(&Codec::default(), 48_000, vec![1.0]);
     let play = |voice: &mut Voice, n: usize| {
@@ -423,9 +462,9 @@ fn who_joins_in_later_plays_what_is_due_then() {
     let mut late = voice();
     late.skip(due).unwrap();
     assert_eq!(play(&mut late, 9600), whole[28_800..28_800 + 9600]);
-    // What never catches up gives up after four seconds of music.
+    // What never catches up gives up after twelve seconds of music, four more than it knew of.
     let mut never = voice();
     never.skip(|| f64::INFINITY).unwrap();
-    let longer = play(&mut voice(), 5 * 48_000);
-    assert_eq!(play(&mut never, 4800), longer[4 * 48_000..4 * 48_000 + 4800]);
+    let longer = play(&mut voice(), 13 * 48_000);
+    assert_eq!(play(&mut never, 4800), longer[12 * 48_000..12 * 48_000 + 4800]);
 }

@@ -297,11 +297,43 @@ fn it_plays_on_from_what_alsa_heard() {
 #[test]
 fn who_plays_nothing_is_told_and_the_music_stays_as_it_is() {
     let Some(scene) = Scene::with_sink(44_100, 2) else { return };
-    let mut run = Run::start(scene.stream(&["--listen", "0.5", "--source", "null.mon", "--seconds", "4"]));
+    let record = ["--to", "made.raw", "--format", "f32le", "--governor", "off", "--control", "-"];
+    let mut command = scene.stream(&[&record[..], &["--listen", "0.5", "--source", "null.mon"]].concat());
+    command.stdin(Stdio::piped());
+    let mut run = Run::start(command);
     run.hears("listening to Monitor of Null Output for 0.5 s");
     run.hears("error: nothing was played in 0.5 s (-120 dBFS at most); is it the right --source");
+    // However often it listens, no connection to the server stays behind.
+    let open = |run: &Run| std::fs::read_dir(format!("/proc/{}/fd", run.child.id())).unwrap().count();
+    let before = open(&run);
+    for _ in 0..8 {
+        run.says("listen 0.1");
+        run.hears("listening to");
+        run.hears("error: nothing was played");
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(open(&run) <= before + 3, "{before} files open, then {}", open(&run));
+    // What comes instead is heard.
+    let spec = hound::WavSpec {
+        channels: 1,
+        sample_rate: 16_000,
+        bits_per_sample: 32,
+        sample_format: hound::SampleFormat::Float,
+    };
+    let mut song = hound::WavWriter::create(scene.path("song.wav"), spec).unwrap();
+    (0..16_000u16).for_each(|i| song.write_sample(0.3 * (f32::from(i) / 8.0).sin()).unwrap());
+    song.finalize().unwrap();
+    run.says("prompt song.wav");
+    run.hears("playing on after");
+    std::thread::sleep(Duration::from_millis(700));
+    run.says("take 1 -");
+    run.hears("error: -: give a new file");
+    run.says("quit");
     run.hears("s played in");
     assert_eq!(run.ends(), 0);
+    let made = scene.samples("made.raw");
+    let sounds: Vec<usize> = (0..made.len()).filter(|&i| made[i] != 0.0).collect();
+    assert!(sounds.len() > 20_000 && sounds[0] > 2 * 44_100, "{} samples, from {:?} on", sounds.len(), sounds.first());
     for (args, reason) in [
         (&["--listen", "--source", "piano"][..], "no sound device is called 'piano'; there are: null.monitor"),
         (&["--listen", "41"], "must lie in 0.1 to 40 seconds"),

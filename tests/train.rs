@@ -421,4 +421,13 @@ fn training_that_does_not_gain_stops_early_with_the_best_model() {
     let least = judged.iter().copied().fold(f64::INFINITY, f64::min);
     assert!(judged.len() < 100 && judged[judged.len() - 1] > least && judged[judged.len() - 3] == least, "{judged:?}");
     assert_eq!(Checkpoint::load(&settings.output).unwrap().weights, returned.weights);
+    // Who ends it where it has become worse gets the best model too.
+    let by_hand = TrainSettings { output: directory.path().join("ended.safetensors"), patience: None, ..settings };
+    let mut left = judged.len();
+    let ended = train(&by_hand, &mut |event| {
+        left -= usize::from(matches!(event, TrainEvent::Validation { .. }));
+        if left == 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })
+    .unwrap();
+    assert_eq!(ended.weights, returned.weights);
 }

@@ -11,8 +11,12 @@ use symphonia::core::formats::{FormatReader, Track, TrackType};
 use symphonia::core::packet::Packet;
 
 use super::container::{choose_track, guarded, probe, stated_gain, stated_range, stored_format};
+use super::resample::{HIGHEST_RATE, LOWEST_RATE};
 use super::trim::{self, Keep};
 use super::{AudioError, AudioSource, Clip, Result, SampleFormat, WavPrompt};
+
+/// No WAV with more channels can be read back.
+const MOST_CHANNELS: usize = 26;
 
 /// What a file says about its audio, checked against its first decoded samples.
 #[derive(Clone, Debug, PartialEq)]
@@ -118,6 +122,15 @@ impl Decoder {
         let Some(first) = self.decode_packet()? else {
             return Err(self.no_samples());
         };
+        let (rate, channels) = (first.sample_rate, first.channels);
+        let strange = match channels {
+            1..=MOST_CHANNELS if (LOWEST_RATE..=HIGHEST_RATE).contains(&rate) => None,
+            1..=MOST_CHANNELS => Some(format!("{rate} Hz, where {LOWEST_RATE} to {HIGHEST_RATE} Hz can be read")),
+            _ => Some(format!("{channels} channels, where 1 to {MOST_CHANNELS} can be read")),
+        };
+        if let Some(reason) = strange {
+            return Err(AudioError::NotAudio { path: self.source.name().to_owned(), reason });
+        }
         self.spec.sample_rate = first.sample_rate;
         self.spec.channels = first.channels;
         self.spec.sample_format =

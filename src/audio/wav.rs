@@ -331,6 +331,8 @@ fn has_gaps(chunk: &[u8]) -> bool {
     let u16_at =
         |at: usize| chunk.get(at..at + 2).map_or(0, |bytes| usize::from(bytes[0]) | usize::from(bytes[1]) << 8);
     let (tag, channels, frame_bytes, bits) = (u16_at(0), u16_at(2), u16_at(12), u16_at(14));
+    // Of an extensible format the tag begins the sub-format.
+    let tag = if tag == 0xfffe { u16_at(24) } else { tag };
     tag == 1 && channels > 0 && frame_bytes > channels * bits.div_ceil(8)
 }
 

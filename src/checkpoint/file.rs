@@ -34,6 +34,17 @@ struct Stored {
     bytes: Vec<u8>,
 }
 
+/// A file with the entries of its header in order: the library leaves those of the metadata to chance, and the same model is to be the same
+/// bytes.
+fn in_order(bytes: Vec<u8>) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+    let (len, rest) = bytes.split_at(size_of::<u64>());
+    let (header, tensors) = rest.split_at(len.iter().rev().fold(0, |n, &byte| n << 8 | usize::from(byte)));
+    let header: BTreeMap<String, BTreeMap<String, serde_json::Value>> = serde_json::from_slice(header)?;
+    let mut header = serde_json::to_vec(&header)?;
+    header.resize(header.len().next_multiple_of(size_of::<u64>()), b' ');
+    Ok([&(header.len() as u64).to_le_bytes()[..], &header, tensors].concat())
+}
+
 impl Checkpoint {
     /// The file.
     pub(super) fn to_bytes(&self, precision: Precision) -> Result<Vec<u8>, safetensors::SafeTensorError> {
@@ -50,7 +61,7 @@ impl Checkpoint {
             .iter()
             .map(|t| Ok((t.name.as_str(), TensorView::new(t.dtype, t.shape.clone(), &t.bytes)?)))
             .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
-        safetensors::serialize(views, Some(metadata))
+        in_order(safetensors::serialize(views, Some(metadata))?)
     }
 
     fn stored(&self, precision: Precision) -> Vec<Stored> {
@@ -207,6 +218,18 @@ fn decode(view: &TensorView) -> Option<Vec<f32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::config::ModelConfig;
+
+    #[test]
+    fn the_same_model_is_the_same_bytes() {
+        let model = Checkpoint::untrained(ModelConfig::preset("tiny").unwrap(), 1).unwrap();
+        let first = model.to_bytes(Precision::Int8).unwrap();
+        for _ in 0..4 {
+            assert!(model.to_bytes(Precision::Int8).unwrap() == first);
+        }
+        let read = Checkpoint::from_bytes(&first, std::path::Path::new("model")).unwrap();
+        assert_eq!((read.config, read.quantizer), (model.config, model.quantizer));
+    }
 
     #[test]
     fn rounded_matrices_without_their_scales_or_with_odd_numbers_are_refused() {

@@ -99,9 +99,12 @@ fn listen(args: &Args, source: AudioSource, checkpoint: &Checkpoint) -> Result<(
     report_damage(source.name(), tail.damaged_packets, &tail.warnings, talk);
     let prompt = Prompt::new(&tail.clip, tail.total_frames, &checkpoint.config.codec)?;
     if prompt.is_silent() {
+        let earlier = match tail.total_frames > tail.clip.n_frames() as u64 {
+            true => "play on from before with --from, or ",
+            false => "",
+        };
         bail!(
-            "{}: the last {:.1} s are silent, so there is nothing to play on; play on from before with --from, or start from nothing \
-             with `wavegen generate`",
+            "{}: the last {:.1} s are silent, so there is nothing to play on; {earlier}start from nothing with `wavegen generate`",
             source.name(),
             tail.clip.duration_s()
         );

@@ -85,14 +85,23 @@ impl Drop for Keys {
 /// Sends the lines of standard input. Where it is closed the music goes on.
 pub fn read_stdin(to: Sender<Asked>) {
     std::thread::spawn(move || {
-        for line in io::stdin().lock().lines() {
-            let Ok(line) = line else { break };
+        for line in lines(io::stdin().lock()) {
             if to.send(Asked { line, answer: None }).is_err() {
                 return;
             }
         }
         let _ = to.send(Asked { line: CLOSED.to_owned(), answer: None });
     });
+}
+
+/// The lines that come in until they end; what is not UTF-8 is replaced.
+fn lines(mut from: impl BufRead) -> impl Iterator<Item = String> {
+    std::iter::from_fn(move || {
+        let mut line = Vec::new();
+        let n = from.read_until(b'\n', &mut line).ok()?;
+        let text = String::from_utf8_lossy(&line);
+        (n > 0).then(|| text.trim_end_matches(['\r', '\n']).to_owned())
+    })
 }
 
 /// Stands for the end of standard input.
@@ -123,7 +132,7 @@ impl Socket {
                 let to = to.clone();
                 std::thread::spawn(move || {
                     let Ok(mut answers) = stream.try_clone() else { return };
-                    for line in io::BufReader::new(stream).lines().map_while(Result::ok) {
+                    for line in lines(io::BufReader::new(stream)) {
                         let (answer, told) = std::sync::mpsc::channel();
                         if to.send(Asked { line, answer: Some(answer) }).is_err() {
                             return;

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::panic::resume_unwind;
-use std::path::{Path, PathBuf};
+use std::path::{Path, PathBuf, absolute};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
@@ -89,6 +89,13 @@ impl PlayArgs {
             let session = self.save_session.as_ref().map(|path| numbered(path, i, self.takes));
             if let Some(path) = &session {
                 refuse_unwritable(path, self.force)?;
+                if absolute(path).ok() == absolute(&output).ok() {
+                    let why = format!(
+                        "{}: cannot be both the audio and the session; give another --save-session",
+                        path.display()
+                    );
+                    return Err(Usage(why).into());
+                }
             }
             Ok(Take { sink: sink::open(&output, self.force)?, output, session })
         };

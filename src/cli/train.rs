@@ -280,7 +280,9 @@ fn run_in(group: &dyn Group, args: &Args) -> Result<Outcome> {
     let start = start(args, if group.is_first() { talk } else { &silent })?;
     let output = args.output.clone().unwrap_or_default();
     if group.is_first() && !args.dry_run {
-        check_output(&output, args.force)?;
+        // The run that would make it goes on.
+        check_output(&output, args.force || StateFolder::beside(&output).exists())?;
+        refuse_same(args.init.as_deref(), &output)?;
     }
     check_inputs(&args.inputs)?;
     if args.bf16 && args.device == DeviceKind::Cpu {
@@ -398,6 +400,11 @@ fn start(args: &Args, talk: &Talk) -> Result<Start> {
                 part.name(),
                 args.output.as_deref().unwrap_or(Path::new("OUTPUT")).display()
             ),
+            Fate::Grown if !args.part.list().contains(&part) => format!(
+                "warning: the {0} transformer grows, and --part leaves what is new in it untrained; train it next: --init {1} --part {0}",
+                part.name(),
+                args.output.as_deref().unwrap_or(Path::new("OUTPUT")).display()
+            ),
             Fate::Grown => format!("{} transformer: grows, and goes on from {}", part.name(), path.display()),
             Fate::New(why) if args.part.list().contains(&part) => {
                 format!("{} transformer: begins anew ({why})", part.name())
@@ -427,10 +434,25 @@ fn write_line(file: &mut File, event: &TrainEvent) -> Result<()> {
     Ok(file.write_all(&line)?)
 }
 
+/// A run goes on only from what it began with, and the best model so far is written over its output.
+fn refuse_same(init: Option<&Path>, output: &Path) -> Result<()> {
+    match (init.map(Path::canonicalize), output.canonicalize()) {
+        (Some(Ok(init)), Ok(output)) if init == output => {
+            Err(Usage(format!("{}: is --init too; give another file with -o", output.display())).into())
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Finds out before training whether its result can be kept.
 pub fn check_output(path: &Path, force: bool) -> Result<()> {
-    let unfinished = StateFolder::beside(path).exists();
-    if path.exists() && !force && !unfinished {
+    let name = path.as_os_str().to_string_lossy();
+    if path.is_dir() || name.ends_with(std::path::is_separator) || StateFolder::beside(path) == path {
+        return Err(
+            Usage(format!("{name}: is the name of a folder; give that of a file, such as my.safetensors")).into()
+        );
+    }
+    if path.exists() && !force {
         return Err(AudioError::Exists { path: path.display().to_string() }.into());
     }
     let directory = match path.parent() {

@@ -48,8 +48,8 @@ pub enum GenerateError {
     /// There is nothing to play on.
     #[error("the prompt has no samples")]
     EmptyPrompt,
-    /// A NaN or an infinity in the prompt.
-    #[error("the prompt has samples that are not finite numbers")]
+    /// A NaN, an infinity or what can only be an error in the prompt.
+    #[error("the prompt has samples that are not finite numbers, or a million times as loud as full scale")]
     NotFinite,
     /// A saved state that belongs to another model, or to none.
     #[error("the saved state of the continuation does not hold together")]

@@ -12,6 +12,8 @@ pub const CONTEXT_S: f64 = 40.0;
 
 /// Largest gain to the model's level; softer contexts stay below it.
 const MOST_GAIN: f32 = 100.0;
+/// No sample is so loud, however a recording is scaled.
+const MOST: f32 = 1e6;
 /// A context below this root mean square is silence and has no level.
 const SILENT_RMS: f32 = 1e-5;
 /// A downmix this much softer than the loudest channel has cancelled itself.
@@ -44,7 +46,7 @@ impl Prompt {
         if samples.is_empty() {
             return Err(GenerateError::EmptyPrompt);
         }
-        if samples.iter().any(|x| !x.is_finite()) {
+        if samples.iter().any(|x| x.is_nan() || x.abs() > MOST) {
             return Err(GenerateError::NotFinite);
         }
         let (from, to) = (u64::from(*sample_rate), u64::from(codec.sample_rate));

@@ -47,9 +47,9 @@ pub struct Conductor {
 /// A gain on its way to another.
 #[derive(Clone, Copy)]
 struct Volume {
-    gain: f32,
-    target: f32,
-    step: f32,
+    gain: f64,
+    target: f64,
+    step: f64,
 }
 
 impl Conductor {
@@ -137,6 +137,13 @@ impl Conductor {
         self.since_change += out.len() - first;
     }
 
+    /// What would have come next will not: it fades out under what comes instead.
+    pub fn leave(&mut self, rest: &[f32]) {
+        let (sample_rate, channels) = self.shape();
+        let n = (CROSSFADE_S * f64::from(sample_rate)) as usize * channels;
+        self.leaving = Leaving::of(rest[..n.min(rest.len())].to_vec());
+    }
+
     /// Adds what a musician played, interleaved, to what was played, so that it ends `ago_s` before the voice changed. Gives how many
     /// samples have been sent since that end.
     pub fn add(&mut self, heard: &[f32], ago_s: f64) -> usize {
@@ -165,9 +172,9 @@ impl Conductor {
         match change {
             Change::Options(options) => path.set_options(engine, &options)?,
             Change::Volume { gain, seconds } => {
-                let n = (seconds * self.shape().0 as f32).max(1.0);
-                self.volume.target = gain;
-                self.volume.step = (gain - self.volume.gain) / n;
+                let n = (f64::from(seconds) * f64::from(self.shape().0)).max(1.0);
+                self.volume.target = gain.into();
+                self.volume.step = (self.volume.target - self.volume.gain) / n;
             }
             Change::Hold(true) if self.bands.is_empty() => {}
             Change::Hold(true) => path.set_guide(engine, Guide::Still(self.bands.clone()))?,
@@ -179,11 +186,9 @@ impl Conductor {
             Change::Vary(seconds) => return self.voice.vary(seconds),
             Change::Voice(voice) => {
                 if self.leaving.is_over() {
-                    let (sample_rate, channels) = self.shape();
                     let mut last = Vec::new();
                     self.voice.next(&mut last)?;
-                    last.truncate((CROSSFADE_S * f64::from(sample_rate)) as usize * channels);
-                    self.leaving = Leaving::of(last);
+                    self.leave(&last);
                 }
                 self.voice = *voice;
                 self.since_change = 0;
@@ -203,7 +208,7 @@ impl Volume {
             // Past the target, or as near as floats come to it.
             let there = (self.target - next) * self.step <= 0.0;
             self.gain = if there { self.target } else { next };
-            frame.iter_mut().for_each(|x| *x *= self.gain);
+            frame.iter_mut().for_each(|x| *x *= self.gain as f32);
         }
     }
 }

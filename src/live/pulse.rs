@@ -6,6 +6,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures::FutureExt;
 use futures::executor::block_on;
 use pulseaudio::protocol::stream::{BufferAttr, StreamFlags};
 use pulseaudio::protocol::{
@@ -25,8 +26,19 @@ const FRAGMENT_MS: u32 = 10;
 const BLOCK: usize = 1024;
 const BYTES: usize = size_of::<f32>();
 
-fn connect() -> Result<Client, String> {
-    Client::from_env(c"wavegen").map_err(|error| match error {
+/// A connection that ends when it is dropped.
+struct Connection(Client);
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        // The client's thread sleeps until the server says something, and sees only then that nobody needs it any more. So the server is
+        // asked something once more, and the answer wakes the thread.
+        let _ = self.0.server_info().now_or_never();
+    }
+}
+
+fn connect() -> Result<Connection, String> {
+    Client::from_env(c"wavegen").map(Connection).map_err(|error| match error {
         ClientError::ServerUnavailable => "no PulseAudio or PipeWire server runs".to_owned(),
         error => format!("the PulseAudio or PipeWire server does not answer ({})", with_cause(&error)),
     })
@@ -41,7 +53,7 @@ fn with_cause(error: &dyn std::error::Error) -> String {
 
 /// The server's sinks and sources.
 pub fn devices() -> Result<Vec<Device>, String> {
-    let client = connect()?;
+    let Connection(client) = &connect()?;
     let ask = async {
         Ok::<_, ClientError>((client.server_info().await?, client.list_sinks().await?, client.list_sources().await?))
     };
@@ -95,7 +107,7 @@ pub fn play(device: &Device, pull: Pull) -> Result<Box<dyn Running>, String> {
         ..PlaybackStreamParams::default()
     };
     let source = Source { pull, block: [0.0; BLOCK] };
-    let stream = block_on(client.create_playback_stream(params, source)).map_err(|error| with_cause(&error))?;
+    let stream = block_on(client.0.create_playback_stream(params, source)).map_err(|error| with_cause(&error))?;
     let latency_ms = f64::from(stream.buffer_attr().target_length) / f64::from(per_ms);
     Ok(Box::new(Stream { latency_ms, stream: Some(stream), _client: client }))
 }
@@ -122,7 +134,7 @@ pub fn listen(device: &Device, mut ear: Ear) -> Result<Box<dyn Running>, String>
             ear.hear(samples);
         }
     };
-    let stream = block_on(client.create_record_stream(params, hear)).map_err(|error| with_cause(&error))?;
+    let stream = block_on(client.0.create_record_stream(params, hear)).map_err(|error| with_cause(&error))?;
     Ok(Box::new(Listening { stream: Some(stream), _client: client }))
 }
 
@@ -165,7 +177,7 @@ impl PlaybackSource for Source {
 struct Stream {
     stream: Option<PlaybackStream>,
     latency_ms: f64,
-    _client: Client,
+    _client: Connection,
 }
 
 impl Running for Stream {
@@ -187,7 +199,7 @@ impl Drop for Stream {
 
 struct Listening {
     stream: Option<RecordStream>,
-    _client: Client,
+    _client: Connection,
 }
 
 impl Running for Listening {

@@ -17,7 +17,7 @@ const NAP: Duration = Duration::from_millis(2);
 const PATIENCE: Duration = Duration::from_millis(50);
 /// Seconds of the fade at the end.
 const END_FADE_S: f32 = 0.01;
-/// How long it waits until the device has played the rest.
+/// How much longer than the rest takes it waits until the device has played that; where it was stopped, how long in all.
 const DRAIN: Duration = Duration::from_secs(2);
 
 /// What the thread is told.
@@ -181,7 +181,7 @@ impl Streamer {
                     Ok(Order::Feed(feed)) => state.feed = feed,
                     Ok(Order::Stop) | Err(RecvTimeoutError::Disconnected) => break Ok(()),
                     Ok(order) => {
-                        if let Err(error) = self.follow(order, &tell) {
+                        if let Err(error) = self.follow(order, &mut state, &tell) {
                             break Err(error);
                         }
                     }
@@ -230,14 +230,19 @@ impl Streamer {
             match orders.try_recv() {
                 Ok(Order::Stop) | Err(TryRecvError::Disconnected) => return Ok(false),
                 Ok(Order::Feed(feed)) => state.feed = feed,
-                Ok(order) => self.follow(order, tell)?,
+                Ok(order) => self.follow(order, state, tell)?,
                 Err(TryRecvError::Empty) => return Ok(true),
             }
         }
     }
 
-    fn follow(&mut self, order: Order, tell: &dyn Fn(Report)) -> Result<(), GenerateError> {
+    fn follow(&mut self, order: Order, state: &mut State, tell: &dyn Fn(Report)) -> Result<(), GenerateError> {
         match order {
+            // Another voice is not to be heard after the rest of the recording, but instead of it.
+            Order::Change(change @ Change::Voice(_)) if state.at < self.prelude.len() => {
+                self.conductor.leave(&self.prelude.split_off(state.at));
+                tell(Report::Changed(self.conductor.apply(change)?));
+            }
             Order::Change(change) => tell(Report::Changed(self.conductor.apply(change)?)),
             Order::Take(seconds) => tell(Report::Took(self.conductor.take(seconds))),
             Order::Listen => {
@@ -331,13 +336,17 @@ impl Streamer {
                 rest.extend(last);
             }
         }
-        let channels = self.conductor.shape().1;
+        let (sample_rate, channels) = self.conductor.shape();
         let begun = Instant::now();
+        let waiting = (state.feed.waiting() + rest.len() / channels) as f64 / f64::from(sample_rate);
+        let patience = DRAIN + Duration::from_secs_f64(if stopped { 0.0 } else { waiting });
         let mut pushed = 0;
         if !state.primed {
             tell(Report::Primed);
         }
-        while begun.elapsed() < DRAIN && !state.feed.is_abandoned() && (pushed < rest.len() || state.feed.waiting() > 0)
+        while begun.elapsed() < patience
+            && !state.feed.is_abandoned()
+            && (pushed < rest.len() || state.feed.waiting() > 0)
         {
             pushed += state.feed.push(&rest[pushed..]) * channels;
             if pushed == rest.len() {

@@ -8,8 +8,10 @@ use super::control::MOST_VARY_S;
 
 /// Seconds over which one way of going on gives way to another.
 pub(super) const CROSSFADE_S: f64 = 0.01;
-/// Longest time that [`Voice::skip`] leaves out, seconds: an engine that is too slow never catches up.
-const MOST_SKIPPED_S: f64 = 4.0;
+/// Longest times that [`Voice::skip`] leaves out, seconds: what was due from the beginning on, for the beat is forgotten by then, and what
+/// comes to be due while it works, for an engine that is too slow never catches up.
+const MOST_DUE_S: f64 = 8.0;
+const MOST_LATE_S: f64 = 4.0;
 
 /// The music that goes on after one recording.
 pub struct Voice {
@@ -91,8 +93,9 @@ impl Voice {
     /// The engine's own.
     pub fn skip(&mut self, due: impl Fn() -> f64) -> Result<(), GenerateError> {
         let (mut skipped, mut dropped) = (0, Vec::new());
+        let most_s = due().min(MOST_DUE_S) + MOST_LATE_S;
         loop {
-            let wanted = (due().min(MOST_SKIPPED_S) * f64::from(self.seam.sample_rate())) as u64;
+            let wanted = (due().min(most_s) * f64::from(self.seam.sample_rate())) as u64;
             skipped += self.seam.take(wanted.saturating_sub(skipped), &mut dropped);
             if skipped >= wanted {
                 return Ok(());

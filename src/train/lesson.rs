@@ -153,13 +153,18 @@ impl<T, B: Send + Sync> Lesson<'_, T, B> {
                 saved = Instant::now();
             }
         }
-        if progress.finished
-            && progress.stale > 0
+        // Whoever ended it gets the best model, and goes on from the last.
+        if !progress.finished {
+            warn(folder.save(part, optimizer, &progress), run.observe);
+        }
+        if progress.stale > 0
             && let Some(best) = folder.best(part)
         {
             optimizer.begin_from(&best).map_err(TrainError::Best)?;
         }
-        warn(folder.save(part, optimizer, &progress), run.observe);
+        if progress.finished {
+            warn(folder.save(part, optimizer, &progress), run.observe);
+        }
         Ok(going)
     }
 

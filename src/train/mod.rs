@@ -259,8 +259,15 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
         }
     }
     if going.is_continue() && settings.calibrate && settings.parts.contains(&Part::Wave) {
+        let mut watch = |event| {
+            let flow = observe(event);
+            if flow.is_break() {
+                going = ControlFlow::Break(());
+            }
+            flow
+        };
         checkpoint.generation = group.of_first(match group.is_first() {
-            true => calibrate::calibrate(&checkpoint, &data, calibrate::EXCERPTS, observe)?,
+            true => calibrate::calibrate(&checkpoint, &data, calibrate::EXCERPTS, &mut watch)?,
             false => checkpoint.generation,
         })?;
     }

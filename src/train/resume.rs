@@ -91,6 +91,8 @@ impl<'a> StateFolder<'a> {
                 }
             }
             Err(_) => {
+                // What is there without a run it belongs to is nobody's.
+                folder.forget()?;
                 std::fs::create_dir_all(&folder.path).map_err(|source| folder.io(source))?;
                 let bytes = serde_json::to_vec_pretty(identity).map_err(|e| folder.io(e.into()))?;
                 write_whole(&run, &bytes).map_err(|source| folder.io(source))?;

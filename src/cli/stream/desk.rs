@@ -59,6 +59,8 @@ pub struct Desk<'a> {
     pub stats: Arc<Stats>,
     pub settings: Settings,
     pub listening: Option<Listening>,
+    /// Whether there is anything to be heard yet; with --listen there is not until somebody was listened to.
+    pub heard: bool,
     /// Orders that were not yet carried out.
     pub pending: VecDeque<Pending>,
     pub interventions: Vec<Intervention>,
@@ -236,6 +238,7 @@ impl Desk<'_> {
             }
             Request::Volume { gain, seconds } => {
                 self.settings.volume = gain;
+                self.heard = true;
                 (Order::Change(Change::Volume { gain, seconds }), format!("volume {gain}"))
             }
             Request::Hold(held) => {
@@ -243,7 +246,10 @@ impl Desk<'_> {
                 (Order::Change(Change::Hold(held)), if held { "held" } else { "going on" }.to_owned())
             }
             Request::Vary(seconds) => (Order::Change(Change::Vary(seconds)), "another way".to_owned()),
-            Request::Own => (Order::Change(Change::Follow(None)), "its own way".to_owned()),
+            Request::Own => {
+                self.settings.held = false;
+                (Order::Change(Change::Follow(None)), "its own way".to_owned())
+            }
             Request::Follow(file) => {
                 let (name, clip) = decode(&file, MOST_PRELUDE_S)?;
                 let prompt = Prompt::new(&clip, clip.n_frames() as u64, &self.checkpoint.config.codec)?;
@@ -251,6 +257,7 @@ impl Desk<'_> {
                     bail!("{name}: is silent");
                 }
                 let bands = bands_of(&self.loaded.stream()?.plan_of(prompt.tokens())?);
+                self.settings.held = false;
                 (Order::Change(Change::Follow(Some(Arc::new(bands)))), format!("following {name}"))
             }
             Request::Prompt(file) => {
@@ -262,7 +269,8 @@ impl Desk<'_> {
                 }
                 let voice = self.voice_after(&prompt)?;
                 self.play(voice, format!("playing on after {name}"), answer)?;
-                if self.listening.take().is_some() {
+                if self.listening.take().is_some() || !self.heard {
+                    self.heard = true;
                     self.speak_again(None)?;
                 }
                 return Ok(false);
@@ -307,8 +315,9 @@ impl Desk<'_> {
     }
 
     /// Plays on from what was heard, or where that was nothing as before.
-    fn join_in(&mut self, listening: Listening, answer: Option<Sender<String>>) -> Result<()> {
-        match self.answer_to(listening) {
+    fn join_in(&mut self, mut listening: Listening, answer: Option<Sender<String>>) -> Result<()> {
+        // The input is closed after the voice is on its way: that takes time.
+        match self.answer_to(&mut listening) {
             Ok((voice, said, heard)) => {
                 self.play(voice, said, answer)?;
                 self.speak_again(Some(heard))
@@ -319,7 +328,7 @@ impl Desk<'_> {
 
     /// A voice that goes on after what was heard, where that would be by the time that it is heard; what is said of it, and what was heard
     /// and how long before.
-    fn answer_to(&self, mut listening: Listening) -> Result<(Voice, String, (Clip, f64))> {
+    fn answer_to(&self, listening: &mut Listening) -> Result<(Voice, String, (Clip, f64))> {
         let heard = listening.heard.clip();
         let (played, since_s) = song::played(&heard)?;
         let said = format!("playing on after {:.1} s of {}", played.duration_s(), listening.name);
@@ -345,10 +354,14 @@ impl Desk<'_> {
 
     /// Back to the volume that was set, after listening; what was heard, and how long before the voice changed, is recorded.
     fn speak_again(&mut self, heard: Option<(Clip, f64)>) -> Result<()> {
-        if heard.is_some() && self.settings.volume == 0.0 {
-            self.settings.volume = 1.0;
+        if heard.is_some() {
+            self.heard = true;
+            if self.settings.volume == 0.0 {
+                self.settings.volume = 1.0;
+            }
         }
-        let volume = Change::Volume { gain: self.settings.volume, seconds: RAMP_S };
+        let gain = if self.heard { self.settings.volume } else { 0.0 };
+        let volume = Change::Volume { gain, seconds: RAMP_S };
         self.send(Order::Change(volume), Pending { answer: None, said: None, path: None })?;
         let (samples, ago_s) = match heard {
             Some((clip, ago_s)) => (song::reshaped(&clip, self.outlet.shape)?.samples, ago_s),
@@ -394,6 +407,9 @@ fn decode(file: &Path, seconds: f64) -> Result<(String, Clip)> {
 fn save_take(clip: &Clip, path: Option<PathBuf>) -> Result<String> {
     let name = |n: u32| PathBuf::from(format!("wavegen-take-{n}.wav"));
     let path = match path {
+        Some(path) if is_pipe(&path) || (path.exists() && !path.is_file()) => {
+            bail!("{}: give a new file", path.display())
+        }
         Some(path) => path,
         None => (1..10_000).map(name).find(|path| !path.exists()).context("there are 9,999 takes here already")?,
     };

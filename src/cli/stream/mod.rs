@@ -280,8 +280,9 @@ pub fn run(args: &Args) -> Result<Outcome> {
         },
         screen,
         stats,
-        settings: Settings { options, held: false, volume: if args.listen.is_some() { 0.0 } else { 1.0 } },
+        settings: Settings { options, held: false, volume: 1.0 },
         listening: None,
+        heard: args.listen.is_none(),
         pending: VecDeque::new(),
         interventions: Vec::new(),
         buffer_ms,
@@ -346,7 +347,8 @@ fn open_recording(args: &Args, path: &Path, rate: u32, channels: usize) -> Resul
         Recorded::Raw(format) => (Box::new(RawSink::open(path, format, args.force)?), format),
     };
     sink.start(&WavFormat::new(rate, channels, format))?;
-    Ok(Recording::new(sink, is_pipe(path)))
+    let is_live = is_pipe(path) || path.metadata().is_ok_and(|metadata| !metadata.is_file());
+    Ok(Recording::new(sink, is_live))
 }
 
 /// The recording at the device's rate and channels, and its end as a prompt.

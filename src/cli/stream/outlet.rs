@@ -54,7 +54,8 @@ impl Outlet {
 
     /// Why the device is lost, if it just was.
     pub fn loss(&mut self, waiting: u64) -> Option<String> {
-        let playing = self.playing.as_ref()?;
+        // A clock cannot be lost.
+        let (Some(playing), Some(_)) = (&self.playing, &self.device) else { return None };
         let taken = self.counters.taken();
         if taken != self.taken.0 || waiting == 0 {
             self.taken = (taken, Instant::now());
