@@ -1,7 +1,8 @@
 //! Stores a model in another precision, or two parts that were trained apart as one model:
 //! `cargo run --release --example store -- wave.safetensors out.safetensors int8 plan.safetensors`.
 //! `built-in` for the model inside the program; `f32`, `f16` or `int8`; with a fourth name the codebooks and the plan transformer come from there,
-//! with `alone` the file has none, as that of the small model inside the program.
+//! with `wave-alone` or `plan-alone` the file has
+//! only that part, as those of the small and the broad model inside the program.
 
 use std::path::Path;
 
@@ -10,7 +11,8 @@ use safetensors::SafeTensors;
 use wavegen::checkpoint::{Checkpoint, Precision};
 use wavegen::plan::PlanConfig;
 
-const USAGE: &str = "usage: store built-in|IN.safetensors OUT.safetensors f32|f16|int8 [PLAN.safetensors|alone]";
+const USAGE: &str =
+    "usage: store built-in|IN.safetensors OUT.safetensors f32|f16|int8 [PLAN.safetensors|wave-alone|plan-alone]";
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -19,9 +21,13 @@ fn main() -> Result<()> {
     let precision = all.into_iter().find(|p| p.name() == name).context(USAGE)?;
     let load = |name: &str| Checkpoint::named(Path::new(name));
     let mut checkpoint = load(input)?;
-    let alone = plan == ["alone"];
+    let alone: Option<&[&str]> = match plan {
+        [name] if name == "wave-alone" => Some(&["wave."]),
+        [name] if name == "plan-alone" => Some(&["plan.", "codebooks."]),
+        _ => None,
+    };
     if let [name] = plan
-        && !alone
+        && alone.is_none()
     {
         let other = load(name)?;
         let PlanConfig { n_codebooks, n_entries, .. } = other.config.plan;
@@ -38,12 +44,12 @@ fn main() -> Result<()> {
         checkpoint.weights.extend(other.weights.into_iter().filter(|(name, _)| name.starts_with("plan.")));
     }
     checkpoint.save(Path::new(output), precision)?;
-    if alone {
+    if let Some(parts) = alone {
         let bytes = std::fs::read(output)?;
         let (_, header) = SafeTensors::read_metadata(&bytes)?;
         let whole = SafeTensors::deserialize(&bytes)?;
-        let wave = whole.iter().filter(|(name, _)| name.starts_with("wave."));
-        std::fs::write(output, safetensors::serialize(wave, header.metadata().clone())?)?;
+        let part = whole.iter().filter(|(name, _)| parts.iter().any(|part| name.starts_with(part)));
+        std::fs::write(output, safetensors::serialize(part, header.metadata().clone())?)?;
     }
     Ok(())
 }

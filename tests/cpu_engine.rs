@@ -136,7 +136,7 @@ fn in_f32_it_plays_the_reference_engines_tokens_with_the_models_inside_the_progr
 
 #[test]
 fn the_small_model_plays_the_built_in_models_plans() {
-    let [large, small] = Checkpoint::INSIDE.map(|name| Checkpoint::named(name.as_ref()).unwrap());
+    let [large, small, _] = Checkpoint::INSIDE.map(|name| Checkpoint::named(name.as_ref()).unwrap());
     assert!(2 * small.n_weights("wave.") < large.n_weights("wave."));
     assert_eq!(small.config.codec, large.config.codec);
     let prompt = music(&large, 9000);

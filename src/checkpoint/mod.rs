@@ -3,7 +3,7 @@
 mod file;
 mod weight;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
@@ -21,9 +21,12 @@ pub(crate) use weight::{matrix, rounded};
 const BUILT_IN: &[u8] = include_bytes!("../../models/piano.safetensors");
 /// A wave transformer alone, which plays the plans of the built-in model.
 const SMALL: &[u8] = include_bytes!("../../models/piano-small.safetensors");
+/// A plan transformer alone, with codebooks, which has heard more than a piano; the wave transformer of the built-in model plays its plans.
+const BROAD: &[u8] = include_bytes!("../../models/broad.safetensors");
 /// What error messages call the models inside the program.
 const BUILT_IN_NAME: &str = "(built-in model)";
 const SMALL_NAME: &str = "(small built-in model)";
+const BROAD_NAME: &str = "(broad built-in model)";
 
 /// Why a file is no model that can be used.
 #[derive(Debug, thiserror::Error)]
@@ -85,10 +88,24 @@ impl Checkpoint {
 
     /// The built-in model's plan transformer with a smaller wave transformer, for slow machines.
     pub fn built_in_small() -> Result<Self, CheckpointError> {
-        let path = Path::new(SMALL_NAME);
-        let mut parts = Parts::read(SMALL, path)?;
-        let plan = Parts::read(BUILT_IN, Path::new(BUILT_IN_NAME))?;
-        parts.weights.extend(plan.weights.into_iter().filter(|(name, _)| !name.starts_with("wave.")));
+        Self::on_built_in(SMALL, SMALL_NAME)
+    }
+
+    /// The built-in model's wave transformer with a plan transformer that has heard more than a piano.
+    pub fn built_in_broad() -> Result<Self, CheckpointError> {
+        Self::on_built_in(BROAD, BROAD_NAME)
+    }
+
+    /// A file of some parts of a model, the others from the built-in one.
+    fn on_built_in(bytes: &[u8], name: &str) -> Result<Self, CheckpointError> {
+        fn part(weight: &str) -> &str {
+            weight.split('.').next().unwrap_or(weight)
+        }
+        let path = Path::new(name);
+        let mut parts = Parts::read(bytes, path)?;
+        let own: BTreeSet<String> = parts.weights.keys().map(|weight| part(weight).to_owned()).collect();
+        let others = Parts::read(BUILT_IN, Path::new(BUILT_IN_NAME))?.weights;
+        parts.weights.extend(others.into_iter().filter(|(weight, _)| !own.contains(part(weight))));
         parts.join(path)
     }
 
@@ -97,12 +114,13 @@ impl Checkpoint {
         match name.to_str() {
             Some("built-in") => Self::built_in(),
             Some("small") => Self::built_in_small(),
+            Some("broad") => Self::built_in_broad(),
             _ => Self::load(name),
         }
     }
 
     /// What users call the models inside the program.
-    pub const INSIDE: [&str; 2] = ["built-in", "small"];
+    pub const INSIDE: [&str; 3] = ["built-in", "small", "broad"];
 
     /// Reads a file and checks that its tensors make the model that it describes.
     pub fn load(path: &Path) -> Result<Self, CheckpointError> {

@@ -9,6 +9,7 @@ use serde::Serialize;
 use wavegen::audio::AudioSource;
 use wavegen::checkpoint::Checkpoint;
 use wavegen::generate::Prompt;
+use wavegen::plan::PlanConfig;
 use wavegen::train::Part;
 use wavegen::train::adapt::{AdaptEvent, AdaptSettings, Adaptation, Adapted, Verdict, adapt};
 use wavegen::train::schedule::Budget;
@@ -19,8 +20,10 @@ use super::train::{Store, check_output};
 
 /// The note of a checkpoint that names the recordings that it was fitted to.
 const ADAPTED_TO: &str = "adapted-to";
-/// More bits in a plan frame than in recordings of what the model knows.
-const UNFAMILIAR_BITS: f32 = 13.0;
+/// Recordings of what a model knows take a smaller share of what a plan frame would take by chance.
+const UNFAMILIAR: f32 = 13.0 / 32.0;
+/// The model inside the program for other music than a piano's.
+const BROAD: &str = "broad";
 /// Seconds of a recording that tell; less is too little to adapt to.
 const TELLING_S: f64 = 4.0;
 
@@ -109,11 +112,14 @@ pub fn judge(checkpoint: &Checkpoint, prompt: &Prompt, bits: Option<f32>, talk: 
     let heard_s = prompt.tokens().len() as f64 / f64::from(checkpoint.config.codec.sample_rate);
     let Some(bits) = bits.filter(|_| heard_s >= TELLING_S) else { return };
     talk.detail(&format!("the model finds {bits:.1} bits in a plan frame of the recording"));
-    if bits > UNFAMILIAR_BITS && !checkpoint.notes.contains_key(ADAPTED_TO) {
+    let PlanConfig { n_codebooks, n_entries, .. } = checkpoint.config.plan;
+    let unfamiliar = UNFAMILIAR * n_codebooks as f32 * (n_entries as f32).log2();
+    if bits > unfamiliar && !checkpoint.notes.contains_key(ADAPTED_TO) {
+        let name = &checkpoint.config.name;
+        let other = if name == BROAD { "" } else { "--model broad has heard other instruments than a piano, and " };
         talk.note(&format!(
-            "the recording is unlike what the model '{}' learned from ({bits:.0} bits a plan frame, 4 to 12 where it knows the music); \
-             --adapt 30 fits the model to it for half a minute first",
-            checkpoint.config.name
+            "the recording is unlike what the model '{name}' learned from ({bits:.0} bits a plan frame, {unfamiliar:.0} at most where it knows \
+             the music); {other}--adapt 30 fits the model to it for half a minute first"
         ));
     }
 }

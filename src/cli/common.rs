@@ -68,7 +68,8 @@ fn factor(text: &str) -> Result<f32, String> {
 
 #[derive(Args)]
 pub struct ModelArgs {
-    /// Model file (.safetensors); `built-in` and `small` are inside the program, the second for slow machines
+    /// Model file (.safetensors); inside the program are `built-in`, `small` (for slow machines) and `broad` (for
+    /// other music than a piano's)
     #[arg(long, short, value_name = "FILE", default_value = "built-in")]
     pub model: PathBuf,
 }
