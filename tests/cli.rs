@@ -322,7 +322,11 @@ fn generated_music_is_played_on_from_its_session() {
 #[test]
 fn sessions_that_do_not_fit_are_refused() {
     let scene = Scene::new();
-    scene.play_on(&["in.wav", "--save-session", "s.bin"]).assert().success().stderr(contains("--resume s.bin"));
+    scene
+        .play_on(&["in.wav", "--save-session", "s.bin"])
+        .assert()
+        .success()
+        .stderr(contains("--resume s.bin --model tiny.safetensors"));
     let config = ModelConfig::preset("tiny").unwrap();
     Checkpoint::untrained(config, 2).unwrap().save(&scene.path("other.safetensors"), Precision::F32).unwrap();
     let other = ["continue", "--resume", "s.bin", "--model", "other.safetensors"];

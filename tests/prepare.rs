@@ -310,6 +310,8 @@ fn what_cannot_be_prepared_or_trained_on_is_refused_with_a_way_out() {
     refuses(&["prepare", "empty", "-o", "c"], "no usable audio");
     refuses(&["prepare", "missing", "-o", "c"], "missing: cannot be read");
     refuses(&["prepare", "in", "-o", "in/a.wav"], "in/a.wav");
+    let itself = scene.wavegen(&["prepare", "in", "-o", "./in"]).assert().code(2);
+    itself.stderr(contains("./in: is what is read"));
     scene.wavegen(&["prepare", "in", "-o", "slow", "--sample-rate", "8000"]).assert().success();
     refuses(&["prepare", "in", "-o", "slow"], "made at 8000 Hz, 16000 Hz are needed");
     let train = ["train", "slow", "-o", "m.safetensors", "--preset", "tiny", "--steps", "1"];

@@ -146,6 +146,19 @@ fn the_same_seed_trains_the_same_model_whatever_the_threads() {
 }
 
 #[test]
+fn pieces_shorter_than_the_windows_are_refused_before_training() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("one.wav");
+    write_melody(&path, 5, 1);
+    let mut config = ModelConfig::preset("tiny").unwrap();
+    config.forecast.past_window = 131_072;
+    let settings =
+        TrainSettings { start: Start::New(config.into()), files: vec![path], ..settings(directory.path(), 2) };
+    let said = train(&settings, &mut |_| ControlFlow::Continue(())).unwrap_err().to_string();
+    assert!(said.contains("the longest piece has") && said.contains("8.2 s"), "{said}");
+}
+
+#[test]
 fn training_on_nothing_is_an_error_that_says_so() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("noise.txt");

@@ -184,7 +184,7 @@ impl PlayArgs {
             }
         }
         bar.finish();
-        reports.iter().for_each(|report| report.tell(talk));
+        reports.iter().for_each(|report| report.tell(talk, &self.model.model));
         if n_takes > 1 {
             let (played_s, elapsed_s): (f64, f64) =
                 (reports.iter().map(|r| r.played_s).sum(), begun.elapsed().as_secs_f64());
@@ -304,7 +304,7 @@ impl PlayReport {
     }
 
     /// Tells people.
-    fn tell(&self, talk: &Talk) {
+    fn tell(&self, talk: &Talk, model: &Path) {
         let name = if is_pipe(Path::new(&self.output)) { "standard output" } else { &self.output };
         let before = if self.prompt_s > 0.0 { format!("{:.2} s of prompt + ", self.prompt_s) } else { String::new() };
         let how = if self.interrupted { ", interrupted" } else { "" };
@@ -317,7 +317,11 @@ impl PlayReport {
         }
         self.interventions.iter().for_each(|intervention| talk.note(&describe(intervention)));
         if let Some(session) = &self.session {
-            talk.note(&format!("{session}: play on from here with `wavegen continue --resume {session}`"));
+            let with = match model.to_str() {
+                Some("built-in") => String::new(),
+                _ => format!(" --model {}", model.display()),
+            };
+            talk.note(&format!("{session}: play on from here with `wavegen continue --resume {session}{with}`"));
         }
     }
 }

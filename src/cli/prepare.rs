@@ -10,7 +10,7 @@ use wavegen::plan::PlanConfig;
 use wavegen::train::dataset::LEAST_FRAMES;
 
 use super::Outcome;
-use super::common::{Refused, Talk, catch_interrupt, interrupted};
+use super::common::{Refused, Talk, Usage, catch_interrupt, interrupted};
 
 /// Decode recordings once, into a corpus that `train` reads: one rate, one level, a manifest
 ///
@@ -77,6 +77,12 @@ struct Bad {
 pub fn run(args: &Args) -> Result<Outcome> {
     let talk = &args.talk;
     check_inputs(&args.inputs)?;
+    // What is a corpus is not searched for recordings.
+    let output = args.output.canonicalize().ok();
+    if output.is_some() && args.inputs.iter().any(|input| input.canonicalize().ok() == output) {
+        let why = format!("{}: is what is read; give another folder with -o", args.output.display());
+        return Err(Usage(why).into());
+    }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let settings = PrepareSettings {
         inputs: args.inputs.clone(),

@@ -288,7 +288,7 @@ fn listen(sounds: &[AudioSource], config: &ModelConfig, spectrum: &Spectrum) -> 
     let codec = &config.codec;
     let mut data = Dataset { train: vec![], validation: vec![], codec: codec.clone(), spectrum: spectrum.clone() };
     let (hop, rate) = (spectrum.hop(), f64::from(codec.sample_rate));
-    let run_up = config.forecast.past_window.max(config.plan.window).div_ceil(hop);
+    let run_up = wave::run_up(config);
     let head = |n_frames: usize| n_frames.saturating_sub(tail_frames(n_frames, codec, hop));
     let shortest = (LEAST_S * rate) as usize / hop;
     let least = (shortest..).find(|&n| head(n) >= run_up + wave::EXCERPT).unwrap_or(shortest);

@@ -49,6 +49,11 @@ use workers::Workers;
 pub enum TrainError {
     #[error("no usable audio among {n_files} files: every piece needs at least {least_s:.1} s of sound")]
     NoData { n_files: usize, least_s: f64 },
+    #[error(
+        "the longest piece has {longest_s:.1} s, and the model's windows alone take {least_s:.1} s before what it learns from; give longer ones, or a \
+         preset of shorter windows"
+    )]
+    TooShort { longest_s: f64, least_s: f64 },
     #[error("interrupted while reading the recordings; the same command goes on")]
     Interrupted,
     #[error(transparent)]
@@ -206,6 +211,11 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
         }
     };
     checkpoint.notes.extend(settings.notes.clone());
+    let run_up = wave::run_up(config);
+    if settings.parts.contains(&Part::Wave) && data.longest() <= run_up {
+        let seconds = |frames| frames as f64 * spectrum.hop() as f64 / f64::from(config.codec.sample_rate);
+        return Err(TrainError::TooShort { longest_s: seconds(data.longest()), least_s: seconds(run_up) });
+    }
     data.check()?;
     if settings.parts.contains(&Part::Plan) {
         let error_db = data.encode_plans(&checkpoint.quantizer)?;

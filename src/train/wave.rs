@@ -39,6 +39,11 @@ pub(super) const WARM: usize = 8;
 /// Steps between validations.
 const VALIDATE: usize = 250;
 
+/// Plan frames before an excerpt that the forecasts and the plan's window need.
+pub(super) fn run_up(config: &ModelConfig) -> usize {
+    config.forecast.past_window.max(config.plan.window).div_ceil(config.plan.hop)
+}
+
 /// Rms of a noisy history's noise in bins of mu-law, for a uniform draw: even by its logarithm, from where it begins to move tokens.
 fn noise(quantizer: Quantizer, uniform: f32) -> f32 {
     let least: f32 = match quantizer {
@@ -176,9 +181,8 @@ impl Maker<'_> {
         self.excerpt(&tokens, &tokens, before, true)
     }
 
-    /// Plan frames before an excerpt that the forecasts and the plan's window need.
-    pub fn run_up(&self) -> usize {
-        self.config.forecast.past_window.max(self.config.plan.window).div_ceil(self.config.plan.hop)
+    fn run_up(&self) -> usize {
+        run_up(self.config)
     }
 
     /// Plan frames before those of the run-up that are read of `available` ones.
