@@ -347,3 +347,43 @@ fn an_opus_copy_starts_with_its_original() {
     let original = resample(&original.downmix(), original.sample_rate, copy.sample_rate).unwrap();
     assert_eq!(shift(&original, &copy.downmix()), 0);
 }
+
+/// A WAV of one second of zeros: `fmt ` as given, and so many bytes of data.
+fn wav(fmt: &[u8], data: usize) -> Vec<u8> {
+    let chunk = |name: &[u8], body: &[u8]| [name, &(body.len() as u32).to_le_bytes(), body].concat();
+    let chunks = [&b"WAVE"[..], &chunk(b"fmt ", fmt), &chunk(b"data", &vec![0; data])].concat();
+    chunk(b"RIFF", &chunks)
+}
+
+/// The plain fields of a `fmt ` chunk.
+fn fmt(tag: u16, channels: u16, rate: u32, frame_bytes: u16, bits: u16) -> Vec<u8> {
+    let rest = [frame_bytes.to_le_bytes(), bits.to_le_bytes()].concat();
+    let bytes_a_second = rate.wrapping_mul(frame_bytes.into());
+    [&tag.to_le_bytes()[..], &channels.to_le_bytes(), &rate.to_le_bytes(), &bytes_a_second.to_le_bytes(), &rest]
+        .concat()
+}
+
+#[test]
+fn headers_of_what_cannot_be_are_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    // 24 bits in containers of 32 bits, in the extensible format: PCM is its sub-format.
+    let pcm = [1, 0, 0, 0, 0, 0, 16, 0, 128, 0, 0, 170, 0, 56, 155, 113];
+    let extensible = [&fmt(0xfffe, 2, 44_100, 8, 24)[..], &[22, 0, 24, 0, 3, 0, 0, 0], &pcm].concat();
+    // 30 channels of 16 bits at 44.1 kHz in an AIFF.
+    let rate = [0x40, 0x0e, 0xac, 0x44, 0, 0, 0, 0, 0, 0];
+    let common = [&[0, 30, 0, 0, 0, 100, 0, 16][..], &rate].concat();
+    let chunk = |name: &[u8], body: &[u8]| [name, &(body.len() as u32).to_be_bytes(), body].concat();
+    let sound = chunk(b"SSND", &vec![0; 8 + 100 * 60]);
+    let aiff = chunk(b"FORM", &[&b"AIFF"[..], &chunk(b"COMM", &common), &sound].concat());
+    for (name, bytes, why) in [
+        ("fast.wav", wav(&fmt(1, 1, u32::MAX, 2, 16), 2000), "4294967295 Hz, where 1000 to 1536000 Hz can be read"),
+        ("slow.wav", wav(&fmt(1, 1, 999, 2, 16), 2000), "999 Hz, where"),
+        ("wide.aiff", aiff, "30 channels, where 1 to 26 can be read"),
+        ("gaps.wav", wav(&extensible, 800), "narrower than their containers"),
+    ] {
+        let path = folder.path().join(name);
+        fs::write(&path, bytes).unwrap();
+        let said = decode_file(&path).unwrap_err().to_string();
+        assert!(said.contains(name) && said.contains(why), "{said}");
+    }
+}
