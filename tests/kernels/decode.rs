@@ -442,15 +442,18 @@ fn odd_sizes_have_the_cpu_engines_distributions_over_many_ring_wraps() {
 }
 
 #[test]
-fn the_built_in_model_has_the_cpu_engines_distributions_and_tokens() {
-    let checkpoint = Checkpoint::built_in().unwrap();
+fn models_inside_the_program_have_the_cpu_engines_distributions_and_tokens() {
     let geometry = DecodeGeometry { group_size: 2, threads: 256, ..OVERLAPPED };
     let Some(machine) = machine(Schedule::default()) else { return };
-    assert_scores_like(&machine, &checkpoint, geometry, 2, "built-in");
-    let (mut cuda, mut cpu) = (cuda(&machine, &checkpoint, Element::F32, geometry), cpu(&checkpoint));
-    cpu.prefill(&music(&checkpoint, 20_000)).unwrap();
-    cuda.restore(&cpu.save().unwrap()).unwrap();
-    plays_like(&mut cuda, &mut cpu, 3).unwrap();
+    // The second has codebooks of twice as many entries.
+    for (checkpoint, name) in [(Checkpoint::built_in(), "built-in"), (Checkpoint::built_in_broad(), "broad")] {
+        let checkpoint = checkpoint.unwrap();
+        assert_scores_like(&machine, &checkpoint, geometry, 2, name);
+        let (mut cuda, mut cpu) = (cuda(&machine, &checkpoint, Element::F32, geometry), cpu(&checkpoint));
+        cpu.prefill(&music(&checkpoint, 20_000)).unwrap();
+        cuda.restore(&cpu.save().unwrap()).unwrap();
+        plays_like(&mut cuda, &mut cpu, 3).unwrap_or_else(|e| panic!("{name}: {e}"));
+    }
 }
 
 #[test]
