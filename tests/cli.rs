@@ -653,7 +653,7 @@ fn training_grows_a_model_and_says_what_begins_anew() {
     train("b.safetensors", "both.toml").assert().success().stderr(grows.and(anew));
     scene.refuses(train("c.safetensors", "other.toml"), 2, "codebooks");
     // Nothing is trained for hours that cannot be kept, and a run goes on only from what it began with.
-    scene.refuses(train("c.training", "plan.toml"), 2, "c.training: is the name of a folder");
+    scene.refuses(train("c.training", "plan.toml"), 2, "c.training: is the name of a folder for unfinished runs");
     scene.refuses(train("new/", "plan.toml"), 2, "new/: is the name of a folder");
     scene.refuses(train(".", "plan.toml"), 2, ".: is the name of a folder");
     let mut same = train("tiny.safetensors", "plan.toml");

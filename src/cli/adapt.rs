@@ -15,8 +15,8 @@ use wavegen::train::adapt::{AdaptEvent, AdaptSettings, Adaptation, Adapted, Verd
 use wavegen::train::schedule::Budget;
 
 use super::Outcome;
-use super::common::{Talk, catch_interrupt, interrupted, seconds, start_threads};
-use super::train::{Store, check_output};
+use super::common::{Talk, catch_interrupt, check_output, interrupted, seconds, start_threads};
+use super::train::Store;
 
 /// The note of a checkpoint that names the recordings that it was fitted to.
 const ADAPTED_TO: &str = "adapted-to";
@@ -118,7 +118,7 @@ pub fn judge(checkpoint: &Checkpoint, prompt: &Prompt, bits: Option<f32>, talk: 
         let name = &checkpoint.config.name;
         let other = if name == BROAD { "" } else { "--model broad has heard other instruments than a piano, and " };
         talk.note(&format!(
-            "the recording is unlike what the model '{name}' learned from ({bits:.0} bits a plan frame, {unfamiliar:.0} at most where it knows \
+            "the recording is unlike what the model '{name}' learned from ({bits:.1} bits a plan frame, {unfamiliar:.1} at most where it knows \
              the music); {other}--adapt 30 fits the model to it for half a minute first"
         ));
     }

@@ -13,9 +13,8 @@ use wavegen::train::scene::Follow;
 use wavegen::train::{TrainError, TrainEvent};
 
 use super::Outcome;
-use super::common::{Refused, Talk, catch_interrupt, interrupted, print, start_threads};
+use super::common::{Refused, Talk, catch_interrupt, check_output, interrupted, print, start_threads};
 use super::prepare::check_inputs;
-use super::train::check_output;
 
 /// Fit a model's grain, past, offset and level by letting it play: nearest to the recordings, as tonal, at the right level
 ///

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
@@ -352,6 +352,21 @@ pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .chain()
         .filter_map(|cause| cause.downcast_ref::<io::Error>())
         .any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// Finds out before anything is computed whether its result can be kept in `path`.
+pub fn check_output(path: &Path, force: bool) -> Result<()> {
+    let name = path.as_os_str().to_string_lossy();
+    if path.is_dir() || name.ends_with(std::path::is_separator) {
+        return Err(Usage(format!("{name}: is the name of a folder; give that of a file")).into());
+    }
+    if path.exists() && !force {
+        bail!("{name}: already exists; use --force to overwrite it, or give another name");
+    }
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let unwritable = || format!("{name}: cannot be written; give a file in a folder that exists");
+    tempfile::NamedTempFile::new_in(folder).with_context(unwritable)?;
+    Ok(())
 }
 
 /// A file's first `max_s` seconds in mono at `sample_rate`, in blocks: memory grows with what is kept only.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf, absolute};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
 use wavegen::audio::{AudioSource, Decoder, WavPrompt};
@@ -17,7 +17,9 @@ use wavegen::sink::{self, Sink};
 
 use super::Outcome;
 use super::adapt::judge;
-use super::common::{ModelArgs, SamplingArgs, Talk, Usage, catch_interrupt, interrupted, is_pipe, seconds};
+use super::common::{
+    ModelArgs, SamplingArgs, Talk, Usage, catch_interrupt, check_output, interrupted, is_pipe, seconds,
+};
 use super::engine::EngineArgs;
 
 #[derive(Args)]
@@ -88,7 +90,7 @@ impl PlayArgs {
             let output = numbered(output, i, self.takes);
             let session = self.save_session.as_ref().map(|path| numbered(path, i, self.takes));
             if let Some(path) = &session {
-                refuse_unwritable(path, self.force)?;
+                check_output(path, self.force)?;
                 if absolute(path).ok() == absolute(&output).ok() {
                     let why = format!(
                         "{}: cannot be both the audio and the session; give another --save-session",
@@ -246,17 +248,6 @@ fn numbered(path: &Path, i: u32, takes: u32) -> PathBuf {
         Some(extension) => path.with_extension(format!("{number}.{}", extension.to_string_lossy())),
         None => path.with_extension(number),
     }
-}
-
-fn refuse_unwritable(path: &Path, force: bool) -> Result<()> {
-    if path.exists() && !force {
-        bail!("{}: already exists; use --force to overwrite it", path.display());
-    }
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    if path.is_dir() || !folder.is_dir() {
-        bail!("{}: cannot be written; give a file in a folder that exists", path.display());
-    }
-    Ok(())
 }
 
 /// What `continue` and `generate` report of a take.

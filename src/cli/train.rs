@@ -10,7 +10,6 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use indicatif::ProgressBar;
 use serde::Serialize;
-use wavegen::audio::AudioError;
 use wavegen::checkpoint::{Checkpoint, Precision};
 use wavegen::model::config::{GenerationSettings, ModelConfig};
 use wavegen::model::ops::Inner;
@@ -21,7 +20,9 @@ use wavegen::train::resume::StateFolder;
 use wavegen::train::schedule::{Budget, Schedule};
 use wavegen::train::{Part, Start, TrainError, TrainEvent, TrainSettings, train_in};
 
-use super::common::{Refused, Talk, Usage, catch_interrupt, interrupted, number_in, one_line, say, start_threads};
+use super::common::{
+    Refused, Talk, Usage, catch_interrupt, check_output, interrupted, number_in, one_line, say, start_threads,
+};
 use super::device::DeviceKind;
 use super::prepare::check_inputs;
 use super::{Outcome, dry_run, memory};
@@ -280,8 +281,16 @@ fn run_in(group: &dyn Group, args: &Args) -> Result<Outcome> {
     let start = start(args, if group.is_first() { talk } else { &silent })?;
     let output = args.output.clone().unwrap_or_default();
     if group.is_first() && !args.dry_run {
+        let state = StateFolder::beside(&output);
+        if state == output {
+            return Err(Usage(format!(
+                "{}: is the name of a folder for unfinished runs; give another with -o",
+                output.display()
+            ))
+            .into());
+        }
         // The run that would make it goes on.
-        check_output(&output, args.force || StateFolder::beside(&output).exists())?;
+        check_output(&output, args.force || state.exists())?;
         refuse_same(args.init.as_deref(), &output)?;
     }
     check_inputs(&args.inputs)?;
@@ -442,25 +451,6 @@ fn refuse_same(init: Option<&Path>, output: &Path) -> Result<()> {
         }
         _ => Ok(()),
     }
-}
-
-/// Finds out before training whether its result can be kept.
-pub fn check_output(path: &Path, force: bool) -> Result<()> {
-    let name = path.as_os_str().to_string_lossy();
-    if path.is_dir() || name.ends_with(std::path::is_separator) || StateFolder::beside(path) == path {
-        return Err(
-            Usage(format!("{name}: is the name of a folder; give that of a file, such as my.safetensors")).into()
-        );
-    }
-    if path.exists() && !force {
-        return Err(AudioError::Exists { path: path.display().to_string() }.into());
-    }
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    tempfile::NamedTempFile::new_in(directory).with_context(|| format!("{}: cannot be written", path.display()))?;
-    Ok(())
 }
 
 /// What lines on a terminal depend on besides the event.

@@ -137,7 +137,7 @@ impl Conductor {
         self.since_change += out.len() - first;
     }
 
-    /// What would have come next will not: it fades out under what comes instead.
+    /// What would have come next, interleaved, will not: its beginning fades out under what comes instead.
     pub fn leave(&mut self, rest: &[f32]) {
         let (sample_rate, channels) = self.shape();
         let n = (CROSSFADE_S * f64::from(sample_rate)) as usize * channels;
