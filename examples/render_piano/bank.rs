@@ -92,6 +92,11 @@ impl Bank {
         self.sample_rate
     }
 
+    /// The keys that there are recordings of, from the lowest.
+    pub fn recorded_keys(&self) -> Vec<i32> {
+        self.keys.keys().copied().collect()
+    }
+
     /// The sound of `key` struck at `velocity` (1 to 127): one or two neighbouring layers. The level rises evenly in
     /// dB between the levels of the layers, whatever their phases.
     ///

@@ -3,8 +3,9 @@
 //! ```text
 //! cargo run --release --example render_piano -- scores/ --samples salamander/ -o corpus/ --humanise --vary --seed 1
 //! ```
-//! MIDI -> `midi` -> performance -> `perform` -> `synth` with `bank` -> `room` -> WAV. Output depends on the seed and
+//! MIDI -> `midi` -> performance -> `perform` -> `band` -> `synth` with `bank` -> `room` -> WAV. Output depends on the seed and
 //! on each file's name alone. One line per file goes to stdout (tab-separated), problems go to stderr.
+mod band;
 mod bank;
 mod files;
 mod midi;
@@ -24,7 +25,7 @@ use rayon::prelude::*;
 use wavegen::audio::{SampleFormat, WavFormat};
 use wavegen::sink::{Sink, WavFileSink};
 
-use bank::Bank;
+use band::Band;
 use files::{Part, Piece};
 use random::Random;
 use room::Room;
@@ -44,7 +45,8 @@ struct Options {
     /// MIDI files, or folders of them
     #[arg(required = true)]
     inputs: Vec<PathBuf>,
-    /// Folder of recordings named <note>v<layer>.<any audio format>, e.g. Ds4v16.ogg
+    /// Folder of recordings named <note>v<layer>.<any audio format>, e.g. Ds4v16.ogg, or of such folders: then each voice of a
+    /// piece gets one of them, drawn, and folders named drums... give it drums
     #[arg(long)]
     samples: PathBuf,
     /// Folder for the WAV files
@@ -153,7 +155,7 @@ struct Rendering {
     notices: Vec<String>,
 }
 
-fn render(piece: &Piece, bank: &Bank, options: &Options) -> Result<Rendering> {
+fn render(piece: &Piece, band: &Band, options: &Options) -> Result<Rendering> {
     let draws = |purpose: &str| Random::new(options.seed, &format!("{}/{purpose}", piece.name));
     let style = Style::new(options, &mut draws("style"));
     let mut notices = Vec::new();
@@ -184,7 +186,7 @@ fn render(piece: &Piece, bank: &Bank, options: &Options) -> Result<Rendering> {
     let anywhere = if options.start_anywhere { draws("place").unit() } else { 0.0 };
     let start_s = anywhere * (whole_s - length_s);
     let pedal = if options.half_pedal { synth::Pedal::Gradual } else { synth::Pedal::Switch };
-    let mut samples = synth::play(&performance, bank, pedal, start_s..start_s + length_s)?;
+    let mut samples = band.play(&performance, pedal, start_s..start_s + length_s, &mut draws("band"))?;
     if let Some(room) = style.room {
         room.add_to(&mut samples, options.sample_rate);
     }
@@ -206,9 +208,9 @@ fn fade_out(samples: &mut [f32], sample_rate: u32) {
 }
 
 /// Renders and writes one piece; its line of the table, the notices, and the seconds rendered.
-fn process(piece: &Piece, bank: &Bank, options: &Options) -> Result<(String, Vec<String>, f64)> {
+fn process(piece: &Piece, band: &Band, options: &Options) -> Result<(String, Vec<String>, f64)> {
     let mut sink = WavFileSink::new(&options.output.join(format!("{}.wav", piece.name)), options.force)?;
-    let rendering = render(piece, bank, options)?;
+    let rendering = render(piece, band, options)?;
     sink.start(&WavFormat::new(options.sample_rate, 1, SampleFormat::I16))?;
     sink.write(&rendering.samples)?;
     sink.finish()?;
@@ -255,14 +257,14 @@ fn run(options: &Options) -> Result<()> {
         bail!("no MIDI file (.mid, .midi) to render");
     }
     std::fs::create_dir_all(&options.output).with_context(|| format!("creating {}", options.output.display()))?;
-    let bank = Bank::open(&options.samples, options.sample_rate)?;
+    let band = Band::open(&options.samples, options.sample_rate)?;
     rayon::ThreadPoolBuilder::new().num_threads(options.threads).build_global()?;
 
     let begin = Instant::now();
     let results: Vec<_> = pieces
         .par_iter()
         .map(|piece| {
-            let result = process(piece, &bank, options);
+            let result = process(piece, &band, options);
             match &result {
                 Ok((_, notices, _)) => {
                     notices.iter().for_each(|notice| eprintln!("{}: {notice}", piece.path.display()))
@@ -340,10 +342,10 @@ mod tests {
                 "--seed".as_ref(),
                 seed.as_ref(),
             ]);
-            let bank = Bank::open(&options.samples, options.sample_rate).unwrap();
+            let band = Band::open(&options.samples, options.sample_rate).unwrap();
             let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().unwrap();
             let bytes = |piece: &Piece| {
-                process(piece, &bank, &options).unwrap();
+                process(piece, &band, &options).unwrap();
                 std::fs::read(at("out").join(format!("{}.wav", piece.name))).unwrap()
             };
             pool.install(|| pieces.par_iter().map(bytes).collect())

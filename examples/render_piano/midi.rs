@@ -18,6 +18,8 @@ pub struct Note {
     pub key: i32,
     /// 1 to 127, fractional after humanising.
     pub velocity: f64,
+    /// Number of its track and channel among those with notes.
+    pub voice: usize,
 }
 
 /// The sustain pedal arrives at `value` (0 to 127) at `time_s`.
@@ -32,6 +34,8 @@ pub struct PedalMove {
 pub struct Performance {
     pub notes: Vec<Note>,
     pub pedal: Vec<PedalMove>,
+    /// When the file's beats (quarters) are; none where it counts in frames of film.
+    pub beats_s: Vec<f64>,
     /// Notes of the percussion channel, which a piano does not play.
     pub n_percussion: usize,
     /// Tracks without an end mark, which are read as far as they can be.
@@ -43,6 +47,7 @@ enum Event {
     Off { voice: Voice },
     Pedal { channel: u8, value: u8 },
     Tempo { us_per_beat: f64 },
+    Beat,
 }
 
 /// Track, channel and key: which note-off belongs to which note-on.
@@ -99,6 +104,9 @@ fn timeline(smf: &Smf) -> Result<Vec<(f64, Event)>> {
             by_tick.push((tick, event));
         }
     }
+    if let (Timing::Metrical(ticks), Some(last)) = (smf.header.timing, by_tick.iter().map(|(tick, _)| *tick).max()) {
+        by_tick.extend((0..=last).step_by(usize::from(ticks.as_int()).max(1)).map(|tick| (tick, Event::Beat)));
+    }
     by_tick.sort_by_key(|(tick, _)| *tick);
 
     let (mut s_per_tick, ticks_per_beat) = match smf.header.timing {
@@ -128,17 +136,20 @@ fn pair(events: Vec<(f64, Event)>) -> Performance {
     let mut performance = Performance::default();
     let mut open: HashMap<Voice, VecDeque<usize>> = HashMap::new();
     let mut pedals: BTreeMap<u8, u8> = BTreeMap::new();
+    let mut voices: BTreeMap<(usize, u8), usize> = BTreeMap::new();
     let end_s = events.last().map_or(0.0, |(time_s, _)| *time_s);
     for (time_s, event) in events {
         match event {
             Event::On { voice: (_, PERCUSSION_CHANNEL, _), .. } => performance.n_percussion += 1,
             Event::On { voice, velocity } => {
+                let n_voices = voices.len();
                 open.entry(voice).or_default().push_back(performance.notes.len());
                 performance.notes.push(Note {
                     on_s: time_s,
                     off_s: end_s,
                     key: i32::from(voice.2),
                     velocity: f64::from(velocity),
+                    voice: *voices.entry((voice.0, voice.1)).or_insert(n_voices),
                 });
             }
             Event::Off { voice } => {
@@ -153,6 +164,7 @@ fn pair(events: Vec<(f64, Event)>) -> Performance {
                     performance.pedal.push(PedalMove { time_s, value });
                 }
             }
+            Event::Beat => performance.beats_s.push(time_s),
             Event::Tempo { .. } => {}
         }
     }
@@ -217,7 +229,7 @@ mod tests {
             (0.5, Event::Off { voice: A }),
             (1.0, Event::Off { voice: B }),
         ]);
-        assert_eq!(played.notes, [Note { on_s: 0.0, off_s: 1.0, key: 60, velocity: 70.0 }]);
+        assert_eq!(played.notes, [Note { on_s: 0.0, off_s: 1.0, key: 60, velocity: 70.0, voice: 0 }]);
         assert_eq!(played.n_percussion, 1);
     }
 
@@ -234,7 +246,7 @@ mod tests {
         let head = b"MThd\0\0\0\x06\0\0\0\x01\0\x60MTrk\0\0\0\x0c";
         let whole = [&head[..], &[0, 0x90, 60, 64, 96, 0x80, 60, 0, 0, 0xff, 0x2f, 0]].concat();
         let (read, cut) = (parse(&whole).unwrap(), parse(&whole[..whole.len() - 5]).unwrap());
-        assert_eq!((read.n_damaged_tracks, read.notes[0].off_s), (0, 0.5));
+        assert_eq!((read.n_damaged_tracks, read.notes[0].off_s, read.beats_s), (0, 0.5, vec![0.0, 0.5]));
         assert_eq!((cut.n_damaged_tracks, cut.notes.len()), (1, 1));
     }
 

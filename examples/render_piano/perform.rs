@@ -50,6 +50,7 @@ impl Performance {
         for pedal in &mut self.pedal {
             pedal.time_s = map(pedal.time_s);
         }
+        self.beats_s.iter_mut().for_each(|beat_s| *beat_s = map(*beat_s));
     }
 
     /// Plays a score as a hand would: a slow tempo curve, slow dynamics, small deviations note by note.
@@ -121,7 +122,7 @@ mod tests {
     use crate::midi::{Note, PedalMove};
 
     fn play(times: &[(f64, f64)]) -> Performance {
-        let note = |&(on_s, off_s)| Note { on_s, off_s, key: 60, velocity: 64.0 };
+        let note = |&(on_s, off_s)| Note { on_s, off_s, key: 60, velocity: 64.0, voice: 0 };
         Performance { notes: times.iter().map(note).collect(), ..Performance::default() }
     }
 

@@ -29,6 +29,11 @@ impl Random {
         low + (high - low) * self.unit()
     }
 
+    /// Uniform among the numbers below `n`.
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.unit() * n as f64) as usize
+    }
+
     /// Triangular in (-1, 1), most often near 0.
     pub fn jitter(&mut self) -> f64 {
         self.unit() + self.unit() - 1.0

@@ -147,7 +147,7 @@ mod tests {
     use crate::bank::tests::small_bank;
 
     fn note(on_s: f64, off_s: f64, key: i32) -> Note {
-        Note { on_s, off_s, key, velocity: 80.0 }
+        Note { on_s, off_s, key, velocity: 80.0, voice: 0 }
     }
 
     fn press(time_s: f64, value: u8) -> PedalMove {

@@ -4,8 +4,8 @@
 //! ```text
 //! cargo run --release --example render_synth -- synth/ --files 120 --seed 1
 //! ```
-//! Every file is a minute at 16 kHz, mono, 16 bits, and a pure function of the seed and its number. With `--instruments 24` it writes as many
-//! folders of single notes instead, which `render_piano --samples` plays music on.
+//! Every file is a minute at 16 kHz, mono, 16 bits, and a pure function of the seed and its number. With `--instruments 24`, `--drums 6` it writes as
+//! many folders of single notes and of single hits instead, which `render_piano --samples` plays music on.
 mod instrument;
 
 use std::f32::consts::TAU;
@@ -36,6 +36,9 @@ struct Options {
     /// Everything drawn depends on this number and the file's
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Invent so many sets of drums, a folder of hits each, instead of pieces
+    #[arg(long, conflicts_with = "files")]
+    drums: Option<u64>,
     /// Overwrite WAV files that are there
     #[arg(long)]
     force: bool,
@@ -127,6 +130,41 @@ fn hit(loudness: f32, colour: f32, decay: f32, falls_from: f32, out: &mut [f32],
     }
 }
 
+/// Keys of a set's bass drum, snare drum, two cymbals and two drums that are anything.
+const DRUM_KEYS: [u8; 6] = [BASS_DRUM, SNARE_DRUM, SHORT_CYMBAL, LONG_CYMBAL, 48, 50];
+const BASS_DRUM: u8 = 36;
+const SNARE_DRUM: u8 = 38;
+const SHORT_CYMBAL: u8 = 42;
+const LONG_CYMBAL: u8 = 46;
+
+/// The drum of a key in the set that `seed` and `number` give, hit as hard as `layer` says.
+fn drum(seed: u64, number: u64, key: u8, layer: usize) -> Vec<f32> {
+    let rng = &mut draws(seed ^ 0xd7a5, 128 * number + u64::from(key));
+    let (colour, decay, falls_from) = match key {
+        BASS_DRUM => (ratio(rng, 0.02, 0.1), ratio(rng, 0.08, 0.3), ratio(rng, 60.0, 400.0)),
+        SNARE_DRUM => (
+            ratio(rng, 0.2, 1.0),
+            ratio(rng, 0.04, 0.2),
+            if rng.below(2) == 0 { ratio(rng, 100.0, 400.0) } else { 0.0 },
+        ),
+        SHORT_CYMBAL => (1.0, ratio(rng, 0.01, 0.05), 0.0),
+        LONG_CYMBAL => (1.0, ratio(rng, 0.08, 0.4), 0.0),
+        _ => (
+            ratio(rng, 0.03, 1.0),
+            ratio(rng, 0.02, 0.3),
+            if rng.below(2) == 0 { ratio(rng, 50.0, 500.0) } else { 0.0 },
+        ),
+    };
+    let mut out = vec![0.0; (6.0 * decay * RATE) as usize];
+    hit(0.1 * 2f32.powi(layer as i32), colour, decay, falls_from, &mut out, rng);
+    if matches!(key, SHORT_CYMBAL | LONG_CYMBAL) {
+        // What cymbals do not have: lows.
+        let mut before = 0.0;
+        out.iter_mut().for_each(|x| *x = 0.5 * (*x - std::mem::replace(&mut before, *x)));
+    }
+    out
+}
+
 /// Voices of invented instruments, and drums, in a metre.
 fn music(rng: &mut Rng) -> Vec<f32> {
     let mut out = vec![0.0; LEN];
@@ -194,37 +232,59 @@ fn write(path: &Path, rate: u32, samples: &[f32], force: bool) -> Result<()> {
     Ok(())
 }
 
-/// Writes the notes of an instrument, named as `render_piano` looks for them.
-fn write_instrument(folder: &Path, instrument: &Instrument, force: bool) -> Result<()> {
+/// Writes notes of keys in all layers, named as `render_piano` looks for them.
+fn write_notes(
+    folder: &Path,
+    keys: impl Iterator<Item = u8>,
+    rate: u32,
+    note: impl Fn(u8, usize) -> Vec<f32>,
+    force: bool,
+) -> Result<()> {
     const NAMES: [&str; 12] = ["C", "Cs", "D", "Ds", "E", "F", "Fs", "G", "Gs", "A", "As", "B"];
     std::fs::create_dir_all(folder)?;
-    for key in KEYS.step_by(KEY_STEP) {
+    for key in keys {
         for layer in 0..LAYERS {
             let (name, octave) = (NAMES[usize::from(key % 12)], key / 12 - 1);
             let path = folder.join(format!("{name}{octave}v{}.wav", layer + 1));
-            write(&path, instrument::RATE, &instrument.note(key, layer), force)?;
+            write(&path, rate, &note(key, layer), force)?;
         }
     }
     Ok(())
 }
 
 fn main() -> Result<()> {
-    let Options { output, files, instruments, seed, force } = Options::parse();
+    let Options { output, files, instruments, seed, drums, force } = Options::parse();
     std::fs::create_dir_all(&output)?;
-    let path = |number: u64| output.join(format!("synth-{seed}-{number:04}"));
-    match instruments {
-        Some(n) => (0..n)
-            .into_par_iter()
-            .try_for_each(|number| write_instrument(&path(number), &Instrument::draw(&mut draws(seed, number)), force)),
-        None => (0..files).into_par_iter().try_for_each(|number| {
-            write(&path(number).with_extension("wav"), RATE as u32, &piece(seed, number), force)
-        }),
+    let path = |what: &str, number: u64| output.join(format!("{what}-{seed}-{number:04}"));
+    if instruments.is_none() && drums.is_none() {
+        return (0..files).into_par_iter().try_for_each(|number| {
+            write(&path("synth", number).with_extension("wav"), RATE as u32, &piece(seed, number), force)
+        });
     }
+    (0..instruments.unwrap_or(0)).into_par_iter().try_for_each(|number| {
+        let instrument = Instrument::draw(&mut draws(seed, number));
+        let note = |key, layer| instrument.note(key, layer);
+        write_notes(&path("synth", number), KEYS.step_by(KEY_STEP), instrument::RATE, note, force)
+    })?;
+    (0..drums.unwrap_or(0)).into_par_iter().try_for_each(|number| {
+        let note = |key, layer| drum(seed, number, key, layer);
+        write_notes(&path("drums", number), DRUM_KEYS.into_iter(), RATE as u32, note, force)
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn drums_are_louder_when_hit_harder_and_differ_between_sets() {
+        for key in DRUM_KEYS {
+            let peak = |layer| drum(1, 2, key, layer).iter().fold(0.0f32, |most, x| most.max(x.abs()));
+            let peaks = [0, 1, 2].map(peak);
+            assert!(peaks[0] > 0.01 && peaks[2] < 2.0 && peaks.is_sorted(), "{key}: {peaks:?}");
+            assert!(drum(1, 2, key, 0) != drum(1, 3, key, 0) && drum(1, 2, key, 0) != drum(2, 2, key, 0), "{key}");
+        }
+    }
 
     #[test]
     fn pieces_follow_from_seed_and_number_and_can_be_heard() {
