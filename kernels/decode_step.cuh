@@ -230,7 +230,7 @@ struct Room {
   }
   __device__ static int tile_bytes(const DecodeLinear& l) { return (l.n_in + STEP - 1) / STEP * l.pieces * STEP_BYTES; }
 
-  /// What the residual stream of row r and the next (the last one's is 0) is to be multiplied with to be normalised.
+  /// What the residual stream of row r and the next (the last one's is anything, or 0 where it is the only one) is to be multiplied with to be normalised.
   __device__ __forceinline__ float2 inverse_rms(int r, int dim) const {
     constexpr int AT_A_TIME = 6;
     const float* const sums = power() + (ROWS == 1 ? 0 : r);

@@ -1,6 +1,6 @@
 // The training step's other operations, each fused, forward and backward: RMSNorm, SwiGLU, SiLU after a bias, cross-entropy, the negative
 // log-likelihood of the mixture head (src/model/head.rs), queries and keys made ready for attention, embeddings; and the
-// optimizer's step. Elements f32 or (the first three) bf16, arithmetic in f32, no atomics.
+// optimizer's step. Elements f32 or (RMSNorm, SwiGLU, cross-entropy, heads, sums) bf16, arithmetic in f32, no atomics.
 //
 // Geometry: RMSNorm and cross-entropy one warp per row, 4 a block; the gain's gradient blocks of 32 columns by 8 rows over (columns,
 // parts of the rows), then column sums, and so a bias's; SwiGLU, SiLU, embeddings and AdamW one thread per output; mixture one thread per sample, its head

@@ -49,7 +49,7 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub(crate) mod ahead;
-pub(crate) mod atomic;
+pub mod atomic;
 pub mod audio;
 pub mod baselines;
 pub mod checkpoint;

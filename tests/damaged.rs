@@ -33,7 +33,7 @@ fn files() -> Vec<Vec<u8>> {
     }
     for format in [SampleFormat::U8, SampleFormat::I24, SampleFormat::F32] {
         let out = std::io::Cursor::new(Vec::new());
-        let mut writer = WavWriter::file(out, "memory", WavFormat::new(8000, 3, format)).unwrap();
+        let mut writer = WavWriter::new(out, "memory", WavFormat::new(8000, 3, format)).unwrap();
         writer.write(&[0.25; 999]).unwrap();
         files.push(writer.finish_file().unwrap().into_inner());
     }

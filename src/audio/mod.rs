@@ -156,12 +156,6 @@ pub enum AudioError {
     /// The resampler's own refusal.
     #[error("resampling failed: {0}")]
     Resample(String),
-    /// More data than a WAV header can state.
-    #[error("{path}: a WAV file cannot hold more than 4 GiB; give a shorter prompt or fewer seconds")]
-    TooLong {
-        /// The output file.
-        path: String,
-    },
     /// The output exists.
     #[error("{path}: already exists; use --force to overwrite it or -o to write elsewhere")]
     Exists {

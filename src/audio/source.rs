@@ -8,6 +8,7 @@ use std::sync::Arc;
 use tempfile::NamedTempFile;
 
 use super::{AudioError, Result};
+use crate::atomic::Listed;
 
 /// An audio input: a regular file, or a pipe spooled to a temporary file that lives as long as the source.
 #[derive(Clone, Debug)]
@@ -15,7 +16,7 @@ pub struct AudioSource {
     name: String,
     path: PathBuf,
     end_s: Option<f64>,
-    _spooled: Option<Arc<NamedTempFile>>,
+    _spooled: Option<Arc<(NamedTempFile, Listed)>>,
 }
 
 impl AudioSource {
@@ -45,8 +46,10 @@ impl AudioSource {
     fn spool(name: String, from: &mut dyn io::Read) -> Result<Self> {
         let failed = |source| AudioError::Io { path: name.clone(), source };
         let mut file = NamedTempFile::with_prefix("wavegen-").map_err(failed)?;
+        let listed = Listed::new(file.path());
         io::copy(from, &mut file).map_err(failed)?;
-        Ok(Self { path: file.path().to_path_buf(), end_s: None, _spooled: Some(Arc::new(file)), name })
+        let path = file.path().to_path_buf();
+        Ok(Self { path, end_s: None, _spooled: Some(Arc::new((file, listed))), name })
     }
 
     /// The same without what comes after its first `seconds`.

@@ -6,8 +6,8 @@ use hound::Sample;
 
 use super::{AudioError, Result, SampleFormat, WavFormat, WavPrompt};
 
-/// The most data that the 32-bit lengths of a WAV file can state, with room for the header and whole frames.
-const MOST_FILE_BYTES: u64 = 0xffff_ffff - 0x1_0000;
+/// The most data that the 32-bit lengths of a WAV file can state, with room for the header.
+const MOST_STATED_BYTES: u32 = 0xffff_ffff - 0x1_0000;
 
 /// Writes a WAV whose samples all have one format. Whatever was written, it can be finished at any time.
 pub struct WavWriter<W: Write> {
@@ -16,24 +16,19 @@ pub struct WavWriter<W: Write> {
     name: String,
     format: WavFormat,
     data_bytes: u64,
-    most_bytes: u64,
     // Samples on their way to bytes.
     bytes: Vec<u8>,
 }
 
 impl<W: Write> WavWriter<W> {
-    /// Starts a stream of unknown length: its header states 0xFFFFFFFF bytes. `name` is for messages.
+    /// Starts a WAV of a length that is not known yet, which its header says by 0xFFFFFFFF bytes. `name` is for messages.
     ///
     /// # Errors
     /// `out` cannot be written.
-    pub fn stream(out: W, name: &str, format: WavFormat) -> Result<Self> {
-        Self::start(out, name, format, u64::MAX)
-    }
-
-    fn start(mut out: W, name: &str, format: WavFormat, most_bytes: u64) -> Result<Self> {
+    pub fn new(mut out: W, name: &str, format: WavFormat) -> Result<Self> {
         let written = out.write_all(&format.header(None));
         let name = name.to_string();
-        let writer = Self { out, name, format, data_bytes: 0, most_bytes, bytes: Vec::new() };
+        let writer = Self { out, name, format, data_bytes: 0, bytes: Vec::new() };
         writer.checked(written)?;
         Ok(writer)
     }
@@ -41,13 +36,12 @@ impl<W: Write> WavWriter<W> {
     /// Copies the data bytes of `prompt` as they are, in constant memory.
     ///
     /// # Errors
-    /// The prompt has shrunk or cannot be read, `out` cannot be written, or the data would not fit into a WAV file.
+    /// The prompt has shrunk or cannot be read, or `out` cannot be written.
     ///
     /// # Panics
     /// The prompt's format is not this writer's.
     pub fn copy_prompt(&mut self, prompt: &WavPrompt) -> Result<()> {
         assert_eq!(prompt.format, self.format, "a prompt's bytes go into a WAV of its own format");
-        self.make_room(prompt.data_bytes())?;
         let copied = io::copy(&mut prompt.data()?, &mut self.out);
         let copied = self.checked(copied)?;
         self.data_bytes += copied;
@@ -60,13 +54,12 @@ impl<W: Write> WavWriter<W> {
     /// Appends interleaved samples, whole frames of them; integers are rounded and clipped.
     ///
     /// # Errors
-    /// `out` cannot be written, or the data would not fit into a WAV file.
+    /// `out` cannot be written.
     ///
     /// # Panics
     /// Not a whole number of frames.
     pub fn write(&mut self, interleaved: &[f32]) -> Result<()> {
         assert_eq!(interleaved.len() % self.format.channels, 0, "samples come in whole frames");
-        self.make_room((interleaved.len() * self.format.sample_format.bytes()) as u64)?;
         self.bytes.clear();
         for &sample in interleaved {
             let encoded = encode(sample, self.format.sample_format, &mut self.bytes);
@@ -87,29 +80,13 @@ impl<W: Write> WavWriter<W> {
         self.checked(flushed)
     }
 
-    /// Ends the data and gives `out` back.
+    /// Passes on what is left and gives `out` back.
     ///
     /// # Errors
     /// `out` cannot be written.
     pub fn finish(mut self) -> Result<W> {
-        self.end_data()?;
+        self.flush()?;
         Ok(self.out)
-    }
-
-    fn end_data(&mut self) -> Result<()> {
-        // Chunks are padded to an even length.
-        if self.data_bytes % 2 == 1 {
-            let written = self.out.write_all(&[0]);
-            self.checked(written)?;
-        }
-        self.flush()
-    }
-
-    fn make_room(&self, bytes: u64) -> Result<()> {
-        if self.data_bytes.saturating_add(bytes) > self.most_bytes {
-            return Err(AudioError::TooLong { path: self.name.clone() });
-        }
-        Ok(())
     }
 
     fn checked<T>(&self, result: io::Result<T>) -> Result<T> {
@@ -122,26 +99,29 @@ impl<W: Write> WavWriter<W> {
 }
 
 impl<W: Write + Seek> WavWriter<W> {
-    /// Starts a WAV file of at most 4 GiB; [`Self::finish_file`] writes its lengths. `name` is for messages.
-    ///
-    /// # Errors
-    /// `out` cannot be written.
-    pub fn file(out: W, name: &str, format: WavFormat) -> Result<Self> {
-        Self::start(out, name, format, MOST_FILE_BYTES)
-    }
-
-    /// Ends the data, completes the header and gives `out` back.
+    /// Ends the data, completes the header and gives `out` back. What is longer than a header can state (4 GiB) goes on to be of
+    /// unknown length, which readers take as what lasts to the end of the file.
     ///
     /// # Errors
     /// `out` cannot be written.
     pub fn finish_file(mut self) -> Result<W> {
-        self.end_data()?;
-        let header = self.format.header(Some(self.data_bytes as u32));
+        let stated = stated(self.data_bytes);
+        // Chunks are padded to an even length. Of one that lasts to the end of the file, it would be a sample.
+        if stated.is_some_and(|bytes| bytes % 2 == 1) {
+            let written = self.out.write_all(&[0]);
+            self.checked(written)?;
+        }
+        let header = self.format.header(stated);
         let written = self.out.seek(SeekFrom::Start(0)).and_then(|_| self.out.write_all(&header));
         self.checked(written)?;
         self.flush()?;
         Ok(self.out)
     }
+}
+
+/// The length that a header states for so much data, if it can.
+fn stated(data_bytes: u64) -> Option<u32> {
+    u32::try_from(data_bytes).ok().filter(|&bytes| bytes <= MOST_STATED_BYTES)
 }
 
 /// Appends one sample's little-endian bytes.
@@ -167,7 +147,7 @@ mod tests {
 
     fn written(format: SampleFormat, samples: &[f32]) -> Vec<u8> {
         let format = WavFormat::new(16000, 1, format);
-        let mut writer = WavWriter::file(Cursor::new(Vec::new()), "memory", format).unwrap();
+        let mut writer = WavWriter::new(Cursor::new(Vec::new()), "memory", format).unwrap();
         writer.write(samples).unwrap();
         writer.finish_file().unwrap().into_inner()
     }
@@ -207,12 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_more_than_its_lengths_can_state_is_refused_and_still_finishes() {
-        let format = WavFormat::new(48000, 2, SampleFormat::I16);
-        let mut writer = WavWriter::start(Cursor::new(Vec::new()), "memory", format, 8).unwrap();
-        writer.write(&[0.5; 4]).unwrap();
-        assert!(matches!(writer.write(&[0.5; 2]), Err(AudioError::TooLong { .. })));
-        let file = writer.finish_file().unwrap().into_inner();
-        assert_eq!(hound::WavReader::new(Cursor::new(file)).unwrap().duration(), 2);
+    fn what_is_too_long_for_the_lengths_of_a_header_is_of_unknown_length() {
+        assert_eq!([0, 5 << 30, 3 << 30, u64::from(u32::MAX)].map(stated), [Some(0), None, Some(3 << 30), None]);
     }
 }

@@ -191,7 +191,7 @@ impl Checkpoint {
     pub fn save(&self, path: &Path, precision: Precision) -> Result<(), CheckpointError> {
         let io = |source| CheckpointError::Io { path: path.to_owned(), source };
         let bytes = self.to_bytes(precision).map_err(|e| io(std::io::Error::other(e)))?;
-        write_whole(path, &bytes).map_err(io)
+        write_whole(path, &bytes, true).map_err(io)
     }
 
     /// What tells this model from every other: BLAKE3 over its configuration, codebooks and weights, in hexadecimal.

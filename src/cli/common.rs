@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
+use wavegen::atomic::Part;
 use wavegen::audio::{AudioSource, Decoder, StreamResampler};
 use wavegen::checkpoint::Checkpoint;
 use wavegen::generate::{Options, Progress};
@@ -290,6 +291,7 @@ pub fn catch_interrupt() -> Result<()> {
     }
     ctrlc::set_handler(|| {
         if INTERRUPTED.swap(true, Ordering::SeqCst) {
+            wavegen::atomic::remove_parts();
             std::process::exit(130);
         }
     })
@@ -363,9 +365,8 @@ pub fn check_output(path: &Path, force: bool) -> Result<()> {
     if path.exists() && !force {
         bail!("{name}: already exists; use --force to overwrite it, or give another name");
     }
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let unwritable = || format!("{name}: cannot be written; give a file in a folder that exists");
-    tempfile::NamedTempFile::new_in(folder).with_context(unwritable)?;
+    Part::beside(path).with_context(unwritable)?;
     Ok(())
 }
 

@@ -1,14 +1,15 @@
 //! `wavegen tokenize`: turns a recording into the tokens that a model reads.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-use wavegen::audio::{AudioError, level};
+use wavegen::atomic::write_whole;
+use wavegen::audio::level;
 
 use super::Outcome;
-use super::common::{ModelArgs, Talk, is_pipe, output_path, read_mono, seconds};
+use super::common::{ModelArgs, Talk, check_output, is_pipe, output_path, read_mono, seconds};
 use super::token_file::TokenFile;
 
 /// Turn a recording into a model's tokens
@@ -51,13 +52,20 @@ struct Report {
 
 pub fn run(args: &Args) -> Result<Outcome> {
     let output = output_path(args.output.as_deref(), &args.input, "tokens.safetensors")?;
-    refuse_existing(&output, args.force)?;
+    if !is_pipe(&output) {
+        check_output(&output, args.force)?;
+    }
     let codec = args.model.load()?.config.codec;
     let samples = read_mono(&args.input, codec.sample_rate, args.max_seconds, &args.talk)?;
     let gain = level::gain(&samples).unwrap_or(1.0);
     let tokens = samples.iter().map(|x| codec.encode(x * gain)).collect();
     let file = TokenFile { codec, gain, tokens };
-    write_whole(&output, &file.to_bytes()?, args.force)?;
+    let bytes = file.to_bytes()?;
+    match is_pipe(&output) {
+        true => std::io::stdout().write_all(&bytes).context("standard output")?,
+        false => write_whole(&output, &bytes, args.force)
+            .with_context(|| format!("{}: cannot be written", output.display()))?,
+    }
     let report = Report {
         output: output.display().to_string(),
         n_tokens: file.tokens.len(),
@@ -71,31 +79,4 @@ pub fn run(args: &Args) -> Result<Outcome> {
     ));
     args.talk.json(&report, is_pipe(&output))?;
     Ok(Outcome::Done)
-}
-
-fn refuse_existing(path: &Path, force: bool) -> Result<()> {
-    if !is_pipe(path) && !force && path.exists() {
-        return Err(AudioError::Exists { path: path.display().to_string() }.into());
-    }
-    Ok(())
-}
-
-/// Writes under a temporary name and renames, so that the file is whole or not there.
-fn write_whole(path: &Path, bytes: &[u8], force: bool) -> Result<()> {
-    if is_pipe(path) {
-        return std::io::stdout().write_all(bytes).context("standard output");
-    }
-    let failed = || format!("{}: cannot be written", path.display());
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let mut file = tempfile::NamedTempFile::new_in(directory).with_context(failed)?;
-    file.write_all(bytes).with_context(failed)?;
-    if force {
-        file.persist(path).with_context(failed)?;
-    } else {
-        file.persist_noclobber(path).with_context(failed)?;
-    }
-    Ok(())
 }

@@ -91,11 +91,12 @@ impl Gpu {
         device().map_err(|e| MachineError::Other(e.to_string()))?;
         let context = CudaContext::new(0).map_err(named)?;
         let attribute = |which| context.attribute(which).map(|value| value.max(0) as usize).map_err(named);
-        let (major, _) = context.compute_capability().map_err(named)?;
+        let capability = context.compute_capability().map_err(named)?;
         let limits = DecodeLimits {
             multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             shared_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
-            clusters: major >= 9,
+            // Others run what is compiled for sm_80, which knows no clusters.
+            clusters: capability == (9, 0),
         };
         let name = context.name().map_err(named)?;
         let kernels = Kernels::on(context.new_stream().map_err(named)?).map_err(named)?;
@@ -151,7 +152,17 @@ impl Machine for Gpu {
     }
 
     fn free_bytes(&self) -> Result<usize, MachineError> {
-        self.stream().context().bind_to_thread().map_err(named)?;
+        let context = self.stream().context();
+        context.bind_to_thread().map_err(named)?;
+        if context.has_async_alloc() {
+            // What the pool keeps of what was freed counts as taken.
+            self.synchronize()?;
+            // SAFETY: the device is the context's and the pool the device's.
+            unsafe {
+                let pool = result::device::get_mem_pool(context.cu_device()).map_err(named)?;
+                result::mem_pool::trim_to(pool, 0).map_err(named)?;
+            }
+        }
         result::mem_get_info().map(|(free, _)| free).map_err(named)
     }
 

@@ -1,5 +1,6 @@
 //! Loads the compiled kernels into a device and launches them.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::CudaDevice;
@@ -8,7 +9,7 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
     CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
     CUlaunchAttributeValue_union__bindgen_ty_1, CUlaunchConfig, cuLaunchKernelEx,
 };
-use candle_core::cuda_backend::cudarc::driver::{CudaModule, CudaStream, DeviceRepr, DriverError};
+use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaModule, CudaStream, DeviceRepr, DriverError};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 
 use super::launch::{
@@ -96,6 +97,20 @@ impl Kernels {
         unsafe { self.launch(launch, args) }
     }
 
+    /// Lets a function have as much shared memory as a launch wants. It is one for all threads, of which another may be about to launch
+    /// it with more, so it is never let have less.
+    fn allow(&self, function: &CudaFunction, launch: &Launch) -> Result<(), DriverError> {
+        static MOST: Mutex<BTreeMap<(usize, String), u32>> = Mutex::new(BTreeMap::new());
+        let mut most = MOST.lock().unwrap_or_else(PoisonError::into_inner);
+        let most = most.entry((self.stream.context().ordinal(), launch.kernel.to_string())).or_default();
+        if launch.shared_bytes > *most {
+            let limit = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function.set_attribute(limit, launch.shared_bytes as i32)?;
+            *most = launch.shared_bytes;
+        }
+        Ok(())
+    }
+
     /// Launches one kernel; returns before it has run.
     ///
     /// # Safety
@@ -105,10 +120,10 @@ impl Kernels {
     /// # Errors
     /// When the driver refuses the launch.
     pub unsafe fn launch<A: DeviceRepr>(&self, launch: &Launch, args: &A) -> Result<(), DriverError> {
+        self.stream.context().bind_to_thread()?;
         let function = self.module.load_function(&launch.kernel)?;
         if launch.shared_bytes > USUAL_SHARED_BYTES {
-            let limit = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            function.set_attribute(limit, launch.shared_bytes as i32)?;
+            self.allow(&function, launch)?;
         }
         let attribute = |id, value| CUlaunchAttribute { id, pad: [0; 4], value };
         let mut attributes = Vec::new();
@@ -138,7 +153,6 @@ impl Kernels {
             attrs: attributes.as_mut_ptr(),
             numAttrs: attributes.len() as u32,
         };
-        self.stream.context().bind_to_thread()?;
         let mut pointer = std::ptr::from_ref(args).cast_mut().cast();
         // SAFETY: the caller's promise; the kernel takes this struct alone (KERNEL in kernels/common.cuh), which the driver copies
         // before it returns, and `config` points to attributes that live until then.

@@ -99,7 +99,7 @@ impl Session {
     pub fn save(&self, path: &Path, model: &str) -> Result<(), SessionError> {
         let io = |source| SessionError::Io { path: path.to_owned(), source };
         let bytes = self.to_bytes(model).map_err(|e| io(std::io::Error::other(e)))?;
-        write_whole(path, &bytes).map_err(io)
+        write_whole(path, &bytes, true).map_err(io)
     }
 
     fn to_bytes(&self, model: &str) -> Result<Vec<u8>, Box<dyn std::error::Error + Send + Sync>> {

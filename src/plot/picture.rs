@@ -82,7 +82,7 @@ impl Picture {
 
     /// Writes a PNG file under a temporary name and renames it when it is whole.
     pub fn save(&self, path: &Path) -> io::Result<()> {
-        write_whole(path, &self.to_png()?)
+        write_whole(path, &self.to_png()?, true)
     }
 }
 

@@ -63,9 +63,14 @@ pub fn open(path: &Path, force: bool) -> Result<Box<dyn Sink>> {
     }
     match path.metadata() {
         Ok(metadata) if metadata.is_dir() => Err(AudioError::Directory { path: path.display().to_string() }),
-        Ok(metadata) if !metadata.is_file() => Ok(Box::new(PipeSink::device(path)?)),
+        _ if is_device(path) => Ok(Box::new(PipeSink::device(path)?)),
         _ => Ok(Box::new(WavFileSink::new(path, force)?)),
     }
+}
+
+/// Whether a path is written as it goes: a pipe, a device, and what has the name of one (`/dev/stdout` may be a file).
+pub fn is_device(path: &Path) -> bool {
+    path.starts_with("/dev") || path.metadata().is_ok_and(|metadata| !metadata.is_file())
 }
 
 #[cfg(all(test, unix))]

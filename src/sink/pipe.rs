@@ -50,7 +50,7 @@ impl Sink for PipeSink {
         let State::Opened(out) = std::mem::replace(&mut self.state, State::Finished) else {
             panic!("a sink is started once");
         };
-        self.state = State::Writing(WavWriter::stream(BufWriter::new(out), &self.name, format.clone())?);
+        self.state = State::Writing(WavWriter::new(BufWriter::new(out), &self.name, format.clone())?);
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
-use super::Sink;
+use super::{Sink, is_device};
 use crate::audio::{AudioError, Result, SampleFormat, WavFormat, WavPrompt};
 
 /// Writes samples of one format; every write is passed on at once.
@@ -24,12 +24,10 @@ impl RawSink {
         if path.as_os_str() == "-" {
             return Ok(Self { name, sample_format, out: BufWriter::new(Box::new(io::stdout())) });
         }
-        let is_file = path.metadata().is_ok_and(|metadata| metadata.is_file());
-        let opened = match is_file || !path.exists() {
-            true if force => File::create(path),
-            true => OpenOptions::new().write(true).create_new(true).open(path),
-            // A pipe or a device.
-            false => OpenOptions::new().write(true).open(path),
+        let opened = match is_device(path) {
+            true => OpenOptions::new().write(true).open(path),
+            false if force => File::create(path),
+            false => OpenOptions::new().write(true).create_new(true).open(path),
         };
         let file = opened.map_err(|source| match source.kind() {
             io::ErrorKind::AlreadyExists => AudioError::Exists { path: name.clone() },

@@ -3,10 +3,8 @@
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
-use tempfile::NamedTempFile;
-
 use super::Sink;
-use crate::atomic;
+use crate::atomic::Part;
 use crate::audio::{AudioError, Result, WavFormat, WavPrompt, WavWriter};
 
 /// Writes to a temporary file beside the destination and renames it at the end; dropped unfinished, nothing remains.
@@ -14,7 +12,7 @@ pub struct WavFileSink {
     path: PathBuf,
     name: String,
     force: bool,
-    writer: Option<WavWriter<BufWriter<NamedTempFile>>>,
+    writer: Option<WavWriter<BufWriter<Part>>>,
 }
 
 impl WavFileSink {
@@ -30,7 +28,7 @@ impl WavFileSink {
         Ok(Self { path: path.to_path_buf(), name, force, writer: None })
     }
 
-    fn writer(&mut self) -> &mut WavWriter<BufWriter<NamedTempFile>> {
+    fn writer(&mut self) -> &mut WavWriter<BufWriter<Part>> {
         self.writer.as_mut().expect("a sink takes audio between its start and its finish")
     }
 
@@ -41,8 +39,8 @@ impl WavFileSink {
 
 impl Sink for WavFileSink {
     fn start(&mut self, format: &WavFormat) -> Result<()> {
-        let file = atomic::beside(&self.path).map_err(|source| self.error(source))?;
-        self.writer = Some(WavWriter::file(BufWriter::new(file), &self.name, format.clone())?);
+        let file = Part::beside(&self.path).map_err(|source| self.error(source))?;
+        self.writer = Some(WavWriter::new(BufWriter::new(file), &self.name, format.clone())?);
         Ok(())
     }
 
@@ -59,16 +57,10 @@ impl Sink for WavFileSink {
             return Ok(());
         };
         let file = writer.finish_file()?.into_inner().map_err(|error| self.error(error.into_error()))?;
-        // A full disk may show only here.
-        file.as_file().sync_all().map_err(|source| self.error(source))?;
-        let renamed = if self.force { file.persist(&self.path) } else { file.persist_noclobber(&self.path) };
-        match renamed {
-            Ok(_) => Ok(()),
-            Err(failed) if failed.error.kind() == std::io::ErrorKind::AlreadyExists => {
-                Err(AudioError::Exists { path: self.name.clone() })
-            }
-            Err(failed) => Err(self.error(failed.error)),
-        }
+        file.finish(self.force).map_err(|error| match error.kind() {
+            std::io::ErrorKind::AlreadyExists => AudioError::Exists { path: self.name.clone() },
+            _ => self.error(error),
+        })
     }
 }
 

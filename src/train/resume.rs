@@ -95,7 +95,7 @@ impl<'a> StateFolder<'a> {
                 folder.forget()?;
                 std::fs::create_dir_all(&folder.path).map_err(|source| folder.io(source))?;
                 let bytes = serde_json::to_vec_pretty(identity).map_err(|e| folder.io(e.into()))?;
-                write_whole(&run, &bytes).map_err(|source| folder.io(source))?;
+                write_whole(&run, &bytes, true).map_err(|source| folder.io(source))?;
             }
         }
         Ok(folder)
@@ -155,7 +155,7 @@ impl<'a> StateFolder<'a> {
                     entry("books", fitted.books.shape(), fitted.books.iter().copied().collect()),
                 ];
                 let bytes = self.encode(&entries, "")?;
-                write_whole(&path, &bytes).map_err(|source| self.io(source))?;
+                write_whole(&path, &bytes, true).map_err(|source| self.io(source))?;
                 bytes
             }
         };
@@ -183,7 +183,7 @@ impl<'a> StateFolder<'a> {
         }
         let name = format!("{}-{:08}.safetensors", part.name(), progress.step);
         let bytes = self.encode_state(optimizer, progress)?;
-        write_whole(&self.path.join(name), &bytes).map_err(|source| self.io(source))?;
+        write_whole(&self.path.join(name), &bytes, true).map_err(|source| self.io(source))?;
         for old in self.states(part).into_iter().skip(KEPT) {
             std::fs::remove_file(old).map_err(|source| self.io(source))?;
         }
@@ -200,7 +200,8 @@ impl<'a> StateFolder<'a> {
             .into_iter()
             .map(|(name, weight)| (name, weight.shape(), weight.values().into_owned()))
             .collect();
-        write_whole(&self.path.join(best_name(part)), &self.encode(&entries, "")?).map_err(|source| self.io(source))
+        write_whole(&self.path.join(best_name(part)), &self.encode(&entries, "")?, true)
+            .map_err(|source| self.io(source))
     }
 
     /// The averaged weights that were best, on all ranks.

@@ -736,6 +736,29 @@ fn presets_fit_into_shared_memory_alone_and_together() {
 }
 
 #[test]
+fn any_number_of_streams_fits_any_gpu() {
+    let hopper = DecodeLimits::default();
+    let pcie = DecodeLimits { multiprocessors: 114, ..hopper };
+    let a100 = DecodeLimits { multiprocessors: 108, shared_bytes: 166_912, clusters: false };
+    let consumer = DecodeLimits { multiprocessors: 82, shared_bytes: 101_376, clusters: false };
+    for limits in [hopper, pcie, a100, consumer] {
+        let Some(machine) = emulated(Schedule::default()).and_then(Arc::into_inner) else { return };
+        let machine = Arc::new(Emulated { limits, ..machine });
+        let model = Arc::new(Model::new(machine, &Checkpoint::built_in().unwrap(), Element::Bf16).unwrap());
+        for n in (1..=150).chain([512, 1056, 4096]) {
+            let geometry = model.geometry(n);
+            let of_a_set = if geometry.overlapped { 3 } else { 1 };
+            let groups = of_a_set * geometry.groups;
+            assert!(groups <= limits.groups_at_once(geometry.group_size), "{n} streams, {limits:?}: {geometry:?}");
+            if [1, 8, 81, 512].contains(&n) {
+                let error = Streams::new(model.clone(), 1, geometry).err();
+                assert!(error.is_none(), "{n} streams, {limits:?}, {geometry:?}: {error:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn half_precision_weights_cost_little() {
     let checkpoint = Checkpoint::built_in().unwrap();
     let Some(machine) = machine(Schedule::default()) else { return };

@@ -407,7 +407,7 @@ fn decode(file: &Path, seconds: f64) -> Result<(String, Clip)> {
 fn save_take(clip: &Clip, path: Option<PathBuf>) -> Result<String> {
     let name = |n: u32| PathBuf::from(format!("wavegen-take-{n}.wav"));
     let path = match path {
-        Some(path) if is_pipe(&path) || (path.exists() && !path.is_file()) => {
+        Some(path) if is_pipe(&path) || sink::is_device(&path) => {
             bail!("{}: give a new file", path.display())
         }
         Some(path) => path,

@@ -347,7 +347,7 @@ fn open_recording(args: &Args, path: &Path, rate: u32, channels: usize) -> Resul
         Recorded::Raw(format) => (Box::new(RawSink::open(path, format, args.force)?), format),
     };
     sink.start(&WavFormat::new(rate, channels, format))?;
-    let is_live = is_pipe(path) || path.metadata().is_ok_and(|metadata| !metadata.is_file());
+    let is_live = is_pipe(path) || sink::is_device(path);
     Ok(Recording::new(sink, is_live))
 }
 

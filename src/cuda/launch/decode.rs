@@ -98,6 +98,21 @@ pub struct DecodeLimits {
     pub clusters: bool,
 }
 
+/// Multiprocessors of the largest part of the chip that a cluster can lie in (GH100's graphics processing clusters).
+const PART: usize = 18;
+
+impl DecodeLimits {
+    /// How many groups of `size` blocks, of which a multiprocessor holds one, certainly run at once: some of every part stay unused,
+    /// and how large the parts of a chip are it does not tell.
+    pub fn groups_at_once(&self, size: usize) -> usize {
+        match size {
+            1 => self.multiprocessors,
+            _ if !self.clusters => 0,
+            _ => self.multiprocessors / PART * (PART / size) + self.multiprocessors % PART / size,
+        }
+    }
+}
+
 impl Default for DecodeLimits {
     /// An H100 or H200.
     fn default() -> Self {
@@ -145,21 +160,33 @@ impl DecodeGeometry {
         limits: &DecodeLimits,
     ) -> Self {
         let rows = if streams == 1 { 1 } else { SET };
+        let geometry = Self::of_sets(rows, streams, model, linears, element, limits);
+        // Streams one by one take less room.
+        match geometry.layout(model, linears, element, limits) {
+            Err(_) if rows > 1 => Self::of_sets(1, streams, model, linears, element, limits),
+            _ => geometry,
+        }
+    }
+
+    fn of_sets(
+        rows: usize,
+        streams: usize,
+        model: &DecodeModel,
+        linears: &[DecodeLinear],
+        element: Element,
+        limits: &DecodeLimits,
+    ) -> Self {
         let sets = streams.div_ceil(rows);
         let threads = MAX_THREADS;
         let overlapped = 3 * sets <= limits.multiprocessors;
         if !overlapped {
             return Self { rows, groups: sets.min(limits.multiprocessors), group_size: 1, overlapped, threads };
         }
-        // As few blocks as hold the last tier's weights; more only wait for each other.
-        let sizes = GROUP_SIZES.into_iter().filter(|&size| size == 1 || limits.clusters);
-        let fitting = sizes.filter(|size| 3 * sets * size <= limits.multiprocessors).map(|group_size| Self {
-            rows,
-            groups: sets,
-            group_size,
-            overlapped,
-            threads,
-        });
+        // As few blocks as hold the last tier's weights, more only wait for each other; where none hold them, as many as there may be.
+        let fitting = GROUP_SIZES
+            .into_iter()
+            .filter(|&size| 3 * sets <= limits.groups_at_once(size))
+            .map(|group_size| Self { rows, groups: sets, group_size, overlapped, threads });
         let mut best = Self { rows, groups: sets, group_size: 1, overlapped, threads };
         for geometry in fitting {
             best = geometry;
@@ -249,7 +276,7 @@ impl DecodeGeometry {
         at[RESIDENT] = end as i32;
         let least = end.max(at[SCRATCH] as usize + helped).next_multiple_of(16);
         if least > limits.shared_bytes {
-            return Err(LaunchError::Shared { what: "generation", bytes: least });
+            return Err(LaunchError::Shared { what: "generation", bytes: least, limit: limits.shared_bytes });
         }
         let mut placed = linears.to_vec();
         let (mut resident, mut all) = (0, 0);

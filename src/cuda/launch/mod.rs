@@ -104,8 +104,8 @@ pub enum LaunchError {
     Size { what: &'static str, got: usize, limit: usize },
     #[error("mixture of {0} components: expected a multiple of 2, at least 2")]
     Components(usize),
-    #[error("{what} takes {bytes} bytes of shared memory per block, more than the {SHARED_BYTES} of the GPU")]
-    Shared { what: &'static str, bytes: usize },
+    #[error("{what} takes {bytes} bytes of shared memory per block, more than the {limit} of the GPU")]
+    Shared { what: &'static str, bytes: usize, limit: usize },
     #[error("a plan window of {0} samples: the kernels transform products of twos and threes only")]
     Window(usize),
 }
@@ -123,5 +123,5 @@ fn within(what: &'static str, got: usize, limit: usize) -> Result<i32, LaunchErr
 }
 
 fn shared(what: &'static str, bytes: usize) -> Result<u32, LaunchError> {
-    if bytes > SHARED_BYTES { Err(LaunchError::Shared { what, bytes }) } else { Ok(bytes as u32) }
+    if bytes > SHARED_BYTES { Err(LaunchError::Shared { what, bytes, limit: SHARED_BYTES }) } else { Ok(bytes as u32) }
 }

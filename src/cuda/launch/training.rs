@@ -143,7 +143,7 @@ pub struct GatherArgs {
 }
 const _: () = assert!(size_of::<GatherArgs>() == 72);
 
-/// Arguments of `training_add`.
+/// Arguments of `training_add_*`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct AddArgs {

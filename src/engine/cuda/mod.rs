@@ -31,8 +31,9 @@ pub use streams::{Model, Plan, Played, Sampling, Streams, Wave};
 
 /// Plan frames of the prompt that the wave transformer reads: more than its attention windows hold.
 const WAVE_CONTEXT: usize = 32;
-/// Plan frames that are scored in a launch.
-const SCORED: usize = 64;
+/// Plan frames that are read in a launch, and that are played too: what plays meanwhile waits until the launches before its own have run.
+const PLANNED: usize = 16;
+const SCORED: usize = 4;
 /// States that a machine is to have room for, of every stream that plays in lockstep: its own, one to look ahead with, and what it may go back to.
 const STATES: usize = 14;
 
@@ -179,12 +180,16 @@ impl<M: Machine> CudaEngine<M> {
 
     /// What becomes of the plan tokens of whole frames when they are read, beside the stream, which stays as it is.
     fn read_plan(&self, codes: &[i32]) -> Result<Played, EngineError> {
-        let n_frames = codes.len() / self.model().config.plan.n_codebooks;
-        if n_frames == 0 {
-            return Ok(Played::default());
+        let n_codebooks = self.model().config.plan.n_codebooks;
+        let mut read = Played::default();
+        if codes.is_empty() {
+            return Ok(read);
         }
         let mut streams = Streams::new(self.model().clone(), 1, self.member.geometry())?;
-        streams.play(n_frames, Plan::Read(codes), Wave::Silent, &self.sampling)
+        for codes in codes.chunks(PLANNED * n_codebooks) {
+            read.extend(streams.play(codes.len() / n_codebooks, Plan::Read(codes), Wave::Silent, &self.sampling)?);
+        }
+        Ok(read)
     }
 
     /// Reads whole frames of tokens under their bands, `[frames, n_bands]`; nats of each token.
@@ -233,9 +238,12 @@ impl<M: Machine> Engine for CudaEngine<M> {
         let mut tokens = vec![config.codec.silence(); n_frames * hop - prompt.len()];
         tokens.extend_from_slice(prompt);
         let codes = self.codes_of(&tokens)?;
-        let read = self.play_alone(n_frames, Plan::Read(&codes), Wave::Silent)?;
-        let bands =
-            Array2::from_shape_vec((n_frames, model.spectrum.n_bands()), read.bands).map_err(super::state_error)?;
+        let mut bands = Vec::with_capacity(n_frames * model.spectrum.n_bands());
+        for codes in codes.chunks(PLANNED * config.plan.n_codebooks) {
+            let n_frames = codes.len() / config.plan.n_codebooks;
+            bands.extend(self.play_alone(n_frames, Plan::Read(codes), Wave::Silent)?.bands);
+        }
+        let bands = Array2::from_shape_vec((n_frames, model.spectrum.n_bands()), bands).map_err(super::state_error)?;
         // Of the samples, what lies within reach of the wave transformer's windows, after what the forecasts hear before it.
         let first = n_frames.saturating_sub(WAVE_CONTEXT);
         if first > 0 {
