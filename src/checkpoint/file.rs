@@ -34,9 +34,16 @@ struct Stored {
     bytes: Vec<u8>,
 }
 
-/// A file with the entries of its header in order: the library leaves those of the metadata to chance, and the same model is to be the same
-/// bytes.
-fn in_order(bytes: Vec<u8>) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+/// A safetensors file of these tensors and this metadata, with the entries of its header in order: the library leaves those of the metadata
+/// to chance, and the same content is to be the same bytes.
+///
+/// # Errors
+/// The library's own.
+pub fn safetensors_in_order<'a>(
+    tensors: impl IntoIterator<Item = (&'a str, TensorView<'a>)>,
+    metadata: HashMap<String, String>,
+) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+    let bytes = safetensors::serialize(tensors, Some(metadata))?;
     let (len, rest) = bytes.split_at(size_of::<u64>());
     let (header, tensors) = rest.split_at(len.iter().rev().fold(0, |n, &byte| n << 8 | usize::from(byte)));
     let header: BTreeMap<String, BTreeMap<String, serde_json::Value>> = serde_json::from_slice(header)?;
@@ -61,7 +68,7 @@ impl Checkpoint {
             .iter()
             .map(|t| Ok((t.name.as_str(), TensorView::new(t.dtype, t.shape.clone(), &t.bytes)?)))
             .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
-        in_order(safetensors::serialize(views, Some(metadata))?)
+        safetensors_in_order(views, metadata)
     }
 
     fn stored(&self, precision: Precision) -> Vec<Stored> {

@@ -13,6 +13,7 @@ use crate::model::Model;
 use crate::model::config::{ConfigError, GenerationSettings, ModelConfig};
 use crate::model::params::{Params, ParamsError};
 use crate::plan::{PlanError, ResidualQuantizer, Spectrum};
+pub use file::safetensors_in_order;
 use file::{BOOKS, MEAN, Parts, VERSION};
 use weight::weights;
 pub use weight::{Weight, Weights};
@@ -27,12 +28,19 @@ const BROAD: &[u8] = include_bytes!("../../models/broad.safetensors");
 const BUILT_IN_NAME: &str = "(built-in model)";
 const SMALL_NAME: &str = "(small built-in model)";
 const BROAD_NAME: &str = "(broad built-in model)";
+/// The models inside the program have this note, and so has what is trained on from them.
+const LICENCE: &str = "CC BY 4.0; made with Salamander Grand Piano V3 by Alexander Holm (CC BY 3.0), GiantMIDI-Piano by ByteDance \
+                       (CC BY 4.0), scores of the Mutopia Project (public domain) and recordings of Rusted Music Studio (CC BY 4.0)";
 
 /// Why a file is no model that can be used.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     #[error("{path}: cannot be read or written")]
     Io { path: PathBuf, source: std::io::Error },
+    #[error(
+        "{path}: there is no such model; give a .safetensors file, or one of those inside the program: built-in, small or broad"
+    )]
+    Missing { path: PathBuf },
     #[error("{path}: not a wavegen model ({reason}); models are .safetensors files made by `wavegen train`")]
     Foreign { path: PathBuf, reason: String },
     #[error("{path}: made for layout version {got}, this program reads version {VERSION}")]
@@ -83,7 +91,8 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// The model inside the program.
     pub fn built_in() -> Result<Self, CheckpointError> {
-        Self::from_bytes(BUILT_IN, Path::new(BUILT_IN_NAME))
+        let path = Path::new(BUILT_IN_NAME);
+        Ok(Self::from_bytes(BUILT_IN, path)?.licensed())
     }
 
     /// The built-in model's plan transformer with a smaller wave transformer, for slow machines.
@@ -106,31 +115,52 @@ impl Checkpoint {
         let own: BTreeSet<String> = parts.weights.keys().map(|weight| part(weight).to_owned()).collect();
         let others = Parts::read(BUILT_IN, Path::new(BUILT_IN_NAME))?.weights;
         parts.weights.extend(others.into_iter().filter(|(weight, _)| !own.contains(part(weight))));
-        parts.join(path)
+        Ok(parts.join(path)?.licensed())
+    }
+
+    fn licensed(mut self) -> Self {
+        self.notes.entry("licence".into()).or_insert_with(|| LICENCE.into());
+        self
     }
 
     /// A model by what users call it: one of [`Checkpoint::INSIDE`] or a file.
     pub fn named(name: &Path) -> Result<Self, CheckpointError> {
         match name.to_str() {
-            Some("built-in") => Self::built_in(),
+            Some("built-in" | "piano") => Self::built_in(),
             Some("small") => Self::built_in_small(),
             Some("broad") => Self::built_in_broad(),
             _ => Self::load(name),
         }
     }
 
-    /// What users call the models inside the program.
+    /// What users call the models inside the program; the first has the name `piano` too.
     pub const INSIDE: [&str; 3] = ["built-in", "small", "broad"];
+
+    /// Whether `name` is that of a model inside the program.
+    pub fn is_inside(name: &Path) -> bool {
+        Self::INSIDE.iter().chain(&["piano"]).any(|inside| name.as_os_str() == *inside)
+    }
 
     /// Reads a file and checks that its tensors make the model that it describes.
     pub fn load(path: &Path) -> Result<Self, CheckpointError> {
-        let bytes = std::fs::read(path).map_err(|source| CheckpointError::Io { path: path.to_owned(), source })?;
+        let named = path.to_owned();
+        let bytes = std::fs::read(path).map_err(|source| match source.kind() {
+            std::io::ErrorKind::NotFound => CheckpointError::Missing { path: named },
+            _ => CheckpointError::Io { path: named, source },
+        })?;
         Self::from_bytes(&bytes, path)
     }
 
     /// `path` is only what error messages call the bytes.
     pub fn from_bytes(bytes: &[u8], path: &Path) -> Result<Self, CheckpointError> {
-        Parts::read(bytes, path)?.join(path)
+        let parts = Parts::read(bytes, path)?;
+        let lacks = |part: &str| !parts.weights.keys().any(|weight| weight.starts_with(part));
+        if lacks("plan.") || lacks("wave.") {
+            let what = "it is a part of a model, which the others are to be added to by examples/store; those of the program are \
+                        --model small and --model broad";
+            return Err(CheckpointError::Damaged { path: path.to_owned(), what: what.into() });
+        }
+        parts.join(path)
     }
 
     /// Whether the weights are those of the model that the configuration describes.
@@ -290,7 +320,7 @@ mod tests {
         }
         let foreign = safetensors::serialize(Vec::<(&str, TensorView)>::new(), None).unwrap();
         assert!(matches!(Checkpoint::from_bytes(&foreign, path), Err(CheckpointError::Foreign { .. })));
-        assert!(matches!(Checkpoint::load(Path::new("/no/such/model")), Err(CheckpointError::Io { .. })));
+        assert!(matches!(Checkpoint::load(Path::new("/no/such/model")), Err(CheckpointError::Missing { .. })));
     }
 
     #[test]

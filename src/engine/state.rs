@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
-use super::EngineError;
+use super::{EngineError, state_error};
 use crate::codec::{N_CODES, Token};
 use crate::forecast::{PastForecast, PlannedForecast};
 use crate::model::config::ModelConfig;
@@ -74,10 +74,6 @@ pub fn wave_cache(tier: usize, block: usize) -> String {
     format!("wave.{tier}.{block}")
 }
 
-fn state_error(e: impl std::fmt::Display) -> EngineError {
-    EngineError::State(e.to_string())
-}
-
 impl SavedStream {
     pub fn to_bytes(&self) -> Result<Vec<u8>, EngineError> {
         let bytes = |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|v| v.to_le_bytes()).collect() };
@@ -135,7 +131,7 @@ impl SavedStream {
         }
         super::check_tokens(config, &counters.tokens)?;
         if usize::from(counters.residual_code) >= N_CODES {
-            return Err(super::state_error(format!("residual code {}", counters.residual_code)));
+            return Err(state_error(format!("residual code {}", counters.residual_code)));
         }
         Ok(Self { counters, hidden, caches })
     }

@@ -197,6 +197,12 @@ impl Governor {
         Ok(self.alarm())
     }
 
+    /// Judges only what comes from now on: what was heard was not of the model's choice.
+    pub(super) fn forget(&mut self) {
+        self.heard.clear();
+        (self.over_plan, self.quiet, self.lead) = (0, 0, Lead::default());
+    }
+
     fn last(&self, seconds: f32) -> Option<impl Iterator<Item = &Heard> + Clone> {
         let first = self.heard.len().checked_sub(self.frames(seconds))?;
         Some(self.heard.range(first..))
@@ -209,7 +215,7 @@ impl Governor {
             return Some(Alarm::Silence);
         }
         let too_loud = |f: &Heard| f.level_db > habits.loudest_db + BURST_DB;
-        if self.over_plan >= 2 || self.heard.range(self.heard.len().saturating_sub(2)..).all(too_loud) {
+        if self.over_plan >= 2 || (self.heard.len() >= 2 && self.heard.iter().rev().take(2).all(too_loud)) {
             return Some(Alarm::Burst);
         }
         if self.quiet == 0
@@ -399,6 +405,21 @@ mod tests {
         };
         assert_eq!(alarm_at(&notes(4.0, 0.3), times(3.0)).unwrap().0, Alarm::Astray);
         assert_eq!(alarm_at(&notes(4.0, 0.3), times(0.01)).unwrap().0, Alarm::Loop);
+    }
+
+    /// A held frame has neither surprisal nor entropy, and may be silent or loud for as long as somebody likes.
+    #[test]
+    fn what_was_given_is_forgotten() {
+        let (mut governor, spectrum, usual) = governor();
+        for given in [vec![0.0; HOP], noise(HOP, 0.9)] {
+            for _ in 0..160 {
+                heard(&mut governor, &given, PlanDraw::default(), &spectrum);
+                governor.forget();
+            }
+            for (i, frame) in notes(4.0, 0.3).chunks_exact(HOP).enumerate().skip(4) {
+                assert_eq!(heard(&mut governor, frame, usual, &spectrum), None, "frame {i}");
+            }
+        }
     }
 
     #[test]

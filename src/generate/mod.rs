@@ -49,7 +49,9 @@ pub enum GenerateError {
     #[error("the prompt has no samples")]
     EmptyPrompt,
     /// A NaN, an infinity or what can only be an error in the prompt.
-    #[error("the prompt has samples that are not finite numbers, or a million times as loud as full scale")]
+    #[error(
+        "the prompt has samples that are not finite numbers, or a million times as loud as full scale; export it again, at a lower level"
+    )]
     NotFinite,
     /// A saved state that belongs to another model, or to none.
     #[error("the saved state of the continuation does not hold together")]

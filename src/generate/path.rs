@@ -331,8 +331,12 @@ impl Path {
             draw,
             &self.generator.spectrum,
         )?;
-        // A plan that comes from elsewhere may ask for silence, or for one tone.
-        Ok((frame, alarm.filter(|_| given.is_none())))
+        if given.is_some() {
+            // A plan that comes from elsewhere may ask for silence, or for one tone.
+            governor.forget();
+            return Ok((frame, None));
+        }
+        Ok((frame, alarm))
     }
 
     /// Takes another way from here on.

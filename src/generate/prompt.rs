@@ -18,16 +18,22 @@ const MOST: f32 = 1e6;
 const SILENT_RMS: f32 = 1e-5;
 /// A downmix this much softer than the loudest channel has cancelled itself.
 const CANCELLED: f32 = 0.1;
+/// A constant offset below this share of a channel's root mean square is not heard where it ends; and in less than these seconds it
+/// may be a low note.
+const SMALL_OFFSET: f32 = 0.02;
+const OFFSET_S: f64 = 1.0;
 /// A channel is at most this much louder than the downmix.
 const MOST_CHANNEL_GAIN: f32 = 4.0;
 
 /// The end of a recording, ready to be played on.
 #[derive(Clone, Debug)]
 pub struct Prompt {
-    /// The end at its own rate and channels; starts on a frame that is a whole number of model samples from the file's.
+    /// The end at its own rate and channels, without its offsets; starts on a frame that is a whole number of model samples from the file's.
     pub(super) tail: Clip,
     /// The same end as the model hears it, not scaled: mono at the model's rate, on the grid of the whole file.
     pub(super) mono: Vec<f32>,
+    /// What is constant in each channel (converters leave it): no model hears it, and it goes on.
+    pub(super) offsets: Vec<f32>,
     /// Factor from the recording's level to the model's.
     pub(super) gain: f32,
     /// Factor from the downmix to each channel.
@@ -55,13 +61,15 @@ impl Prompt {
         // The tail is longer than a step of the grid unless it is the whole file, which starts on the grid.
         let start = first.next_multiple_of(grid);
         let skipped = (start - first) as usize * channels;
-        let tail = Clip { samples: samples[skipped.min(samples.len())..].to_vec(), ..*end };
+        let mut tail = Clip { samples: samples[skipped.min(samples.len())..].to_vec(), ..*end };
+        let offsets: Vec<f32> = (0..*channels).map(|c| offset(&channel(&tail, c), *sample_rate)).collect();
+        tail.samples.iter_mut().zip(offsets.iter().cycle()).for_each(|(x, offset)| *x -= offset);
         let native = mono_of(&tail);
         let channel_gains = channel_gains(&tail, &native);
         let mono = resample_end(&native, *sample_rate, codec.sample_rate)?;
         let gain = gain_to_model(&mono);
         let tokens = mono.iter().map(|x| codec.encode(x * gain)).collect();
-        Ok(Self { tail, mono, gain, channel_gains, model_rate: codec.sample_rate, tokens })
+        Ok(Self { tail, mono, offsets, gain, channel_gains, model_rate: codec.sample_rate, tokens })
     }
 
     /// Nothing was played yet: mono at the model's own rate and level, after silence.
@@ -74,6 +82,7 @@ impl Prompt {
         Self {
             tail: Clip { samples: Vec::new(), channels: channel_gains.len(), sample_rate },
             mono: Vec::new(),
+            offsets: vec![0.0; channel_gains.len()],
             gain: 1.0,
             channel_gains,
             model_rate: codec.sample_rate,
@@ -110,6 +119,13 @@ impl Prompt {
 /// Factor that brings `samples` to the level that models are trained at; 1 for silence.
 fn gain_to_model(samples: &[f32]) -> f32 {
     if rms(samples) < SILENT_RMS { 1.0 } else { level::gain(samples).map_or(1.0, |gain| gain.min(MOST_GAIN)) }
+}
+
+/// What is constant in a channel, where that can be told and is more than a little.
+fn offset(samples: &[f32], sample_rate: u32) -> f32 {
+    let mean = (samples.iter().map(|&x| f64::from(x)).sum::<f64>() / samples.len().max(1) as f64) as f32;
+    let known = samples.len() as f64 >= OFFSET_S * f64::from(sample_rate);
+    if known && mean.abs() > SMALL_OFFSET * rms(samples) { mean } else { 0.0 }
 }
 
 /// The downmix, or the loudest channel where the channels cancel each other.

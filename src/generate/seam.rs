@@ -30,6 +30,8 @@ pub struct Seam {
     gain: f32,
     /// Factor from the downmix to each channel.
     channel_gains: Vec<f32>,
+    /// What is constant in each channel.
+    offsets: Vec<f32>,
     /// The prompt's end at its own rate and channels.
     tail: Clip,
     resampler: StreamResampler,
@@ -51,6 +53,7 @@ pub struct Seam {
 pub struct SeamState {
     gain: f32,
     channel_gains: Vec<f32>,
+    offsets: Vec<f32>,
     /// Empty once the join is made: what was before it is of no more use, and its report belongs to who made it.
     tail: Clip,
     resampler: ResamplerState,
@@ -67,6 +70,7 @@ impl SeamState {
         self.gain.is_normal()
             && channels > 0
             && self.channel_gains.len() == channels
+            && self.offsets.len() == channels
             && self.tail.samples.len().is_multiple_of(channels)
             && self.rests.len().is_multiple_of(channels)
             && self.rests.len() <= self.made.len() * channels
@@ -111,6 +115,7 @@ impl Seam {
             first_frames: Vec::new(),
             gain: prompt.gain,
             channel_gains: prompt.channel_gains.clone(),
+            offsets: prompt.offsets.clone(),
             tail: Clip {
                 samples: samples[samples.len().saturating_sub(own_frames(&prompt.tail) * channels)..].to_vec(),
                 ..prompt.tail
@@ -132,6 +137,7 @@ impl Seam {
         SeamState {
             gain: self.gain,
             channel_gains: self.channel_gains.clone(),
+            offsets: self.offsets.clone(),
             tail,
             resampler: self.resampler.state(),
             made: self.made.clone(),
@@ -151,14 +157,14 @@ impl Seam {
             return Err(GenerateError::State);
         }
         let resampler = StreamResampler::from_state(&state.resampler)?;
-        let SeamState { gain, channel_gains, tail, made, made_start, rest, rests, carried, .. } = state;
+        let SeamState { gain, channel_gains, offsets, tail, made, made_start, rest, rests, carried, .. } = state;
         let (model_rate, sample_rate) = resampler.rates();
         if sample_rate != tail.sample_rate {
             return Err(GenerateError::State);
         }
         let rest = Rest::from_state(rest, tail.channels, sample_rate, model_rate).ok_or(GenerateError::State)?;
         let first_frames = Vec::new();
-        Ok(Self { gain, channel_gains, tail, resampler, made, made_start, rest, rests, carried, first_frames })
+        Ok(Self { gain, channel_gains, offsets, tail, resampler, made, made_start, rest, rests, carried, first_frames })
     }
 
     /// Frames per second of the recording and its continuation, Hz.
@@ -217,6 +223,7 @@ impl Seam {
         let enough = 2 * level_frames(&self.tail) * self.tail.channels;
         let missing = enough.saturating_sub(self.first_frames.len());
         self.first_frames.extend(out[first..].iter().take(missing));
+        out[first..].iter_mut().zip(self.offsets.iter().cycle()).for_each(|(x, offset)| *x += offset);
         n as u64
     }
 

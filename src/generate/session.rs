@@ -13,12 +13,13 @@ use super::path::PathState;
 use super::{GenerateError, Options, Path as Continuation, Player, Seam, SeamState};
 use crate::atomic::write_whole;
 use crate::audio::WavFormat;
+use crate::checkpoint::safetensors_in_order;
 use crate::engine::{Engine, EngineError};
 
 /// Value of the metadata key `format`.
 const FORMAT: &str = "wavegen session";
 /// Version of the file's layout; a file of another version is refused.
-const VERSION: &str = "6";
+const VERSION: &str = "7";
 /// The tensor that holds the engine's state.
 const ENGINE: &str = "engine";
 /// Characters of a fingerprint that messages show.
@@ -31,7 +32,9 @@ pub enum SessionError {
     Io { path: PathBuf, source: std::io::Error },
     #[error("{path}: not a saved session ({reason}); sessions are files made by --save-session")]
     Foreign { path: PathBuf, reason: String },
-    #[error("{path}: saved in layout version {got}, this program reads version {VERSION}")]
+    #[error(
+        "{path}: saved in layout version {got}, this program reads version {VERSION}; play on from the audio that it belongs to"
+    )]
     Version { path: PathBuf, got: String },
     #[error("{path}: damaged or incomplete, {what}")]
     Damaged { path: PathBuf, what: String },
@@ -112,7 +115,7 @@ impl Session {
             ("session".to_owned(), host),
         ]);
         let engine = TensorView::new(Dtype::U8, vec![self.engine.len()], &self.engine)?;
-        Ok(safetensors::serialize([(ENGINE, engine)], Some(metadata))?)
+        Ok(safetensors_in_order([(ENGINE, engine)], metadata)?)
     }
 
     /// Reads a file that was saved with the model of the fingerprint `model`.

@@ -32,6 +32,8 @@ pub struct Conductor {
     voice: Voice,
     /// Plan of the frame that was played last.
     bands: Vec<f32>,
+    /// It is to hold its first frame, which has not been played yet.
+    holds_first: bool,
     /// The end of the voice that was left.
     leaving: Leaving,
     volume: Volume,
@@ -60,6 +62,7 @@ impl Conductor {
         Self {
             voice,
             bands: Vec::new(),
+            holds_first: false,
             leaving: Leaving::default(),
             volume: Volume { gain: 1.0, target: 1.0, step: 1.0 },
             played: VecDeque::with_capacity(most_played),
@@ -120,6 +123,9 @@ impl Conductor {
         self.surprisal += 0.03 * (frame.draw.surprisal - self.surprisal);
         self.interventions.extend(self.voice.path.interventions());
         self.bands = frame.plan.bands;
+        if std::mem::take(&mut self.holds_first) {
+            self.apply(Change::Hold(true))?;
+        }
         self.leaving.fade_into(&mut made, self.shape().1);
         self.send(&made, out);
         self.made = made;
@@ -176,8 +182,9 @@ impl Conductor {
                 self.volume.target = gain.into();
                 self.volume.step = (self.volume.target - self.volume.gain) / n;
             }
-            Change::Hold(true) if self.bands.is_empty() => {}
+            Change::Hold(held) if self.bands.is_empty() => self.holds_first = held,
             Change::Hold(true) => path.set_guide(engine, Guide::Still(self.bands.clone()))?,
+            Change::Hold(false) if !matches!(path.guide(), Guide::Still(_)) => {}
             Change::Hold(false) | Change::Follow(None) => path.set_guide(engine, Guide::Own)?,
             Change::Follow(Some(bands)) => {
                 let start = path.released();

@@ -10,7 +10,7 @@ pub enum LiveError {
     #[error("no way to any sound device: {reason}; {WAYS_OUT}")]
     NoHost { reason: String },
     /// There are ways, but no device.
-    #[error("there is no sound device; connect one, or use --no-audio with --to FILE")]
+    #[error("there is no sound device; connect one, or play without one (--no-audio)")]
     NoDevice,
     /// There are devices, but none that hears.
     #[error("there is nothing to listen to: no microphone and no other input; connect one (see --list-devices)")]
@@ -25,9 +25,9 @@ pub enum LiveError {
 
 #[cfg(all(target_os = "linux", not(feature = "live")))]
 const WAYS_OUT: &str = "start PulseAudio or PipeWire (Debian, Ubuntu: apt-get install pulseaudio, or pipewire-pulse), or build \
-with ALSA (apt-get install libasound2-dev, then cargo build --release --features live), or use --no-audio with --to FILE";
+with ALSA (apt-get install libasound2-dev, then cargo build --release --features live), or play without a device (--no-audio)";
 #[cfg(not(all(target_os = "linux", not(feature = "live"))))]
-const WAYS_OUT: &str = "check that a device is connected and not disabled, or use --no-audio with --to FILE";
+const WAYS_OUT: &str = "check that a device is connected and not disabled, or play without a device (--no-audio)";
 
 /// What leads to a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]

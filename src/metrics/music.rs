@@ -74,6 +74,9 @@ pub fn music(samples: &[f32], sample_rate: u32) -> Music {
     let (mut centroids, mut flatnesses) = (Vec::new(), Vec::new());
     frames(samples, FRAME, HOP, |power| {
         let total: f64 = power.iter().sum::<f64>() + f64::MIN_POSITIVE;
+        if total <= MEL_FLOOR * power.len() as f64 {
+            return; // Silence is neither dull nor flat.
+        }
         let moment: f64 = power.iter().enumerate().map(|(bin, p)| bin as f64 * bin_hz * p).sum();
         let log_mean = power.iter().map(|p| (p + MEL_FLOOR).ln()).sum::<f64>() / power.len() as f64;
         centroids.push((moment / total) as f32);
@@ -81,15 +84,16 @@ pub fn music(samples: &[f32], sample_rate: u32) -> Music {
     });
     let (chroma, flux) = (chroma(samples, sample_rate), flux(log_mel(samples, sample_rate).view()));
     let n = chroma.nrows();
-    let bits = |shares: &[f32]| shares.iter().filter(|s| **s > 0.0).map(|s| -s * s.log2()).sum::<f32>();
-    let distance = |k: usize| 1.0 - cosine(chroma.row(k), chroma.row(k + CHROMA_LAG));
-    let lagged = n.saturating_sub(CHROMA_LAG);
+    let bits = |shares: &[f32]| shares.iter().filter(|s| **s > 0.0).fold(0.0, |bits, s| bits - s * s.log2());
+    let sounds = |k: &usize| chroma.row(*k).sum() > 0.0;
+    let change = |k: usize| 1.0 - cosine(chroma.row(k), chroma.row(k + CHROMA_LAG));
+    let changing = (0..n.saturating_sub(CHROMA_LAG)).filter(|k| sounds(k) && sounds(&(k + CHROMA_LAG)));
     Music {
         centroid_hz: mean(&centroids),
         flatness_db: mean(&flatnesses),
         onsets_per_s: onsets(&flux).len() as f32 / (samples.len() as f32 / sample_rate as f32),
-        chroma_bits: mean(&chroma.rows().into_iter().map(|row| bits(&row.to_vec())).collect::<Vec<_>>()),
-        chroma_flux: mean(&(0..lagged).map(distance).collect::<Vec<_>>()),
+        chroma_bits: mean(&(0..n).filter(sounds).map(|k| bits(&chroma.row(k).to_vec())).collect::<Vec<_>>()),
+        chroma_flux: mean(&changing.map(change).collect::<Vec<_>>()),
         pulse: mean(&rhythms(&flux, sample_rate).iter().map(|r| peak(r)).collect::<Vec<_>>()),
     }
 }
@@ -302,7 +306,8 @@ fn frames(samples: &[f32], len: usize, hop: usize, mut each: impl FnMut(&[f64]))
 }
 
 fn mean(values: &[f32]) -> f32 {
-    values.iter().sum::<f32>() / values.len().max(1) as f32
+    // The sum of nothing is -0.0.
+    values.iter().fold(0.0, |sum, x| sum + x) / values.len().max(1) as f32
 }
 
 /// Eigenvalues and, in columns, eigenvectors of a symmetric matrix, by cyclic Jacobi rotations (Golub and Van Loan, 8.5).

@@ -58,7 +58,7 @@ fn draw_chart(picture: &mut Picture, top: usize, chart: &Chart) {
     let points: Vec<(f64, f64)> =
         chart.series.iter().flat_map(|series| series.points.iter().copied().filter(finite)).collect();
     // From the beginning on.
-    let x = Axis::over(points.iter().map(|p| p.0).chain([0.0]).collect(), CHART.0);
+    let x = Axis::over(vec![0.0, points.iter().map(|p| p.0).fold(0.0, f64::max)], CHART.0);
     let y = Axis::over(points.iter().map(|p| p.1).collect(), CHART.1);
     let (left, bottom) = (LEFT, top + ABOVE + CHART.1);
     let place = |(at_x, at_y): (f64, f64)| (left as f64 + x.at(at_x), bottom as f64 - y.at(at_y));
