@@ -5,7 +5,7 @@ use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempDir};
 
 /// Links from link to link that are followed at most, as the kernels of operating systems do.
 const MOST_LINKS: usize = 40;
@@ -22,7 +22,7 @@ impl Part {
     /// Begins the file `path` (a link: what it leads to), as readable as any new file of its owner.
     ///
     /// # Errors
-    /// There is no such folder, or it cannot be written to.
+    /// There is no such folder, or it cannot be written to; or the path is that of a folder or a device.
     pub fn beside(path: &Path) -> io::Result<Self> {
         let path = followed(path);
         let mut builder = tempfile::Builder::new();
@@ -30,7 +30,13 @@ impl Part {
         // Temporary files are private otherwise.
         #[cfg(unix)]
         builder.permissions(<std::fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o666));
-        let file = builder.tempfile_in(folder_of(&path))?;
+        // Asked first, since the library's own errors name the temporary file.
+        let folder = folder_of(&path);
+        folder.metadata()?;
+        if path.exists() && !path.is_file() {
+            return Err(io::Error::other("it is no file"));
+        }
+        let file = builder.tempfile_in(folder).map_err(|error| io::Error::from(error.kind()))?;
         let _listed = Listed::new(file.path());
         Ok(Self { file, path, _listed })
     }
@@ -79,6 +85,38 @@ pub fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
+/// Whether two paths are those of one file, which need not be there yet.
+pub fn is_same_file(a: &Path, b: &Path) -> bool {
+    let place = |path: &Path| {
+        let path = followed(path);
+        folder_of(&path).canonicalize().ok().zip(path.file_name().map(ToOwned::to_owned))
+    };
+    place(a).is_some_and(|a| place(b) == Some(a))
+}
+
+/// A temporary folder; dropped, nothing remains.
+pub struct Folder {
+    folder: TempDir,
+    _listed: Listed,
+}
+
+impl Folder {
+    /// An empty one where the system keeps such.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn new() -> io::Result<Self> {
+        let folder = tempfile::Builder::new().prefix("wavegen-").tempdir()?;
+        let _listed = Listed::new(folder.path());
+        Ok(Self { folder, _listed })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+}
+
 /// Where a path leads to that is a link, or a link to a link; there need be nothing yet.
 fn followed(path: &Path) -> PathBuf {
     let mut path = path.to_path_buf();
@@ -89,14 +127,14 @@ fn followed(path: &Path) -> PathBuf {
     path
 }
 
-/// Temporary files that there are now.
+/// Temporary files and folders that there are now.
 static PARTS: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
 fn parts() -> MutexGuard<'static, BTreeSet<PathBuf>> {
     PARTS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// An entry among the temporary files that [`remove_parts`] removes, until dropped.
+/// An entry among what [`remove_parts`] removes, until dropped.
 #[derive(Debug)]
 pub(crate) struct Listed(PathBuf);
 
@@ -113,11 +151,11 @@ impl Drop for Listed {
     }
 }
 
-/// Removes the temporary files that there are: for a program that ends at once, in which nothing is dropped.
+/// Removes the temporary files and folders that there are: for a program that ends at once, in which nothing is dropped.
 pub fn remove_parts() {
     for part in parts().iter() {
         // There is nobody left to be told.
-        let _ = std::fs::remove_file(part);
+        let _ = if part.is_dir() { std::fs::remove_dir_all(part) } else { std::fs::remove_file(part) };
     }
 }
 

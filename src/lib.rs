@@ -28,6 +28,7 @@
 //! | [`corpus`] | folders of recordings into samples at one rate and level, and a manifest |
 //! | [`train`] | recordings, or a corpus, into a checkpoint |
 //! | [`cuda`] | launches of the kernels in kernels/; with the feature `cuda`, tensors into tensors on a GPU |
+//! | [`atomic`] | bytes into a file that is there when it is whole |
 //! | [`plot`] | figures and plans into pictures |
 //! | [`metrics`], [`baselines`] | samples and plans into figures; what a model must beat |
 //!

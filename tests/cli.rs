@@ -94,7 +94,7 @@ fn wav_data(path: &Path) -> (hound::WavSpec, Vec<f32>) {
 fn continue_writes_the_prompt_unchanged_and_then_more() {
     let scene = Scene::new();
     scene
-        .play_on(&["in.wav"])
+        .play_on(&["in.wav", "--verbose"])
         .assert()
         .success()
         .stdout("")
@@ -137,10 +137,13 @@ fn who_plays_on_from_the_end_of_a_fade_hears_of_it() {
 fn the_same_seed_gives_the_same_bytes_and_another_seed_others() {
     let scene = Scene::new();
     for (seed, output) in [("7", "a.wav"), ("7", "b.wav"), ("8", "c.wav")] {
-        scene.play_on(&["in.wav", "--seed", seed, "-o", output]).assert().success();
+        let session = format!("{output}.bin");
+        scene.play_on(&["in.wav", "--seed", seed, "-o", output, "--save-session", &session]).assert().success();
     }
-    let [a, b, c] = ["a.wav", "b.wav", "c.wav"].map(|name| std::fs::read(scene.path(name)).unwrap());
+    let read = |name: &str| std::fs::read(scene.path(name)).unwrap();
+    let [a, b, c] = ["a.wav", "b.wav", "c.wav"].map(read);
     assert!(a == b, "the same seed gave other bytes");
+    assert!(read("a.wav.bin") == read("b.wav.bin"), "the same seed gave another session");
     assert!(a != c, "another seed gave the same bytes");
 }
 
@@ -206,7 +209,9 @@ fn bad_models_are_refused_by_name() {
     std::fs::write(scene.path("text.safetensors"), "no model").unwrap();
     let whole = std::fs::read(scene.path("tiny.safetensors")).unwrap();
     std::fs::write(scene.path("cut.safetensors"), &whole[..whole.len() / 2]).unwrap();
-    for name in ["text.safetensors", "cut.safetensors", "missing.safetensors"] {
+    // A part of a model.
+    std::fs::write(scene.path("part.safetensors"), include_bytes!("../models/piano-small.safetensors")).unwrap();
+    for name in ["text.safetensors", "cut.safetensors", "missing.safetensors", "part.safetensors"] {
         let command = scene.wavegen(&["continue", "in.wav", "--model", name]);
         scene.refuses(command, 1, name);
         scene.refuses(scene.wavegen(&["info", name]), 1, name);
@@ -217,7 +222,8 @@ fn bad_models_are_refused_by_name() {
 fn absurd_arguments_are_usage_errors() {
     let scene = Scene::new();
     for seconds in ["0", "-1", "nan", "inf", "100000", "ten"] {
-        scene.refuses(scene.wavegen(&["continue", "in.wav", &format!("--seconds={seconds}")]), 2, "--seconds");
+        let why = format!("invalid value '{seconds}' for '--seconds");
+        scene.refuses(scene.wavegen(&["continue", "in.wav", "--seconds", seconds]), 2, &why);
     }
     for args in [
         &["continue"][..],
@@ -251,6 +257,41 @@ fn silence_is_refused() {
     let scene = Scene::new();
     scene.write_wav("silence.wav", 1, &[0.0; 800]);
     scene.refuses(scene.play_on(&["silence.wav"]), 1, "silence.wav: the last 0.1 s are silent");
+}
+
+#[test]
+fn a_name_that_promises_another_format_is_refused() {
+    let scene = Scene::new();
+    scene.refuses(scene.play_on(&["in.wav", "-o", "out.MP3"]), 1, "out.MP3: audio is written as WAV, not as mp3");
+}
+
+#[test]
+fn what_is_constant_goes_on_and_no_model_hears_it() {
+    let scene = Scene::new();
+    let chord = scene.chord(2 * RATE as usize);
+    scene.write_wav("offset.wav", 1, &chord.iter().map(|x| x + 0.25).collect::<Vec<_>>());
+    let mean = |samples: &[f32]| samples.iter().sum::<f32>() / samples.len() as f32;
+    scene.write_wav("none.wav", 1, &chord.iter().map(|x| x - mean(&chord)).collect::<Vec<_>>());
+    let played = |name: &str| {
+        scene.play_on(&[name, "-o", "out.wav", "--force"]).assert().success();
+        wav_data(&scene.path("out.wav")).1[chord.len()..].to_vec()
+    };
+    let (offset, none) = (played("offset.wav"), played("none.wav"));
+    let apart = offset.iter().zip(&none).map(|(x, y)| x - y).collect::<Vec<_>>();
+    assert!((mean(&apart) - 0.25).abs() < 0.01, "{}", mean(&apart));
+    assert!(offset.iter().any(|x| (x - offset[0]).abs() > 0.01), "nothing plays");
+}
+
+#[cfg(unix)]
+#[test]
+fn what_a_link_leads_to_is_written_and_a_device_is_no_place_for_a_file() {
+    let scene = Scene::new();
+    std::fs::create_dir(scene.path("far")).unwrap();
+    std::os::unix::fs::symlink("far/out.wav", scene.path("link.wav")).unwrap();
+    scene.play_on(&["in.wav", "-o", "link.wav"]).assert().success();
+    assert!(scene.path("link.wav").is_symlink() && scene.path("far/out.wav").is_file());
+    let mut tokenize = scene.wavegen(&["tokenize", "in.wav", "-m", "tiny.safetensors", "-o", "/dev/null", "--force"]);
+    tokenize.assert().code(1).stderr(contains("/dev/null: cannot be written (it is no file)"));
 }
 
 #[test]
@@ -346,8 +387,11 @@ fn sessions_that_do_not_fit_are_refused() {
     scene.refuses(scene.play_on(&["--resume", "s.bin", "--format", "i16"]), 2, "--format");
     scene.refuses(scene.play_on(&["in.wav", "-o", "out.wav", "--save-session", "s.bin"]), 1, "s.bin: already exists");
     scene.refuses(scene.play_on(&["in.wav", "-o", "out.wav", "--save-session", "no/s.bin"]), 1, "no/s.bin");
-    let both = "./out.wav: cannot be both the audio and the session";
-    scene.refuses(scene.play_on(&["in.wav", "-o", "out.wav", "--save-session", "./out.wav"]), 2, both);
+    std::fs::create_dir(scene.path("sub")).unwrap();
+    for same in ["./out.wav", "sub/../out.wav"] {
+        let both = format!("{same}: cannot be both the audio and the session");
+        scene.refuses(scene.play_on(&["in.wav", "-o", "out.wav", "--save-session", same]), 2, &both);
+    }
 }
 
 #[test]
@@ -550,13 +594,38 @@ fn an_interrupt_among_takes_leaves_whole_files_only() {
     assert_eq!((after.len(), &after[..before.len()]), (before.len() + 2 * 1600, &before[..]));
 }
 
-/// Waits until the output's temporary file is there: Ctrl-C is being listened to.
+/// Waits until something is in the output's temporary file: Ctrl-C is being listened to.
 #[cfg(unix)]
 fn wait_for_output(scene: &Scene) {
     let start = Instant::now();
-    while scene.files() == ["in.wav"] && start.elapsed() < Duration::from_secs(60) {
+    let has_begun = |name: &String| name.ends_with(".part") && scene.path(name).metadata().is_ok_and(|m| m.len() > 0);
+    while !scene.files().iter().any(has_begun) && start.elapsed() < Duration::from_secs(60) {
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_before_there_is_anything_leaves_nothing() {
+    let scene = Scene::new();
+    let temporary = scene.path("temporary");
+    std::fs::create_dir(&temporary).unwrap();
+    let mut child = Process::new(PROGRAM)
+        .current_dir(scene.directory.path())
+        .env("TMPDIR", &temporary)
+        .args(["continue", "-", "--model", "tiny.safetensors", "-o", "out.wav"])
+        .stdin(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let spooled = || std::fs::read_dir(&temporary).unwrap().count();
+    let start = Instant::now();
+    while spooled() == 0 && start.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Process::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!((spooled(), scene.files()), (0, vec!["in.wav".into(), "temporary".into()]));
 }
 
 #[cfg(unix)]

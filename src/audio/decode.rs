@@ -129,7 +129,7 @@ impl Decoder {
             _ => Some(format!("{channels} channels, where 1 to {MOST_CHANNELS} can be read")),
         };
         if let Some(reason) = strange {
-            return Err(AudioError::NotAudio { path: self.source.name().to_owned(), reason });
+            return Err(AudioError::Shape { path: self.source.name().to_owned(), reason });
         }
         self.spec.sample_rate = first.sample_rate;
         self.spec.channels = first.channels;

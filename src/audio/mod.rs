@@ -66,11 +66,6 @@ impl Clip {
     }
 }
 
-/// Copies mono samples to every one of `channels` channels, interleaved: `[n, channels]`.
-pub fn spread(mono: &[f32], channels: usize) -> Vec<f32> {
-    mono.iter().flat_map(|&sample| std::iter::repeat_n(sample, channels)).collect()
-}
-
 /// What can go wrong between a file and samples; every message names the file and the way out.
 #[derive(Debug, thiserror::Error)]
 pub enum AudioError {
@@ -97,6 +92,14 @@ pub enum AudioError {
         /// The file.
         path: String,
         /// What the demuxer said.
+        reason: String,
+    },
+    /// A rate or a number of channels that is none of music's.
+    #[error("{path}: has {reason}; convert it (ffmpeg -i INPUT -ar 44100 -ac 2 output.wav), or repair its header")]
+    Shape {
+        /// The file.
+        path: String,
+        /// What it has, and what can be read.
         reason: String,
     },
     /// A container without an audio track.
@@ -156,8 +159,26 @@ pub enum AudioError {
     /// The resampler's own refusal.
     #[error("resampling failed: {0}")]
     Resample(String),
+    /// The output cannot be begun.
+    #[error("{path}: cannot be written ({reason}); give a file in a folder that exists and may be written to")]
+    Unwritable {
+        /// The output file.
+        path: String,
+        /// What the system said.
+        reason: String,
+    },
+    /// The output's name promises another format.
+    #[error(
+        "{path}: audio is written as WAV, not as {extension}; give a name that ends in .wav, and convert that (ffmpeg -i NAME.wav {path})"
+    )]
+    OtherFormat {
+        /// The output file.
+        path: String,
+        /// The end of its name.
+        extension: String,
+    },
     /// The output exists.
-    #[error("{path}: already exists; use --force to overwrite it or -o to write elsewhere")]
+    #[error("{path}: already exists; use --force to overwrite it, or give another name")]
     Exists {
         /// The output file.
         path: String,
@@ -172,11 +193,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn downmix_is_the_mean_of_the_channels_and_spread_restores_their_count() {
+    fn a_downmix_is_the_mean_of_the_channels() {
         let clip = Clip { samples: vec![1.0, 0.0, -0.5, 0.5, 0.25, 0.75], channels: 2, sample_rate: 8000 };
         assert_eq!(clip.n_frames(), 3);
         assert_eq!(clip.downmix(), [0.5, 0.0, 0.5]);
-        assert_eq!(spread(&clip.downmix(), 2), [0.5, 0.5, 0.0, 0.0, 0.5, 0.5]);
         assert!((clip.duration_s() - 3.0 / 8000.0).abs() < 1e-12);
     }
 }

@@ -52,8 +52,8 @@ pub struct Args {
     /// The model to begin with; `built-in` for the one inside the program
     #[arg(long, short, value_name = "FILE", default_value = "built-in")]
     model: PathBuf,
-    /// Seconds of steps, judgements included; reading before and playing after them take a few more. How many steps that is
-    /// depends on the machine and is reported
+    /// Seconds of steps, judgements included. How many steps that is depends on the machine and is reported. The settings of
+    /// --no-calibration take about a minute more
     #[arg(long, value_name = "S", default_value = "60", value_parser = seconds)]
     seconds_budget: f64,
     /// Instead of a time: at most this many steps of each transformer, which give the same model whatever the threads
@@ -96,7 +96,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
     };
     let settings =
         AdaptSettings { seed: args.seed, calibrate: !args.no_calibration, ..AdaptSettings::new(budget, threads) };
-    catch_interrupt()?;
+    catch_interrupt();
     let (adapted, adaptation) = fit(&checkpoint, &sounds, &settings, talk)?;
     adapted.save(&args.output, args.store.into())?;
     let output = args.output.display().to_string();
@@ -107,8 +107,9 @@ pub fn run(args: &Args) -> Result<Outcome> {
     Ok(if interrupted() { Outcome::Interrupted } else { Outcome::Done })
 }
 
-/// Says how well the model knows the music of a prompt, `bits` a plan frame, and what can be done where it does not.
-pub fn judge(checkpoint: &Checkpoint, prompt: &Prompt, bits: Option<f32>, talk: &Talk) {
+/// Says how well the model knows the music of a prompt, `bits` a plan frame, and what can be done where it does not; `at_once`: the
+/// command takes `--adapt`.
+pub fn judge(checkpoint: &Checkpoint, prompt: &Prompt, bits: Option<f32>, at_once: bool, talk: &Talk) {
     let heard_s = prompt.tokens().len() as f64 / f64::from(checkpoint.config.codec.sample_rate);
     let Some(bits) = bits.filter(|_| heard_s >= TELLING_S) else { return };
     talk.detail(&format!("the model finds {bits:.1} bits in a plan frame of the recording"));
@@ -117,16 +118,21 @@ pub fn judge(checkpoint: &Checkpoint, prompt: &Prompt, bits: Option<f32>, talk: 
     if bits > unfamiliar && !checkpoint.notes.contains_key(ADAPTED_TO) {
         let name = &checkpoint.config.name;
         let other = if name == BROAD { "" } else { "--model broad has heard other instruments than a piano, and " };
+        let fit = if at_once {
+            "--adapt 30 fits the model to it for half a minute first"
+        } else {
+            "`wavegen adapt` fits a model to it"
+        };
         talk.note(&format!(
             "the recording is unlike what the model '{name}' learned from ({bits:.1} bits a plan frame, {unfamiliar:.1} at most where it knows \
-             the music); {other}--adapt 30 fits the model to it for half a minute first"
+             the music); {other}{fit}"
         ));
     }
 }
 
 /// What `--adapt` does before a recording is played on; `None` where it was interrupted.
 pub fn fitted(checkpoint: &Checkpoint, source: &AudioSource, adapt_s: f64, talk: &Talk) -> Result<Option<Checkpoint>> {
-    catch_interrupt()?;
+    catch_interrupt();
     let settings = AdaptSettings::new(Budget::Time(Duration::from_secs_f64(adapt_s)), rayon::current_num_threads());
     let (mut adapted, _) = fit(checkpoint, std::slice::from_ref(source), &settings, talk)?;
     // Even where nothing was gained: there is no more to be had.

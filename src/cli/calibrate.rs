@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
+use wavegen::atomic::Folder;
 use wavegen::checkpoint::Checkpoint;
 use wavegen::model::config::GenerationSettings;
 use wavegen::train::calibrate::{EXCERPTS, Tried, calibrate};
@@ -65,8 +66,8 @@ pub fn run(args: &Args) -> Result<Outcome> {
     if let Some(output) = &args.output {
         check_output(output, args.force)?;
     }
-    catch_interrupt()?;
-    let spool = tempfile::tempdir().context("making a temporary folder")?;
+    catch_interrupt();
+    let spool = Folder::new().context("making a temporary folder")?;
     let sources =
         Sources { inputs: &args.inputs, spool: spool.path(), seed: 0, validation_share: None, most: None, threads };
     let bar = talk.bar(0, "{bar:40} {msg}");

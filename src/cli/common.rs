@@ -10,8 +10,8 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
-use wavegen::atomic::Part;
-use wavegen::audio::{AudioSource, Decoder, StreamResampler};
+use wavegen::atomic::{Part, remove_parts};
+use wavegen::audio::{AudioError, AudioSource, Decoder, StreamResampler};
 use wavegen::checkpoint::Checkpoint;
 use wavegen::generate::{Options, Progress};
 use wavegen::model::config::GenerationSettings;
@@ -25,29 +25,29 @@ pub struct Usage(pub String);
 /// Most seconds that one command plays.
 const MOST_SECONDS: f64 = 24.0 * 3600.0;
 
-/// Parses seconds: more than 0, at most a day.
+/// Parses seconds, or M:SS: more than 0, at most a day.
 pub fn seconds(text: &str) -> Result<f64, String> {
-    let value: f64 = text.parse().map_err(|_| format!("'{text}' is no number of seconds"))?;
-    if value > 0.0 && value <= MOST_SECONDS {
-        Ok(value)
-    } else {
-        Err(format!("must be more than 0 and at most {MOST_SECONDS} seconds (a day)"))
+    match clock(text).ok_or_else(|| format!("'{text}' is no number of seconds, nor M:SS such as 1:30"))? {
+        value if value > 0.0 && value <= MOST_SECONDS => Ok(value),
+        _ => Err(format!("must be more than 0 and at most {MOST_SECONDS} seconds (a day)")),
     }
 }
 
-/// A moment of a recording as seconds, minutes and seconds, or hours too: `90`, `1:30`, `0:01:30.5`.
-pub fn moment(text: &str) -> Result<f64, String> {
+/// Seconds, minutes and seconds, or hours too: `90`, `1:30`, `0:01:30.5`.
+fn clock(text: &str) -> Option<f64> {
     let parts: Vec<&str> = text.split(':').collect();
-    let value = |part: &str| part.parse::<f64>().ok().filter(|value| *value >= 0.0);
+    let value = |part: &str| part.parse::<f64>().ok().filter(|value| parts.len() == 1 || *value >= 0.0);
     let whole = parts.iter().rev().skip(1).all(|part| part.bytes().all(|byte| byte.is_ascii_digit()));
     let under_60 = parts.iter().skip(1).all(|part| value(part).is_some_and(|value| value < 60.0));
     let total = parts.iter().try_fold(0.0, |total, part| Some(60.0 * total + value(part)?));
-    match total.filter(|total| parts.len() <= 3 && whole && under_60 && *total <= MOST_SECONDS) {
-        Some(total) if total > 0.0 => Ok(total),
-        _ => {
-            Err(format!("'{text}' is no moment of a recording: give seconds or M:SS, more than 0, such as 90 or 1:30"))
-        }
-    }
+    total.filter(|total| parts.len() <= 3 && whole && under_60 && !total.is_nan())
+}
+
+/// A moment of a recording, likewise.
+pub fn moment(text: &str) -> Result<f64, String> {
+    seconds(text).map_err(|_| {
+        format!("'{text}' is no moment of a recording: give seconds or M:SS, more than 0, such as 90 or 1:30")
+    })
 }
 
 pub fn number_in(text: &str, range: std::ops::RangeInclusive<f32>) -> Result<f32, String> {
@@ -141,6 +141,11 @@ fn plan_help<T: std::fmt::Display>(text: &str, default: impl Fn(&PlanSampling) -
 }
 
 impl SamplingArgs {
+    /// Whether anything but the defaults was asked for.
+    pub fn is_given(&self) -> bool {
+        self.options(Options::default()) != Options::default() || !self.governor.is_on()
+    }
+
     /// `own`: what stands where nothing else is asked for.
     pub fn options(&self, own: Options) -> Options {
         Options {
@@ -283,19 +288,24 @@ pub fn start_threads(asked: Option<u16>) -> Result<usize> {
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// From now on Ctrl-C asks to finish what exists; a second one ends the program at once. Further calls change nothing.
-pub fn catch_interrupt() -> Result<()> {
-    static CAUGHT: AtomicBool = AtomicBool::new(false);
-    if CAUGHT.swap(true, Ordering::SeqCst) {
-        return Ok(());
-    }
+/// Whether Ctrl-C is to finish what exists.
+static CAUGHT: AtomicBool = AtomicBool::new(false);
+
+/// Ctrl-C ends the program without leaving temporary files behind; once [`catch_interrupt`] was called, only the second one does.
+pub fn heed_interrupt() -> Result<()> {
     ctrlc::set_handler(|| {
-        if INTERRUPTED.swap(true, Ordering::SeqCst) {
-            wavegen::atomic::remove_parts();
+        if INTERRUPTED.swap(true, Ordering::SeqCst) || !CAUGHT.load(Ordering::SeqCst) {
+            say("interrupted");
+            remove_parts();
             std::process::exit(130);
         }
     })
     .context("catching Ctrl-C")
+}
+
+/// From now on Ctrl-C asks to finish what exists; a second one ends the program at once.
+pub fn catch_interrupt() {
+    CAUGHT.store(true, Ordering::SeqCst);
 }
 
 /// Whether Ctrl-C was pressed.
@@ -365,9 +375,10 @@ pub fn check_output(path: &Path, force: bool) -> Result<()> {
     if path.exists() && !force {
         bail!("{name}: already exists; use --force to overwrite it, or give another name");
     }
-    let unwritable = || format!("{name}: cannot be written; give a file in a folder that exists");
-    Part::beside(path).with_context(unwritable)?;
-    Ok(())
+    match Part::beside(path) {
+        Ok(_) => Ok(()),
+        Err(reason) => Err(AudioError::Unwritable { path: name.into_owned(), reason: reason.to_string() }.into()),
+    }
 }
 
 /// A file's first `max_s` seconds in mono at `sample_rate`, in blocks: memory grows with what is kept only.

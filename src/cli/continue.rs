@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use wavegen::audio::decode::decode_tail;
 use wavegen::audio::{AudioSource, Clip, SampleFormat, WavFormat, WavPrompt};
 use wavegen::checkpoint::Checkpoint;
@@ -20,9 +20,9 @@ const FADED_DB: f32 = 25.0;
 
 /// Play a recording on: writes a WAV of the recording and what comes next
 ///
-/// The recording's part of the output keeps its rate, channels and samples; of a WAV it keeps every byte. A session that
-/// --save-session wrote is played on with --resume, bit for bit as if there had been no pause: alone it gives only what
-/// is new; beside the WAV that was written up to there, that WAV with what is new.
+/// The recording's part of the output keeps its rate, channels and samples (all bits of a WAV's, 24 of others'); tags and
+/// markers are left out. A session that --save-session wrote is played on with --resume, bit for bit as if there had been no
+/// pause: alone it gives only what is new; beside the WAV that was written up to there, that WAV with what is new.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -97,7 +97,8 @@ fn listen(args: &Args, source: AudioSource, checkpoint: &Checkpoint) -> Result<(
     }
     let tail = decode_tail(&source, CONTEXT_S)?;
     report_damage(source.name(), tail.damaged_packets, &tail.warnings, talk);
-    let prompt = Prompt::new(&tail.clip, tail.total_frames, &checkpoint.config.codec)?;
+    let prompt = Prompt::new(&tail.clip, tail.total_frames, &checkpoint.config.codec);
+    let prompt = prompt.with_context(|| source.name().to_owned())?;
     if prompt.is_silent() {
         let earlier = match tail.total_frames > tail.clip.n_frames() as u64 {
             true => "play on from before with --from, or ",

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
+use wavegen::atomic::Folder;
 use wavegen::checkpoint::Checkpoint;
 use wavegen::corpus::Corpus;
 use wavegen::corpus::prepare::find;
@@ -56,7 +57,7 @@ struct PartTime {
 
 /// Makes a few steps in a temporary folder and says what all of them will take.
 pub fn run(settings: &TrainSettings, talk: &Talk) -> Result<Outcome> {
-    let folder = tempfile::tempdir().context("making a temporary folder")?;
+    let folder = Folder::new().context("making a temporary folder")?;
     let probe = TrainSettings {
         output: folder.path().join("probe.safetensors"),
         budget: Budget::Steps(STEPS),

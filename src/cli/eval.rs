@@ -10,7 +10,7 @@ use wavegen::codec::Token;
 use wavegen::generate::Options;
 use wavegen::plan::Spectrum;
 
-use super::common::{ModelArgs, SamplingArgs, Talk, catch_interrupt, print, read_mono, seconds};
+use super::common::{ModelArgs, SamplingArgs, Talk, Usage, catch_interrupt, print, read_mono, seconds};
 use super::engine::{EngineArgs, Loaded};
 use super::free_run::{FreeRun, PlanFrom, Setup};
 use super::score::{Scored, score};
@@ -86,6 +86,9 @@ struct Report {
 
 pub fn run(args: &Args) -> Result<Outcome> {
     let talk = &args.talk;
+    if !args.free_run && args.sampling.is_given() {
+        return Err(Usage("sampling options say how --free-run plays; give that too, or leave them out".into()).into());
+    }
     let checkpoint = args.model.load()?;
     let spectrum = checkpoint.spectrum()?;
     let pieces = args
@@ -94,7 +97,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
         .map(|path| read_piece(path, &checkpoint, args.max_seconds, talk))
         .collect::<Result<Vec<_>>>()?;
     let engine = args.engine.load(&checkpoint, talk)?;
-    catch_interrupt()?;
+    catch_interrupt();
     let mut report = Report { files: Vec::new(), total: None, free_run: None };
     if !args.free_run || args.baselines {
         let Some(files) = score_all(&checkpoint, &engine, &spectrum, &pieces, args.baselines, talk)? else {

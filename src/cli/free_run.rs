@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 use ndarray::{Array2, ArrayView1};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -126,6 +127,10 @@ pub fn play_all(
     let places = places(pieces, spectrum.hop(), setup)?;
     for directory in [setup.keep, setup.spectrograms].into_iter().flatten() {
         std::fs::create_dir_all(directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
+        let first = ["000.wav", "000.png"].map(|name| directory.join(name)).into_iter().find(|path| path.exists());
+        if let Some(first) = first {
+            bail!("{}: already exists; give a new folder", first.display());
+        }
     }
     let bar = talk.bar((places.len() * setup.frames) as u64, "{bar:40} {percent} %, {eta} left");
     let continuations = places
@@ -352,8 +357,10 @@ impl FreeRun {
             ))?;
         }
         print(&format!(
-            "worst: adherence {:.1} dB, drift {:+.1} dB; plan: {:?}",
-            self.model.worst_adherence_db, self.model.worst_level_drift_db, self.plan
+            "worst: adherence {:.1} dB, drift {:+.1} dB; plan: {}",
+            self.model.worst_adherence_db,
+            self.model.worst_level_drift_db,
+            self.plan.to_possible_value().map_or(String::new(), |plan| plan.get_name().to_owned())
         ))?;
         print(&format!(
             "{:>26} {:>10} {:>10} {:>10} {:>11} {:>8} {:>6} {:>8} {:>8} {:>8} {:>7}",
@@ -361,20 +368,25 @@ impl FreeRun {
         ))?;
         for (name, Summary { music, kinship, frechet, .. }) in rows {
             print(&format!(
-                "{name:>26} {:>7.0} Hz {:>7.1} dB {:>8.2}/s {:>6.2} bits {:>8.3} {:>6.2} {frechet:>8.1} {:>8.2} {:>8.2} {:>7.2}",
+                "{name:>26} {:>7.0} Hz {:>7.1} dB {:>8.2}/s {:>6.2} bits {:>8.3} {:>6} {frechet:>8.1} {:>8} {:>8} {:>7}",
                 music.centroid_hz,
                 music.flatness_db,
                 music.onsets_per_s,
                 music.chroma_bits,
                 music.chroma_flux,
-                music.pulse,
-                kinship.beat,
-                kinship.harmony,
-                kinship.themes
+                known(music.pulse),
+                known(kinship.beat),
+                known(kinship.harmony),
+                known(kinship.themes)
             ))?;
         }
         Ok(())
     }
+}
+
+/// A figure, or a dash where there was too little to take it of.
+fn known(figure: f32) -> String {
+    if figure == 0.0 { "-".into() } else { format!("{figure:.2}") }
 }
 
 fn row(name: &str, figures: &Figures, failures: &str) -> String {

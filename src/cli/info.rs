@@ -91,7 +91,7 @@ fn is_model(path: &Path) -> bool {
         let read = File::open(path).and_then(|mut file| file.read_exact(&mut head));
         read.is_ok() && &head[4..] == b"\0\0\0\0{\""
     };
-    Checkpoint::INSIDE.iter().any(|name| path.as_os_str() == *name)
+    Checkpoint::is_inside(path)
         || path.extension().is_some_and(|extension| extension == "safetensors")
         || (!is_pipe(path) && path.is_file() && begins_so())
 }

@@ -29,7 +29,7 @@ mod train;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use common::Usage;
 
@@ -83,7 +83,14 @@ enum Outcome {
 impl Cli {
     /// What the process was started with; ends it where that is no command.
     pub fn of_process() -> Self {
-        Self::parse()
+        // A number below zero is a number, and is told what it may be.
+        let numbers = |arg: Arg| match arg.get_action().takes_values() {
+            true => arg.allow_negative_numbers(true),
+            false => arg,
+        };
+        let command = Self::command()
+            .mut_subcommands(|command| command.mut_args(numbers).mut_subcommands(|command| command.mut_args(numbers)));
+        Self::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
     }
 
     /// Most threads that the engine may use, if the user said.
@@ -101,7 +108,7 @@ impl Cli {
 
 /// Runs the command.
 pub fn run(cli: Cli) -> ExitCode {
-    let result = match cli.command {
+    let result = common::heed_interrupt().and_then(|()| match cli.command {
         Command::Continue(args) => r#continue::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Stream(args) => stream::run(&args),
@@ -115,10 +122,13 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Info(args) => info::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Selftest(args) => selftest::run(&args),
-    };
+    });
     match result {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
-        Ok(Outcome::Interrupted) => ExitCode::from(130),
+        Ok(Outcome::Interrupted) => {
+            common::say("interrupted");
+            ExitCode::from(130)
+        }
         Ok(Outcome::Failed) => ExitCode::FAILURE,
         // The reader of our pipe has gone; there is nobody to tell.
         Err(error) if common::is_broken_pipe(&error) => ExitCode::FAILURE,
@@ -131,7 +141,7 @@ pub fn run(cli: Cli) -> ExitCode {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
+    use clap::CommandFactory as _;
 
     #[test]
     fn arguments_are_consistent_and_every_command_shows_examples() {

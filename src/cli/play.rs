@@ -2,13 +2,14 @@
 
 use std::ops::ControlFlow;
 use std::panic::resume_unwind;
-use std::path::{Path, PathBuf, absolute};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
 use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
+use wavegen::atomic::is_same_file;
 use wavegen::audio::{AudioSource, Decoder, WavPrompt};
 use wavegen::checkpoint::Checkpoint;
 use wavegen::engine::Engine;
@@ -91,7 +92,7 @@ impl PlayArgs {
             let session = self.save_session.as_ref().map(|path| numbered(path, i, self.takes));
             if let Some(path) = &session {
                 check_output(path, self.force)?;
-                if absolute(path).ok() == absolute(&output).ok() {
+                if is_same_file(path, &output) {
                     let why = format!(
                         "{}: cannot be both the audio and the session; give another --save-session",
                         path.display()
@@ -123,7 +124,7 @@ impl PlayArgs {
         };
         let mut options = self.sampling.options(own);
         options.stream = self.stream.unwrap_or(options.stream);
-        catch_interrupt()?;
+        catch_interrupt();
         let governed = self.sampling.governor.is_on();
         let (n_takes, begun) = (takes.len(), Instant::now());
         let done = (0..n_takes).map(|_| AtomicU64::new(0)).collect::<Vec<_>>();
@@ -140,7 +141,7 @@ impl PlayArgs {
         };
         let begin = |engine: &mut dyn Engine, prompt: &Prompt| -> Result<Player> {
             let player = Player::new(engine, prompt, &options, governed)?;
-            judge(checkpoint, prompt, player.context_bits(), talk);
+            judge(checkpoint, prompt, player.context_bits(), self.save_session.is_none(), talk);
             Ok(player)
         };
         let mut reports = Vec::new();
@@ -304,7 +305,7 @@ impl PlayReport {
             self.played_s, self.elapsed_s, self.x_real_time
         ));
         if let Some(seam) = &self.seam {
-            talk.note(&describe_seam(seam));
+            talk.detail(&describe_seam(seam));
         }
         self.interventions.iter().for_each(|intervention| talk.note(&describe(intervention)));
         if let Some(session) = &self.session {

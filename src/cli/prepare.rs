@@ -92,7 +92,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
         part: args.shard,
         threads: args.threads.map_or(cores, usize::from),
     };
-    catch_interrupt()?;
+    catch_interrupt();
     let bar = talk.bar(0, "{bar:40} {pos} of {len} files, {eta} left");
     let (mut bad, mut refused) = (Vec::new(), Refused::default());
     let prepared = prepare(&settings, &mut |event| {

@@ -80,7 +80,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
         scored: chords(&config.codec, SCORED_FRAMES * hop),
         hop,
     };
-    catch_interrupt()?;
+    catch_interrupt();
     let fingerprint = checkpoint.fingerprint();
     let mut report = Report { model: config.name.clone(), fingerprint, passed: true, checks: Vec::new() };
     if !args.talk.json {

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use wavegen::checkpoint::safetensors_in_order;
 use wavegen::codec::{Codec, Token};
 
 const FORMAT: &str = "wavegen-tokens";
@@ -32,7 +33,7 @@ impl TokenFile {
             ("codec".to_owned(), serde_json::to_string(&self.codec)?),
             ("gain".to_owned(), self.gain.to_string()),
         ]);
-        Ok(safetensors::serialize([("tokens", view)], Some(metadata))?)
+        Ok(safetensors_in_order([("tokens", view)], metadata)?)
     }
 
     /// Reads a file's bytes; `path` is what messages call them.

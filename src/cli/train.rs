@@ -36,6 +36,9 @@ use super::{Outcome, dry_run, memory};
 ///
 /// Built with the feature `mpi`, it can be started as several processes, on one machine or many: docs/mpi.md.
 #[derive(clap::Args)]
+#[command(
+    override_usage = "wavegen train <DIR_OR_FILE>... --output <FILE> (--minutes <MINUTES> | --steps <STEPS>) [OPTIONS]"
+)]
 #[command(after_help = "\
 Examples:
   wavegen train recordings/ -o my.safetensors --minutes 60
@@ -203,7 +206,7 @@ impl From<Rates> for Schedule {
 fn minutes(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(value) if value > 0.0 && value <= 1e6 => Ok(value),
-        _ => Err("must be a number of minutes, more than 0".into()),
+        _ => Err("must be a number of minutes, more than 0 and at most 1000000".into()),
     }
 }
 
@@ -329,7 +332,7 @@ fn run_in(group: &dyn Group, args: &Args) -> Result<Outcome> {
         most_pieces: None,
         notes: args.note.iter().cloned().collect::<BTreeMap<_, _>>(),
     };
-    catch_interrupt()?;
+    catch_interrupt();
     if args.dry_run {
         let ended = if group.is_first() { dry_run::run(&settings, talk)? } else { Outcome::Done };
         return Ok(outcome(group.of_first(ended == Outcome::Interrupted)?));

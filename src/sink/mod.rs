@@ -64,13 +64,29 @@ pub fn open(path: &Path, force: bool) -> Result<Box<dyn Sink>> {
     match path.metadata() {
         Ok(metadata) if metadata.is_dir() => Err(AudioError::Directory { path: path.display().to_string() }),
         _ if is_device(path) => Ok(Box::new(PipeSink::device(path)?)),
-        _ => Ok(Box::new(WavFileSink::new(path, force)?)),
+        _ => {
+            check_name(path)?;
+            Ok(Box::new(WavFileSink::new(path, force)?))
+        }
     }
 }
 
-/// Whether a path is written as it goes: a pipe, a device, and what has the name of one (`/dev/stdout` may be a file).
+/// Whether a path is written as it goes: a pipe, a device, and what the process was given open (`/dev/stdout` may be a file).
 pub fn is_device(path: &Path) -> bool {
-    path.starts_with("/dev") || path.metadata().is_ok_and(|metadata| !metadata.is_file())
+    let given = ["/dev/stdout", "/dev/stderr", "/dev/fd", "/proc/self/fd"].iter().any(|open| path.starts_with(open));
+    given || path.metadata().is_ok_and(|metadata| !metadata.is_file())
+}
+
+/// What other programs would take a file for that is a WAV under such a name.
+const OTHER_FORMATS: [&str; 9] = ["aac", "aif", "aiff", "flac", "m4a", "mp3", "ogg", "opus", "wma"];
+
+/// Refuses names that promise another format than WAV.
+fn check_name(path: &Path) -> Result<()> {
+    let extension = path.extension().map(|extension| extension.to_string_lossy().to_lowercase()).unwrap_or_default();
+    match OTHER_FORMATS.contains(&extension.as_str()) {
+        true => Err(AudioError::OtherFormat { path: path.display().to_string(), extension }),
+        false => Ok(()),
+    }
 }
 
 #[cfg(all(test, unix))]

@@ -1,7 +1,7 @@
 //! Turns audio into a WAV file that appears under its name when it is whole, and not before.
 
 use std::io::BufWriter;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::Sink;
 use crate::atomic::Part;
@@ -9,27 +9,38 @@ use crate::audio::{AudioError, Result, WavFormat, WavPrompt, WavWriter};
 
 /// Writes to a temporary file beside the destination and renames it at the end; dropped unfinished, nothing remains.
 pub struct WavFileSink {
-    path: PathBuf,
     name: String,
     force: bool,
-    writer: Option<WavWriter<BufWriter<Part>>>,
+    state: State,
+}
+
+enum State {
+    Opened(Part),
+    Writing(WavWriter<BufWriter<Part>>),
+    Finished,
 }
 
 impl WavFileSink {
     /// A sink for the file `path`.
     ///
     /// # Errors
-    /// The file exists and `force` is false.
+    /// The file exists and `force` is false, or nothing can be written there.
     pub fn new(path: &Path, force: bool) -> Result<Self> {
         let name = path.display().to_string();
         if path.exists() && !force {
             return Err(AudioError::Exists { path: name });
         }
-        Ok(Self { path: path.to_path_buf(), name, force, writer: None })
+        match Part::beside(path) {
+            Ok(part) => Ok(Self { name, force, state: State::Opened(part) }),
+            Err(reason) => Err(AudioError::Unwritable { path: name, reason: reason.to_string() }),
+        }
     }
 
     fn writer(&mut self) -> &mut WavWriter<BufWriter<Part>> {
-        self.writer.as_mut().expect("a sink takes audio between its start and its finish")
+        match &mut self.state {
+            State::Writing(writer) => writer,
+            _ => panic!("a sink takes audio between its start and its finish"),
+        }
     }
 
     fn error(&self, source: std::io::Error) -> AudioError {
@@ -39,8 +50,10 @@ impl WavFileSink {
 
 impl Sink for WavFileSink {
     fn start(&mut self, format: &WavFormat) -> Result<()> {
-        let file = Part::beside(&self.path).map_err(|source| self.error(source))?;
-        self.writer = Some(WavWriter::new(BufWriter::new(file), &self.name, format.clone())?);
+        let State::Opened(part) = std::mem::replace(&mut self.state, State::Finished) else {
+            panic!("a sink is started once");
+        };
+        self.state = State::Writing(WavWriter::new(BufWriter::new(part), &self.name, format.clone())?);
         Ok(())
     }
 
@@ -53,7 +66,7 @@ impl Sink for WavFileSink {
     }
 
     fn finish(&mut self) -> Result<()> {
-        let Some(writer) = self.writer.take() else {
+        let State::Writing(writer) = std::mem::replace(&mut self.state, State::Finished) else {
             return Ok(());
         };
         let file = writer.finish_file()?.into_inner().map_err(|error| self.error(error.into_error()))?;
@@ -116,9 +129,9 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_folder_is_named() {
-        let mut sink = WavFileSink::new(Path::new("/no/such/folder/out.wav"), false).unwrap();
-        let error = sink.start(&format()).unwrap_err();
-        assert!(error.to_string().contains("/no/such/folder/out.wav"), "{error}");
+    fn a_missing_folder_is_told_at_once() {
+        let error = WavFileSink::new(Path::new("/no/such/folder/out.wav"), false).err().unwrap();
+        assert!(matches!(error, AudioError::Unwritable { .. }));
+        assert!(error.to_string().starts_with("/no/such/folder/out.wav: cannot be written"), "{error}");
     }
 }

@@ -256,9 +256,6 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
             Part::Wave => wave::train(&mut run, &mut optimizer)?,
         };
         checkpoint.take(&optimizer)?;
-        if going.is_break() {
-            break;
-        }
         if part == Part::Plan && config.plan_transformer.refine {
             let fit = || refine::fit(&checkpoint, &data, &Workers::new(settings.threads.max(1))?);
             // The others wait asleep.
@@ -266,6 +263,9 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
                 let _ = observe(TrainEvent::Refined(fitted.refined));
                 checkpoint.weights.extend(fitted.weights(spectrum.n_bands())?);
             }
+        }
+        if going.is_break() {
+            break;
         }
     }
     if going.is_continue() && settings.calibrate && settings.parts.contains(&Part::Wave) {

@@ -176,7 +176,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
         let config = ModelConfig::preset(name).map_err(|e| Usage(e.to_string()))?;
         models.push(Checkpoint::untrained(ModelConfig { name: format!("{name}, random"), ..config }, 1)?);
     }
-    catch_interrupt()?;
+    catch_interrupt();
     let isas = args.isas.clone().unwrap_or_else(|| match Isa::available() {
         all if all.len() > 1 => all[1..].to_vec(),
         all => all,

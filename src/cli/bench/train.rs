@@ -271,7 +271,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
     };
     let config = ModelConfig::preset(&args.preset).map_err(|e| Usage(e.to_string()))?;
     config.validate()?;
-    catch_interrupt()?;
+    catch_interrupt();
     let spectrum = Spectrum::new(config.codec.sample_rate, &config.plan)?;
     let n_bands = spectrum.n_bands();
     let fused = Learner::new(&config, n_bands, Params::new(1).on(&device, inner))?;

@@ -194,7 +194,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
     // What plays until somebody was listened to is not heard.
     let governed = args.sampling.governor.is_on() && args.listen.is_none();
     let voice = Voice::new(loaded.stream()?, &options, &prompt, governed)?;
-    judge(&checkpoint, &prompt, voice.context_bits(), &args.talk);
+    judge(&checkpoint, &prompt, voice.context_bits(), true, &args.talk);
     let mut conductor = Conductor::new(voice);
     if args.listen.is_some() {
         conductor.apply(Change::Volume { gain: 0.0, seconds: 0.0 })?;
@@ -232,7 +232,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
     let (feed, pull) = ring(ring_frames, channels, rate);
     let counters = feed.counters().clone();
 
-    catch_interrupt()?;
+    catch_interrupt();
     let (ask, asked) = mpsc::channel();
     let (order, orders) = mpsc::channel();
     let (report, reports) = mpsc::channel();
@@ -351,6 +351,9 @@ fn open_recording(args: &Args, path: &Path, rate: u32, channels: usize) -> Resul
     Ok(Recording::new(sink, is_live))
 }
 
+/// No sample of silence is above this.
+const SILENT: f32 = 1e-4;
+
 /// The recording at the device's rate and channels, and its end as a prompt.
 fn read(source: &AudioSource, shape: (u32, usize), checkpoint: &Checkpoint, talk: &Talk) -> Result<(Vec<f32>, Prompt)> {
     let tail = decode_tail(source, MOST_PRELUDE_S)?;
@@ -361,10 +364,9 @@ fn read(source: &AudioSource, shape: (u32, usize), checkpoint: &Checkpoint, talk
     let clip = song::reshaped(&tail.clip, shape)?;
     let prompt = song::prompt_after(&clip, &checkpoint.config.codec)?;
     if prompt.is_silent() {
-        bail!(
-            "{}: its end is silent, so there is nothing to play on; play on from before with --from, or give no file",
-            source.name()
-        );
+        let earlier =
+            if clip.samples.iter().any(|x| x.abs() > SILENT) { "play on from before with --from, or " } else { "" };
+        bail!("{}: its end is silent, so there is nothing to play on; {earlier}give no file", source.name());
     }
     Ok((clip.samples, prompt))
 }
