@@ -395,6 +395,28 @@ fn sessions_that_do_not_fit_are_refused() {
 }
 
 #[test]
+fn what_is_no_piano_is_played_by_the_model_for_other_music() {
+    let scene = Scene::new();
+    let mut rng = wavegen::rng::Rng::new(1);
+    // Another loudness, pitch and share of noise every 50 ms.
+    let mut bit = || {
+        let (loudness, period, noise) = (0.3 * rng.uniform().powi(3), 20.0 + 300.0 * rng.uniform(), rng.uniform());
+        let buzz = |i: usize, x: f32| loudness * (noise * x + (1.0 - noise) * (i as f32 / period).fract());
+        (0..RATE as usize / 20).map(|i| buzz(i, rng.normal())).collect::<Vec<_>>()
+    };
+    let odd: Vec<f32> = (0..100).flat_map(|_| bit()).collect();
+    scene.write_wav("odd.wav", 1, &odd);
+    let play_on = |args: &[&str]| scene.wavegen(&["continue", "--seconds", "0.2"]).args(args).assert().success();
+    play_on(&["odd.wav", "-o", "a.wav", "--save-session", "s.bin"]).stderr(contains("the model 'broad' plays it"));
+    play_on(&["odd.wav", "-o", "b.wav", "--model", "broad"]).stderr(contains("plays it").not());
+    assert!(std::fs::read(scene.path("a.wav")).unwrap() == std::fs::read(scene.path("b.wav")).unwrap());
+    play_on(&["a.wav", "--resume", "s.bin", "-o", "c.wav"]);
+    let piano = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/prompt.wav");
+    play_on(&[piano, "-o", "d.wav", "--save-session", "p.bin"]).stderr(contains("broad").not());
+    play_on(&["--resume", "p.bin", "-o", "e.wav", "--model", "piano"]);
+}
+
+#[test]
 fn takes_are_the_streams_of_a_seed() {
     let scene = Scene::new();
     let args = ["in.wav", "--takes", "3", "--seed", "4", "--save-session", "s.bin"];

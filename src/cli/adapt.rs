@@ -8,8 +8,6 @@ use anyhow::Result;
 use serde::Serialize;
 use wavegen::audio::AudioSource;
 use wavegen::checkpoint::Checkpoint;
-use wavegen::generate::Prompt;
-use wavegen::plan::PlanConfig;
 use wavegen::train::Part;
 use wavegen::train::adapt::{AdaptEvent, AdaptSettings, Adaptation, Adapted, Verdict, adapt};
 use wavegen::train::schedule::Budget;
@@ -19,13 +17,7 @@ use super::common::{Talk, catch_interrupt, check_output, interrupted, seconds, s
 use super::train::Store;
 
 /// The note of a checkpoint that names the recordings that it was fitted to.
-const ADAPTED_TO: &str = "adapted-to";
-/// Recordings of what a model knows take a smaller share of what a plan frame would take by chance.
-const UNFAMILIAR: f32 = 13.0 / 32.0;
-/// The model inside the program for other music than a piano's.
-const BROAD: &str = "broad";
-/// Seconds of a recording that tell; less is too little to adapt to.
-const TELLING_S: f64 = 4.0;
+pub const ADAPTED_TO: &str = "adapted-to";
 
 /// Fit a model to recordings in seconds to minutes: a few small steps on their heads, judged by their tails
 ///
@@ -105,29 +97,6 @@ pub fn run(args: &Args) -> Result<Outcome> {
     let elapsed_s = begun.elapsed().as_secs_f64();
     talk.json(&Report { output, adaptation, elapsed_s, interrupted: interrupted() }, false)?;
     Ok(if interrupted() { Outcome::Interrupted } else { Outcome::Done })
-}
-
-/// Says how well the model knows the music of a prompt, `bits` a plan frame, and what can be done where it does not; `at_once`: the
-/// command takes `--adapt`.
-pub fn judge(checkpoint: &Checkpoint, prompt: &Prompt, bits: Option<f32>, at_once: bool, talk: &Talk) {
-    let heard_s = prompt.tokens().len() as f64 / f64::from(checkpoint.config.codec.sample_rate);
-    let Some(bits) = bits.filter(|_| heard_s >= TELLING_S) else { return };
-    talk.detail(&format!("the model finds {bits:.1} bits in a plan frame of the recording"));
-    let PlanConfig { n_codebooks, n_entries, .. } = checkpoint.config.plan;
-    let unfamiliar = UNFAMILIAR * n_codebooks as f32 * (n_entries as f32).log2();
-    if bits > unfamiliar && !checkpoint.notes.contains_key(ADAPTED_TO) {
-        let name = &checkpoint.config.name;
-        let other = if name == BROAD { "" } else { "--model broad has heard other instruments than a piano, and " };
-        let fit = if at_once {
-            "--adapt 30 fits the model to it for half a minute first"
-        } else {
-            "`wavegen adapt` fits a model to it"
-        };
-        talk.note(&format!(
-            "the recording is unlike what the model '{name}' learned from ({bits:.1} bits a plan frame, {unfamiliar:.1} at most where it knows \
-             the music); {other}{fit}"
-        ));
-    }
 }
 
 /// What `--adapt` does before a recording is played on; `None` where it was interrupted.

@@ -6,13 +6,13 @@ use anyhow::{Context, Result, bail};
 use wavegen::audio::decode::decode_tail;
 use wavegen::audio::{AudioSource, Clip, SampleFormat, WavFormat, WavPrompt};
 use wavegen::checkpoint::Checkpoint;
-use wavegen::generate::{CONTEXT_S, Prompt, Recording};
+use wavegen::generate::{CONTEXT_S, Prompt, Recording, Session};
 use wavegen::metrics::level_db;
 
 use super::Outcome;
 use super::adapt::fitted;
 use super::common::{Usage, moment, output_path, report_damage, seconds};
-use super::play::{Before, PlayArgs, Start, load_session};
+use super::play::{Before, PlayArgs, Start};
 
 /// Seconds at the end of a recording that tell whether it has faded out, and by how much they are softer then than what it ends with, dB.
 const END_S: f64 = 2.0;
@@ -70,10 +70,18 @@ pub fn run(args: &Args) -> Result<Outcome> {
     let takes = args.play.open(&output)?;
     let source = args.input.as_deref().map(AudioSource::open).transpose()?;
     let source = source.map(|source| args.from.into_iter().fold(source, AudioSource::until));
-    let mut checkpoint = args.play.model.load()?;
-    let (start, before, recording) = match (&args.resume, source.clone()) {
-        (Some(session), source) => resume(session, source, &checkpoint)?,
-        (None, Some(source)) => listen(args, source, &checkpoint)?,
+    let model = &args.play.model;
+    let (mut checkpoint, start, before, recording) = match (&args.resume, source.clone()) {
+        (Some(path), source) => {
+            let (session, checkpoint) = model.session(path)?;
+            let (before, recording) = resumed(path, &session, source)?;
+            (checkpoint, Start::Session(session), before, recording)
+        }
+        (None, Some(source)) => {
+            let checkpoint = model.load()?;
+            let (prompt, before, recording) = listen(args, source, &checkpoint)?;
+            (model.suited_to(&prompt, checkpoint, &args.play.talk)?, Start::Prompt(prompt), before, recording)
+        }
         (None, None) => return Err(Usage("give a recording, or a session with --resume; see --help".into()).into()),
     };
     if let (Some(adapt_s), Some(source)) = (args.adapt, &source) {
@@ -86,7 +94,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
 }
 
 /// The recording's end as a prompt.
-fn listen(args: &Args, source: AudioSource, checkpoint: &Checkpoint) -> Result<(Start, Before, Recording)> {
+fn listen(args: &Args, source: AudioSource, checkpoint: &Checkpoint) -> Result<(Prompt, Before, Recording)> {
     let talk = &args.play.talk;
     let wav = WavPrompt::open(&source)?;
     if let (Some(wav), Some(format)) = (&wav, args.format)
@@ -135,21 +143,20 @@ fn listen(args: &Args, source: AudioSource, checkpoint: &Checkpoint) -> Result<(
         }
     };
     let before = wav.map_or(Before::Decoded(source), Before::Wav);
-    Ok((Start::Prompt(prompt), before, Recording { format, n_frames: tail.total_frames }))
+    Ok((prompt, before, Recording { format, n_frames: tail.total_frames }))
 }
 
-/// A saved session, and the WAV that it ended with if that is given.
-fn resume(path: &Path, source: Option<AudioSource>, checkpoint: &Checkpoint) -> Result<(Start, Before, Recording)> {
-    let session = load_session(path, checkpoint)?;
+/// What a saved session goes on after: nothing, or the WAV that it ended with if that is given.
+fn resumed(path: &Path, session: &Session, source: Option<AudioSource>) -> Result<(Before, Recording)> {
     let mut recording = session.recording.clone();
     let Some(source) = source else {
-        return Ok((Start::Session(session), Before::Nothing, recording));
+        return Ok((Before::Nothing, recording));
     };
     let shape = |format: &WavFormat| (format.sample_rate, format.channels, format.sample_format);
     match WavPrompt::open(&source)? {
         Some(wav) if (wav.n_frames, shape(&wav.format)) == (recording.n_frames, shape(&recording.format)) => {
             recording.format = wav.format.clone();
-            Ok((Start::Session(session), Before::Wav(wav), recording))
+            Ok((Before::Wav(wav), recording))
         }
         _ => {
             let (rate, channels, format) = shape(&recording.format);

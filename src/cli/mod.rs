@@ -13,6 +13,7 @@ mod device;
 mod dry_run;
 mod engine;
 mod eval;
+mod familiar;
 mod free_run;
 mod generate;
 mod info;

@@ -17,11 +17,9 @@ use wavegen::generate::{Intervention, Options, Played, Player, Progress, Prompt,
 use wavegen::sink::{self, Sink};
 
 use super::Outcome;
-use super::adapt::judge;
-use super::common::{
-    ModelArgs, SamplingArgs, Talk, Usage, catch_interrupt, check_output, interrupted, is_pipe, seconds,
-};
+use super::common::{SamplingArgs, Talk, Usage, catch_interrupt, check_output, interrupted, is_pipe, seconds};
 use super::engine::EngineArgs;
+use super::familiar::{PlayModelArgs, judge};
 
 #[derive(Args)]
 pub struct PlayArgs {
@@ -41,7 +39,7 @@ pub struct PlayArgs {
     #[arg(long, value_name = "FILE")]
     pub save_session: Option<PathBuf>,
     #[command(flatten)]
-    pub model: ModelArgs,
+    pub model: PlayModelArgs,
     #[command(flatten)]
     pub engine: EngineArgs,
     #[command(flatten)]
@@ -187,7 +185,7 @@ impl PlayArgs {
             }
         }
         bar.finish();
-        reports.iter().for_each(|report| report.tell(talk, &self.model.model));
+        reports.iter().for_each(|report| report.tell(talk, self.model.model.as_deref()));
         if n_takes > 1 {
             let (played_s, elapsed_s): (f64, f64) =
                 (reports.iter().map(|r| r.played_s).sum(), begun.elapsed().as_secs_f64());
@@ -296,7 +294,7 @@ impl PlayReport {
     }
 
     /// Tells people.
-    fn tell(&self, talk: &Talk, model: &Path) {
+    fn tell(&self, talk: &Talk, model: Option<&Path>) {
         let name = if is_pipe(Path::new(&self.output)) { "standard output" } else { &self.output };
         let before = if self.prompt_s > 0.0 { format!("{:.2} s of prompt + ", self.prompt_s) } else { String::new() };
         let how = if self.interrupted { ", interrupted" } else { "" };
@@ -309,10 +307,7 @@ impl PlayReport {
         }
         self.interventions.iter().for_each(|intervention| talk.note(&describe(intervention)));
         if let Some(session) = &self.session {
-            let with = match model.to_str() {
-                Some("built-in") => String::new(),
-                _ => format!(" --model {}", model.display()),
-            };
+            let with = model.map_or(String::new(), |model| format!(" --model {}", model.display()));
             talk.note(&format!("{session}: play on from here with `wavegen continue --resume {session}{with}`"));
         }
     }
@@ -337,11 +332,6 @@ fn describe_seam(seam: &SeamReport) -> String {
         pair(seam.level_change_db, seam.own_level_change_db, true),
         pair(seam.spectral_distance_db, seam.own_spectral_distance_db, false)
     )
-}
-
-/// Reads the session `path` of `checkpoint`.
-pub fn load_session(path: &Path, checkpoint: &Checkpoint) -> Result<Box<Session>> {
-    Ok(Box::new(Session::load(path, &checkpoint.fingerprint())?))
 }
 
 #[cfg(test)]

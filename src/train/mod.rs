@@ -315,7 +315,12 @@ fn open_data(
     };
     let mut data = None;
     if group.is_first() {
-        let opened = open();
+        let mut opened = open();
+        if settings.afresh && opened.is_err() {
+            // The audio that the forgotten run left may be of another rate.
+            StateFolder::remove_audio(&settings.output);
+            opened = open();
+        }
         if let Err(TrainError::NoData { .. }) = opened {
             StateFolder::remove_audio(&settings.output);
         }
