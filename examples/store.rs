@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use safetensors::SafeTensors;
-use wavegen::checkpoint::{Checkpoint, Precision};
+use wavegen::checkpoint::{Checkpoint, Precision, safetensors_in_order};
 use wavegen::plan::PlanConfig;
 
 const USAGE: &str =
@@ -49,7 +49,9 @@ fn main() -> Result<()> {
         let (_, header) = SafeTensors::read_metadata(&bytes)?;
         let whole = SafeTensors::deserialize(&bytes)?;
         let part = whole.iter().filter(|(name, _)| parts.iter().any(|part| name.starts_with(part)));
-        std::fs::write(output, safetensors::serialize(part, header.metadata().clone())?)?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        let bytes = safetensors_in_order(part, metadata)?;
+        std::fs::write(output, bytes)?;
     }
     Ok(())
 }

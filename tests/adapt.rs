@@ -249,11 +249,13 @@ fn who_plays_on_what_the_model_does_not_know_is_told_of_adapting() {
     scene.write("blips.wav", &blips(5, 1));
     let prompt = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/prompt.wav");
     let play = |input: &str, args: &[&str]| {
-        let all = [&["continue", input, "-o", "out.wav", "--force", "--seconds", "0.1"], args].concat();
+        let all = ["continue", input, "-o", "out.wav", "--force", "--seconds", "0.1", "--model", "built-in"];
+        let all = [&all[..], args].concat();
         let run = scene.wavegen(&all).assert().success();
         String::from_utf8(run.get_output().stderr.clone()).unwrap()
     };
-    let stream = ["stream", "blips.wav", "--no-audio", "--clock", "simulated", "--seconds", "5.2"];
+    let stream =
+        ["stream", "blips.wav", "--no-audio", "--clock", "simulated", "--seconds", "5.2", "--model", "built-in"];
     let streamed = scene.wavegen(&stream).assert().success();
     for told in [play("blips.wav", &[]), String::from_utf8_lossy(&streamed.get_output().stderr).into()] {
         assert!(told.contains("unlike what the model 'piano' learned from") && told.contains("--adapt 30"), "{told}");
@@ -264,7 +266,7 @@ fn who_plays_on_what_the_model_does_not_know_is_told_of_adapting() {
     scene.write("short.wav", &blips(3, 1));
     assert!(!play("short.wav", &[]).contains("--adapt"));
     assert!(!play("blips.wav", &["--adapt", "0.5"]).contains("unlike"));
-    let stream = ["stream", "blips.wav", "--no-audio", "--clock", "simulated", "--seconds", "5.2", "--adapt", "0.5"];
+    let stream = [&stream[..], &["--adapt", "0.5"]].concat();
     let told = contains("bits/frame on the tail").and(contains("s played in")).and(contains("unlike").not());
     scene.wavegen(&stream).assert().success().stderr(told);
 }
