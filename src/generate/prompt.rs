@@ -90,6 +90,12 @@ impl Prompt {
         }
     }
 
+    /// The same for a continuation that does not come right after the recording: what is constant in that is no part of it.
+    pub fn without_offsets(mut self) -> Self {
+        self.offsets.fill(0.0);
+        self
+    }
+
     /// What an engine reads before it plays on.
     pub fn tokens(&self) -> &[Token] {
         &self.tokens
@@ -178,6 +184,20 @@ mod tests {
     fn prompt_of(clip: &Clip, n_frames: usize) -> Result<Prompt, GenerateError> {
         let kept = clip.samples[clip.samples.len() - n_frames * clip.channels..].to_vec();
         Prompt::new(&Clip { samples: kept, ..*clip }, clip.n_frames() as u64, &Codec::default())
+    }
+
+    #[test]
+    fn an_offset_is_told_from_a_low_note_and_left_out_where_nothing_comes_before() {
+        let clip = |seconds: f32, constant: f32| {
+            let sample = |i: usize| 0.2 * (std::f32::consts::TAU * 110.0 * i as f32 / 16_000.0).sin() + constant;
+            Clip { samples: (0..(16_000.0 * seconds) as usize).map(sample).collect(), channels: 1, sample_rate: 16_000 }
+        };
+        let prompt = |clip: &Clip| Prompt::new(clip, clip.n_frames() as u64, &Codec::default()).unwrap();
+        let (with, without) = (prompt(&clip(2.0, 0.1)), prompt(&clip(2.0, 0.0)));
+        assert!((with.offsets[0] - 0.1).abs() < 1e-4 && without.offsets == [0.0], "{:?}", with.offsets);
+        assert!((with.gain() / without.gain() - 1.0).abs() < 1e-3, "its level is that of what is heard");
+        assert_eq!(prompt(&clip(0.5, 0.1)).offsets, [0.0], "too short to tell");
+        assert_eq!(with.without_offsets().offsets, [0.0]);
     }
 
     #[test]

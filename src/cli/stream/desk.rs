@@ -263,7 +263,7 @@ impl Desk<'_> {
             Request::Prompt(file) => {
                 let (name, clip) = decode(&file, CONTEXT_S)?;
                 let clip = song::reshaped(&clip, self.outlet.shape)?;
-                let prompt = song::prompt_after(&clip, &self.checkpoint.config.codec)?;
+                let prompt = song::prompt_after(&clip, &self.checkpoint.config.codec)?.without_offsets();
                 if prompt.is_silent() {
                     bail!("{name}: its end is silent");
                 }
@@ -333,7 +333,8 @@ impl Desk<'_> {
         let (played, since_s) = song::played(&heard)?;
         let said = format!("playing on after {:.1} s of {}", played.duration_s(), listening.name);
         let played = song::reshaped(&played, self.outlet.shape)?;
-        let mut voice = self.voice_after(&song::prompt_after(&played, &self.checkpoint.config.codec)?)?;
+        let prompt = song::prompt_after(&played, &self.checkpoint.config.codec)?.without_offsets();
+        let mut voice = self.voice_after(&prompt)?;
         let on_the_way_ms = listening.input.latency_ms() + self.buffer_ms + self.outlet.latency_ms();
         let ago_s = || listening.heard.since_s() + on_the_way_ms / 1e3;
         voice.skip(|| since_s + ago_s())?;
