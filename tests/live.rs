@@ -322,7 +322,8 @@ fn a_recording_and_a_take_have_what_a_musician_played_where_it_was_heard() {
     volume(0.0);
     player.play(0.4);
     let voice = Voice::new(engine(), &options(), &prompt(48_000, 2), false).unwrap();
-    player.change(Change::Voice(Box::new(voice)));
+    // As the program does it: one order right after the other.
+    player.order.send(Order::Change(Change::Voice(Box::new(voice)))).unwrap();
     volume(1.0);
     player.play(0.1);
     // A tenth of a second, until a twentieth before the voice changed.
