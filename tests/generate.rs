@@ -9,7 +9,9 @@ use wavegen::checkpoint::Checkpoint;
 use wavegen::engine::Engine;
 use wavegen::engine::cpu::{CpuEngine, CpuOptions};
 use wavegen::engine::reference::ReferenceEngine;
-use wavegen::generate::{Manner, Options, Path, Played, Player, Prompt, Recording, Session, SessionError, heard};
+use wavegen::generate::{
+    Colour, Manner, Options, Path, Played, Player, Prompt, Recording, Session, SessionError, telling,
+};
 use wavegen::model::config::ModelConfig;
 
 use memory::Memory;
@@ -111,9 +113,9 @@ fn second_after_second_the_way_most_like_the_prompt_is_taken() {
     };
     let prompt = codec.encode_all(&(0..48_000).map(sound).collect::<Vec<_>>());
     let mut engine = CpuEngine::new(&checkpoint, &CpuOptions::default()).unwrap();
-    let of_prompt = |n: usize| heard(&engine, &prompt[..n], &spectrum).unwrap();
-    assert!(of_prompt(15_000).is_none(), "too short to tell");
-    let frames = of_prompt(48_000).unwrap();
+    let (_, plan) = Colour::of_prompt(&engine, &prompt, &spectrum).unwrap();
+    assert!(telling(&plan[..30], &spectrum).is_none(), "too short to tell");
+    let frames = telling(&plan, &spectrum).unwrap();
     let manner = Manner::of(frames.iter().map(|frame| frame.bands.as_slice()), &spectrum);
     let mut play = |choices, seed| {
         let options = Options { seed, choices, ..Options::default() };

@@ -10,7 +10,7 @@ use serde::Serialize;
 use wavegen::audio::{SampleFormat, WavFormat};
 use wavegen::baselines::noise_through_plan;
 use wavegen::checkpoint::Checkpoint;
-use wavegen::generate::{Guide, Intervention, Options, Path as Continued};
+use wavegen::generate::{Colour, Guide, Intervention, Options, Path as Continued};
 use wavegen::metrics::{
     self, Adherence, Failure, Kinship, LevelDrift, Music, Timbre, Track, adherence, failures, kinship, level_drift,
     music, tonality_db,
@@ -189,8 +189,10 @@ fn play(
         PlanFrom::Own => None,
         PlanFrom::True => Some(true_track.bands.clone()),
         PlanFrom::Quantized => {
-            let frames = engine.plan_of(&place.piece.tokens[from..to])?;
-            Some(bands_of(&frames[setup.prompt_frames..]))
+            let (colour, _) = Colour::of_prompt(engine.as_ref(), context, spectrum)?;
+            let mut frames = engine.plan_of(&place.piece.tokens[from..to])?.split_off(setup.prompt_frames);
+            frames.iter_mut().for_each(|frame| colour.apply(&mut frame.bands));
+            Some(bands_of(&frames))
         }
         PlanFrom::Shuffled => Some(shuffled(&true_track.bands, setup.options.seed ^ i as u64)),
     };

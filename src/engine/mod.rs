@@ -105,18 +105,6 @@ pub trait Engine: Send {
     /// Only `plan.bands` is read: a frame can come from [`Engine::next_plan`] or from elsewhere.
     fn render(&mut self, plan: &PlanFrame, uniforms: &[f32], out: &mut [Token]) -> Result<(), EngineError>;
 
-    /// [`Engine::next_plan`], which takes `plan_uniforms`, and [`Engine::render`] by what it gives, which takes `uniforms`.
-    fn next_frame(
-        &mut self,
-        plan_uniforms: &[f32],
-        uniforms: &[f32],
-        plan: &mut PlanFrame,
-        out: &mut [Token],
-    ) -> Result<(), EngineError> {
-        self.next_plan(plan_uniforms, plan)?;
-        self.render(plan, uniforms, out)
-    }
-
     /// Teacher-forced: resets, reads `tokens` (a multiple of `hop`) under their own quantised plan and writes
     /// -ln P(token) of each, in nats. The plan's own cost is not part of it; see [`Engine::score_plan`].
     fn score(&mut self, tokens: &[Token], nll: &mut [f32]) -> Result<(), EngineError>;

@@ -3,8 +3,6 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::codec::Token;
-use crate::engine::{Engine, EngineError};
 use crate::metrics::pitch_class;
 use crate::plan::{DB_PER_UNIT, PlanFrame, Spectrum};
 
@@ -38,26 +36,10 @@ pub struct Manner {
     timbre_db: [f32; N_GROUPS],
 }
 
-/// The end of a prompt by its plan as the model reads it, for that is what ways are compared with; `None` when it is too short to tell how
-/// it is played.
-///
-/// # Errors
-/// The engine's own.
-pub fn heard(
-    engine: &dyn Engine,
-    prompt: &[Token],
-    spectrum: &Spectrum,
-) -> Result<Option<Vec<PlanFrame>>, EngineError> {
-    let hop = spectrum.hop();
-    let [most, least] = [HEARD_S, LEAST_S].map(|seconds| (seconds * spectrum.sample_rate() as f32) as usize);
-    let n_frames = prompt.len().min(most) / hop;
-    if prompt.len() < least {
-        return Ok(None);
-    }
-    let mut plan = engine.plan_of(&prompt[prompt.len() - n_frames * hop..])?;
-    // The first frames look back into silence.
-    plan.drain(..spectrum.window_len().div_ceil(hop).min(n_frames));
-    Ok(Some(plan))
+/// Of the plan of a prompt the end that tells how it is played, if it is long enough.
+pub fn telling<'a>(plan: &'a [PlanFrame], spectrum: &Spectrum) -> Option<&'a [PlanFrame]> {
+    let frames = |seconds: f32| (seconds * spectrum.sample_rate() as f32) as usize / spectrum.hop();
+    (plan.len() >= frames(LEAST_S)).then(|| &plan[plan.len().saturating_sub(frames(HEARD_S))..])
 }
 
 /// What bands rise by from a frame to the next, on the average; falling counts as nothing, and so does what is faint.

@@ -4,11 +4,12 @@
 //! tail of a file --Prompt--> tokens --Generator(engine, uniforms)--> tokens --Path(Governor)--> tokens --Seam--> frames --> sink
 //! ```
 //! Every quarter of a second a generator looks at several plans for the next and takes the one that, with what it took before, is played most like the prompt
-//! ([`Manner`]) and keeps its beat best ([`Rhythm`]; [`Options::choices`]).
+//! ([`Manner`]) and keeps its beat best ([`Rhythm`]; [`Options::choices`]). Every plan frame gets the prompt's [`Colour`].
 //! A seam brings samples to the recording's rate, channels and level, and makes what the model lacks of them.
 //! A path runs ahead and goes back where its [`Governor`] finds that the continuation fails. A [`Player`] is all of it in one; a [`Session`] is a player and its engine's state as plain data, for files and takes.
 //! Uniforms are drawn by (seed, stream, kind, t) with t counted from the join, so the same seed gives the same bytes.
 
+mod colour;
 mod extrapolate;
 pub mod governor;
 mod habits;
@@ -22,6 +23,8 @@ mod rhythm;
 mod seam;
 mod session;
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::audio::AudioError;
@@ -31,10 +34,11 @@ use crate::plan::{PlanFrame, Spectrum};
 use crate::rng::{Kind, uniform};
 use crate::sampler::{PlanSampling, WaveSampling};
 
+pub use colour::Colour;
 pub use extrapolate::resample_end;
 pub use governor::{Alarm, Governor, Intervention};
 pub use join::SeamReport;
-pub use manner::{Manner, heard};
+pub use manner::{Manner, telling};
 pub use path::{Frame, Guide, Path};
 pub use player::{Played, Player, Progress};
 pub use prompt::{CONTEXT_S, Prompt};
@@ -119,6 +123,8 @@ struct GeneratorState {
     played: Option<Manner>,
     /// The prompt's, after all that was played.
     rhythm: Rhythm,
+    /// The prompt's, which every frame gets.
+    colour: Arc<Colour>,
 }
 
 /// What a branch and a choice add to the seed: apart from the seeds that people use, and from each other.
@@ -147,9 +153,10 @@ impl Generator {
     /// The engine's own.
     pub fn new(engine: &mut dyn Engine, options: &Options, context: &[Token]) -> Result<Self, EngineError> {
         let spectrum = Spectrum::new(engine.config().codec.sample_rate, &engine.config().plan)?;
-        let heard = heard(engine, context, &spectrum)?;
-        let frames = || heard.iter().flatten().map(|frame| frame.bands.as_slice());
-        let manner = heard.as_ref().map(|_| Manner::of(frames(), &spectrum));
+        let (colour, plan) = Colour::of_prompt(engine, context, &spectrum)?;
+        let heard = telling(&plan, &spectrum);
+        let frames = || heard.iter().copied().flatten().map(|frame| frame.bands.as_slice());
+        let manner = heard.map(|_| Manner::of(frames(), &spectrum));
         let rhythm = Rhythm::of(frames());
         engine.prefill(context)?;
         let state = GeneratorState {
@@ -161,6 +168,7 @@ impl Generator {
             manner,
             played: manner,
             rhythm,
+            colour: colour.into(),
         };
         Ok(Self::from_state(engine, spectrum, state))
     }
@@ -198,7 +206,8 @@ impl Generator {
             let ways = looked_at.len() as u64..u64::from(choices);
             let ways: Vec<_> = ways.take(engine.ways_at_once()).map(draws).collect();
             engine.set_sampling(plan, wave);
-            for plan in engine.plan_ahead(&ways)? {
+            for mut plan in engine.plan_ahead(&ways)? {
+                plan.iter_mut().for_each(|frame| state.colour.apply(&mut frame.bands));
                 let of = Manner::of(plan.iter().map(|frame| frame.bands.as_slice()), spectrum);
                 looked_at.push(Way {
                     manner: of.after(state.played.as_ref().unwrap_or(&manner)),
@@ -252,7 +261,11 @@ impl Generator {
                 self.plan = PlanFrame { tokens: Vec::new(), bands: bands.to_vec() };
                 engine.render(&self.plan, &wave_uniforms, &mut self.tokens)?;
             }
-            None => engine.next_frame(&plan_uniforms, &wave_uniforms, &mut self.plan, &mut self.tokens)?,
+            None => {
+                engine.next_plan(&plan_uniforms, &mut self.plan)?;
+                self.state.colour.apply(&mut self.plan.bands);
+                engine.render(&self.plan, &wave_uniforms, &mut self.tokens)?;
+            }
         }
         self.state.rhythm.hear(&self.plan.bands);
         self.state.n_frames += 1;

@@ -505,11 +505,6 @@ fn states_go_to_other_engines_and_back() {
     assert!(play(&mut cuda, 1).unwrap() == expected, "back in time");
     cuda.rewind(&here).unwrap();
     assert!(cuda.save().unwrap() == state, "a state that was kept in memory is not what it was");
-    let (hop, books) = (checkpoint.config.plan.hop, checkpoint.config.plan.n_codebooks);
-    let (plan, wave) = (uniforms(0, Kind::Plan, 1, books), uniforms(0, Kind::Wave, 1, UNIFORMS_PER_SAMPLE * hop));
-    let (draw, mut at_once) = (cuda.plan_draw(), (PlanFrame::default(), vec![0; hop]));
-    cuda.next_frame(&plan, &wave, &mut at_once.0, &mut at_once.1).unwrap();
-    assert!(at_once == expected && cuda.plan_draw() == draw, "plan and samples in one launch");
     cpu.restore(&state).unwrap();
     cuda.restore(&state).unwrap();
     plays_like(&mut cuda, &mut cpu, 2).unwrap();
@@ -620,12 +615,8 @@ fn wander(engine: &mut CudaEngine<Place>, checkpoint: &Checkpoint, stream: u32) 
     let mut frame = |engine: &mut CudaEngine<Place>, k: usize| {
         let (of_plan, of_wave) =
             (uniforms(stream, Kind::Plan, k, books), uniforms(stream, Kind::Wave, k, UNIFORMS_PER_SAMPLE * hop));
-        if k == 0 {
-            engine.next_plan(&of_plan, &mut plan).unwrap();
-            engine.render(&plan, &of_wave, &mut out).unwrap();
-        } else {
-            engine.next_frame(&of_plan, &of_wave, &mut plan, &mut out).unwrap();
-        }
+        engine.next_plan(&of_plan, &mut plan).unwrap();
+        engine.render(&plan, &of_wave, &mut out).unwrap();
         assert!(engine.plan_draw().entropy > 0.0);
         out.clone()
     };

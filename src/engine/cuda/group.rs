@@ -16,8 +16,6 @@ pub enum Task {
     Plan,
     /// Frames under bands that are given.
     Render,
-    /// Plan frames, and what they render.
-    Play,
 }
 
 /// What a member wants played.
@@ -113,7 +111,6 @@ impl<M: Machine> Group<M> {
             let drawn_alike = |other: &Sampling| match task {
                 Task::Ahead | Task::Plan => other.plan == sampling.plan,
                 Task::Render => other.wave == sampling.wave,
-                Task::Play => *other == sampling,
             };
             let alike =
                 |turn: &Turn| turn.n_frames == n_frames && turn.plan.len() == n_plan && drawn_alike(&turn.sampling);

@@ -144,12 +144,6 @@ impl<M: Machine> CudaEngine<M> {
         Turn { sampling: self.sampling, n_frames, ..Turn::default() }
     }
 
-    /// The one plan frame that was drawn.
-    fn take_frame(&mut self, played: &Played, out: &mut PlanFrame) {
-        *out = self.frames(played).swap_remove(0);
-        self.plan_draw = played.plan_draws.first().copied().unwrap_or_default();
-    }
-
     fn frames(&self, played: &Played) -> Vec<PlanFrame> {
         let plan = &self.model().config.plan;
         let bands = played.bands.chunks_exact(self.model().spectrum.n_bands());
@@ -282,7 +276,8 @@ impl<M: Machine> Engine for CudaEngine<M> {
         expect("uniforms", self.model().config.plan.n_codebooks, uniforms.len())?;
         self.begin_with_silence()?;
         let played = self.member.play(Task::Plan, Turn { plan: uniforms.to_vec(), ..self.turn(1) })?;
-        self.take_frame(&played, out);
+        *out = self.frames(&played).swap_remove(0);
+        self.plan_draw = played.plan_draws.first().copied().unwrap_or_default();
         Ok(())
     }
 
@@ -309,24 +304,6 @@ impl<M: Machine> Engine for CudaEngine<M> {
         expect("plan bands", self.model().spectrum.n_bands(), plan.bands.len())?;
         let turn = Turn { wave: uniforms.to_vec(), bands: plan.bands.clone(), ..self.turn(1) };
         let played = self.member.play(Task::Render, turn)?;
-        out.iter_mut().zip(played.tokens).for_each(|(out, token)| *out = token as Token);
-        Ok(())
-    }
-
-    fn next_frame(
-        &mut self,
-        plan_uniforms: &[f32],
-        uniforms: &[f32],
-        plan: &mut PlanFrame,
-        out: &mut [Token],
-    ) -> Result<(), EngineError> {
-        expect("uniforms", self.model().config.plan.n_codebooks, plan_uniforms.len())?;
-        expect("tokens", self.model().config.plan.hop, out.len())?;
-        expect("uniforms", UNIFORMS_PER_SAMPLE * out.len(), uniforms.len())?;
-        self.begin_with_silence()?;
-        let turn = Turn { plan: plan_uniforms.to_vec(), wave: uniforms.to_vec(), ..self.turn(1) };
-        let played = self.member.play(Task::Play, turn)?;
-        self.take_frame(&played, plan);
         out.iter_mut().zip(played.tokens).for_each(|(out, token)| *out = token as Token);
         Ok(())
     }
