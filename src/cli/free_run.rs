@@ -191,7 +191,9 @@ fn play(
         PlanFrom::Quantized => {
             let (colour, _) = Colour::of_prompt(engine.as_ref(), context, spectrum)?;
             let mut frames = engine.plan_of(&place.piece.tokens[from..to])?.split_off(setup.prompt_frames);
-            frames.iter_mut().for_each(|frame| colour.apply(&mut frame.bands));
+            for (k, frame) in (0..).zip(&mut frames) {
+                colour.apply_after(k, &mut frame.bands);
+            }
             Some(bands_of(&frames))
         }
         PlanFrom::Shuffled => Some(shuffled(&true_track.bands, setup.options.seed ^ i as u64)),

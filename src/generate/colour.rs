@@ -13,10 +13,15 @@ const USUAL: f64 = 100.0;
 /// Added to the squares of the bands: as much as 5,600 frames of 9 dB about their mean that say that the map changes nothing.
 const RIDGE: f64 = 1500.0;
 
-/// What plan frames lack to be those of a recording, as a linear map of their bands.
+/// Most frames after a prompt in which it is still felt what its last one lacked: 2 s at 16 kHz.
+const FELT: usize = 64;
+
+/// What plan frames lack to be those of a recording: a linear map of their bands, and in the first frames after a prompt some of what its
+/// last one lacked, too.
 ///
-/// By least squares from the frames of a prompt as the model reads them and as they are (ridge regression: Hoerl and Kennard, 1970; as
-/// recognizers of speech adapt to a speaker: Gales, 1998). A short prompt changes little.
+/// The map is by least squares from the frames of a prompt as the model reads them and as they are (ridge regression: Hoerl and Kennard,
+/// 1970; as recognizers of speech adapt to a speaker: Gales, 1998); a short prompt changes little. How much of what a frame lacks the
+/// later ones lack as well is the autocorrelation of what they do.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Colour {
     /// What is added whatever is read, `[n_bands]`; empty where nothing changes.
@@ -25,6 +30,10 @@ pub struct Colour {
     map: Vec<f32>,
     /// The least and the most that frames of the prompt got, `[n_bands]`: it knows nothing of others.
     range: Vec<(f32, f32)>,
+    /// What the prompt's last frame lacks, coloured, `[n_bands]`.
+    last: Vec<f32>,
+    /// The share of it that each of the next frames lacks, `[FELT]` at most.
+    felt: Vec<f32>,
 }
 
 impl Colour {
@@ -44,9 +53,27 @@ impl Colour {
         let first = spectrum.window_len().div_ceil(hop).min(plan.len());
         plan.drain(..first);
         let wanted = spectrum.analyse(&engine.config().codec.decode_all(prompt));
-        let colour = Self::of(bands_of(&plan).view(), wanted.slice(s![first.., ..]));
+        let wanted = wanted.slice(s![first.., ..]);
+        let mut colour = Self::of(bands_of(&plan).view(), wanted);
         plan.iter_mut().for_each(|frame| colour.apply(&mut frame.bands));
+        colour.remember((&wanted - &bands_of(&plan)).view());
         Ok((colour, plan))
+    }
+
+    /// Learns of what frames of the prompt lack, coloured, `[n_frames, n_bands]`, how long it is felt.
+    fn remember(&mut self, lacks: ArrayView2<f32>) {
+        let n = lacks.nrows();
+        let likeness = |lag: usize| {
+            let pairs = lacks.rows().into_iter().skip(lag).zip(lacks.rows());
+            pairs.map(|(later, earlier)| f64::from(later.dot(&earlier))).sum::<f64>() / (n - lag) as f64
+        };
+        let all = if n > 0 { likeness(0) } else { 0.0 };
+        if all > 0.0 {
+            let fading = |lag: usize| 1.0 - lag as f64 / FELT as f64;
+            let share = |lag: usize| (likeness(lag) / all).clamp(0.0, 1.0) * fading(lag);
+            self.felt = (1..FELT.min(n / 2)).map(|lag| share(lag) as f32).collect();
+            self.last = lacks.row(n - 1).to_vec();
+        }
     }
 
     /// Of frames as they are read and as they should be, `[n_frames, n_bands]`; one that changes nothing where there are none.
@@ -70,6 +97,7 @@ impl Colour {
             constant: constant.into_iter().map(narrow).collect(),
             map: map.into_iter().map(narrow).collect(),
             range: got.columns().into_iter().map(range_of).collect(),
+            ..Self::default()
         }
     }
 
@@ -81,6 +109,14 @@ impl Colour {
         }
         for ((band, lacks), (least, most)) in bands.iter_mut().zip(lacks).zip(&self.range) {
             *band += lacks.max(*least).min(*most);
+        }
+    }
+
+    /// The same for the bands of frame `k` after the prompt.
+    pub fn apply_after(&self, k: u64, bands: &mut [f32]) {
+        self.apply(bands);
+        if let Some(share) = usize::try_from(k).ok().and_then(|k| self.felt.get(k)) {
+            bands.iter_mut().zip(&self.last).for_each(|(band, lacks)| *band += share * lacks);
         }
     }
 }
@@ -117,7 +153,27 @@ mod tests {
     #[test]
     fn a_long_recording_shows_its_colour_and_a_short_one_changes_little() {
         let [short, some, long] = [10, 300, 10_000].map(left);
-        assert!((0.75..1.0).contains(&short) && some < 0.7 && long < 0.05, "{short} {some} {long}");
+        assert!((0.75..1.0).contains(&short) && some < 0.7 && long < 0.1, "{short} {some} {long}");
+    }
+
+    #[test]
+    fn what_stays_away_from_frame_to_frame_is_felt_after_the_prompt() {
+        let mut rng = Rng::new(5);
+        let last = |colour: &Colour, k| {
+            let mut bands = [0.0; 20];
+            colour.apply_after(k, &mut bands);
+            bands
+        };
+        let mut lacks = Array2::from_shape_fn((200, 20), |(_, band)| if band < 10 { 0.2 } else { -0.1 });
+        let mut colour = Colour { range: vec![(0.0, 0.0); 20], constant: vec![0.0; 20], ..Colour::default() };
+        colour.remember(lacks.view());
+        assert_eq!(last(&colour, 0)[..10], [0.2 * (1.0 - 1.0 / FELT as f32); 10]);
+        assert!(last(&colour, 31)[12] < -0.04 && last(&colour, 63) == [0.0; 20]);
+        lacks.mapv_inplace(|_| rng.normal());
+        colour.remember(lacks.view());
+        let share =
+            last(&colour, 0).map(f32::abs).iter().sum::<f32>() / colour.last.iter().map(|x| x.abs()).sum::<f32>();
+        assert!(share < 0.1, "noise has no memory: {share}");
     }
 
     #[test]

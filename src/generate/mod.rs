@@ -207,7 +207,9 @@ impl Generator {
             let ways: Vec<_> = ways.take(engine.ways_at_once()).map(draws).collect();
             engine.set_sampling(plan, wave);
             for mut plan in engine.plan_ahead(&ways)? {
-                plan.iter_mut().for_each(|frame| state.colour.apply(&mut frame.bands));
+                for (k, frame) in (state.n_frames..).zip(&mut plan) {
+                    state.colour.apply_after(k, &mut frame.bands);
+                }
                 let of = Manner::of(plan.iter().map(|frame| frame.bands.as_slice()), spectrum);
                 looked_at.push(Way {
                     manner: of.after(state.played.as_ref().unwrap_or(&manner)),
@@ -263,7 +265,7 @@ impl Generator {
             }
             None => {
                 engine.next_plan(&plan_uniforms, &mut self.plan)?;
-                self.state.colour.apply(&mut self.plan.bands);
+                self.state.colour.apply_after(frame, &mut self.plan.bands);
                 engine.render(&self.plan, &wave_uniforms, &mut self.tokens)?;
             }
         }
