@@ -67,9 +67,9 @@ pub fn run(args: &Args) -> Result<Outcome> {
         check_output(output, args.force)?;
     }
     catch_interrupt();
-    let spool = Folder::new().context("making a temporary folder")?;
+    let folder = Folder::new().context("making a temporary folder")?;
     let sources =
-        Sources { inputs: &args.inputs, spool: spool.path(), seed: 0, validation_share: None, most: None, threads };
+        Sources { inputs: &args.inputs, state: folder.path(), seed: 0, validation_share: None, most: None, threads };
     let bar = talk.bar(0, "{bar:40} {msg}");
     let (mut tried, mut refused) = (Vec::new(), Refused::default());
     let mut observe = |event: TrainEvent| {

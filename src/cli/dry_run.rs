@@ -13,6 +13,7 @@ use wavegen::corpus::prepare::find;
 use wavegen::metrics::median;
 use wavegen::model::config::ModelConfig;
 use wavegen::plan::Spectrum;
+use wavegen::train::resume::StateFolder;
 use wavegen::train::schedule::Budget;
 use wavegen::train::{Part, Start, TrainError, TrainEvent, TrainSettings, train};
 
@@ -58,7 +59,9 @@ struct PartTime {
 /// Makes a few steps in a temporary folder and says what all of them will take.
 pub fn run(settings: &TrainSettings, talk: &Talk) -> Result<Outcome> {
     let folder = Folder::new().context("making a temporary folder")?;
+    let found = find(&settings.files, &StateFolder::beside(&settings.output));
     let probe = TrainSettings {
+        files: [&found.files[..], &found.corpora].concat(),
         output: folder.path().join("probe.safetensors"),
         budget: Budget::Steps(STEPS),
         most_pieces: Some(PIECES),
@@ -85,7 +88,6 @@ pub fn run(settings: &TrainSettings, talk: &Talk) -> Result<Outcome> {
         return Ok(Outcome::Interrupted);
     }
     probed?;
-    let found = find(&settings.files);
     let corpora = found.corpora.iter().map(|folder| Corpus::open(folder)).collect::<Result<Vec<_>, _>>()?;
     let files = found.files.len();
     let hours = corpora.iter().map(Corpus::hours).sum::<f64>() + files as f64 * mean_hours;

@@ -284,16 +284,8 @@ fn run_in(group: &dyn Group, args: &Args) -> Result<Outcome> {
     let start = start(args, if group.is_first() { talk } else { &silent })?;
     let output = args.output.clone().unwrap_or_default();
     if group.is_first() && !args.dry_run {
-        let state = StateFolder::beside(&output);
-        if state == output {
-            return Err(Usage(format!(
-                "{}: is the name of a folder for unfinished runs; give another with -o",
-                output.display()
-            ))
-            .into());
-        }
         // The run that would make it goes on.
-        check_output(&output, args.force || state.exists())?;
+        check_output(&output, args.force || StateFolder::holds_run(&output))?;
         refuse_same(args.init.as_deref(), &output)?;
     }
     check_inputs(&args.inputs)?;

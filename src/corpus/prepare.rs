@@ -72,7 +72,7 @@ pub type Observer<'a> = dyn FnMut(PrepareEvent) -> ControlFlow<()> + 'a;
 /// A folder that cannot be written or holds a corpus of another rate. Files that cannot be read are none.
 pub fn prepare(settings: &PrepareSettings, observe: &mut Observer) -> Result<Prepared, CorpusError> {
     let mut prepared = Prepared::default();
-    let found = find(&settings.inputs);
+    let found = find(&settings.inputs, &settings.folder);
     let name = part_name(settings.part);
     let check_rate = |index: &Index| match index.sample_rate {
         Some(got) if got != settings.sample_rate => {
@@ -261,10 +261,10 @@ pub struct Found {
     pub unreadable: Vec<(PathBuf, String)>,
 }
 
-/// Searches folders, without what is hidden; a corpus is not searched.
-pub fn find(inputs: &[PathBuf]) -> Found {
+/// Searches folders, without what is hidden and without the folder `but`; a corpus is not searched.
+pub fn find(inputs: &[PathBuf], but: &Path) -> Found {
     let mut found = Found::default();
-    let mut visited = HashSet::new();
+    let mut visited = HashSet::from_iter(but.canonicalize());
     inputs.iter().for_each(|input| search(input, &mut visited, &mut found));
     found.files.sort();
     found.files.dedup_by_key(|path| key(path));

@@ -8,6 +8,7 @@ use ndarray::{Array2, Axis, Slice, concatenate};
 use rayon::prelude::*;
 
 use super::hash::Hash;
+use super::resume::AUDIO;
 use super::{Observer, Part, TrainError, TrainEvent};
 use crate::audio::speed;
 use crate::codec::{Codec, Token};
@@ -128,8 +129,9 @@ impl Recording {
 pub struct Sources<'a> {
     /// Audio files, folders of them, corpora.
     pub inputs: &'a [PathBuf],
-    /// Where files that are not in a corpus are prepared; what is there already is not prepared again.
-    pub spool: &'a Path,
+    /// A folder in which files that are not in a corpus are prepared; what is there already is not prepared again. It may lie
+    /// in one of the inputs, and is not searched.
+    pub state: &'a Path,
     pub seed: u64,
     /// Share of the files that is held out, at least one when there are two or more; `None` for none.
     pub validation_share: Option<f64>,
@@ -164,7 +166,7 @@ impl Dataset {
         spectrum: &Spectrum,
         observe: &mut Observer,
     ) -> Result<Self, TrainError> {
-        let mut found = find(sources.inputs);
+        let mut found = find(sources.inputs, sources.state);
         found.files = spread(found.files, sources.most);
         let sample_rate = codec.sample_rate;
         let least_s = (LEAST_FRAMES * spectrum.hop()) as f64 / f64::from(sample_rate);
@@ -188,7 +190,7 @@ impl Dataset {
         if !found.files.is_empty() {
             let settings = PrepareSettings {
                 inputs: found.files.clone(),
-                folder: sources.spool.to_owned(),
+                folder: sources.state.join(AUDIO),
                 sample_rate,
                 least_s,
                 part: (1, 1),

@@ -22,7 +22,7 @@ pub mod wave;
 pub mod workers;
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
@@ -77,6 +77,9 @@ pub enum TrainError {
     #[error("{folder}: holds the state of another training run (what differs: {what}); repeat that run's command to finish \
              it, or forget it with --afresh", folder = folder.display())]
     OtherRun { folder: PathBuf, what: String },
+    #[error("{folder}: '{file}' is of no training run, whose state would go there; move it away, or give another output",
+            folder = folder.display(), file = file.display())]
+    NoState { folder: PathBuf, file: PathBuf },
     #[error("{folder}: the state of training cannot be read or written ({source})", folder = folder.display())]
     State { folder: PathBuf, source: std::io::Error },
     #[error("a batch of {batch} cannot be shared by {size} processes that train on GPUs: each needs a part of it")]
@@ -193,6 +196,9 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
     let config = settings.config();
     config.validate()?;
     let spectrum = Spectrum::new(config.codec.sample_rate, &config.plan)?;
+    if group.is_first() {
+        StateFolder::check(&settings.output)?;
+    }
     let mut data = open_data(group, settings, &spectrum, observe)?;
     let identity = settings.identity(&data);
     compare(group, &settings.course(&identity))?;
@@ -301,9 +307,10 @@ fn open_data(
     spectrum: &Spectrum,
     observe: &mut Observer,
 ) -> Result<Dataset, TrainError> {
+    let state = StateFolder::beside(&settings.output);
     let sources = Sources {
         inputs: &settings.files,
-        spool: &StateFolder::audio(&settings.output),
+        state: &state,
         seed: settings.seed,
         validation_share: Some(settings.validation_share),
         most: settings.most_pieces,
@@ -318,11 +325,11 @@ fn open_data(
         let mut opened = open();
         if settings.afresh && opened.is_err() {
             // The audio that the forgotten run left may be of another rate.
-            StateFolder::remove_audio(&settings.output);
+            let _ = StateFolder::remove_audio(&state);
             opened = open();
         }
         if let Err(TrainError::NoData { .. }) = opened {
-            StateFolder::remove_audio(&settings.output);
+            let _ = StateFolder::remove_audio(&state);
         }
         data = opened?;
     }
@@ -345,6 +352,15 @@ fn compare(group: &dyn Group, identity: &Identity) -> Result<(), TrainError> {
         true => Ok(()),
         false => Err(TrainError::Ranks { what: names.join(", ") }),
     }
+}
+
+/// `OUTPUT.what`, for a model OUTPUT or OUTPUT.safetensors.
+fn beside(output: &Path, what: &str) -> PathBuf {
+    let model = output.extension().is_some_and(|extension| extension == "safetensors");
+    let mut path = if model { output.with_extension("") } else { output.to_path_buf() }.into_os_string();
+    path.push(".");
+    path.push(what);
+    path.into()
 }
 
 impl Checkpoint {
@@ -404,4 +420,15 @@ pub struct Run<'a, 'o> {
     pub folder: &'a StateFolder<'a>,
     pub observe: &'a mut Observer<'o>,
     pub keeper: Keeper<'a>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn models_of_different_names_have_states_of_different_names() {
+        let named = |output: &str| beside(Path::new(output), "training").to_string_lossy().into_owned();
+        assert_eq!(["a/m.safetensors", "a/m.v1", "m"].map(named), ["a/m.training", "a/m.v1.training", "m.training"]);
+    }
 }

@@ -4,9 +4,10 @@
 //! `PART-STEP.safetensors` a transformer's weights and optimizer after a step, `PART-best.safetensors` the averaged
 //! weights that did best on held-out pieces. Every file is written under another name and renamed when it is whole.
 //! Only rank 0 reads and writes them; what it reads goes to all ranks. `audio/` is a corpus of the recordings that came as
-//! plain files, so that they are decoded once: rank 0 makes it, all ranks read it.
+//! plain files, so that they are decoded once: rank 0 makes it, all ranks read it. What no run has written is never removed.
 
 use std::collections::{BTreeMap, HashMap};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use ndarray::{Array1, Array3, ArrayD, IxDyn};
@@ -16,8 +17,8 @@ use serde::{Deserialize, Serialize};
 use super::group::Group;
 use super::optimizer::{AdamW, Entry};
 use super::watch::History;
-use super::{Part, TrainError};
-use crate::atomic::write_whole;
+use super::{Part, TrainError, beside};
+use crate::atomic::{PREFIX, write_whole};
 use crate::checkpoint::Weights;
 use crate::plan::ResidualQuantizer;
 
@@ -25,7 +26,8 @@ use crate::plan::ResidualQuantizer;
 const KEPT: usize = 2;
 const RUN: &str = "run.json";
 const CODEBOOKS: &str = "codebooks.safetensors";
-const AUDIO: &str = "audio";
+/// Where the audio of plain files lies, prepared, while a run is under way.
+pub(super) const AUDIO: &str = "audio";
 
 /// What makes a run this run, by name; a state is only taken up by the same.
 pub type Identity = BTreeMap<String, String>;
@@ -63,7 +65,27 @@ pub struct StateFolder<'a> {
 impl<'a> StateFolder<'a> {
     /// Where the state of the run that makes `output` lies.
     pub fn beside(output: &Path) -> PathBuf {
-        output.with_extension("training")
+        beside(output, "training")
+    }
+
+    /// Whether an unfinished run that makes `output` has left its state.
+    pub fn holds_run(output: &Path) -> bool {
+        Self::beside(output).join(RUN).exists()
+    }
+
+    /// Finds out before anything is written whether the folder is a run's, or may become one's.
+    ///
+    /// # Errors
+    /// It holds no run, but what no run has written.
+    pub fn check(output: &Path) -> Result<(), TrainError> {
+        let folder = Self::beside(output);
+        let audio = folder.join(AUDIO);
+        let beside_audio = files(&folder).filter(|file| *file != audio && !is_state(file));
+        let foreign = beside_audio.chain(files(&audio).filter(|file| !is_audio(file))).next();
+        match foreign.filter(|_| !Self::holds_run(output)) {
+            Some(file) => Err(TrainError::NoState { folder, file }),
+            None => Ok(()),
+        }
     }
 
     /// Opens the folder of this run, or begins one; `afresh` forgets what is there.
@@ -90,13 +112,14 @@ impl<'a> StateFolder<'a> {
                     return Err(TrainError::OtherRun { folder: folder.path, what });
                 }
             }
-            Err(_) => {
-                // What is there without a run it belongs to is nobody's.
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                // What a run has left without saying which it was is of no use.
                 folder.forget()?;
                 std::fs::create_dir_all(&folder.path).map_err(|source| folder.io(source))?;
                 let bytes = serde_json::to_vec_pretty(identity).map_err(|e| folder.io(e.into()))?;
                 write_whole(&run, &bytes, true).map_err(|source| folder.io(source))?;
             }
+            Err(source) => return Err(folder.io(source)),
         }
         Ok(folder)
     }
@@ -105,25 +128,20 @@ impl<'a> StateFolder<'a> {
         TrainError::State { folder: self.path.clone(), source }
     }
 
-    /// Where the audio of plain files lies, prepared, while the run that makes `output` is under way.
-    pub fn audio(output: &Path) -> PathBuf {
-        Self::beside(output).join(AUDIO)
-    }
-
-    /// Removes the audio, where nothing usable was in it, and the folder if there is nothing else; rank 0's work.
-    pub fn remove_audio(output: &Path) {
-        let _ = std::fs::remove_dir_all(Self::audio(output));
-        let _ = std::fs::remove_dir(Self::beside(output));
+    /// Removes the audio from a run's folder, and the folder if there is nothing else; rank 0's work.
+    pub fn remove_audio(folder: &Path) -> std::io::Result<()> {
+        let audio = folder.join(AUDIO);
+        files(&audio).filter(|file| is_audio(file)).try_for_each(std::fs::remove_file)?;
+        // What is not empty is someone else's too.
+        let _ = std::fs::remove_dir(audio);
+        let _ = std::fs::remove_dir(folder);
+        Ok(())
     }
 
     /// Removes the state, and keeps the audio: it is known by its content.
     fn forget(&self) -> Result<(), TrainError> {
-        for entry in std::fs::read_dir(&self.path).into_iter().flatten().flatten() {
-            if entry.file_name() != AUDIO {
-                std::fs::remove_file(entry.path()).map_err(|source| self.io(source))?;
-            }
-        }
-        Ok(())
+        let mut state = files(&self.path).filter(|file| is_state(file));
+        state.try_for_each(std::fs::remove_file).map_err(|source| self.io(source))
     }
 
     /// Removes the folder, with a run that is over.
@@ -131,10 +149,8 @@ impl<'a> StateFolder<'a> {
         if !self.group.is_first() {
             return Ok(());
         }
-        match std::fs::remove_dir_all(&self.path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(self.io(error)),
-            _ => Ok(()),
-        }
+        self.forget()?;
+        Self::remove_audio(&self.path).map_err(|source| self.io(source))
     }
 
     /// The plan's codebooks of this run, which rank 0 fits when that has not been done.
@@ -160,7 +176,7 @@ impl<'a> StateFolder<'a> {
             }
         };
         self.group.broadcast(&mut bytes);
-        quantizer(&bytes).ok_or_else(|| self.io(std::io::ErrorKind::InvalidData.into()))
+        quantizer(&bytes).ok_or_else(|| self.io(ErrorKind::InvalidData.into()))
     }
 
     /// The newest whole state of a part goes into the optimizers of all ranks; without one, what rank 0 begins with.
@@ -173,7 +189,7 @@ impl<'a> StateFolder<'a> {
         }
         let mut bytes = if self.group.is_first() { self.encode_state(optimizer, &progress)? } else { Vec::new() };
         self.group.broadcast(&mut bytes);
-        restore(&bytes, optimizer).ok_or_else(|| self.io(std::io::ErrorKind::InvalidData.into()))
+        restore(&bytes, optimizer).ok_or_else(|| self.io(ErrorKind::InvalidData.into()))
     }
 
     /// Writes a part's state, then removes the oldest ones.
@@ -215,13 +231,7 @@ impl<'a> StateFolder<'a> {
 
     /// A part's states, newest first.
     fn states(&self, part: Part) -> Vec<PathBuf> {
-        let prefix = format!("{}-", part.name());
-        let is_state = |path: &PathBuf| {
-            let stem = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.strip_prefix(&prefix));
-            stem.is_some_and(|step| step.bytes().all(|b| b.is_ascii_digit()))
-        };
-        let entries = std::fs::read_dir(&self.path).into_iter().flatten().flatten();
-        let mut states: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(is_state).collect();
+        let mut states: Vec<PathBuf> = files(&self.path).filter(|file| is_step(file, part)).collect();
         states.sort();
         states.reverse();
         states
@@ -246,6 +256,34 @@ impl<'a> StateFolder<'a> {
             })
             .map_err(|e| self.io(std::io::Error::other(e)))
     }
+}
+
+/// What lies in a folder, if it is there.
+fn files(folder: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path())
+}
+
+fn name_of(file: &Path) -> &str {
+    file.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+}
+
+/// Whether a file is one of a run's, or what a kill has left of one; the audio's have a folder of their own.
+fn is_state(file: &Path) -> bool {
+    let name = name_of(file);
+    let of_part = |part| name == best_name(part) || is_step(file, part);
+    name == RUN || name == CODEBOOKS || [Part::Plan, Part::Wave].into_iter().any(of_part) || name.starts_with(PREFIX)
+}
+
+/// Whether a file is the state of a part after a step.
+fn is_step(file: &Path, part: Part) -> bool {
+    let step =
+        name_of(file).strip_prefix(part.name()).and_then(|rest| rest.strip_prefix('-')?.strip_suffix(".safetensors"));
+    step.is_some_and(|step| step.bytes().all(|b| b.is_ascii_digit()))
+}
+
+/// Whether a file is of the corpus that a run makes of plain files.
+fn is_audio(file: &Path) -> bool {
+    name_of(file).trim_start_matches('.').starts_with("part-1of1")
 }
 
 fn best_name(part: Part) -> String {
