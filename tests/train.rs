@@ -499,4 +499,12 @@ fn training_that_does_not_gain_stops_early_with_the_best_model() {
     })
     .unwrap();
     assert_eq!(ended.weights, returned.weights);
+    // And who ends it before it is judged again, the best that was judged.
+    let until = |end: fn(&TrainEvent) -> bool, name: &str| {
+        let settings = TrainSettings { output: directory.path().join(name), ..by_hand.clone() };
+        let stop = &mut |event| if end(&event) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+        train(&settings, stop).unwrap().weights
+    };
+    let judged = until(|event| matches!(event, TrainEvent::Validation { .. }), "judged.safetensors");
+    assert_eq!(until(|event| matches!(event, TrainEvent::Step { step: 3, .. }), "later.safetensors"), judged);
 }

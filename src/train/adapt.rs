@@ -258,16 +258,16 @@ fn adapt_to(
     let mut free_run = None;
     if wave.verdict == Verdict::Adapted {
         let scenes = scenes(data, &tails)?;
-        let mut candidate = checkpoint.clone();
-        candidate.weights.extend(best.clone());
+        let mut candidate = adapted.clone();
+        candidate.weights.extend(best);
         let play = |model: &Checkpoint| calibrate::play(model, data, &scenes, model.generation, Follow::Recording);
         let played =
-            FreeRun { before_db: play(checkpoint)?.adherence.rms_db, after_db: play(&candidate)?.adherence.rms_db };
+            FreeRun { before_db: play(&adapted)?.adherence.rms_db, after_db: play(&candidate)?.adherence.rms_db };
         free_run = Some(played);
         if played.is_worse() {
             wave.verdict = Verdict::PlaysWorse;
         } else {
-            adapted.weights.extend(best);
+            adapted = candidate;
         }
     }
     if settings.calibrate && wave.verdict == Verdict::Adapted {
@@ -288,7 +288,7 @@ fn listen(sounds: &[AudioSource], config: &ModelConfig, spectrum: &Spectrum) -> 
     let codec = &config.codec;
     let mut data = Dataset { train: vec![], validation: vec![], codec: codec.clone(), spectrum: spectrum.clone() };
     let (hop, rate) = (spectrum.hop(), f64::from(codec.sample_rate));
-    let run_up = wave::run_up(config);
+    let run_up = config.run_up();
     let head = |n_frames: usize| n_frames.saturating_sub(tail_frames(n_frames, codec, hop));
     let shortest = (LEAST_S * rate) as usize / hop;
     let least = (shortest..).find(|&n| head(n) >= run_up + wave::EXCERPT).unwrap_or(shortest);

@@ -133,6 +133,8 @@ pub enum TrainEvent {
         part: Part,
         step: usize,
         finished: bool,
+        /// Least on held-out pieces so far.
+        best_bits: Option<f64>,
     },
     /// After every step: `bits` per frame (plan) or per sample (wave) of its batch, the gradient's norm; a step is
     /// skipped, and the weights stay, when these are no numbers.
@@ -217,7 +219,7 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
         }
     };
     checkpoint.notes.extend(settings.notes.clone());
-    let run_up = wave::run_up(config);
+    let run_up = config.run_up();
     if settings.parts.contains(&Part::Wave) && data.longest() <= run_up {
         let seconds = |frames| frames as f64 * spectrum.hop() as f64 / f64::from(config.codec.sample_rate);
         return Err(TrainError::TooShort { longest_s: seconds(data.longest()), least_s: seconds(run_up) });
@@ -312,7 +314,7 @@ fn open_data(
         inputs: &settings.files,
         state: &state,
         seed: settings.seed,
-        validation_share: Some(settings.validation_share),
+        validation_share: settings.validation_share,
         most: settings.most_pieces,
         threads: settings.threads,
     };

@@ -199,11 +199,13 @@ impl<'a> StateFolder<'a> {
         }
         let name = format!("{}-{:08}.safetensors", part.name(), progress.step);
         let bytes = self.encode_state(optimizer, progress)?;
-        write_whole(&self.path.join(name), &bytes, true).map_err(|source| self.io(source))?;
-        for old in self.states(part).into_iter().skip(KEPT) {
-            std::fs::remove_file(old).map_err(|source| self.io(source))?;
-        }
-        Ok(())
+        let path = self.path.join(name);
+        write_whole(&path, &bytes, true).map_err(|source| self.io(source))?;
+        // Ones after it could not be read when the run went on.
+        let states = self.states(part);
+        let (damaged, whole) = states.split_at(states.iter().position(|state| *state == path).unwrap_or(0));
+        let mut old = damaged.iter().chain(whole.iter().skip(KEPT));
+        old.try_for_each(std::fs::remove_file).map_err(|source| self.io(source))
     }
 
     /// Keeps the averaged weights as the best so far.
@@ -357,6 +359,9 @@ mod tests {
         let bytes = std::fs::read(newest).unwrap();
         std::fs::write(newest, &bytes[..bytes.len() - 3]).unwrap();
         assert_eq!(folder.load(Part::Wave, &mut taken).unwrap().step, 7);
+        folder.save(Part::Wave, &taken, &Progress { step: 9, ..Progress::default() }).unwrap();
+        assert_eq!(folder.load(Part::Wave, &mut taken).unwrap().step, 9);
+        assert_eq!(folder.states(Part::Wave).len(), KEPT);
         folder.remove().unwrap();
         assert!(!StateFolder::beside(&output).exists());
     }

@@ -46,7 +46,7 @@ pub struct TrainSettings {
     /// Peak learning rates.
     pub plan_learning_rate: f64,
     pub wave_learning_rate: f64,
-    /// Share of the files that is held out, at least one when there are two or more.
+    /// Share of the sound that is held out, at least one of two or more pieces; 0 for none.
     pub validation_share: f64,
     /// Excerpts are played faster or slower by up to this share, pitch and all.
     pub speed_variation: f64,
