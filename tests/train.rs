@@ -17,6 +17,7 @@ use wavegen::plan::PlanFrame;
 use wavegen::rng::Rng;
 use wavegen::sampler::PlanSampling;
 use wavegen::train::grow::{Fate, grow};
+use wavegen::train::refine::Refined;
 use wavegen::train::resume::StateFolder;
 use wavegen::train::schedule::{Budget, Schedule};
 use wavegen::train::{Part, Start, TrainError, TrainEvent, TrainSettings, train};
@@ -419,9 +420,26 @@ fn after_the_plan_transformer_the_map_that_refines_frames_is_fitted() {
         ControlFlow::Continue(())
     })
     .unwrap();
-    let refined = refined.unwrap();
+    let refined: Refined = refined.unwrap();
     assert!(refined.refined_db < refined.decoded_db, "{refined:?}");
     assert!(model.weights["plan.refine.weight"].values().iter().any(|&w| w != 0.0));
+    // It is kept: who goes on in the other part needs neither it nor the plans again.
+    let both = TrainSettings {
+        parts: vec![Part::Plan, Part::Wave],
+        output: directory.path().join("both.safetensors"),
+        ..settings.clone()
+    };
+    train(&both, &mut |event| match event {
+        TrainEvent::Step { part: Part::Wave, .. } => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    })
+    .unwrap();
+    let went_on = train(&both, &mut |event| {
+        assert!(!matches!(event, TrainEvent::Refined(_) | TrainEvent::Codebooks { .. }), "{event:?}");
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    assert_eq!(went_on.weights["plan.refine.weight"], model.weights["plan.refine.weight"]);
     // No step of another training moves it.
     let more = TrainSettings {
         start: Start::From(model.clone().into()),

@@ -105,7 +105,7 @@ pub struct Args {
     #[arg(long)]
     bf16: bool,
     /// Contexts of 16 s per step of the plan transformer, dealt to the threads of all processes; memory depends on --threads
-    /// only
+    /// only, on a GPU on the batch
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     plan_batch: u32,
     /// Excerpts of 1 s per step of the wave transformer, dealt likewise
@@ -488,6 +488,8 @@ fn tell(event: &TrainEvent, talk: &Talk, bar: &ProgressBar, shown: &mut Shown) {
             bar.set_position((1000 * done / (*total).max(1)) as u64);
             bar.set_message(format!("reading file {done} of {total}"));
         }
+        TrainEvent::Doing { what } if bar.is_hidden() => talk.detail(what),
+        TrainEvent::Doing { what } => bar.set_message(*what),
         TrainEvent::Data { train_files, train_hours, validation_files, validation_hours, sound } => {
             bar.suspend(|| shown.refused.summarise(talk));
             line(format!(

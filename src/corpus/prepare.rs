@@ -6,10 +6,10 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
+use super::CorpusError;
 use super::manifest::{Corpus, Index, Line, Seen, Stored, part_name};
 use super::part::{Part, SHARD_SAMPLES};
 use super::piece::{self, Facts, Refusal};
-use super::{CorpusError, Sound};
 use crate::ahead::{ahead, lone_threads};
 use crate::audio::AudioSource;
 
@@ -59,8 +59,6 @@ pub struct Prepared {
     pub interrupted: bool,
     /// Content hashes of all files of `inputs` that are pieces.
     pub contents: HashSet<String>,
-    /// How what was decoded now sounds.
-    pub sound: Sound,
 }
 
 /// Receives [`PrepareEvent`]s.
@@ -209,7 +207,6 @@ impl Writer<'_> {
                 let n_samples = samples.len() as u64;
                 self.prepared.added += 1;
                 self.prepared.contents.insert(content.clone());
-                self.prepared.sound.add(&facts.sound);
                 self.fresh.insert(content.clone());
                 let going = observe(PrepareEvent::Piece { facts: &facts });
                 self.part.note(&Line::Piece(Stored { content, shard, at, n_samples, facts }))?;

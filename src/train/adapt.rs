@@ -28,7 +28,6 @@ use crate::model::Model;
 use crate::model::config::{ModelConfig, PLAN_CONTEXT};
 use crate::model::excerpt::Excerpt;
 use crate::model::params::Params;
-use crate::model::plan_transformer::is_fitted;
 use crate::plan::Spectrum;
 use crate::rng::Rng;
 
@@ -187,12 +186,7 @@ fn adapt_to(
     let mut params = Params::new(settings.seed);
     let model = Model::new(&mut params, config, data.spectrum.n_bands())?;
     let vars = params.into_vars();
-    let weights_of = |part: Part| -> Result<AdamW, TrainError> {
-        let of_part = vars.iter().filter(|(name, _)| name.split('.').next() == Some(part.name()) && !is_fitted(name));
-        let mut optimizer = AdamW::new(of_part.map(|(name, var)| (name.clone(), var.clone())).collect())?;
-        optimizer.begin_from(&checkpoint.weights).map_err(TrainError::Best)?;
-        Ok(optimizer)
-    };
+    let weights_of = |part| AdamW::of_part(part, &vars, &checkpoint.weights);
     let workers = Workers::new(settings.threads)?;
     let begun = Instant::now();
     let mut adapted = checkpoint.clone();

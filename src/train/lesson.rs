@@ -302,7 +302,7 @@ fn generator(seed: u64, part: Part, item: usize) -> Rng {
 
 /// A file that cannot be written is no reason to stop: what was written before is still whole, and there may be space
 /// the next time.
-fn warn(result: Result<(), TrainError>, observe: &mut Observer) {
+pub(super) fn warn(result: Result<(), TrainError>, observe: &mut Observer) {
     if let Err(error) = result {
         let _ = observe(TrainEvent::NotSaved { why: error.to_string() });
     }

@@ -34,7 +34,6 @@ use crate::metrics::Adherence;
 use crate::model::Model;
 use crate::model::config::ConfigError;
 use crate::model::params::{Params, ParamsError};
-use crate::model::plan_transformer::is_fitted;
 use crate::plan::{PlanError, ResidualQuantizer, Spectrum};
 use dataset::{Dataset, Sources};
 use group::{Alone, Group};
@@ -54,7 +53,7 @@ pub enum TrainError {
          preset of shorter windows"
     )]
     TooShort { longest_s: f64, least_s: f64 },
-    #[error("interrupted while reading the recordings; the same command goes on")]
+    #[error("interrupted before the first step; the same command goes on")]
     Interrupted,
     #[error(transparent)]
     Corpus(#[from] CorpusError),
@@ -77,9 +76,11 @@ pub enum TrainError {
     #[error("{folder}: holds the state of another training run (what differs: {what}); repeat that run's command to finish \
              it, or forget it with --afresh", folder = folder.display())]
     OtherRun { folder: PathBuf, what: String },
-    #[error("{folder}: '{file}' is of no training run, whose state would go there; move it away, or give another output",
-            folder = folder.display(), file = file.display())]
-    NoState { folder: PathBuf, file: PathBuf },
+    #[error("{file}: is of no training run, whose state would go there; move it away, or give another output",
+            file = file.display())]
+    NoState { file: PathBuf },
+    #[error("{folder}: another process trains this model now; wait for it, or give another output", folder = folder.display())]
+    Busy { folder: PathBuf },
     #[error("{folder}: the state of training cannot be read or written ({source})", folder = folder.display())]
     State { folder: PathBuf, source: std::io::Error },
     #[error("a batch of {batch} cannot be shared by {size} processes that train on GPUs: each needs a part of it")]
@@ -113,6 +114,10 @@ pub enum TrainEvent {
     Reading {
         done: usize,
         total: usize,
+    },
+    /// Something begins that may take minutes.
+    Doing {
+        what: &'static str,
     },
     /// All that there is: hours for training and validation, and how it sounds.
     Data {
@@ -184,7 +189,8 @@ pub type Observer<'a> = dyn FnMut(TrainEvent) -> ControlFlow<()> + 'a;
 
 /// Trains a model and leaves it in `settings.output`.
 ///
-/// Killed at any moment and called again with the same settings and data, it goes on with the same losses.
+/// Killed at any moment and called again with the same settings and data, it goes on with the same losses, where the budget is
+/// steps: of a time they depend on how fast the steps are.
 pub fn train(settings: &TrainSettings, observe: &mut Observer) -> Result<Checkpoint, TrainError> {
     train_in(&Alone, settings, observe)
 }
@@ -224,11 +230,8 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
         let seconds = |frames| frames as f64 * spectrum.hop() as f64 / f64::from(config.codec.sample_rate);
         return Err(TrainError::TooShort { longest_s: seconds(data.longest()), least_s: seconds(run_up) });
     }
+    begin(group, "reading all samples once, to check them", observe)?;
     data.check()?;
-    if settings.parts.contains(&Part::Plan) {
-        let error_db = data.encode_plans(&checkpoint.quantizer)?;
-        let _ = observe(TrainEvent::Codebooks { error_db });
-    }
     let mut params = Params::new(settings.seed).on(&settings.device, settings.inner);
     let model = Model::new(&mut params, config, spectrum.n_bands())?;
     let vars = params.into_vars();
@@ -238,9 +241,14 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
     let (mut plan_history, mut wave_history) = (History::new(), History::new());
     let mut going = ControlFlow::Continue(());
     for &part in &settings.parts {
-        let of_part = vars.iter().filter(|(name, _)| name.split('.').next() == Some(part.name()) && !is_fitted(name));
-        let mut optimizer = AdamW::new(of_part.map(|(name, var)| (name.clone(), var.clone())).collect())?;
-        optimizer.begin_from(&checkpoint.weights).map_err(TrainError::Best)?;
+        let (finished, refines) = (folder.is_finished(part)?, part == Part::Plan && config.plan_transformer.refine);
+        let known = if finished && refines { folder.refined()? } else { None };
+        if part == Part::Plan && (!finished || (refines && known.is_none())) {
+            begin(group, "encoding the plans", observe)?;
+            let error_db = data.encode_plans(&quantizer)?;
+            let _ = observe(TrainEvent::Codebooks { error_db });
+        }
+        let mut optimizer = AdamW::of_part(part, &vars, &checkpoint.weights)?;
         let keeper = Keeper {
             settings,
             group,
@@ -264,13 +272,24 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
             Part::Wave => wave::train(&mut run, &mut optimizer)?,
         };
         checkpoint.take(&optimizer)?;
-        if part == Part::Plan && config.plan_transformer.refine {
-            let fit = || refine::fit(&checkpoint, &data, &Workers::new(settings.threads.max(1))?);
-            // The others wait asleep.
-            if let Some(fitted) = group.of_first(group.is_first().then(fit).transpose()?)? {
-                let _ = observe(TrainEvent::Refined(fitted.refined));
-                checkpoint.weights.extend(fitted.weights(spectrum.n_bands())?);
+        let fitted = match known {
+            None if refines => {
+                let _ = observe(TrainEvent::Doing { what: "fitting the map that refines plan frames" });
+                let fit = || refine::fit(&checkpoint, &data, &Workers::new(settings.threads.max(1))?);
+                // The others wait asleep.
+                let fitted = group.of_first(group.is_first().then(fit).transpose()?)?;
+                if let Some(fitted) = &fitted {
+                    let _ = observe(TrainEvent::Refined(fitted.refined));
+                    if going.is_continue() {
+                        lesson::warn(folder.save_refined(fitted), observe);
+                    }
+                }
+                fitted
             }
+            known => known,
+        };
+        if let Some(fitted) = fitted {
+            checkpoint.weights.extend(fitted.weights(spectrum.n_bands())?);
         }
         if going.is_break() {
             break;
@@ -340,6 +359,15 @@ fn open_data(
     }
     let interrupted = group.any(data.is_none());
     data.filter(|_| !interrupted).ok_or(TrainError::Interrupted)
+}
+
+/// Tells what may take minutes.
+///
+/// # Errors
+/// Interrupted on any rank is interrupted on all of them.
+fn begin(group: &dyn Group, what: &'static str, observe: &mut Observer) -> Result<(), TrainError> {
+    let interrupted = observe(TrainEvent::Doing { what }).is_break();
+    if group.any(interrupted) { Err(TrainError::Interrupted) } else { Ok(()) }
 }
 
 /// Makes sure, on every rank, that all ranks train the same.

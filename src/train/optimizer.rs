@@ -10,7 +10,9 @@ use ndarray::{ArrayD, IxDyn};
 use rayon::prelude::*;
 
 use super::group::Group;
+use super::{Part, TrainError};
 use crate::checkpoint::{Weight, Weights};
+use crate::model::plan_transformer::is_fitted;
 
 const BETA_1: f32 = 0.9;
 const BETA_2: f32 = 0.95;
@@ -102,6 +104,18 @@ impl AdamW {
             })
             .collect::<Result<_>>()?;
         Ok(Self { slots, step: 0, items: 0 })
+    }
+
+    /// Of what steps move of a part of a model, from `weights` on.
+    pub fn of_part(
+        part: Part,
+        vars: &BTreeMap<String, Var>,
+        weights: &Weights,
+    ) -> std::result::Result<Self, TrainError> {
+        let of_part = vars.iter().filter(|(name, _)| name.split('.').next() == Some(part.name()) && !is_fitted(name));
+        let mut optimizer = Self::new(of_part.map(|(name, var)| (name.clone(), var.clone())).collect())?;
+        optimizer.begin_from(weights).map_err(TrainError::Best)?;
+        Ok(optimizer)
     }
 
     /// Steps made.

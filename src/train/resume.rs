@@ -2,11 +2,12 @@
 //!
 //! A folder beside the output: `run.json` says which run it belongs to, `codebooks.safetensors` holds the plan's,
 //! `PART-STEP.safetensors` a transformer's weights and optimizer after a step, `PART-best.safetensors` the averaged
-//! weights that did best on held-out pieces. Every file is written under another name and renamed when it is whole.
+//! weights that did best on held-out pieces, `refined.json` the map that refines a finished plan transformer's frames. Every file is written under another name and renamed when it is whole.
 //! Only rank 0 reads and writes them; what it reads goes to all ranks. `audio/` is a corpus of the recordings that came as
 //! plain files, so that they are decoded once: rank 0 makes it, all ranks read it. What no run has written is never removed.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs::{File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::group::Group;
 use super::optimizer::{AdamW, Entry};
+use super::refine::Fitted;
 use super::watch::History;
 use super::{Part, TrainError, beside};
 use crate::atomic::{PREFIX, write_whole};
@@ -26,6 +28,7 @@ use crate::plan::ResidualQuantizer;
 const KEPT: usize = 2;
 const RUN: &str = "run.json";
 const CODEBOOKS: &str = "codebooks.safetensors";
+const REFINED: &str = "refined.json";
 /// Where the audio of plain files lies, prepared, while a run is under way.
 pub(super) const AUDIO: &str = "audio";
 
@@ -60,6 +63,8 @@ pub struct Progress {
 pub struct StateFolder<'a> {
     path: PathBuf,
     group: &'a dyn Group,
+    /// Of `run.json`, while the run is under way.
+    lock: Option<File>,
 }
 
 impl<'a> StateFolder<'a> {
@@ -83,7 +88,7 @@ impl<'a> StateFolder<'a> {
         let beside_audio = files(&folder).filter(|file| *file != audio && !is_state(file));
         let foreign = beside_audio.chain(files(&audio).filter(|file| !is_audio(file))).next();
         match foreign.filter(|_| !Self::holds_run(output)) {
-            Some(file) => Err(TrainError::NoState { folder, file }),
+            Some(file) => Err(TrainError::NoState { file }),
             None => Ok(()),
         }
     }
@@ -91,12 +96,13 @@ impl<'a> StateFolder<'a> {
     /// Opens the folder of this run, or begins one; `afresh` forgets what is there.
     ///
     /// # Errors
-    /// When the folder belongs to another run.
+    /// When the folder belongs to another run, or to one that is under way.
     pub fn open(group: &'a dyn Group, output: &Path, identity: &Identity, afresh: bool) -> Result<Self, TrainError> {
-        let folder = Self { path: Self::beside(output), group };
+        let mut folder = Self { path: Self::beside(output), group, lock: None };
         if !group.is_first() {
             return Ok(folder);
         }
+        folder.lock()?;
         if afresh {
             folder.forget()?;
         }
@@ -117,11 +123,21 @@ impl<'a> StateFolder<'a> {
                 folder.forget()?;
                 std::fs::create_dir_all(&folder.path).map_err(|source| folder.io(source))?;
                 let bytes = serde_json::to_vec_pretty(identity).map_err(|e| folder.io(e.into()))?;
-                write_whole(&run, &bytes, true).map_err(|source| folder.io(source))?;
+                write_whole(&run, &bytes, false).map_err(|source| folder.io(source))?;
+                folder.lock()?;
             }
             Err(source) => return Err(folder.io(source)),
         }
         Ok(folder)
+    }
+
+    /// Keeps other processes out; where the file system has no locks, that is the user's care.
+    fn lock(&mut self) -> Result<(), TrainError> {
+        self.lock = File::open(self.path.join(RUN)).ok();
+        match self.lock.as_ref().map(File::try_lock) {
+            Some(Err(TryLockError::WouldBlock)) => Err(TrainError::Busy { folder: self.path.clone() }),
+            _ => Ok(()),
+        }
     }
 
     fn io(&self, source: std::io::Error) -> TrainError {
@@ -177,6 +193,28 @@ impl<'a> StateFolder<'a> {
         };
         self.group.broadcast(&mut bytes);
         quantizer(&bytes).ok_or_else(|| self.io(ErrorKind::InvalidData.into()))
+    }
+
+    /// The map that refines the frames of the finished plan transformer, where it was fitted.
+    pub fn refined(&self) -> Result<Option<Fitted>, TrainError> {
+        let stored = || serde_json::from_slice(&std::fs::read(self.path.join(REFINED)).ok()?).ok();
+        Ok(self.group.of_first(self.group.is_first().then(stored).flatten())?)
+    }
+
+    /// Keeps that map.
+    pub fn save_refined(&self, fitted: &Fitted) -> Result<(), TrainError> {
+        if !self.group.is_first() {
+            return Ok(());
+        }
+        let bytes = serde_json::to_vec(fitted)?;
+        write_whole(&self.path.join(REFINED), &bytes, true).map_err(|source| self.io(source))
+    }
+
+    /// Whether a part has had all its steps, by its newest whole state.
+    pub fn is_finished(&self, part: Part) -> Result<bool, TrainError> {
+        let progress = |path: PathBuf| serde_json::from_str::<Progress>(&decode(&std::fs::read(path).ok()?)?.0).ok();
+        let finished = || self.states(part).into_iter().find_map(progress).is_some_and(|progress| progress.finished);
+        Ok(self.group.of_first(self.group.is_first() && finished())?)
     }
 
     /// The newest whole state of a part goes into the optimizers of all ranks; without one, what rank 0 begins with.
@@ -273,7 +311,9 @@ fn name_of(file: &Path) -> &str {
 fn is_state(file: &Path) -> bool {
     let name = name_of(file);
     let of_part = |part| name == best_name(part) || is_step(file, part);
-    name == RUN || name == CODEBOOKS || [Part::Plan, Part::Wave].into_iter().any(of_part) || name.starts_with(PREFIX)
+    [RUN, CODEBOOKS, REFINED].contains(&name)
+        || [Part::Plan, Part::Wave].into_iter().any(of_part)
+        || name.starts_with(PREFIX)
 }
 
 /// Whether a file is the state of a part after a step.
@@ -349,6 +389,9 @@ mod tests {
         folder.save_best(Part::Wave, &optimizer(99.0)).unwrap();
         assert_eq!(folder.states(Part::Wave).len(), KEPT);
         let mut taken = optimizer(0.0);
+        let busy = StateFolder::open(&Alone, &output, &identity("1"), true);
+        assert!(matches!(busy, Err(TrainError::Busy { .. })));
+        drop(folder);
         let folder = StateFolder::open(&Alone, &output, &identity("1"), false).unwrap();
         assert_eq!(folder.load(Part::Wave, &mut taken).unwrap().step, 12);
         assert_eq!(taken.averages().unwrap()[0].1.values()[0], 12.0);
@@ -372,6 +415,7 @@ mod tests {
         let output = directory.path().join("m.safetensors");
         let folder = StateFolder::open(&Alone, &output, &identity("1"), false).unwrap();
         folder.save(Part::Plan, &optimizer(1.0), &Progress { step: 1, ..Progress::default() }).unwrap();
+        drop(folder);
         let Err(error) = StateFolder::open(&Alone, &output, &identity("2"), false) else { panic!("taken up") };
         assert!(error.to_string().contains("seed"), "{error}");
         let folder = StateFolder::open(&Alone, &output, &identity("2"), true).unwrap();

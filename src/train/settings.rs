@@ -97,7 +97,8 @@ impl TrainSettings {
         }
     }
 
-    /// What the losses depend on, short of the budget: a finished run may be given more of it.
+    /// What the losses depend on but for the budget, of which an unfinished part may be given more, and for what computes them, by
+    /// which they differ in rounding.
     pub(super) fn identity(&self, data: &Dataset) -> Identity {
         let names = |parts: &[Part]| parts.iter().map(|part| part.name()).collect::<Vec<_>>().join(" ");
         let start = match &self.start {
