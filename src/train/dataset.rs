@@ -249,6 +249,13 @@ impl Dataset {
         if self.validation.is_empty() { &self.train } else { &self.validation }
     }
 
+    /// `n` first frames of `long` ones at even distances in those of the pieces that have so many.
+    pub fn places<'a>(&self, pieces: &'a [Recording], long: usize, n: usize) -> Vec<(&'a Recording, usize)> {
+        let n_frames = |piece: &Recording| piece.n_frames(self.spectrum.hop());
+        let pieces = pieces.iter().filter(|piece| n_frames(piece) >= long).cycle();
+        pieces.take(n).enumerate().map(|(i, piece)| (piece, (n_frames(piece) - long) * (2 * i + 1) / (2 * n))).collect()
+    }
+
     /// Fits the plan's codebooks to the training pieces.
     pub fn fit_codebooks(&self, config: &PlanConfig, seed: u64) -> Result<ResidualQuantizer, TrainError> {
         let frames = self.frames_to_fit(&self.codec)?;

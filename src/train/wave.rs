@@ -155,18 +155,10 @@ impl Maker<'_> {
 
     /// Excerpts of held-out pieces, with clean history and the plan as the model reads it.
     fn held_out(&self) -> Result<Vec<Excerpt>, TrainError> {
-        let hop = self.config.plan.hop;
         let run_up = self.config.run_up();
         let long = run_up + EXCERPT;
-        let pieces: Vec<&Recording> = self.data.validation.iter().filter(|r| r.n_frames(hop) >= long).collect();
-        (0..if pieces.is_empty() { 0 } else { PLACES })
-            .into_par_iter()
-            .map(|i| {
-                let piece = pieces[i % pieces.len()];
-                let first = (piece.n_frames(hop) - long) * (2 * i + 1) / (2 * PLACES);
-                self.clean(piece, first + run_up..first + long)
-            })
-            .collect()
+        let places = self.data.places(&self.data.validation, long, PLACES);
+        places.into_par_iter().map(|(piece, first)| self.clean(piece, first + run_up..first + long)).collect()
     }
 
     /// The plan frames `frames` of a piece, with clean history and the plan as the model reads it.
@@ -254,6 +246,43 @@ mod tests {
                 .fold(0.0f32, |far, (a, b)| far.max((a - b).abs()));
             assert!(frames.len() * frames[0].bands.len() == plan.len() && far < 1e-4, "from {first}: {far}");
         }
+    }
+
+    #[test]
+    fn an_excerpts_forecasts_are_those_of_who_has_heard_everything() {
+        let mut config = ModelConfig::preset("tiny").unwrap();
+        (config.forecast.tones, config.forecast.deconvolution) = (true, 4);
+        config.forecast.past_window = config.plan.window;
+        config.forecast.planned_order = config.plan.window / 2;
+        config.validate().unwrap();
+        let checkpoint = Checkpoint::untrained(config.clone(), 2).unwrap();
+        let hop = config.plan.hop;
+        let mut rng = Rng::new(4);
+        let tone = |t: usize| 8000.0 * (t as f32 * 0.09).sin();
+        let samples = (0..64 * hop).map(|t| (tone(t) + 200.0 * rng.normal()) as i16).collect();
+        let piece = Recording::in_memory(samples, &Facts::default());
+        let spectrum = Spectrum::new(config.codec.sample_rate, &config.plan).unwrap();
+        let data = Dataset { train: vec![], validation: vec![], codec: config.codec.clone(), spectrum };
+        let model = checkpoint.model().unwrap();
+        let forecaster = CpuForecaster { spectrum: &data.spectrum, config: &config.forecast };
+        let maker = Maker {
+            config: &config,
+            data: &data,
+            quantizer: &checkpoint.quantizer,
+            reader: &model.plan,
+            forecaster: &forecaster,
+            history: model.wave.history(),
+            speed_variation: 0.0,
+        };
+        let frames = 40..43;
+        let tokens = piece.tokens(0..frames.end * hop, 1.0, &config.codec).unwrap();
+        let heard = config.codec.decode_all(&tokens);
+        let plan = plan::as_read(&model.plan, &checkpoint.quantizer, data.spectrum.analyse(&heard).view()).unwrap();
+        let forecasts = forecaster.forecasts(&heard, frames.start, plan.view()).unwrap();
+        let whole = Piece { tokens: &tokens, heard: &tokens, plan: plan.view(), spectrum: &data.spectrum };
+        let expected = Excerpt::of(&config, maker.history, &whole, frames.clone(), &forecasts);
+        let excerpt = maker.clean(&piece, frames).unwrap();
+        assert!(format!("{excerpt:?}") == format!("{expected:?}"));
     }
 
     #[test]
