@@ -407,7 +407,7 @@ fn shares<T: Clone>(all: &[T], most: Option<usize>) -> impl Iterator<Item = Vec<
 fn split(recordings: Vec<Recording>, share: f64) -> (Vec<Recording>, Vec<Recording>) {
     let all: usize = recordings.iter().map(|r| r.samples.len()).sum();
     let shortest = recordings.iter().map(|r| r.samples.len()).min().unwrap_or(0);
-    // One at least, but never more than half of all.
+    // Enough for the shortest piece; none is more than half of all.
     let wanted = if share > 0.0 { (share * all as f64).max(0.6 * shortest as f64) } else { 0.0 };
     let mut held_out = 0;
     recordings.into_iter().partition(|r| {
