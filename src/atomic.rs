@@ -10,6 +10,9 @@ use tempfile::{NamedTempFile, TempDir};
 /// Links from link to link that are followed at most, as the kernels of operating systems do.
 const MOST_LINKS: usize = 40;
 
+/// How the names of temporary files begin.
+pub(crate) const PREFIX: &str = ".wavegen-";
+
 /// The beginning of a file, in a temporary file beside its place; dropped, nothing remains.
 pub struct Part {
     file: NamedTempFile,
@@ -26,7 +29,7 @@ impl Part {
     pub fn beside(path: &Path) -> io::Result<Self> {
         let path = followed(path);
         let mut builder = tempfile::Builder::new();
-        builder.prefix(".wavegen-").suffix(".part");
+        builder.prefix(PREFIX).suffix(".part");
         // Temporary files are private otherwise.
         #[cfg(unix)]
         builder.permissions(<std::fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o666));

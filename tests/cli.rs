@@ -743,8 +743,11 @@ fn training_grows_a_model_and_says_what_begins_anew() {
     let anew = contains("warning: the wave transformer begins anew").and(contains("--part wave"));
     train("b.safetensors", "both.toml").assert().success().stderr(grows.and(anew));
     scene.refuses(train("c.safetensors", "other.toml"), 2, "codebooks");
+    // A folder of that name is no unfinished run, whose model may be written over.
+    std::fs::create_dir(scene.path("b.training")).unwrap();
+    let again = ["train", "long.wav", "-o", "b.safetensors", "--preset", "tiny", "--steps", "1"];
+    scene.refuses(scene.wavegen(&again), 1, "b.safetensors: already exists");
     // Nothing is trained for hours that cannot be kept, and a run goes on only from what it began with.
-    scene.refuses(train("c.training", "plan.toml"), 2, "c.training: is the name of a folder for unfinished runs");
     scene.refuses(train("new/", "plan.toml"), 2, "new/: is the name of a folder");
     scene.refuses(train(".", "plan.toml"), 2, ".: is the name of a folder");
     let mut same = train("tiny.safetensors", "plan.toml");

@@ -17,6 +17,7 @@ use wavegen::plan::PlanFrame;
 use wavegen::rng::Rng;
 use wavegen::sampler::PlanSampling;
 use wavegen::train::grow::{Fate, grow};
+use wavegen::train::refine::Refined;
 use wavegen::train::resume::StateFolder;
 use wavegen::train::schedule::{Budget, Schedule};
 use wavegen::train::{Part, Start, TrainError, TrainEvent, TrainSettings, train};
@@ -278,6 +279,62 @@ fn an_unfinished_run_is_only_taken_up_by_the_same_settings_and_data() {
 }
 
 #[test]
+fn what_no_run_has_written_is_neither_taken_for_its_state_nor_removed_with_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("one.wav");
+    write_melody(&path, 4, 1);
+    let settings = TrainSettings { files: vec![path], ..settings(directory.path(), 2) };
+    let folder = StateFolder::beside(&settings.output);
+    std::fs::create_dir_all(folder.join("audio")).unwrap();
+    // A folder of recordings whose name happens to be that of the state.
+    for name in ["notes.txt", "audio/song.wav"] {
+        std::fs::write(folder.join(name), "mine").unwrap();
+        for afresh in [false, true] {
+            let settings = TrainSettings { afresh, ..settings.clone() };
+            let error = train(&settings, &mut |_| ControlFlow::Continue(())).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("of no training run"), "{error}");
+        }
+        assert_eq!(std::fs::read(folder.join(name)).unwrap(), b"mine");
+        std::fs::remove_file(folder.join(name)).unwrap();
+    }
+    train(&settings, &mut |event| match event {
+        TrainEvent::Step { .. } => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    })
+    .unwrap();
+    assert!(StateFolder::holds_run(&settings.output));
+    // Something that was put there meanwhile, and what a kill left of a state.
+    for name in ["notes.txt", ".wavegen-abc.part"] {
+        std::fs::write(folder.join(name), "mine").unwrap();
+    }
+    train(&settings, &mut |_| ControlFlow::Continue(())).unwrap();
+    let left: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["notes.txt"]);
+}
+
+#[test]
+fn a_run_among_its_recordings_does_not_learn_from_its_own_state() {
+    let directory = tempfile::tempdir().unwrap();
+    write_melody(&directory.path().join("one.wav"), 4, 1);
+    write_melody(&directory.path().join("two.wav"), 4, 2);
+    let settings = TrainSettings { files: vec![directory.path().into()], ..settings(directory.path(), 2) };
+    let started = |stop: fn(&TrainEvent) -> bool| {
+        let mut skipped = Vec::new();
+        let trained = train(&settings, &mut |event| {
+            let flow = if stop(&event) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+            if let TrainEvent::Skipped { path, .. } = event {
+                skipped.push(path);
+            }
+            flow
+        });
+        (trained.is_ok(), skipped)
+    };
+    assert_eq!(started(|event| matches!(event, TrainEvent::Reading { .. })), (false, vec![]));
+    assert_eq!(started(|event| matches!(event, TrainEvent::Step { .. })), (true, vec![]));
+    assert_eq!(started(|_| false), (true, vec![settings.output.clone()]));
+}
+
+#[test]
 fn one_part_can_be_trained_on_from_a_model() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("one.wav");
@@ -363,9 +420,26 @@ fn after_the_plan_transformer_the_map_that_refines_frames_is_fitted() {
         ControlFlow::Continue(())
     })
     .unwrap();
-    let refined = refined.unwrap();
+    let refined: Refined = refined.unwrap();
     assert!(refined.refined_db < refined.decoded_db, "{refined:?}");
     assert!(model.weights["plan.refine.weight"].values().iter().any(|&w| w != 0.0));
+    // It is kept: who goes on in the other part needs neither it nor the plans again.
+    let both = TrainSettings {
+        parts: vec![Part::Plan, Part::Wave],
+        output: directory.path().join("both.safetensors"),
+        ..settings.clone()
+    };
+    train(&both, &mut |event| match event {
+        TrainEvent::Step { part: Part::Wave, .. } => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    })
+    .unwrap();
+    let went_on = train(&both, &mut |event| {
+        assert!(!matches!(event, TrainEvent::Refined(_) | TrainEvent::Codebooks { .. }), "{event:?}");
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    assert_eq!(went_on.weights["plan.refine.weight"], model.weights["plan.refine.weight"]);
     // No step of another training moves it.
     let more = TrainSettings {
         start: Start::From(model.clone().into()),
@@ -443,4 +517,12 @@ fn training_that_does_not_gain_stops_early_with_the_best_model() {
     })
     .unwrap();
     assert_eq!(ended.weights, returned.weights);
+    // And who ends it before it is judged again, the best that was judged.
+    let until = |end: fn(&TrainEvent) -> bool, name: &str| {
+        let settings = TrainSettings { output: directory.path().join(name), ..by_hand.clone() };
+        let stop = &mut |event| if end(&event) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+        train(&settings, stop).unwrap().weights
+    };
+    let judged = until(|event| matches!(event, TrainEvent::Validation { .. }), "judged.safetensors");
+    assert_eq!(until(|event| matches!(event, TrainEvent::Step { step: 3, .. }), "later.safetensors"), judged);
 }

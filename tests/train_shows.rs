@@ -19,21 +19,26 @@ impl Scene {
     fn new() -> Self {
         let scene = Self { directory: tempfile::tempdir().unwrap() };
         for (name, seconds) in [("a.wav", 6), ("b.wav", 7), ("c.wav", 8)] {
-            let spec = hound::WavSpec {
-                channels: 1,
-                sample_rate: 16_000,
-                bits_per_sample: 16,
-                sample_format: hound::SampleFormat::Int,
-            };
-            let mut writer = hound::WavWriter::create(scene.path(name), spec).unwrap();
-            for i in 0..seconds * 16_000 {
-                let hz = 200.0 + 50.0 * (i / 4000 % seconds) as f32;
-                let x = 0.2 * (std::f32::consts::TAU * hz * i as f32 / 16_000.0).sin();
-                writer.write_sample((x * 32767.0) as i16).unwrap();
-            }
-            writer.finalize().unwrap();
+            scene.write(name, seconds * 16_000, seconds);
         }
         scene
+    }
+
+    /// So many tones in turn.
+    fn write(&self, name: &str, n_samples: usize, n_tones: usize) {
+        let spec = hound::WavSpec {
+            channels: 1,
+            sample_rate: 16_000,
+            bits_per_sample: 16,
+            sample_format: hound::SampleFormat::Int,
+        };
+        let mut writer = hound::WavWriter::create(self.path(name), spec).unwrap();
+        for i in 0..n_samples {
+            let hz = 200.0 + 50.0 * (i / 4000 % n_tones) as f32;
+            let x = 0.2 * (std::f32::consts::TAU * hz * i as f32 / 16_000.0).sin();
+            writer.write_sample((x * 32767.0) as i16).unwrap();
+        }
+        writer.finalize().unwrap();
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -80,6 +85,10 @@ fn a_dry_run_predicts_the_memory_that_training_takes_and_leaves_nothing_behind()
     assert_eq!(parts as usize, model.n_weights("wave."));
     assert_eq!((&dry["times"]["plan"]["steps"], &dry["times"]["wave"]["steps"]), (&40.into(), &40.into()));
     assert!((dry["hours"].as_f64().unwrap() - 21.0 / 3600.0).abs() < 1e-4, "{dry}");
+    // What is beside the recordings is neither looked at alone nor taken for music.
+    (0..40).for_each(|i| std::fs::write(scene.path(&format!("{i}.mid")), [i]).unwrap());
+    let dry = run(&["--dry-run"]);
+    assert!(dry["files"] == 43 && (dry["hours"].as_f64().unwrap() - 21.0 / 3600.0).abs() < 1e-4, "{dry}");
     if cfg!(target_os = "linux") {
         let real = run(&["-o", "m.safetensors"]);
         let bytes = |report: &serde_json::Value, name: &str| report[name].as_f64().unwrap();
@@ -148,6 +157,29 @@ fn calibration_prints_what_it_tries_and_writes_what_was_best() {
         .assert()
         .code(1)
         .stderr(contains("no usable"));
+    // Long enough to train on, too short to play.
+    scene.write("short.wav", 34_000, 1);
+    scene
+        .wavegen(&["calibrate", "tiny.safetensors", "short.wav"])
+        .assert()
+        .code(1)
+        .stderr(contains("none of 1 pieces"));
+}
+
+#[test]
+fn the_figures_that_are_reported_are_those_of_the_model_that_is_kept() {
+    let scene = Scene::new();
+    let args = ["train", ".", "-o", "m.safetensors", "--steps", "6", "--validate-every", "1", "--log", "log.jsonl"];
+    let fast = ["--plan-learning-rate", "0.9", "--wave-learning-rate", "0.9", "--no-pictures"];
+    let report = scene.json(&[&args[..], &fast, &TINY].concat());
+    let log = std::fs::read_to_string(scene.path("log.jsonl")).unwrap();
+    let events: Vec<serde_json::Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for (part, figure) in [("plan", "plan_bits_per_frame"), ("wave", "wave_bits_per_sample")] {
+        let judged = events.iter().filter(|event| event["event"] == "validation" && event["part"] == part);
+        let bits: Vec<f64> = judged.map(|event| event["bits"].as_f64().unwrap()).collect();
+        let least = bits.iter().copied().fold(f64::INFINITY, f64::min);
+        assert!((part == "plan" || bits[5] > least) && report[figure] == least, "{bits:?} {report}");
+    }
 }
 
 #[test]

@@ -84,7 +84,9 @@ impl Checkpoint {
         let mut stored = Vec::new();
         for (name, weight) in &self.weights {
             let shape = weight.shape();
-            if let Some(matrix) = rounded(&self.weights, name).filter(|_| whole(name)) {
+            if whole(name)
+                && let Some(matrix) = rounded(&self.weights, name)
+            {
                 let bytes = matrix.whole.iter().map(|&q| q as u8).collect();
                 stored.push(Stored { name: name.clone(), dtype: Dtype::I8, shape, bytes });
                 let scales = &mut matrix.scales.iter().copied();

@@ -35,7 +35,7 @@ const LICENCE: &str = "CC BY 4.0; made with Salamander Grand Piano V3 by Alexand
 /// Why a file is no model that can be used.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
-    #[error("{path}: cannot be read or written")]
+    #[error("{path}: cannot be read or written ({source})")]
     Io { path: PathBuf, source: std::io::Error },
     #[error(
         "{path}: there is no such model; give a .safetensors file, or one of those inside the program: built-in, small or broad"

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use wavegen::atomic::Folder;
 use wavegen::checkpoint::Checkpoint;
@@ -67,9 +67,16 @@ pub fn run(args: &Args) -> Result<Outcome> {
         check_output(output, args.force)?;
     }
     catch_interrupt();
-    let spool = Folder::new().context("making a temporary folder")?;
-    let sources =
-        Sources { inputs: &args.inputs, spool: spool.path(), seed: 0, validation_share: None, most: None, threads };
+    let folder = Folder::new().context("making a temporary folder")?;
+    let excerpts = args.excerpts as usize;
+    let sources = Sources {
+        inputs: &args.inputs,
+        state: folder.path(),
+        seed: 0,
+        validation_share: 0.0,
+        most: Some(excerpts),
+        threads,
+    };
     let bar = talk.bar(0, "{bar:40} {msg}");
     let (mut tried, mut refused) = (Vec::new(), Refused::default());
     let mut observe = |event: TrainEvent| {
@@ -90,9 +97,15 @@ pub fn run(args: &Args) -> Result<Outcome> {
     }
     let data = opened?;
     data.check()?;
-    let best = calibrate(&checkpoint, &data, args.excerpts as usize, &mut observe)?;
+    let best = calibrate(&checkpoint, &data, excerpts, &mut observe)?;
     bar.finish_and_clear();
     refused.summarise(talk);
+    if tried.is_empty() && !interrupted() {
+        bail!(
+            "none of {} pieces is long enough for an excerpt of 1.5 s after 0.8 s; give longer ones",
+            data.train.len()
+        );
+    }
     if !talk.json {
         print(&format!(
             "{:>6} {:>6} {:>6} {:>9} {:>9} {:>11} {:>9} {:>11} {:>9} {:>9}",

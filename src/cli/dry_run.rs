@@ -13,10 +13,11 @@ use wavegen::corpus::prepare::find;
 use wavegen::metrics::median;
 use wavegen::model::config::ModelConfig;
 use wavegen::plan::Spectrum;
+use wavegen::train::resume::StateFolder;
 use wavegen::train::schedule::Budget;
 use wavegen::train::{Part, Start, TrainError, TrainEvent, TrainSettings, train};
 
-use super::common::{Talk, interrupted, print};
+use super::common::{Refused, Talk, interrupted, print};
 use super::{Outcome, memory};
 
 /// Steps made of each part, and pieces that they are made on.
@@ -40,7 +41,7 @@ struct Prediction {
     tier_multiply_adds_per_sample: Vec<f64>,
     /// Files that are not in a corpus.
     files: usize,
-    /// Of all data; what is not in a corpus is taken to be as long as what was looked into.
+    /// Of all data; what is not in a corpus is taken to be as long as what was looked into, and audio as often.
     hours: f64,
     /// By part: seconds per step, steps, seconds. An evaluation is part of none.
     times: BTreeMap<&'static str, PartTime>,
@@ -58,7 +59,9 @@ struct PartTime {
 /// Makes a few steps in a temporary folder and says what all of them will take.
 pub fn run(settings: &TrainSettings, talk: &Talk) -> Result<Outcome> {
     let folder = Folder::new().context("making a temporary folder")?;
+    let found = find(&settings.files, &StateFolder::beside(&settings.output));
     let probe = TrainSettings {
+        files: [&found.files[..], &found.corpora].concat(),
         output: folder.path().join("probe.safetensors"),
         budget: Budget::Steps(STEPS),
         most_pieces: Some(PIECES),
@@ -68,10 +71,15 @@ pub fn run(settings: &TrainSettings, talk: &Talk) -> Result<Outcome> {
     };
     talk.note(&format!("making {STEPS} steps of each part on {PIECES} pieces at most, in a temporary folder"));
     let mut seconds: BTreeMap<&'static str, Vec<f32>> = BTreeMap::new();
-    let (mut last, mut mean_hours) = (Instant::now(), 0.0);
+    let (mut last, mut mean_hours, mut looked_into, mut skipped) = (Instant::now(), 0.0, 0, 0);
+    let mut refused = Refused::default();
     let probed = train(&probe, &mut |event| {
         match event {
-            TrainEvent::Skipped { why, .. } => talk.warn(&format!("left out: {why}")),
+            TrainEvent::Reading { .. } => looked_into += 1,
+            TrainEvent::Skipped { why, .. } => {
+                skipped += 1;
+                refused.tell(&why, talk);
+            }
             TrainEvent::Data { train_files, train_hours, validation_files, validation_hours, .. } => {
                 mean_hours = (train_hours + validation_hours) / (train_files + validation_files).max(1) as f64;
             }
@@ -85,10 +93,11 @@ pub fn run(settings: &TrainSettings, talk: &Talk) -> Result<Outcome> {
         return Ok(Outcome::Interrupted);
     }
     probed?;
-    let found = find(&settings.files);
+    refused.summarise(talk);
     let corpora = found.corpora.iter().map(|folder| Corpus::open(folder)).collect::<Result<Vec<_>, _>>()?;
     let files = found.files.len();
-    let hours = corpora.iter().map(Corpus::hours).sum::<f64>() + files as f64 * mean_hours;
+    let usable = 1.0 - f64::from(skipped) / f64::from(looked_into).max(1.0);
+    let hours = corpora.iter().map(Corpus::hours).sum::<f64>() + files as f64 * usable.max(0.0) * mean_hours;
     let spectrum = Spectrum::new(settings.config().codec.sample_rate, &settings.config().plan)?;
     let fitting = fitting(settings, spectrum.n_bands(), hours);
     let prediction = Prediction {

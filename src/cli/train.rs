@@ -29,7 +29,7 @@ use super::{Outcome, dry_run, memory};
 
 /// Train a model on recordings, from nothing or from another model
 ///
-/// Files that are no audio are passed over with a warning. A share of the files is held out to judge by; the model that
+/// Files that are no audio are passed over with a warning. A share of the sound is held out to judge by; the model that
 /// did best on it is kept. OUTPUT.loss.png and OUTPUT.sample.png show how it learns. Ctrl-C ends training early with a
 /// whole model. Ended early, killed or switched off, the same command goes on from the state in OUTPUT.training as if
 /// nothing had happened.
@@ -105,7 +105,7 @@ pub struct Args {
     #[arg(long)]
     bf16: bool,
     /// Contexts of 16 s per step of the plan transformer, dealt to the threads of all processes; memory depends on --threads
-    /// only
+    /// only, on a GPU on the batch
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     plan_batch: u32,
     /// Excerpts of 1 s per step of the wave transformer, dealt likewise
@@ -123,7 +123,7 @@ pub struct Args {
     /// Append everything that happens to this file, one JSON object a line
     #[arg(long, value_name = "FILE")]
     log: Option<PathBuf>,
-    /// Share of the files that is held out
+    /// Share of the sound that is held out, about: at least one of two or more files; 0 for none
     #[arg(long, default_value = "0.03", value_parser = share)]
     validation_share: f64,
     /// Play excerpts faster or slower by up to this much, pitch and all: more material from little
@@ -254,13 +254,22 @@ struct Report {
     interrupted: bool,
     train_hours: f64,
     validation_hours: f64,
-    /// Last figures on held-out pieces.
+    /// On held-out pieces, by the weights that are kept.
     plan_bits_per_frame: Option<f64>,
     wave_bits_per_sample: Option<f64>,
     /// Of the last free run.
     adherence_db: Option<f32>,
     peak_memory_bytes: Option<u64>,
     generation: GenerationSettings,
+}
+
+impl Report {
+    fn judged(&mut self, part: Part, bits: Option<f64>) {
+        match part {
+            Part::Plan => self.plan_bits_per_frame = bits,
+            Part::Wave => self.wave_bits_per_sample = bits,
+        }
+    }
 }
 
 pub fn run(args: &Args) -> Result<Outcome> {
@@ -284,16 +293,8 @@ fn run_in(group: &dyn Group, args: &Args) -> Result<Outcome> {
     let start = start(args, if group.is_first() { talk } else { &silent })?;
     let output = args.output.clone().unwrap_or_default();
     if group.is_first() && !args.dry_run {
-        let state = StateFolder::beside(&output);
-        if state == output {
-            return Err(Usage(format!(
-                "{}: is the name of a folder for unfinished runs; give another with -o",
-                output.display()
-            ))
-            .into());
-        }
         // The run that would make it goes on.
-        check_output(&output, args.force || state.exists())?;
+        check_output(&output, args.force || StateFolder::holds_run(&output))?;
         refuse_same(args.init.as_deref(), &output)?;
     }
     check_inputs(&args.inputs)?;
@@ -487,6 +488,8 @@ fn tell(event: &TrainEvent, talk: &Talk, bar: &ProgressBar, shown: &mut Shown) {
             bar.set_position((1000 * done / (*total).max(1)) as u64);
             bar.set_message(format!("reading file {done} of {total}"));
         }
+        TrainEvent::Doing { what } if bar.is_hidden() => talk.detail(what),
+        TrainEvent::Doing { what } => bar.set_message(*what),
         TrainEvent::Data { train_files, train_hours, validation_files, validation_hours, sound } => {
             bar.suspend(|| shown.refused.summarise(talk));
             line(format!(
@@ -499,7 +502,7 @@ fn tell(event: &TrainEvent, talk: &Talk, bar: &ProgressBar, shown: &mut Shown) {
             "plan frames, held out: {decoded_db:.2} dB rms through the codebooks, {refined_db:.2} dB refined"
         )),
         TrainEvent::Codebooks { error_db } => line(format!("plan codebooks: {error_db:.2} dB rms")),
-        TrainEvent::Resumed { part, step, finished } => {
+        TrainEvent::Resumed { part, step, finished, .. } => {
             let state = if *finished { "is finished" } else { "goes on" };
             line(format!("{} {state} at step {step}", names(*part).0));
         }
@@ -549,8 +552,8 @@ fn note_figures(event: &TrainEvent, report: &mut Report) {
         TrainEvent::Data { train_hours, validation_hours, .. } => {
             (report.train_hours, report.validation_hours) = (*train_hours, *validation_hours);
         }
-        TrainEvent::Validation { part: Part::Plan, bits, .. } => report.plan_bits_per_frame = Some(*bits),
-        TrainEvent::Validation { part: Part::Wave, bits, .. } => report.wave_bits_per_sample = Some(*bits),
+        TrainEvent::Validation { part, bits, best: true, .. } => report.judged(*part, Some(*bits)),
+        TrainEvent::Resumed { part, best_bits, .. } => report.judged(*part, *best_bits),
         TrainEvent::FreeRun { adherence_db, .. } => report.adherence_db = Some(*adherence_db),
         _ => {}
     }

@@ -6,10 +6,10 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
+use super::CorpusError;
 use super::manifest::{Corpus, Index, Line, Seen, Stored, part_name};
 use super::part::{Part, SHARD_SAMPLES};
 use super::piece::{self, Facts, Refusal};
-use super::{CorpusError, Sound};
 use crate::ahead::{ahead, lone_threads};
 use crate::audio::AudioSource;
 
@@ -59,8 +59,6 @@ pub struct Prepared {
     pub interrupted: bool,
     /// Content hashes of all files of `inputs` that are pieces.
     pub contents: HashSet<String>,
-    /// How what was decoded now sounds.
-    pub sound: Sound,
 }
 
 /// Receives [`PrepareEvent`]s.
@@ -72,7 +70,7 @@ pub type Observer<'a> = dyn FnMut(PrepareEvent) -> ControlFlow<()> + 'a;
 /// A folder that cannot be written or holds a corpus of another rate. Files that cannot be read are none.
 pub fn prepare(settings: &PrepareSettings, observe: &mut Observer) -> Result<Prepared, CorpusError> {
     let mut prepared = Prepared::default();
-    let found = find(&settings.inputs);
+    let found = find(&settings.inputs, &settings.folder);
     let name = part_name(settings.part);
     let check_rate = |index: &Index| match index.sample_rate {
         Some(got) if got != settings.sample_rate => {
@@ -209,7 +207,6 @@ impl Writer<'_> {
                 let n_samples = samples.len() as u64;
                 self.prepared.added += 1;
                 self.prepared.contents.insert(content.clone());
-                self.prepared.sound.add(&facts.sound);
                 self.fresh.insert(content.clone());
                 let going = observe(PrepareEvent::Piece { facts: &facts });
                 self.part.note(&Line::Piece(Stored { content, shard, at, n_samples, facts }))?;
@@ -261,10 +258,10 @@ pub struct Found {
     pub unreadable: Vec<(PathBuf, String)>,
 }
 
-/// Searches folders, without what is hidden; a corpus is not searched.
-pub fn find(inputs: &[PathBuf]) -> Found {
+/// Searches folders, without what is hidden and without the folder `but`; a corpus is not searched.
+pub fn find(inputs: &[PathBuf], but: &Path) -> Found {
     let mut found = Found::default();
-    let mut visited = HashSet::new();
+    let mut visited = HashSet::from_iter(but.canonicalize());
     inputs.iter().for_each(|input| search(input, &mut visited, &mut found));
     found.files.sort();
     found.files.dedup_by_key(|path| key(path));

@@ -196,6 +196,11 @@ impl ModelConfig {
         Ok(config)
     }
 
+    /// Plan frames before an excerpt that its forecasts and its plan's window hear.
+    pub fn run_up(&self) -> usize {
+        self.forecast.frames_before(&self.plan).max(self.plan.window.div_ceil(self.plan.hop))
+    }
+
     /// Checks that all parts fit each other.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let fail = |message: String| Err(ConfigError::Invalid(message));

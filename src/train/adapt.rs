@@ -28,7 +28,6 @@ use crate::model::Model;
 use crate::model::config::{ModelConfig, PLAN_CONTEXT};
 use crate::model::excerpt::Excerpt;
 use crate::model::params::Params;
-use crate::model::plan_transformer::is_fitted;
 use crate::plan::Spectrum;
 use crate::rng::Rng;
 
@@ -187,12 +186,7 @@ fn adapt_to(
     let mut params = Params::new(settings.seed);
     let model = Model::new(&mut params, config, data.spectrum.n_bands())?;
     let vars = params.into_vars();
-    let weights_of = |part: Part| -> Result<AdamW, TrainError> {
-        let of_part = vars.iter().filter(|(name, _)| name.split('.').next() == Some(part.name()) && !is_fitted(name));
-        let mut optimizer = AdamW::new(of_part.map(|(name, var)| (name.clone(), var.clone())).collect())?;
-        optimizer.begin_from(&checkpoint.weights).map_err(TrainError::Best)?;
-        Ok(optimizer)
-    };
+    let weights_of = |part| AdamW::of_part(part, &vars, &checkpoint.weights);
     let workers = Workers::new(settings.threads)?;
     let begun = Instant::now();
     let mut adapted = checkpoint.clone();
@@ -258,16 +252,16 @@ fn adapt_to(
     let mut free_run = None;
     if wave.verdict == Verdict::Adapted {
         let scenes = scenes(data, &tails)?;
-        let mut candidate = checkpoint.clone();
-        candidate.weights.extend(best.clone());
+        let mut candidate = adapted.clone();
+        candidate.weights.extend(best);
         let play = |model: &Checkpoint| calibrate::play(model, data, &scenes, model.generation, Follow::Recording);
         let played =
-            FreeRun { before_db: play(checkpoint)?.adherence.rms_db, after_db: play(&candidate)?.adherence.rms_db };
+            FreeRun { before_db: play(&adapted)?.adherence.rms_db, after_db: play(&candidate)?.adherence.rms_db };
         free_run = Some(played);
         if played.is_worse() {
             wave.verdict = Verdict::PlaysWorse;
         } else {
-            adapted.weights.extend(best);
+            adapted = candidate;
         }
     }
     if settings.calibrate && wave.verdict == Verdict::Adapted {
@@ -288,7 +282,7 @@ fn listen(sounds: &[AudioSource], config: &ModelConfig, spectrum: &Spectrum) -> 
     let codec = &config.codec;
     let mut data = Dataset { train: vec![], validation: vec![], codec: codec.clone(), spectrum: spectrum.clone() };
     let (hop, rate) = (spectrum.hop(), f64::from(codec.sample_rate));
-    let run_up = wave::run_up(config);
+    let run_up = config.run_up();
     let head = |n_frames: usize| n_frames.saturating_sub(tail_frames(n_frames, codec, hop));
     let shortest = (LEAST_S * rate) as usize / hop;
     let least = (shortest..).find(|&n| head(n) >= run_up + wave::EXCERPT).unwrap_or(shortest);

@@ -174,19 +174,12 @@ fn at_its_level(
 
 /// Excerpts at even distances in the pieces to judge by.
 fn scenes(data: &Dataset, excerpts: usize) -> Result<Vec<Scene>, TrainError> {
-    let hop = data.spectrum.hop();
-    let long = PROMPT + PLAYED;
-    let mut pieces: Vec<_> = data.judges().iter().filter(|r| r.n_frames(hop) >= long).collect();
-    if pieces.is_empty() {
-        pieces = data.train.iter().filter(|r| r.n_frames(hop) >= long).collect();
+    let places = |pieces| data.places(pieces, PROMPT + PLAYED, excerpts);
+    let mut chosen = places(data.judges());
+    if chosen.is_empty() {
+        chosen = places(&data.train);
     }
-    (0..if pieces.is_empty() { 0 } else { excerpts })
-        .map(|i| {
-            let piece = pieces[i % pieces.len()];
-            let first = (piece.n_frames(hop) - long) * (2 * i + 1) / (2 * excerpts);
-            Scene::cut(data, piece, first, (PROMPT, PLAYED))
-        })
-        .collect()
+    chosen.into_iter().map(|(piece, first)| Scene::cut(data, piece, first, (PROMPT, PLAYED))).collect()
 }
 
 /// How something was played, in the mean.

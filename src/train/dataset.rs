@@ -8,6 +8,7 @@ use ndarray::{Array2, Axis, Slice, concatenate};
 use rayon::prelude::*;
 
 use super::hash::Hash;
+use super::resume::AUDIO;
 use super::{Observer, Part, TrainError, TrainEvent};
 use crate::audio::speed;
 use crate::codec::{Codec, Token};
@@ -128,21 +129,24 @@ impl Recording {
 pub struct Sources<'a> {
     /// Audio files, folders of them, corpora.
     pub inputs: &'a [PathBuf],
-    /// Where files that are not in a corpus are prepared; what is there already is not prepared again.
-    pub spool: &'a Path,
+    /// A folder in which files that are not in a corpus are prepared; what is there already is not prepared again. It may lie
+    /// in one of the inputs, and is not searched.
+    pub state: &'a Path,
     pub seed: u64,
-    /// Share of the files that is held out, at least one when there are two or more; `None` for none.
-    pub validation_share: Option<f64>,
-    /// Use only so many pieces and look into only so many files, spread over all of them.
+    /// Share of the sound that is held out, about, up to 0.5: at least one of two or more pieces; 0 for none.
+    pub validation_share: f64,
+    /// Use only so many pieces, spread over all of them, and look into no more files than that takes.
     pub most: Option<usize>,
     pub threads: usize,
 }
 
-/// Where an excerpt begins, and how fast it is played.
+/// An excerpt of a recording, and how fast it is played.
 pub struct Pick<'a> {
     pub recording: &'a Recording,
-    /// A plan frame.
+    /// Plan frame of the recording that it begins at, with what is heard before it.
     pub first: usize,
+    /// Plan frames that it has, without those before it.
+    pub frames: usize,
     pub speed: f64,
 }
 
@@ -164,8 +168,7 @@ impl Dataset {
         spectrum: &Spectrum,
         observe: &mut Observer,
     ) -> Result<Self, TrainError> {
-        let mut found = find(sources.inputs);
-        found.files = spread(found.files, sources.most);
+        let found = find(sources.inputs, sources.state);
         let sample_rate = codec.sample_rate;
         let least_s = (LEAST_FRAMES * spectrum.hop()) as f64 / f64::from(sample_rate);
         let mut pieces = Vec::new();
@@ -185,32 +188,34 @@ impl Dataset {
             }
             pieces.extend(corpus.pieces);
         }
-        if !found.files.is_empty() {
+        let mut spooled = Vec::new();
+        for inputs in shares(&found.files, sources.most) {
             let settings = PrepareSettings {
-                inputs: found.files.clone(),
-                folder: sources.spool.to_owned(),
+                inputs,
+                folder: sources.state.join(AUDIO),
                 sample_rate,
                 least_s,
                 part: (1, 1),
                 threads: sources.threads,
             };
-            pieces.extend(spool(&settings, observe)?);
+            spooled.extend(spool(&settings, observe)?);
+            if sources.most.is_some_and(|most| spooled.len() >= most) {
+                break;
+            }
         }
+        pieces.extend(spooled);
         for (path, why) in found.unreadable {
             let _ = observe(TrainEvent::Skipped { path, why });
         }
-        let mut recordings = usable(spread(pieces, sources.most), spectrum.hop(), least_s, observe);
+        let pieces = shares(&pieces, sources.most).next().unwrap_or_default();
+        let mut recordings = usable(pieces, spectrum.hop(), least_s, observe);
         if recordings.is_empty() {
             return Err(TrainError::NoData { n_files: found.files.len(), least_s });
         }
         recordings.sort_by(|a, b| a.facts.hash.cmp(&b.facts.hash));
-        let held_out = match (sources.validation_share, recordings.len()) {
-            (None, _) | (_, 1) => 0,
-            (Some(share), n) => ((n as f64 * share).round() as usize).clamp(1, n - 1),
-        };
         Rng::new(sources.seed ^ 0x5eed).shuffle(&mut recordings);
-        let train = recordings.split_off(held_out);
-        let data = Self { train, validation: recordings, codec: codec.clone(), spectrum: spectrum.clone() };
+        let (validation, train) = split(recordings, sources.validation_share);
+        let data = Self { train, validation, codec: codec.clone(), spectrum: spectrum.clone() };
         data.report(observe);
         Ok(data)
     }
@@ -244,6 +249,13 @@ impl Dataset {
         if self.validation.is_empty() { &self.train } else { &self.validation }
     }
 
+    /// `n` first frames of `long` ones at even distances in those of the pieces that have so many.
+    pub fn places<'a>(&self, pieces: &'a [Recording], long: usize, n: usize) -> Vec<(&'a Recording, usize)> {
+        let n_frames = |piece: &Recording| piece.n_frames(self.spectrum.hop());
+        let pieces = pieces.iter().filter(|piece| n_frames(piece) >= long).cycle();
+        pieces.take(n).enumerate().map(|(i, piece)| (piece, (n_frames(piece) - long) * (2 * i + 1) / (2 * n))).collect()
+    }
+
     /// Fits the plan's codebooks to the training pieces.
     pub fn fit_codebooks(&self, config: &PlanConfig, seed: u64) -> Result<ResidualQuantizer, TrainError> {
         let frames = self.frames_to_fit(&self.codec)?;
@@ -272,16 +284,25 @@ impl Dataset {
         let (hop, window) = (self.spectrum.hop(), self.spectrum.window_len());
         let total: usize = self.train.iter().map(|r| r.n_frames(hop)).sum();
         let stride = total.div_ceil(CODEBOOK_FRAMES).max(1);
-        let frames_of = |r: &Recording| {
+        // Every so many frames of all pieces one after the other: not the beginnings of many short ones.
+        let mut before = 0usize;
+        let with_first = |r| {
+            let first = before.next_multiple_of(stride) - before;
+            before += Recording::n_frames(r, hop);
+            (r, first)
+        };
+        let pieces: Vec<(&Recording, usize)> = self.train.iter().map(with_first).collect();
+        let frames_of = |&(r, first): &(&Recording, usize)| {
             let frame = |i: usize| {
                 let end = (i + 1) * hop;
                 let heard = r.tokens(end.saturating_sub(window)..end, 1.0, codec)?;
                 Ok(self.spectrum.analyse_last(&codec.decode_all(&heard)))
             };
-            let frames = (0..r.n_frames(hop)).step_by(stride).map(frame).collect::<Result<Vec<_>, CorpusError>>()?;
+            let frames =
+                (first..r.n_frames(hop)).step_by(stride).map(frame).collect::<Result<Vec<_>, CorpusError>>()?;
             Ok(frames.concat())
         };
-        let rows = self.train.par_iter().map(frames_of).collect::<Result<Vec<Vec<f32>>, CorpusError>>()?;
+        let rows = pieces.par_iter().map(frames_of).collect::<Result<Vec<Vec<f32>>, CorpusError>>()?;
         let flat = rows.concat();
         drop(rows);
         let n_bands = self.spectrum.n_bands();
@@ -319,28 +340,33 @@ impl Dataset {
         self.train.iter().map(|r| r.n_frames(self.spectrum.hop())).max().unwrap_or(0)
     }
 
-    /// A training piece chosen by length, a place in it that has room for `n_frames` frames, and a speed drawn evenly
-    /// from 1 - `variation` to 1 + `variation`: 1 where no piece is long enough for another.
-    pub fn pick(&self, n_frames: usize, variation: f64, rng: &mut Rng) -> Pick<'_> {
+    /// A training piece chosen by the length of what is not the first `before` frames, a place in it for `most` frames after those, or
+    /// for as many as it has, and a speed drawn evenly from 1 - `variation` to 1 + `variation`: 1 where another leaves nothing.
+    ///
+    /// Of short pieces whole sixteenths of `most` are taken, so that many excerpts are alike in length.
+    ///
+    /// # Panics
+    /// When no piece has more than `before` frames.
+    pub fn pick(&self, before: usize, most: usize, variation: f64, rng: &mut Rng) -> Pick<'_> {
         let hop = self.spectrum.hop();
-        let (mut speed, mut room) = (1.0, n_frames);
-        if variation > 0.0 {
-            let drawn = 1.0 + variation * (2.0 * f64::from(rng.uniform()) - 1.0);
-            let needed = speed::samples_needed(n_frames * hop, drawn).div_ceil(hop);
-            if needed <= self.longest() {
-                (speed, room) = (drawn, needed);
+        let of_use = |r: &Recording| r.n_frames(hop).saturating_sub(before);
+        let mut at = rng.below(self.train.iter().map(of_use).sum());
+        let is_here = |r: &&Recording| match at.checked_sub(of_use(r)) {
+            Some(rest) => {
+                at = rest;
+                false
             }
-        }
-        let places = |r: &Recording| (r.n_frames(hop) + 1).saturating_sub(room);
-        let mut at = rng.below(self.train.iter().map(places).sum());
-        for recording in &self.train {
-            let n = places(recording);
-            if at < n {
-                return Pick { recording, first: at, speed };
-            }
-            at -= n;
-        }
-        Pick { recording: &self.train[0], first: 0, speed: 1.0 }
+            None => true,
+        };
+        let recording = self.train.iter().find(is_here).expect("a piece longer than what comes before its excerpts");
+        let all = recording.n_frames(hop);
+        let room = |speed: f64| ((all as f64 / speed) as usize).saturating_sub(before);
+        let drawn = if variation > 0.0 { 1.0 + variation * (2.0 * f64::from(rng.uniform()) - 1.0) } else { 1.0 };
+        let speed = if room(drawn) > 0 { drawn } else { 1.0 };
+        let frames = most.min(room(speed));
+        let frames = frames - frames % (most / 16).clamp(1, frames);
+        let needed = ((before + frames) as f64 * speed).ceil() as usize;
+        Pick { recording, first: rng.below(all + 1 - needed.min(all)), frames, speed }
     }
 }
 
@@ -371,10 +397,25 @@ fn spool(settings: &PrepareSettings, observe: &mut Observer) -> Result<Vec<Piece
     Ok(pieces)
 }
 
-/// At most `most` of all, at even distances.
-fn spread<T>(all: Vec<T>, most: Option<usize>) -> Vec<T> {
-    let stride = most.map_or(1, |most| all.len().div_ceil(most.max(1)).max(1));
-    all.into_iter().step_by(stride).collect()
+/// Shares of all, at most `most` in each, at even distances.
+fn shares<T: Clone>(all: &[T], most: Option<usize>) -> impl Iterator<Item = Vec<T>> {
+    let stride = all.len().div_ceil(most.unwrap_or(all.len()).max(1));
+    (0..stride).map(move |first| all.iter().skip(first).step_by(stride).cloned().collect())
+}
+
+/// What is held out, in the order given as long as that brings it nearer to its share of the sound, and what is not.
+fn split(recordings: Vec<Recording>, share: f64) -> (Vec<Recording>, Vec<Recording>) {
+    let all: usize = recordings.iter().map(|r| r.samples.len()).sum();
+    let shortest = recordings.iter().map(|r| r.samples.len()).min().unwrap_or(0);
+    // Enough for the shortest piece; none is more than half of all.
+    let wanted = if share > 0.0 { (share * all as f64).max(0.6 * shortest as f64) } else { 0.0 };
+    let mut held_out = 0;
+    recordings.into_iter().partition(|r| {
+        let n = r.samples.len();
+        let takes = 2 * n <= all && (held_out as f64 + 0.5 * n as f64) < wanted;
+        held_out += if takes { n } else { 0 };
+        takes
+    })
 }
 
 /// Pieces that are long enough, each once: a copy on both sides of the split would judge a model by what it has seen.
@@ -395,4 +436,68 @@ fn usable(pieces: Vec<Piece>, hop: usize, least_s: f64, observe: &mut Observer) 
         }
     }
     recordings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn recordings(seconds: &[usize]) -> Vec<Recording> {
+        let piece = |(&n, i)| Recording::in_memory(vec![i; n * 16_000], &Facts::default());
+        seconds.iter().zip(1..).map(piece).collect()
+    }
+
+    fn data(seconds: &[usize]) -> Dataset {
+        let codec = Codec::default();
+        let spectrum = Spectrum::new(codec.sample_rate, &PlanConfig::default()).unwrap();
+        Dataset { train: recordings(seconds), validation: vec![], codec, spectrum }
+    }
+
+    #[test]
+    fn every_piece_is_drawn_by_its_length_and_no_further_than_it_reaches() {
+        let data = data(&[3, 9, 20, 3, 25]);
+        let (hop, mut rng) = (data.spectrum.hop(), Rng::new(7));
+        for (before, most, variation) in [(0, 512, 0.0), (0, 512, 0.3), (8, 32, 0.3), (80, 32, 0.1)] {
+            let mut drawn = [0.0; 5];
+            let (mut slower, mut faster) = (0, 0);
+            for _ in 0..6000 {
+                let Pick { recording, first, frames, speed } = data.pick(before, most, variation, &mut rng);
+                let n = recording.n_frames(hop);
+                let end = first as f64 + (before + frames) as f64 * speed;
+                assert!(end <= n as f64 + 1e-6 && (1..=most).contains(&frames), "{end} of {n}, {frames} frames");
+                assert!(frames < most / 16 || frames.is_multiple_of(most / 16), "{frames} frames");
+                assert!(variation > 0.0 || frames > n.min(most) * 2 / 3, "{frames} of {n} frames");
+                drawn[data.train.iter().position(|r| std::ptr::eq(r, recording)).unwrap()] += 1.0 / 6000.0;
+                if before == 0 && n < most {
+                    slower += usize::from(speed < 1.0);
+                    faster += usize::from(speed > 1.0);
+                }
+            }
+            let of_use = |r: &Recording| r.n_frames(hop) as f64 - before as f64;
+            let all: f64 = data.train.iter().map(of_use).sum();
+            for (share, r) in drawn.iter().zip(&data.train) {
+                assert!((share - of_use(r) / all).abs() < 0.03, "{drawn:?}");
+            }
+            // Short pieces are played as often faster as slower.
+            assert!(slower.abs_diff(faster) < 200, "{slower} slower, {faster} faster");
+        }
+    }
+
+    #[test]
+    fn what_is_held_out_is_a_share_of_the_sound() {
+        let held_out = |seconds: &[usize], share: f64| {
+            let (validation, train) = split(recordings(seconds), share);
+            assert_eq!(validation.len() + train.len(), seconds.len());
+            validation.iter().map(|r| r.samples.len() / 16_000).collect::<Vec<_>>()
+        };
+        for concert_and_jingle in [[90, 3], [3, 90]] {
+            assert_eq!(held_out(&concert_and_jingle, 0.03), [3]);
+            assert_eq!(held_out(&concert_and_jingle, 0.5), [3]);
+        }
+        assert_eq!(held_out(&[5; 20], 0.03), [5]);
+        assert_eq!(held_out(&[5; 20], 0.2), [5; 4]);
+        assert_eq!(held_out(&[5; 2], 0.5), [5]);
+        assert_eq!(held_out(&[20, 3, 3, 9, 4], 0.2), [3, 3]);
+        assert!(held_out(&[5], 0.5).is_empty() && held_out(&[5; 20], 0.0).is_empty());
+    }
 }

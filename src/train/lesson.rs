@@ -1,5 +1,6 @@
 //! The loop that both transformers are trained in: items, loss, step, report, validation, state.
 
+use std::collections::BTreeMap;
 use std::f64::consts::LN_2;
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -24,7 +25,7 @@ const MOST_SKIPPED: usize = 5;
 const FED_BY_ONE: usize = 4;
 
 /// Items that one loss is computed of, and how many they are: one on the CPU, where every thread computes its own, and on a GPU all
-/// that this rank has in a step.
+/// of one length that this rank has in a step.
 struct Bundle<B> {
     n: usize,
     items: B,
@@ -46,6 +47,8 @@ pub struct Lesson<'a, T, B> {
     pub validate_every: usize,
     /// The item that a generator draws; every item has a generator of its own.
     pub draw: &'a (dyn Fn(&mut Rng) -> Result<T, TrainError> + Sync),
+    /// How long an item is; those of one length can be joined.
+    pub length: fn(&T) -> usize,
     /// Items, one or more, as the loss wants them.
     pub join: &'a (dyn Fn(Vec<T>) -> Result<B, TrainError> + Sync),
     /// Mean loss of joined items in nats per unit, a scalar.
@@ -63,7 +66,9 @@ impl<T, B: Send + Sync> Lesson<'_, T, B> {
         let (part, settings, group) = (self.part, run.settings, run.group);
         let progress = run.folder.load(part, optimizer)?;
         if progress.step > 0 {
-            let _ = (run.observe)(TrainEvent::Resumed { part, step: progress.step, finished: progress.finished });
+            let best_bits = progress.best.map(|nats| nats / LN_2);
+            let (step, finished) = (progress.step, progress.finished);
+            let _ = (run.observe)(TrainEvent::Resumed { part, step, finished, best_bits });
         }
         run.keeper.recall(part, &progress.history);
         if progress.finished {
@@ -73,23 +78,38 @@ impl<T, B: Send + Sync> Lesson<'_, T, B> {
         // `size` items is this rank's.
         let (size, rank, batch) = (group.size(), group.rank(), self.batch);
         let (step, first) = (progress.step, group.next_mine(progress.step * batch));
-        let (draw, join, seed) = (self.draw, self.join, settings.seed);
-        let bundle = |numbers: &mut dyn Iterator<Item = usize>| {
-            let items = numbers.map(|n| draw(&mut generator(seed, part, n))).collect::<Result<Vec<T>, _>>()?;
-            Ok(Bundle { n: items.len(), items: join(items)? })
+        let (draw, length, join, seed) = (self.draw, self.length, self.join, settings.seed);
+        let bundles = |numbers: &mut dyn Iterator<Item = usize>| {
+            let mut alike = BTreeMap::<usize, Vec<T>>::new();
+            for n in numbers {
+                let item = draw(&mut generator(seed, part, n))?;
+                alike.entry(length(&item)).or_default().push(item);
+            }
+            alike.into_values().map(|items| Ok(Bundle { n: items.len(), items: join(items)? })).collect()
         };
-        let learn = |next: &mut Next<B>| self.learn(run, optimizer, progress, next);
+        let learn = |next: &mut dyn FnMut() -> Option<Result<Vec<Bundle<B>>, TrainError>>| {
+            let mut drawn = Vec::new().into_iter();
+            self.learn(run, optimizer, progress, &mut || loop {
+                match drawn.next() {
+                    Some(bundle) => break Some(Ok(bundle)),
+                    None => match next()? {
+                        Ok(more) => drawn = more.into_iter(),
+                        Err(error) => break Some(Err(error)),
+                    },
+                }
+            })
+        };
         if settings.device.is_cpu() {
             let feeders = lone_threads(settings.threads.div_ceil(FED_BY_ONE))?;
             let most = 2 * batch.div_ceil(size).min(settings.threads.max(1));
-            let one = |n| bundle(&mut std::iter::once(first + n * size));
+            let one = |n| bundles(&mut std::iter::once(first + n * size));
             ahead(&feeders, most, 0..usize::MAX, one, learn)
         } else if batch < size {
             Err(TrainError::Batch { batch, size })
         } else {
             // A GPU computes, and all threads draw for it, each for a step of its own.
             let feeders = lone_threads(settings.threads)?;
-            let all = |n| bundle(&mut ((step + n) * batch..(step + n + 1) * batch).filter(|item| item % size == rank));
+            let all = |n| bundles(&mut ((step + n) * batch..(step + n + 1) * batch).filter(|item| item % size == rank));
             ahead(&feeders, settings.threads, 0..usize::MAX, all, learn)
         }
     }
@@ -157,7 +177,7 @@ impl<T, B: Send + Sync> Lesson<'_, T, B> {
         if !progress.finished {
             warn(folder.save(part, optimizer, &progress), run.observe);
         }
-        if progress.stale > 0
+        if (progress.stale > 0 || progress.recent.1 > 0)
             && let Some(best) = folder.best(part)
         {
             optimizer.begin_from(&best).map_err(TrainError::Best)?;
@@ -282,7 +302,7 @@ fn generator(seed: u64, part: Part, item: usize) -> Rng {
 
 /// A file that cannot be written is no reason to stop: what was written before is still whole, and there may be space
 /// the next time.
-fn warn(result: Result<(), TrainError>, observe: &mut Observer) {
+pub(super) fn warn(result: Result<(), TrainError>, observe: &mut Observer) {
     if let Err(error) = result {
         let _ = observe(TrainEvent::NotSaved { why: error.to_string() });
     }

@@ -22,7 +22,7 @@ pub mod wave;
 pub mod workers;
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
@@ -34,7 +34,6 @@ use crate::metrics::Adherence;
 use crate::model::Model;
 use crate::model::config::ConfigError;
 use crate::model::params::{Params, ParamsError};
-use crate::model::plan_transformer::is_fitted;
 use crate::plan::{PlanError, ResidualQuantizer, Spectrum};
 use dataset::{Dataset, Sources};
 use group::{Alone, Group};
@@ -54,7 +53,7 @@ pub enum TrainError {
          preset of shorter windows"
     )]
     TooShort { longest_s: f64, least_s: f64 },
-    #[error("interrupted while reading the recordings; the same command goes on")]
+    #[error("interrupted before the first step; the same command goes on")]
     Interrupted,
     #[error(transparent)]
     Corpus(#[from] CorpusError),
@@ -77,6 +76,11 @@ pub enum TrainError {
     #[error("{folder}: holds the state of another training run (what differs: {what}); repeat that run's command to finish \
              it, or forget it with --afresh", folder = folder.display())]
     OtherRun { folder: PathBuf, what: String },
+    #[error("{file}: is of no training run, whose state would go there; move it away, or give another output",
+            file = file.display())]
+    NoState { file: PathBuf },
+    #[error("{folder}: another process trains this model now; wait for it, or give another output", folder = folder.display())]
+    Busy { folder: PathBuf },
     #[error("{folder}: the state of training cannot be read or written ({source})", folder = folder.display())]
     State { folder: PathBuf, source: std::io::Error },
     #[error("a batch of {batch} cannot be shared by {size} processes that train on GPUs: each needs a part of it")]
@@ -111,6 +115,10 @@ pub enum TrainEvent {
         done: usize,
         total: usize,
     },
+    /// Something begins that may take minutes.
+    Doing {
+        what: &'static str,
+    },
     /// All that there is: hours for training and validation, and how it sounds.
     Data {
         train_files: usize,
@@ -130,6 +138,8 @@ pub enum TrainEvent {
         part: Part,
         step: usize,
         finished: bool,
+        /// Least on held-out pieces so far.
+        best_bits: Option<f64>,
     },
     /// After every step: `bits` per frame (plan) or per sample (wave) of its batch, the gradient's norm; a step is
     /// skipped, and the weights stay, when these are no numbers.
@@ -179,7 +189,8 @@ pub type Observer<'a> = dyn FnMut(TrainEvent) -> ControlFlow<()> + 'a;
 
 /// Trains a model and leaves it in `settings.output`.
 ///
-/// Killed at any moment and called again with the same settings and data, it goes on with the same losses.
+/// Killed at any moment and called again with the same settings and data, it goes on with the same losses, where the budget is
+/// steps: of a time they depend on how fast the steps are.
 pub fn train(settings: &TrainSettings, observe: &mut Observer) -> Result<Checkpoint, TrainError> {
     train_in(&Alone, settings, observe)
 }
@@ -193,6 +204,9 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
     let config = settings.config();
     config.validate()?;
     let spectrum = Spectrum::new(config.codec.sample_rate, &config.plan)?;
+    if group.is_first() {
+        StateFolder::check(&settings.output)?;
+    }
     let mut data = open_data(group, settings, &spectrum, observe)?;
     let identity = settings.identity(&data);
     compare(group, &settings.course(&identity))?;
@@ -211,16 +225,13 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
         }
     };
     checkpoint.notes.extend(settings.notes.clone());
-    let run_up = wave::run_up(config);
+    let run_up = config.run_up();
     if settings.parts.contains(&Part::Wave) && data.longest() <= run_up {
         let seconds = |frames| frames as f64 * spectrum.hop() as f64 / f64::from(config.codec.sample_rate);
         return Err(TrainError::TooShort { longest_s: seconds(data.longest()), least_s: seconds(run_up) });
     }
+    begin(group, "reading all samples once, to check them", observe)?;
     data.check()?;
-    if settings.parts.contains(&Part::Plan) {
-        let error_db = data.encode_plans(&checkpoint.quantizer)?;
-        let _ = observe(TrainEvent::Codebooks { error_db });
-    }
     let mut params = Params::new(settings.seed).on(&settings.device, settings.inner);
     let model = Model::new(&mut params, config, spectrum.n_bands())?;
     let vars = params.into_vars();
@@ -230,9 +241,14 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
     let (mut plan_history, mut wave_history) = (History::new(), History::new());
     let mut going = ControlFlow::Continue(());
     for &part in &settings.parts {
-        let of_part = vars.iter().filter(|(name, _)| name.split('.').next() == Some(part.name()) && !is_fitted(name));
-        let mut optimizer = AdamW::new(of_part.map(|(name, var)| (name.clone(), var.clone())).collect())?;
-        optimizer.begin_from(&checkpoint.weights).map_err(TrainError::Best)?;
+        let (finished, refines) = (folder.is_finished(part)?, part == Part::Plan && config.plan_transformer.refine);
+        let known = if finished && refines { folder.refined()? } else { None };
+        if part == Part::Plan && (!finished || (refines && known.is_none())) {
+            begin(group, "encoding the plans", observe)?;
+            let error_db = data.encode_plans(&quantizer)?;
+            let _ = observe(TrainEvent::Codebooks { error_db });
+        }
+        let mut optimizer = AdamW::of_part(part, &vars, &checkpoint.weights)?;
         let keeper = Keeper {
             settings,
             group,
@@ -256,13 +272,24 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
             Part::Wave => wave::train(&mut run, &mut optimizer)?,
         };
         checkpoint.take(&optimizer)?;
-        if part == Part::Plan && config.plan_transformer.refine {
-            let fit = || refine::fit(&checkpoint, &data, &Workers::new(settings.threads.max(1))?);
-            // The others wait asleep.
-            if let Some(fitted) = group.of_first(group.is_first().then(fit).transpose()?)? {
-                let _ = observe(TrainEvent::Refined(fitted.refined));
-                checkpoint.weights.extend(fitted.weights(spectrum.n_bands())?);
+        let fitted = match known {
+            None if refines => {
+                let _ = observe(TrainEvent::Doing { what: "fitting the map that refines plan frames" });
+                let fit = || refine::fit(&checkpoint, &data, &Workers::new(settings.threads.max(1))?);
+                // The others wait asleep.
+                let fitted = group.of_first(group.is_first().then(fit).transpose()?)?;
+                if let Some(fitted) = &fitted {
+                    let _ = observe(TrainEvent::Refined(fitted.refined));
+                    if going.is_continue() {
+                        lesson::warn(folder.save_refined(fitted), observe);
+                    }
+                }
+                fitted
             }
+            known => known,
+        };
+        if let Some(fitted) = fitted {
+            checkpoint.weights.extend(fitted.weights(spectrum.n_bands())?);
         }
         if going.is_break() {
             break;
@@ -301,11 +328,12 @@ fn open_data(
     spectrum: &Spectrum,
     observe: &mut Observer,
 ) -> Result<Dataset, TrainError> {
+    let state = StateFolder::beside(&settings.output);
     let sources = Sources {
         inputs: &settings.files,
-        spool: &StateFolder::audio(&settings.output),
+        state: &state,
         seed: settings.seed,
-        validation_share: Some(settings.validation_share),
+        validation_share: settings.validation_share,
         most: settings.most_pieces,
         threads: settings.threads,
     };
@@ -318,11 +346,11 @@ fn open_data(
         let mut opened = open();
         if settings.afresh && opened.is_err() {
             // The audio that the forgotten run left may be of another rate.
-            StateFolder::remove_audio(&settings.output);
+            let _ = StateFolder::remove_audio(&state);
             opened = open();
         }
         if let Err(TrainError::NoData { .. }) = opened {
-            StateFolder::remove_audio(&settings.output);
+            let _ = StateFolder::remove_audio(&state);
         }
         data = opened?;
     }
@@ -331,6 +359,15 @@ fn open_data(
     }
     let interrupted = group.any(data.is_none());
     data.filter(|_| !interrupted).ok_or(TrainError::Interrupted)
+}
+
+/// Tells what may take minutes.
+///
+/// # Errors
+/// Interrupted on any rank is interrupted on all of them.
+fn begin(group: &dyn Group, what: &'static str, observe: &mut Observer) -> Result<(), TrainError> {
+    let interrupted = observe(TrainEvent::Doing { what }).is_break();
+    if group.any(interrupted) { Err(TrainError::Interrupted) } else { Ok(()) }
 }
 
 /// Makes sure, on every rank, that all ranks train the same.
@@ -345,6 +382,15 @@ fn compare(group: &dyn Group, identity: &Identity) -> Result<(), TrainError> {
         true => Ok(()),
         false => Err(TrainError::Ranks { what: names.join(", ") }),
     }
+}
+
+/// `OUTPUT.what`, for a model OUTPUT or OUTPUT.safetensors.
+fn beside(output: &Path, what: &str) -> PathBuf {
+    let model = output.extension().is_some_and(|extension| extension == "safetensors");
+    let mut path = if model { output.with_extension("") } else { output.to_path_buf() }.into_os_string();
+    path.push(".");
+    path.push(what);
+    path.into()
 }
 
 impl Checkpoint {
@@ -404,4 +450,15 @@ pub struct Run<'a, 'o> {
     pub folder: &'a StateFolder<'a>,
     pub observe: &'a mut Observer<'o>,
     pub keeper: Keeper<'a>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn models_of_different_names_have_states_of_different_names() {
+        let named = |output: &str| beside(Path::new(output), "training").to_string_lossy().into_owned();
+        assert_eq!(["a/m.safetensors", "a/m.v1", "m"].map(named), ["a/m.training", "a/m.v1.training", "m.training"]);
+    }
 }

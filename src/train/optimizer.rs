@@ -10,7 +10,9 @@ use ndarray::{ArrayD, IxDyn};
 use rayon::prelude::*;
 
 use super::group::Group;
+use super::{Part, TrainError};
 use crate::checkpoint::{Weight, Weights};
+use crate::model::plan_transformer::is_fitted;
 
 const BETA_1: f32 = 0.9;
 const BETA_2: f32 = 0.95;
@@ -102,6 +104,18 @@ impl AdamW {
             })
             .collect::<Result<_>>()?;
         Ok(Self { slots, step: 0, items: 0 })
+    }
+
+    /// Of what steps move of a part of a model, from `weights` on.
+    pub fn of_part(
+        part: Part,
+        vars: &BTreeMap<String, Var>,
+        weights: &Weights,
+    ) -> std::result::Result<Self, TrainError> {
+        let of_part = vars.iter().filter(|(name, _)| name.split('.').next() == Some(part.name()) && !is_fitted(name));
+        let mut optimizer = Self::new(of_part.map(|(name, var)| (name.clone(), var.clone())).collect())?;
+        optimizer.begin_from(weights).map_err(TrainError::Best)?;
+        Ok(optimizer)
     }
 
     /// Steps made.
@@ -245,14 +259,16 @@ impl AdamW {
         steps: u64,
         mut take: impl FnMut(&str) -> Option<Vec<f32>>,
     ) -> std::result::Result<(), String> {
-        for (name, slot) in &mut self.slots {
-            let contents = STATE.map(|kind| take(&format!("{name}.{kind}")));
+        let mut take_all = |(name, slot): (&String, &Slot)| {
+            let contents = STATE.map(|kind| take(&format!("{name}.{kind}")).filter(|v| v.len() == slot.mean.len()));
             let [Some(weights), Some(mean), Some(square), Some(average)] = contents else {
                 return Err(name.clone());
             };
-            if [&weights, &mean, &square, &average].iter().any(|values| values.len() != slot.mean.len()) {
-                return Err(name.clone());
-            }
+            Ok([weights, mean, square, average])
+        };
+        // All of it, before anything changes.
+        let contents = self.slots.iter().map(&mut take_all).collect::<std::result::Result<Vec<_>, _>>()?;
+        for ((name, slot), [weights, mean, square, average]) in self.slots.iter_mut().zip(contents) {
             slot.set_weights(weights).map_err(|_| name.clone())?;
             for (kept, values) in [(&mut slot.mean, mean), (&mut slot.square, square), (&mut slot.average, average)] {
                 kept.set(values).map_err(|_| name.clone())?;
@@ -515,6 +531,9 @@ mod tests {
             teach(&mut restored, &b);
         }
         assert_eq!(values(&a), values(&b));
-        assert_eq!(restored.restore(0, |_| None), Err("x".to_owned()));
+        // Half a state changes nothing.
+        let half = |name: &str| (name != "x.average").then(|| vec![0.5; 2]);
+        assert_eq!(restored.restore(0, half), Err("x".to_owned()));
+        assert_eq!(values(&a), values(&b));
     }
 }

@@ -53,6 +53,7 @@ pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, Tr
         batch: run.settings.plan_batch,
         validate_every: VALIDATE,
         draw: &|rng| draw(data, quantizer, config, variation, rng),
+        length: |context| context.tokens.dims()[1],
         join: &join,
         loss: &|context| nll(model, context)?.mean_all(),
         units: |Context { tokens, .. }| tokens.dims()[0] * tokens.dims()[1],
@@ -89,11 +90,11 @@ pub(super) fn draw(
     variation: Variation,
     rng: &mut Rng,
 ) -> Result<Context, TrainError> {
-    let context = PLAN_CONTEXT.min(data.longest());
-    let picked = data.pick(context, variation.speed, rng);
+    let picked = data.pick(0, PLAN_CONTEXT, variation.speed, rng);
+    let context = picked.frames;
     let codes = match picked.speed {
         1.0 => picked.recording.plan_tokens.slice(s![picked.first..picked.first + context, ..]).to_owned(),
-        _ => heard_at(data, quantizer, &picked, context)?,
+        _ => heard_at(data, quantizer, &picked)?,
     };
     let (tokens, bands) = tensors(quantizer, codes.view())?;
     let (heard, bands) = match variation.noise_db {
@@ -122,14 +123,9 @@ fn with_noise(
 }
 
 /// Plan tokens of a context that is played at another speed; its first frames hear silence before it.
-fn heard_at(
-    data: &Dataset,
-    quantizer: &ResidualQuantizer,
-    picked: &Pick,
-    context: usize,
-) -> Result<Array2<u16>, TrainError> {
+fn heard_at(data: &Dataset, quantizer: &ResidualQuantizer, picked: &Pick) -> Result<Array2<u16>, TrainError> {
     let (hop, codec) = (data.spectrum.hop(), &data.codec);
-    let tokens = picked.recording.tokens_at(picked.first * hop, context * hop, picked.speed, 1.0, codec)?;
+    let tokens = picked.recording.tokens_at(picked.first * hop, picked.frames * hop, picked.speed, 1.0, codec)?;
     Ok(quantizer.encode_all(data.spectrum.analyse(&codec.decode_all(&tokens)).view())?)
 }
 
@@ -200,7 +196,7 @@ mod tests {
         let config = ModelConfig::preset("tiny").unwrap();
         let quantizer = Checkpoint::untrained(config.clone(), 2).unwrap().quantizer;
         let mut rng = Rng::new(4);
-        let samples = (0..40 * config.plan.hop).map(|_| (2000.0 * rng.normal()) as i16).collect();
+        let samples = (0..64 * config.plan.hop).map(|_| (2000.0 * rng.normal()) as i16).collect();
         let spectrum = Spectrum::new(config.codec.sample_rate, &config.plan).unwrap();
         let train = vec![Recording::in_memory(samples, &Facts::default())];
         let mut data = Dataset { train, validation: vec![], codec: config.codec.clone(), spectrum };

@@ -2,11 +2,13 @@
 //!
 //! A folder beside the output: `run.json` says which run it belongs to, `codebooks.safetensors` holds the plan's,
 //! `PART-STEP.safetensors` a transformer's weights and optimizer after a step, `PART-best.safetensors` the averaged
-//! weights that did best on held-out pieces. Every file is written under another name and renamed when it is whole.
+//! weights that did best on held-out pieces, `refined.json` the map that refines a finished plan transformer's frames. Every file is written under another name and renamed when it is whole.
 //! Only rank 0 reads and writes them; what it reads goes to all ranks. `audio/` is a corpus of the recordings that came as
-//! plain files, so that they are decoded once: rank 0 makes it, all ranks read it.
+//! plain files, so that they are decoded once: rank 0 makes it, all ranks read it. What no run has written is never removed.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs::{File, TryLockError};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use ndarray::{Array1, Array3, ArrayD, IxDyn};
@@ -15,9 +17,10 @@ use serde::{Deserialize, Serialize};
 
 use super::group::Group;
 use super::optimizer::{AdamW, Entry};
+use super::refine::Fitted;
 use super::watch::History;
-use super::{Part, TrainError};
-use crate::atomic::write_whole;
+use super::{Part, TrainError, beside};
+use crate::atomic::{PREFIX, write_whole};
 use crate::checkpoint::Weights;
 use crate::plan::ResidualQuantizer;
 
@@ -25,7 +28,9 @@ use crate::plan::ResidualQuantizer;
 const KEPT: usize = 2;
 const RUN: &str = "run.json";
 const CODEBOOKS: &str = "codebooks.safetensors";
-const AUDIO: &str = "audio";
+const REFINED: &str = "refined.json";
+/// Where the audio of plain files lies, prepared, while a run is under way.
+pub(super) const AUDIO: &str = "audio";
 
 /// What makes a run this run, by name; a state is only taken up by the same.
 pub type Identity = BTreeMap<String, String>;
@@ -58,23 +63,46 @@ pub struct Progress {
 pub struct StateFolder<'a> {
     path: PathBuf,
     group: &'a dyn Group,
+    /// Of `run.json`, while the run is under way.
+    lock: Option<File>,
 }
 
 impl<'a> StateFolder<'a> {
     /// Where the state of the run that makes `output` lies.
     pub fn beside(output: &Path) -> PathBuf {
-        output.with_extension("training")
+        beside(output, "training")
+    }
+
+    /// Whether an unfinished run that makes `output` has left its state.
+    pub fn holds_run(output: &Path) -> bool {
+        Self::beside(output).join(RUN).exists()
+    }
+
+    /// Finds out before anything is written whether the folder is a run's, or may become one's.
+    ///
+    /// # Errors
+    /// It holds no run, but what no run has written.
+    pub fn check(output: &Path) -> Result<(), TrainError> {
+        let folder = Self::beside(output);
+        let audio = folder.join(AUDIO);
+        let beside_audio = files(&folder).filter(|file| *file != audio && !is_state(file));
+        let foreign = beside_audio.chain(files(&audio).filter(|file| !is_audio(file))).next();
+        match foreign.filter(|_| !Self::holds_run(output)) {
+            Some(file) => Err(TrainError::NoState { file }),
+            None => Ok(()),
+        }
     }
 
     /// Opens the folder of this run, or begins one; `afresh` forgets what is there.
     ///
     /// # Errors
-    /// When the folder belongs to another run.
+    /// When the folder belongs to another run, or to one that is under way.
     pub fn open(group: &'a dyn Group, output: &Path, identity: &Identity, afresh: bool) -> Result<Self, TrainError> {
-        let folder = Self { path: Self::beside(output), group };
+        let mut folder = Self { path: Self::beside(output), group, lock: None };
         if !group.is_first() {
             return Ok(folder);
         }
+        folder.lock()?;
         if afresh {
             folder.forget()?;
         }
@@ -90,40 +118,46 @@ impl<'a> StateFolder<'a> {
                     return Err(TrainError::OtherRun { folder: folder.path, what });
                 }
             }
-            Err(_) => {
-                // What is there without a run it belongs to is nobody's.
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                // What a run has left without saying which it was is of no use.
                 folder.forget()?;
                 std::fs::create_dir_all(&folder.path).map_err(|source| folder.io(source))?;
                 let bytes = serde_json::to_vec_pretty(identity).map_err(|e| folder.io(e.into()))?;
-                write_whole(&run, &bytes, true).map_err(|source| folder.io(source))?;
+                write_whole(&run, &bytes, false).map_err(|source| folder.io(source))?;
+                folder.lock()?;
             }
+            Err(source) => return Err(folder.io(source)),
         }
         Ok(folder)
+    }
+
+    /// Keeps other processes out; where the file system has no locks, that is the user's care.
+    fn lock(&mut self) -> Result<(), TrainError> {
+        self.lock = File::open(self.path.join(RUN)).ok();
+        match self.lock.as_ref().map(File::try_lock) {
+            Some(Err(TryLockError::WouldBlock)) => Err(TrainError::Busy { folder: self.path.clone() }),
+            _ => Ok(()),
+        }
     }
 
     fn io(&self, source: std::io::Error) -> TrainError {
         TrainError::State { folder: self.path.clone(), source }
     }
 
-    /// Where the audio of plain files lies, prepared, while the run that makes `output` is under way.
-    pub fn audio(output: &Path) -> PathBuf {
-        Self::beside(output).join(AUDIO)
-    }
-
-    /// Removes the audio, where nothing usable was in it, and the folder if there is nothing else; rank 0's work.
-    pub fn remove_audio(output: &Path) {
-        let _ = std::fs::remove_dir_all(Self::audio(output));
-        let _ = std::fs::remove_dir(Self::beside(output));
+    /// Removes the audio from a run's folder, and the folder if there is nothing else; rank 0's work.
+    pub fn remove_audio(folder: &Path) -> std::io::Result<()> {
+        let audio = folder.join(AUDIO);
+        files(&audio).filter(|file| is_audio(file)).try_for_each(std::fs::remove_file)?;
+        // What is not empty is someone else's too.
+        let _ = std::fs::remove_dir(audio);
+        let _ = std::fs::remove_dir(folder);
+        Ok(())
     }
 
     /// Removes the state, and keeps the audio: it is known by its content.
     fn forget(&self) -> Result<(), TrainError> {
-        for entry in std::fs::read_dir(&self.path).into_iter().flatten().flatten() {
-            if entry.file_name() != AUDIO {
-                std::fs::remove_file(entry.path()).map_err(|source| self.io(source))?;
-            }
-        }
-        Ok(())
+        let mut state = files(&self.path).filter(|file| is_state(file));
+        state.try_for_each(std::fs::remove_file).map_err(|source| self.io(source))
     }
 
     /// Removes the folder, with a run that is over.
@@ -131,10 +165,8 @@ impl<'a> StateFolder<'a> {
         if !self.group.is_first() {
             return Ok(());
         }
-        match std::fs::remove_dir_all(&self.path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(self.io(error)),
-            _ => Ok(()),
-        }
+        self.forget()?;
+        Self::remove_audio(&self.path).map_err(|source| self.io(source))
     }
 
     /// The plan's codebooks of this run, which rank 0 fits when that has not been done.
@@ -160,7 +192,29 @@ impl<'a> StateFolder<'a> {
             }
         };
         self.group.broadcast(&mut bytes);
-        quantizer(&bytes).ok_or_else(|| self.io(std::io::ErrorKind::InvalidData.into()))
+        quantizer(&bytes).ok_or_else(|| self.io(ErrorKind::InvalidData.into()))
+    }
+
+    /// The map that refines the frames of the finished plan transformer, where it was fitted.
+    pub fn refined(&self) -> Result<Option<Fitted>, TrainError> {
+        let stored = || serde_json::from_slice(&std::fs::read(self.path.join(REFINED)).ok()?).ok();
+        Ok(self.group.of_first(self.group.is_first().then(stored).flatten())?)
+    }
+
+    /// Keeps that map.
+    pub fn save_refined(&self, fitted: &Fitted) -> Result<(), TrainError> {
+        if !self.group.is_first() {
+            return Ok(());
+        }
+        let bytes = serde_json::to_vec(fitted)?;
+        write_whole(&self.path.join(REFINED), &bytes, true).map_err(|source| self.io(source))
+    }
+
+    /// Whether a part has had all its steps, by its newest whole state.
+    pub fn is_finished(&self, part: Part) -> Result<bool, TrainError> {
+        let progress = |path: PathBuf| serde_json::from_str::<Progress>(&decode(&std::fs::read(path).ok()?)?.0).ok();
+        let finished = || self.states(part).into_iter().find_map(progress).is_some_and(|progress| progress.finished);
+        Ok(self.group.of_first(self.group.is_first() && finished())?)
     }
 
     /// The newest whole state of a part goes into the optimizers of all ranks; without one, what rank 0 begins with.
@@ -173,7 +227,7 @@ impl<'a> StateFolder<'a> {
         }
         let mut bytes = if self.group.is_first() { self.encode_state(optimizer, &progress)? } else { Vec::new() };
         self.group.broadcast(&mut bytes);
-        restore(&bytes, optimizer).ok_or_else(|| self.io(std::io::ErrorKind::InvalidData.into()))
+        restore(&bytes, optimizer).ok_or_else(|| self.io(ErrorKind::InvalidData.into()))
     }
 
     /// Writes a part's state, then removes the oldest ones.
@@ -183,11 +237,13 @@ impl<'a> StateFolder<'a> {
         }
         let name = format!("{}-{:08}.safetensors", part.name(), progress.step);
         let bytes = self.encode_state(optimizer, progress)?;
-        write_whole(&self.path.join(name), &bytes, true).map_err(|source| self.io(source))?;
-        for old in self.states(part).into_iter().skip(KEPT) {
-            std::fs::remove_file(old).map_err(|source| self.io(source))?;
-        }
-        Ok(())
+        let path = self.path.join(name);
+        write_whole(&path, &bytes, true).map_err(|source| self.io(source))?;
+        // Ones after it could not be read when the run went on.
+        let states = self.states(part);
+        let (damaged, whole) = states.split_at(states.iter().position(|state| *state == path).unwrap_or(0));
+        let mut old = damaged.iter().chain(whole.iter().skip(KEPT));
+        old.try_for_each(std::fs::remove_file).map_err(|source| self.io(source))
     }
 
     /// Keeps the averaged weights as the best so far.
@@ -215,13 +271,7 @@ impl<'a> StateFolder<'a> {
 
     /// A part's states, newest first.
     fn states(&self, part: Part) -> Vec<PathBuf> {
-        let prefix = format!("{}-", part.name());
-        let is_state = |path: &PathBuf| {
-            let stem = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.strip_prefix(&prefix));
-            stem.is_some_and(|step| step.bytes().all(|b| b.is_ascii_digit()))
-        };
-        let entries = std::fs::read_dir(&self.path).into_iter().flatten().flatten();
-        let mut states: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(is_state).collect();
+        let mut states: Vec<PathBuf> = files(&self.path).filter(|file| is_step(file, part)).collect();
         states.sort();
         states.reverse();
         states
@@ -246,6 +296,36 @@ impl<'a> StateFolder<'a> {
             })
             .map_err(|e| self.io(std::io::Error::other(e)))
     }
+}
+
+/// What lies in a folder, if it is there.
+fn files(folder: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path())
+}
+
+fn name_of(file: &Path) -> &str {
+    file.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+}
+
+/// Whether a file is one of a run's, or what a kill has left of one; the audio's have a folder of their own.
+fn is_state(file: &Path) -> bool {
+    let name = name_of(file);
+    let of_part = |part| name == best_name(part) || is_step(file, part);
+    [RUN, CODEBOOKS, REFINED].contains(&name)
+        || [Part::Plan, Part::Wave].into_iter().any(of_part)
+        || name.starts_with(PREFIX)
+}
+
+/// Whether a file is the state of a part after a step.
+fn is_step(file: &Path, part: Part) -> bool {
+    let step =
+        name_of(file).strip_prefix(part.name()).and_then(|rest| rest.strip_prefix('-')?.strip_suffix(".safetensors"));
+    step.is_some_and(|step| step.bytes().all(|b| b.is_ascii_digit()))
+}
+
+/// Whether a file is of the corpus that a run makes of plain files.
+fn is_audio(file: &Path) -> bool {
+    name_of(file).trim_start_matches('.').starts_with("part-1of1")
 }
 
 fn best_name(part: Part) -> String {
@@ -309,6 +389,9 @@ mod tests {
         folder.save_best(Part::Wave, &optimizer(99.0)).unwrap();
         assert_eq!(folder.states(Part::Wave).len(), KEPT);
         let mut taken = optimizer(0.0);
+        let busy = StateFolder::open(&Alone, &output, &identity("1"), true);
+        assert!(matches!(busy, Err(TrainError::Busy { .. })));
+        drop(folder);
         let folder = StateFolder::open(&Alone, &output, &identity("1"), false).unwrap();
         assert_eq!(folder.load(Part::Wave, &mut taken).unwrap().step, 12);
         assert_eq!(taken.averages().unwrap()[0].1.values()[0], 12.0);
@@ -319,6 +402,9 @@ mod tests {
         let bytes = std::fs::read(newest).unwrap();
         std::fs::write(newest, &bytes[..bytes.len() - 3]).unwrap();
         assert_eq!(folder.load(Part::Wave, &mut taken).unwrap().step, 7);
+        folder.save(Part::Wave, &taken, &Progress { step: 9, ..Progress::default() }).unwrap();
+        assert_eq!(folder.load(Part::Wave, &mut taken).unwrap().step, 9);
+        assert_eq!(folder.states(Part::Wave).len(), KEPT);
         folder.remove().unwrap();
         assert!(!StateFolder::beside(&output).exists());
     }
@@ -329,6 +415,7 @@ mod tests {
         let output = directory.path().join("m.safetensors");
         let folder = StateFolder::open(&Alone, &output, &identity("1"), false).unwrap();
         folder.save(Part::Plan, &optimizer(1.0), &Progress { step: 1, ..Progress::default() }).unwrap();
+        drop(folder);
         let Err(error) = StateFolder::open(&Alone, &output, &identity("2"), false) else { panic!("taken up") };
         assert!(error.to_string().contains("seed"), "{error}");
         let folder = StateFolder::open(&Alone, &output, &identity("2"), true).unwrap();

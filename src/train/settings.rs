@@ -46,7 +46,7 @@ pub struct TrainSettings {
     /// Peak learning rates.
     pub plan_learning_rate: f64,
     pub wave_learning_rate: f64,
-    /// Share of the files that is held out, at least one when there are two or more.
+    /// Share of the sound that is held out, at least one of two or more pieces; 0 for none.
     pub validation_share: f64,
     /// Excerpts are played faster or slower by up to this share, pitch and all.
     pub speed_variation: f64,
@@ -97,7 +97,8 @@ impl TrainSettings {
         }
     }
 
-    /// What the losses depend on, short of the budget: a finished run may be given more of it.
+    /// What the losses depend on but for the budget, of which an unfinished part may be given more, and for what computes them, by
+    /// which they differ in rounding.
     pub(super) fn identity(&self, data: &Dataset) -> Identity {
         let names = |parts: &[Part]| parts.iter().map(|part| part.name()).collect::<Vec<_>>().join(" ");
         let start = match &self.start {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::dataset::Dataset;
 use super::scene::{Follow, Scene};
-use super::{Part, TrainError};
+use super::{Part, TrainError, beside};
 use crate::checkpoint::Checkpoint;
 use crate::codec::Codec;
 use crate::engine::Engine;
@@ -60,7 +60,7 @@ impl Watch {
 
     /// Where the pictures of the run that makes `output` are: losses, and the scene.
     pub fn pictures(output: &Path) -> [PathBuf; 2] {
-        ["loss.png", "sample.png"].map(|name| output.with_extension(name))
+        ["loss.png", "sample.png"].map(|name| beside(output, name))
     }
 
     /// Draws the losses of both parts.

@@ -39,11 +39,6 @@ pub(super) const WARM: usize = 8;
 /// Steps between validations.
 const VALIDATE: usize = 250;
 
-/// Plan frames before an excerpt that the forecasts and the plan's window need.
-pub(super) fn run_up(config: &ModelConfig) -> usize {
-    config.forecast.past_window.max(config.plan.window).div_ceil(config.plan.hop)
-}
-
 /// Rms of a noisy history's noise in bins of mu-law, for a uniform draw: even by its logarithm, from where it begins to move tokens.
 fn noise(quantizer: Quantizer, uniform: f32) -> f32 {
     let least: f32 = match quantizer {
@@ -84,6 +79,7 @@ pub fn train(run: &mut Run, optimizer: &mut AdamW) -> Result<ControlFlow<()>, Tr
         batch: run.settings.wave_batch,
         validate_every: VALIDATE,
         draw: &|rng| maker.draw(rng),
+        length: Excerpt::n_samples,
         join: &|excerpts| Ok(Batch::of(&excerpts, model)?),
         loss: &|batch| nll_of(model, batch)?.mean_all(),
         units: |batch| batch.targets.low.len(),
@@ -139,9 +135,8 @@ impl Maker<'_> {
     /// A training excerpt of any piece, speed, gain and noise.
     pub fn draw(&self, rng: &mut Rng) -> Result<Excerpt, TrainError> {
         let hop = self.config.plan.hop;
-        let before = self.run_up();
-        let frames = EXCERPT.min(self.data.longest().saturating_sub(before));
-        let Pick { recording, first, speed } = self.data.pick(before + frames, self.speed_variation, rng);
+        let before = self.config.run_up();
+        let Pick { recording, first, frames, speed } = self.data.pick(before, EXCERPT, self.speed_variation, rng);
         let gain = 10.0f32.powf((GAIN_DB.0 + (GAIN_DB.1 - GAIN_DB.0) * rng.uniform()) / 20.0);
         let as_read = rng.uniform() < AS_READ;
         let codec = &self.config.codec;
@@ -160,29 +155,19 @@ impl Maker<'_> {
 
     /// Excerpts of held-out pieces, with clean history and the plan as the model reads it.
     fn held_out(&self) -> Result<Vec<Excerpt>, TrainError> {
-        let hop = self.config.plan.hop;
-        let long = self.run_up() + EXCERPT;
-        let pieces: Vec<&Recording> = self.data.validation.iter().filter(|r| r.n_frames(hop) >= long).collect();
-        (0..if pieces.is_empty() { 0 } else { PLACES })
-            .into_par_iter()
-            .map(|i| {
-                let piece = pieces[i % pieces.len()];
-                let first = (piece.n_frames(hop) - long) * (2 * i + 1) / (2 * PLACES);
-                self.clean(piece, first + self.run_up()..first + long)
-            })
-            .collect()
+        let run_up = self.config.run_up();
+        let long = run_up + EXCERPT;
+        let places = self.data.places(&self.data.validation, long, PLACES);
+        places.into_par_iter().map(|(piece, first)| self.clean(piece, first + run_up..first + long)).collect()
     }
 
     /// The plan frames `frames` of a piece, with clean history and the plan as the model reads it.
     pub fn clean(&self, piece: &Recording, frames: Range<usize>) -> Result<Excerpt, TrainError> {
         let hop = self.config.plan.hop;
-        let before = self.run_up() + self.read(frames.start - self.run_up());
+        let run_up = self.config.run_up();
+        let before = run_up + self.read(frames.start - run_up);
         let tokens = piece.tokens((frames.start - before) * hop..frames.end * hop, 1.0, &self.config.codec)?;
         self.excerpt(&tokens, &tokens, before, true)
-    }
-
-    fn run_up(&self) -> usize {
-        run_up(self.config)
     }
 
     /// Plan frames before those of the run-up that are read of `available` ones.
@@ -198,10 +183,11 @@ impl Maker<'_> {
         if as_read {
             plan = plan::as_read(self.reader, self.quantizer, plan.view())?;
         }
-        let first = before - self.run_up();
+        let run_up = self.config.run_up();
+        let first = before - run_up;
         let (tokens, heard) = (&tokens[first * spectrum.hop()..], &heard[first * spectrum.hop()..]);
         let plan = plan.slice(s![first.., ..]);
-        let frames = self.run_up()..plan.nrows();
+        let frames = run_up..plan.nrows();
         let forecasts = self.forecaster.forecasts(&codec.decode_all(heard), frames.start, plan)?;
         let piece = Piece { tokens, heard, plan, spectrum };
         Ok(Excerpt::of(self.config, self.history, &piece, frames, &forecasts))
@@ -245,7 +231,7 @@ mod tests {
             speed_variation: 0.0,
         };
         // With fewer frames before it than are read, with more, and with none.
-        let run_up = maker.run_up();
+        let run_up = config.run_up();
         for first in [run_up + 20, 120, run_up] {
             let excerpt = maker.clean(&piece, first..first + 3).unwrap();
             let begin = (first - run_up).saturating_sub(READ);
@@ -260,6 +246,43 @@ mod tests {
                 .fold(0.0f32, |far, (a, b)| far.max((a - b).abs()));
             assert!(frames.len() * frames[0].bands.len() == plan.len() && far < 1e-4, "from {first}: {far}");
         }
+    }
+
+    #[test]
+    fn an_excerpts_forecasts_are_those_of_who_has_heard_everything() {
+        let mut config = ModelConfig::preset("tiny").unwrap();
+        (config.forecast.tones, config.forecast.deconvolution) = (true, 4);
+        config.forecast.past_window = config.plan.window;
+        config.forecast.planned_order = config.plan.window / 2;
+        config.validate().unwrap();
+        let checkpoint = Checkpoint::untrained(config.clone(), 2).unwrap();
+        let hop = config.plan.hop;
+        let mut rng = Rng::new(4);
+        let tone = |t: usize| 8000.0 * (t as f32 * 0.09).sin();
+        let samples = (0..64 * hop).map(|t| (tone(t) + 200.0 * rng.normal()) as i16).collect();
+        let piece = Recording::in_memory(samples, &Facts::default());
+        let spectrum = Spectrum::new(config.codec.sample_rate, &config.plan).unwrap();
+        let data = Dataset { train: vec![], validation: vec![], codec: config.codec.clone(), spectrum };
+        let model = checkpoint.model().unwrap();
+        let forecaster = CpuForecaster { spectrum: &data.spectrum, config: &config.forecast };
+        let maker = Maker {
+            config: &config,
+            data: &data,
+            quantizer: &checkpoint.quantizer,
+            reader: &model.plan,
+            forecaster: &forecaster,
+            history: model.wave.history(),
+            speed_variation: 0.0,
+        };
+        let frames = 40..43;
+        let tokens = piece.tokens(0..frames.end * hop, 1.0, &config.codec).unwrap();
+        let heard = config.codec.decode_all(&tokens);
+        let plan = plan::as_read(&model.plan, &checkpoint.quantizer, data.spectrum.analyse(&heard).view()).unwrap();
+        let forecasts = forecaster.forecasts(&heard, frames.start, plan.view()).unwrap();
+        let whole = Piece { tokens: &tokens, heard: &tokens, plan: plan.view(), spectrum: &data.spectrum };
+        let expected = Excerpt::of(&config, maker.history, &whole, frames.clone(), &forecasts);
+        let excerpt = maker.clean(&piece, frames).unwrap();
+        assert!(format!("{excerpt:?}") == format!("{expected:?}"));
     }
 
     #[test]

@@ -54,8 +54,7 @@ impl Source<'_> {
     }
 
     fn excerpt(&self, frames: usize, rng: &mut Rng) -> Result<Excerpt, TrainError> {
-        let (hop, forecast) = (self.config.plan.hop, &self.config.forecast);
-        let run_up = forecast.past_window.max(self.config.plan.window).div_ceil(hop);
+        let (hop, forecast, run_up) = (self.config.plan.hop, &self.config.forecast, self.config.run_up());
         let n = run_up + frames;
         let first = rng.below(self.sound.len() / hop - n);
         let tokens = &self.sound[first * hop..(first + n) * hop];

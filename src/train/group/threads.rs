@@ -123,7 +123,7 @@ mod tests {
     use crate::model::ops::Inner;
     use crate::rng::Rng;
     use crate::train::optimizer::AdamW;
-    use crate::train::resume::StateFolder;
+    use crate::train::resume::{AUDIO, StateFolder};
     use crate::train::schedule::{Budget, Schedule};
     use crate::train::{Part, Start, TrainError, TrainEvent, TrainSettings, train_in};
 
@@ -318,7 +318,7 @@ mod tests {
         }
         // The first rank had read its files, and no run was begun.
         let left = std::fs::read_dir(StateFolder::beside(&base.output)).unwrap().map(|entry| entry.unwrap().path());
-        assert_eq!(left.collect::<Vec<_>>(), [StateFolder::audio(&base.output)]);
+        assert_eq!(left.collect::<Vec<_>>(), [StateFolder::beside(&base.output).join(AUDIO)]);
     }
 
     #[test]
