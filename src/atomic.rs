@@ -47,12 +47,22 @@ impl Part {
     /// Gives the file its name when all of it is on the disk; with `force` in the place of one that is there.
     ///
     /// # Errors
-    /// The disk is full (which may show only here), or there is a file by that name ([`io::ErrorKind::AlreadyExists`]).
+    /// The disk is full (which may show only here), or there is a file by that name ([`io::ErrorKind::AlreadyExists`]), which came into
+    /// being meanwhile: then the temporary file stays, and the error names it.
     pub fn finish(self, force: bool) -> io::Result<()> {
         self.file.as_file().sync_all()?;
         let Self { file, path, _listed } = self;
         let named = if force { file.persist(path) } else { file.persist_noclobber(path) };
-        named.map(drop).map_err(|failed| failed.error)
+        named.map(drop).map_err(|failed| match failed.error.kind() {
+            io::ErrorKind::AlreadyExists => match failed.file.keep() {
+                Ok((_, kept)) => {
+                    let why = format!("already exists now; what was to be there is in {}", kept.display());
+                    io::Error::new(io::ErrorKind::AlreadyExists, why)
+                }
+                Err(failed) => failed.error,
+            },
+            _ => failed.error,
+        })
     }
 }
 
@@ -173,6 +183,7 @@ mod tests {
         write_whole(&path, b"old", false).unwrap();
         let refused = write_whole(&path, b"new", false).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::AlreadyExists);
+        assert!(refused.to_string().contains(".wavegen-"), "{refused}");
         let part = Part::beside(&folder.path().join("part")).unwrap();
         let temporary = part.file.path().to_path_buf();
         assert!(parts().contains(&temporary) && temporary.exists());

@@ -21,7 +21,7 @@ use wavegen::sink::{Sink, WavFileSink};
 
 type Outcome<T> = Result<T, EngineError>;
 
-/// A model of one tone, whose pitch is the temperature in hundreds of Hz, which takes its time.
+/// A model of one tone, whose pitch is the temperature in hundreds of Hz, times a third of the plan's bands, which takes its time.
 struct Tone {
     config: ModelConfig,
     n: u64,
@@ -62,10 +62,11 @@ impl Engine for Tone {
     fn plan_draw(&self) -> PlanDraw {
         PlanDraw { surprisal: 8.0, entropy: 8.0 }
     }
-    fn render(&mut self, _: &PlanFrame, _: &[f32], out: &mut [Token]) -> Outcome<()> {
+    fn render(&mut self, plan: &PlanFrame, _: &[f32], out: &mut [Token]) -> Outcome<()> {
         std::thread::sleep(self.step);
         for token in out {
-            let turns = 100.0 * f64::from(self.temperature) * self.n as f64 / 16_000.0;
+            let hz = 100.0 * f64::from(self.temperature * plan.bands[0] / 3.0);
+            let turns = hz * self.n as f64 / 16_000.0;
             *token = self.config.codec.encode((0.3 * (std::f64::consts::TAU * turns).sin()) as f32);
             self.n += 1;
         }
@@ -427,6 +428,85 @@ fn another_voice_comes_instead_of_the_rest_of_the_recording_without_a_click() {
     let around = &heard[changed - 960..changed + 4800];
     let steepest = around.windows(2).map(|w| (w[1] - w[0]).abs()).fold(0.0, f32::max);
     assert!(steepest < 0.02, "a click of {steepest}");
+}
+
+#[test]
+fn stopped_while_the_recording_plays_it_fades_out_without_a_click() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("hum.wav");
+    let mut sink = WavFileSink::new(&path, false).unwrap();
+    sink.start(&WavFormat::new(48_000, 1, SampleFormat::F32)).unwrap();
+    let mut streamer = streamer(conductor(Box::new(Tone::new(Duration::ZERO)), 48_000, 1), 0.04, 3600.0);
+    let hum = |i: u32| 0.3 * (f64::from(i) / 48_000.0 * 100.0 * std::f64::consts::TAU).sin();
+    streamer.prelude = (0..480_000).map(|i| hum(i) as f32).collect();
+    streamer.recording = Some(Recording::new(Box::new(sink), false));
+    let (player, thread, clock) = Player::of(streamer);
+    player.play(0.2);
+    player.order.send(Order::Stop).unwrap();
+    thread.join().unwrap();
+    drop(clock);
+    let recorded = wavegen::audio::decode_file(&path).unwrap().samples;
+    assert!((4800..240_000).contains(&recorded.len()), "{} frames", recorded.len());
+    // The hum moves by 0.004 a frame at most, the fade by 0.0007.
+    let steepest = recorded.windows(2).map(|w| (w[1] - w[0]).abs()).fold(0.0, f32::max);
+    assert!(steepest < 0.005, "a click of {steepest}");
+    assert_eq!(recorded.last(), Some(&0.0));
+}
+
+/// Pitch of the last 64 ms of `frames` more frames of a conductor at 48 kHz in mono.
+fn pitch_after(conductor: &mut Conductor, frames: usize) -> f64 {
+    let mut out = Vec::new();
+    (0..frames).for_each(|_| conductor.next(&mut out).unwrap());
+    pitch(&out[out.len() - 3072..], 48_000.0)
+}
+
+#[test]
+fn another_way_is_drawn_as_was_asked_for_last() {
+    let mut conductor = conductor(Box::new(Tone::new(Duration::ZERO)), 48_000, 1);
+    assert!((pitch_after(&mut conductor, 20) - 400.0).abs() < 15.0);
+    let mut options = options();
+    options.plan.temperature = 8.0;
+    conductor.apply(Change::Options(options)).unwrap();
+    assert!((pitch_after(&mut conductor, 10) - 800.0).abs() < 15.0);
+    // To before that.
+    assert!(conductor.apply(Change::Vary(0.6)).unwrap() > 0.5);
+    assert_eq!(*conductor.options(), options);
+    assert!((pitch_after(&mut conductor, 10) - 800.0).abs() < 15.0);
+}
+
+#[test]
+fn a_hold_ends_with_what_it_held_and_leaves_what_comes_next_alone() {
+    let tone = || Box::new(Tone::new(Duration::ZERO));
+    // Ten frames of twice the pitch, and many of three times.
+    let bands = || {
+        let rows = ndarray::Array2::from_shape_fn((100, 148), |(frame, _)| if frame < 10 { 6.0 } else { 9.0 });
+        Change::Follow(Some(Arc::new(rows)))
+    };
+    let mut held = conductor(tone(), 48_000, 1);
+    let near = |conductor: &mut Conductor, frames: usize, hz: f64| {
+        let heard = pitch_after(conductor, frames);
+        assert!((heard - hz).abs() < 20.0, "{heard} Hz instead of {hz}");
+    };
+    near(&mut held, 10, 400.0);
+    held.apply(bands()).unwrap();
+    near(&mut held, 6, 800.0);
+    held.apply(Change::Hold(true)).unwrap();
+    near(&mut held, 20, 800.0);
+    // It goes on to follow where it was.
+    held.apply(Change::Hold(false)).unwrap();
+    near(&mut held, 4, 800.0);
+    near(&mut held, 6, 1200.0);
+    // Another voice holds its own first frame.
+    held.apply(Change::Voice(Box::new(Voice::new(tone(), &options(), &prompt(48_000, 1), false).unwrap()))).unwrap();
+    held.apply(Change::Hold(true)).unwrap();
+    near(&mut held, 10, 400.0);
+    held.apply(bands()).unwrap();
+    near(&mut held, 20, 1200.0);
+    // Before the first frame, what is asked for after a hold ends it.
+    let mut first = conductor(tone(), 48_000, 1);
+    first.apply(Change::Hold(true)).unwrap();
+    first.apply(bands()).unwrap();
+    near(&mut first, 20, 1200.0);
 }
 
 #[test]

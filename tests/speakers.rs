@@ -346,6 +346,39 @@ fn who_plays_nothing_is_told_and_the_music_stays_as_it_is() {
 }
 
 #[test]
+fn it_does_not_listen_to_itself() {
+    let Some(scene) = Scene::with_sink(44_100, 2) else { return };
+    let mut command = scene.stream(&["--source", "null.monitor", "--governor", "off", "--control", "-"]);
+    command.stdin(Stdio::piped());
+    let mut run = Run::start(command);
+    run.hears("x real time");
+    std::thread::sleep(Duration::from_millis(1000));
+    run.says("listen 0.5");
+    run.hears("listening to");
+    // What it played last is on its way through the monitor meanwhile; and what is asked for now waits until it has listened.
+    run.says("volume 0.9");
+    run.hears("volume 0.9");
+    run.hears("error: nothing was played in 0.5 s");
+    run.says("quit");
+    run.hears("s played in");
+    assert_eq!(run.ends(), 0);
+}
+
+#[test]
+fn a_device_that_refuses_leaves_nothing_behind() {
+    let Some(mut scene) = Scene::with_sink(48_000, 2) else { return };
+    // It is gone before the music is to begin: a minute of it is made first.
+    let mut run = Run::start(scene.stream(&["--to", "made.wav", "--buffer", "60000"]));
+    run.hears("x real time");
+    scene.stop_server();
+    run.hears("error: null: ");
+    assert_eq!(run.ends(), 1);
+    let names = std::fs::read_dir(scene.directory.path()).unwrap().map(|entry| entry.unwrap().file_name());
+    let left: Vec<_> = names.filter(|name| name.to_string_lossy().contains("wav")).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
 fn a_server_that_goes_and_comes_back_is_told_and_the_music_goes_on() {
     let Some(mut scene) = Scene::with_sink(48_000, 2) else { return };
     let mut run = Run::start(scene.stream(&["--to", "made.wav"]));
@@ -420,8 +453,10 @@ fn lines_on_standard_input_steer_and_nonsense_is_answered() {
         ("hold", "held"),
         ("go", "going on"),
         ("vary 0.3", "another way"),
+        ("volume 0.3", "volume 0.3"),
         ("mute", "volume 0"),
-        ("unmute", "volume 1"),
+        ("status", ", muted"),
+        ("unmute", "volume 0.3"),
         ("take 0.2 take.wav", "saved in take.wav"),
         ("prompt take.wav", "playing on after take.wav"),
         ("follow take.wav", "following take.wav"),
@@ -459,6 +494,50 @@ fn a_socket_takes_requests_and_answers_each() {
     }
     assert_eq!(run.ends(), 0);
     assert!(!scene.path("s.sock").exists(), "the socket is left behind");
+}
+
+#[test]
+fn where_nobody_hears_or_reads_any_more_it_ends() {
+    let scene = Scene::without_server();
+    let mut command = scene.stream(&["--no-audio", "--to", "-"]);
+    let mut run = Run { said: mpsc::channel().1, child: command.spawn().unwrap() };
+    let mut stdout = run.child.stdout.take().unwrap();
+    std::io::Read::read_exact(&mut stdout, &mut [0; 100_000]).unwrap();
+    drop(stdout);
+    assert_eq!(run.ends(), 1);
+    // Nor does it where there is no room.
+    let full = scene.stream(&["--no-audio", "--to", "/dev/full"]).output().unwrap();
+    let said = String::from_utf8(full.stderr).unwrap();
+    assert!(said.contains("error: /dev/full: No space left on device"), "{said}");
+    assert_eq!(full.status.code(), Some(1));
+}
+
+#[test]
+fn bare_samples_appear_whole_and_replace_nothing_before() {
+    let scene = Scene::without_server();
+    std::fs::write(scene.path("made.raw"), "precious").unwrap();
+    let to = ["--no-audio", "--clock", "simulated", "--seconds", "0.5", "--to", "made.raw", "--format", "s16le"];
+    let refused = scene.stream(&to).output().unwrap();
+    assert!(String::from_utf8(refused.stderr).unwrap().contains("made.raw: already exists"));
+    let failed = scene.stream(&[&to[..], &["--force", "--control", "no/such/socket"]].concat()).output().unwrap();
+    assert_eq!((failed.status.code(), std::fs::read(scene.path("made.raw")).unwrap()), (Some(1), b"precious".to_vec()));
+    assert!(scene.stream(&[&to[..], &["--force"]].concat()).status().unwrap().success());
+    assert_eq!(scene.path("made.raw").metadata().unwrap().len(), 4 * 24_000);
+}
+
+#[test]
+fn errors_are_told_where_all_else_is_quiet_and_settings_without_use_are_refused() {
+    let scene = Scene::without_server();
+    let mut command = scene.stream(&["--no-audio", "--quiet", "--control", "-"]);
+    command.stdin(Stdio::piped());
+    let mut run = Run::start(command);
+    run.says("sing");
+    run.hears("error: \"sing\": no such request");
+    run.says("quit");
+    assert_eq!(run.ends(), 0);
+    let refused = scene.stream(&["--rate", "44100"]).output().unwrap();
+    assert!(String::from_utf8(refused.stderr).unwrap().contains("--no-audio"));
+    assert_eq!(refused.status.code(), Some(2));
 }
 
 #[test]

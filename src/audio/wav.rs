@@ -89,7 +89,7 @@ pub struct WavFormat {
     pub channels: usize,
     /// How a sample is stored.
     pub sample_format: SampleFormat,
-    // Body of the `fmt ` chunk: a prompt's own, so that channel masks and the like survive, or hound's.
+    // Body of the `fmt ` chunk: a prompt's own, so that channel masks and the like survive, or hound's. Empty: no header.
     chunk: Vec<u8>,
 }
 
@@ -118,6 +118,11 @@ impl WavFormat {
             header[FMT_BODY..header.len() - CHUNK_HEAD].to_vec()
         };
         Self { sample_rate, channels, sample_format, chunk }
+    }
+
+    /// Samples without any header, for pipes and other programs.
+    pub fn bare(sample_rate: u32, channels: usize, sample_format: SampleFormat) -> Self {
+        Self { sample_rate, channels, sample_format, chunk: Vec::new() }
     }
 
     /// Bytes of one frame.
@@ -155,9 +160,9 @@ impl WavFormat {
     }
 
     /// A WAV header up to the first data byte, for `data_bytes` of data (and its padding); None: a stream of unknown
-    /// length, declared as 0xFFFFFFFF bytes as other tools do.
+    /// length, declared as 0xFFFFFFFF bytes as other tools do. Of bare samples it is empty.
     pub(super) fn header(&self, data_bytes: Option<u32>) -> Vec<u8> {
-        header(&self.chunk, data_bytes)
+        if self.chunk.is_empty() { Vec::new() } else { header(&self.chunk, data_bytes) }
     }
 
     /// A streaming header with the plainest `fmt ` chunk for these samples, which any reader understands.

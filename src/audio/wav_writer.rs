@@ -1,4 +1,4 @@
-//! Turns a prompt's data bytes and f32 samples into a WAV, sample by sample as hound writes them.
+//! Turns a prompt's data bytes and f32 samples into a WAV, sample by sample as hound writes them, or into bare samples.
 
 use std::io::{self, Seek, SeekFrom, Write};
 
@@ -9,13 +9,12 @@ use super::{AudioError, Result, SampleFormat, WavFormat, WavPrompt};
 /// The most data that the 32-bit lengths of a WAV file can state, with room for the header.
 const MOST_STATED_BYTES: u32 = 0xffff_ffff - 0x1_0000;
 
-/// Writes a WAV whose samples all have one format. Whatever was written, it can be finished at any time.
+/// Writes a WAV, or bare samples, all of one format. Whatever was written, it can be finished at any time.
 pub struct WavWriter<W: Write> {
     out: W,
     // For messages.
     name: String,
     format: WavFormat,
-    data_bytes: u64,
     // Samples on their way to bytes.
     bytes: Vec<u8>,
 }
@@ -28,7 +27,7 @@ impl<W: Write> WavWriter<W> {
     pub fn new(mut out: W, name: &str, format: WavFormat) -> Result<Self> {
         let written = out.write_all(&format.header(None));
         let name = name.to_string();
-        let writer = Self { out, name, format, data_bytes: 0, bytes: Vec::new() };
+        let writer = Self { out, name, format, bytes: Vec::new() };
         writer.checked(written)?;
         Ok(writer)
     }
@@ -43,9 +42,7 @@ impl<W: Write> WavWriter<W> {
     pub fn copy_prompt(&mut self, prompt: &WavPrompt) -> Result<()> {
         assert_eq!(prompt.format, self.format, "a prompt's bytes go into a WAV of its own format");
         let copied = io::copy(&mut prompt.data()?, &mut self.out);
-        let copied = self.checked(copied)?;
-        self.data_bytes += copied;
-        if copied < prompt.data_bytes() {
+        if self.checked(copied)? < prompt.data_bytes() {
             return Err(self.error(io::Error::other("the prompt became shorter while it was copied")));
         }
         Ok(())
@@ -66,9 +63,7 @@ impl<W: Write> WavWriter<W> {
             encoded.map_err(|error| self.error(io::Error::other(error)))?;
         }
         let written = self.out.write_all(&self.bytes);
-        self.checked(written)?;
-        self.data_bytes += self.bytes.len() as u64;
-        Ok(())
+        self.checked(written)
     }
 
     /// Passes buffered bytes on.
@@ -105,17 +100,25 @@ impl<W: Write + Seek> WavWriter<W> {
     /// # Errors
     /// `out` cannot be written.
     pub fn finish_file(mut self) -> Result<W> {
-        let stated = stated(self.data_bytes);
-        // Chunks are padded to an even length. Of one that lasts to the end of the file, it would be a sample.
-        if stated.is_some_and(|bytes| bytes % 2 == 1) {
-            let written = self.out.write_all(&[0]);
-            self.checked(written)?;
-        }
+        let completed = self.complete();
+        self.checked(completed)?;
+        self.finish()
+    }
+
+    fn complete(&mut self) -> io::Result<()> {
+        let start = self.format.header(None).len() as u64;
+        // Where a disk is full, there may be a part of a frame: the file itself says how much data it has.
+        let data_bytes = self.out.seek(SeekFrom::End(0))?.saturating_sub(start);
+        let data_bytes = data_bytes - data_bytes % self.format.frame_bytes() as u64;
+        let stated = stated(data_bytes);
         let header = self.format.header(stated);
-        let written = self.out.seek(SeekFrom::Start(0)).and_then(|_| self.out.write_all(&header));
-        self.checked(written)?;
-        self.flush()?;
-        Ok(self.out)
+        // Chunks are padded to an even length. Of one that lasts to the end of the file, it would be a sample.
+        if start > 0 && stated.is_some_and(|bytes| bytes % 2 == 1) {
+            self.out.seek(SeekFrom::Start(start + data_bytes))?;
+            self.out.write_all(&[0])?;
+        }
+        self.out.seek(SeekFrom::Start(0))?;
+        self.out.write_all(&header)
     }
 }
 
@@ -125,7 +128,7 @@ fn stated(data_bytes: u64) -> Option<u32> {
 }
 
 /// Appends one sample's little-endian bytes.
-pub(crate) fn encode(sample: f32, format: SampleFormat, bytes: &mut Vec<u8>) -> hound::Result<()> {
+fn encode(sample: f32, format: SampleFormat, bytes: &mut Vec<u8>) -> hound::Result<()> {
     match format {
         SampleFormat::F32 => sample.write(bytes, 32),
         SampleFormat::F64 => {
@@ -184,6 +187,51 @@ mod tests {
             }
             assert!(rewritten == written(format, &samples), "{format}");
         }
+    }
+
+    /// A disk with room for so many bytes.
+    struct Disk(Cursor<Vec<u8>>, usize);
+
+    impl Write for Disk {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            match bytes.len().min(self.1 - self.0.position() as usize) {
+                0 => Err(io::ErrorKind::StorageFull.into()),
+                n => self.0.write(&bytes[..n]),
+            }
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Seek for Disk {
+        fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+            self.0.seek(to)
+        }
+    }
+
+    #[test]
+    fn where_the_disk_is_full_the_file_has_what_there_was_room_for() {
+        for (format, channels) in [(SampleFormat::I16, 2), (SampleFormat::U8, 1), (SampleFormat::F32, 2)] {
+            let format = WavFormat::new(16_000, channels, format);
+            let disk = Disk(Cursor::new(Vec::new()), 1000);
+            let mut writer = WavWriter::new(disk, "disk", format.clone()).unwrap();
+            writer.write(&vec![0.5; 90 * channels]).unwrap();
+            assert!(writer.write(&vec![0.5; 1000 * channels]).unwrap_err().to_string().starts_with("disk: "));
+            let file = writer.finish_file().unwrap().0.into_inner();
+            let frames = (1000 - format.header(None).len()) / format.frame_bytes();
+            let mut reader = hound::WavReader::new(Cursor::new(file)).unwrap();
+            assert_eq!(reader.duration() as usize, frames);
+            assert!(format.sample_format.is_float() || reader.samples::<i32>().all(|x| x.unwrap() > 0));
+        }
+    }
+
+    #[test]
+    fn bare_samples_have_no_header_and_no_padding() {
+        let format = WavFormat::bare(16_000, 1, SampleFormat::U8);
+        let mut writer = WavWriter::new(Cursor::new(Vec::new()), "memory", format).unwrap();
+        writer.write(&[0.0, 1.0, -1.0]).unwrap();
+        assert_eq!(writer.finish_file().unwrap().into_inner(), [128, 255, 0]);
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use crossterm::terminal::disable_raw_mode;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use wavegen::atomic::{Part, remove_parts};
@@ -291,16 +292,21 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 /// Whether Ctrl-C is to finish what exists.
 static CAUGHT: AtomicBool = AtomicBool::new(false);
 
-/// Ctrl-C ends the program without leaving temporary files behind; once [`catch_interrupt`] was called, only the second one does.
+/// Ctrl-C is heeded from now on.
 pub fn heed_interrupt() -> Result<()> {
-    ctrlc::set_handler(|| {
-        if INTERRUPTED.swap(true, Ordering::SeqCst) || !CAUGHT.load(Ordering::SeqCst) {
-            say("interrupted");
-            remove_parts();
-            std::process::exit(130);
-        }
-    })
-    .context("catching Ctrl-C")
+    ctrlc::set_handler(interrupt).context("catching Ctrl-C")
+}
+
+/// What Ctrl-C does: it ends the program without leaving temporary files behind; once [`catch_interrupt`] was called, only the second one
+/// does.
+pub fn interrupt() {
+    if INTERRUPTED.swap(true, Ordering::SeqCst) || !CAUGHT.load(Ordering::SeqCst) {
+        // A terminal that gave keys is given back; one that is gone needs nothing.
+        let _ = disable_raw_mode();
+        say("interrupted");
+        remove_parts();
+        std::process::exit(130);
+    }
 }
 
 /// From now on Ctrl-C asks to finish what exists; a second one ends the program at once.

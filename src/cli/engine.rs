@@ -72,7 +72,6 @@ impl EngineArgs {
             },
             EngineKind::Reference => return Ok(Loaded::Reference(checkpoint)),
         };
-        check_isa_variable()?;
         let options = CpuOptions { precision, ..CpuOptions::default() };
         Ok(Loaded::Cpu(Box::new(CpuEngine::new(checkpoint, &options).context("preparing the CPU engine")?)))
     }

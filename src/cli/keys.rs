@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use crossterm::event::{Event, KeyCode, KeyEventKind, KeyModifiers, poll, read};
 use crossterm::terminal::{disable_raw_mode, enable_raw_mode};
 
-use super::common::interrupted;
+use super::common::interrupt;
 
 /// One thing that somebody asked for.
 pub struct Asked {
@@ -52,7 +52,7 @@ impl Keys {
     pub fn listen(to: Sender<Asked>) -> Result<Self> {
         enable_raw_mode().context("reading keys from the terminal")?;
         std::thread::spawn(move || {
-            while !interrupted() {
+            loop {
                 match poll(Duration::from_millis(200)) {
                     Ok(false) => continue,
                     Ok(true) => {}
@@ -62,9 +62,10 @@ impl Keys {
                 if key.kind == KeyEventKind::Release {
                     continue;
                 }
-                let ends = key.modifiers.contains(KeyModifiers::CONTROL) && key.code == KeyCode::Char('c');
-                let line = if ends { Some("quit") } else { line_of(key.code) };
-                if let Some(line) = line
+                // The terminal makes no signal of it now.
+                if key.modifiers.contains(KeyModifiers::CONTROL) && key.code == KeyCode::Char('c') {
+                    interrupt();
+                } else if let Some(line) = line_of(key.code)
                     && to.send(Asked { line: line.to_owned(), answer: None }).is_err()
                 {
                     break;

@@ -1,10 +1,19 @@
-//! Turns what the system knows of this process into the memory that it has needed.
+//! Turns what the system knows of this process into the memory that it needs and has needed.
 
 /// Most bytes that this process has held in memory at a time; `None` where the system does not tell.
 pub fn peak() -> Option<u64> {
-    // proc_pid_status(5): "VmHWM:     1234 kB".
+    status("VmHWM:")
+}
+
+/// Bytes that this process holds in memory; `None` where the system does not tell.
+pub fn resident() -> Option<u64> {
+    status("VmRSS:")
+}
+
+/// proc_pid_status(5): "VmHWM:     1234 kB".
+fn status(name: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| 1024 * kib)
 }
 

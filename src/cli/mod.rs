@@ -1,6 +1,7 @@
 //! Turns arguments into a command's run, and its outcome into messages and an exit code.
 //!
-//! Audio and data go to stdout, all else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+//! Audio and data go to stdout, all else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (`stream` 0: it has no
+//! other end).
 
 mod adapt;
 mod bench;
@@ -109,7 +110,8 @@ impl Cli {
 
 /// Runs the command.
 pub fn run(cli: Cli) -> ExitCode {
-    let result = common::heed_interrupt().and_then(|()| match cli.command {
+    let ready = common::heed_interrupt().and_then(|()| engine::check_isa_variable());
+    let result = ready.and_then(|()| match cli.command {
         Command::Continue(args) => r#continue::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Stream(args) => stream::run(&args),

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde::Serialize;
 use wavegen::atomic::write_whole;
-use wavegen::audio::level;
+use wavegen::generate::gain_to_model;
 
 use super::Outcome;
 use super::common::{ModelArgs, Talk, check_output, is_pipe, output_path, read_mono, seconds};
@@ -15,7 +15,8 @@ use super::token_file::TokenFile;
 /// Turn a recording into a model's tokens
 ///
 /// The file is safetensors: one tensor `tokens` (U16, one per sample at the model's rate) and the metadata format, version,
-/// codec and gain.
+/// codec and gain. They are of the mean of all channels; `continue` hears the last 40 s, without constant offsets, and of channels that
+/// cancel each other the loudest.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -57,7 +58,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
     }
     let codec = args.model.load()?.config.codec;
     let samples = read_mono(&args.input, codec.sample_rate, args.max_seconds, &args.talk)?;
-    let gain = level::gain(&samples).unwrap_or(1.0);
+    let gain = gain_to_model(&samples);
     let tokens = samples.iter().map(|x| codec.encode(x * gain)).collect();
     let file = TokenFile { codec, gain, tokens };
     let bytes = file.to_bytes()?;

@@ -41,7 +41,7 @@ pub use join::SeamReport;
 pub use manner::{Manner, telling};
 pub use path::{Frame, Guide, Path};
 pub use player::{Played, Player, Progress};
-pub use prompt::{CONTEXT_S, Prompt};
+pub use prompt::{CONTEXT_S, Prompt, gain_to_model};
 pub use rhythm::Rhythm;
 pub use seam::{Seam, SeamState};
 pub use session::{Recording, Session, SessionError};

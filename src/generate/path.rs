@@ -49,6 +49,15 @@ pub enum Guide {
 }
 
 impl Guide {
+    /// The same, so many frames later.
+    #[must_use]
+    pub fn later(self, frames: u64) -> Self {
+        match self {
+            Self::Other { bands, start } => Self::Other { bands, start: start + frames },
+            guide => guide,
+        }
+    }
+
     fn at(&self, frame: u64) -> Option<Vec<f32>> {
         match self {
             Self::Own => None,
@@ -384,17 +393,18 @@ impl Path {
         &self.guide
     }
 
-    /// Goes back by `frames` of what was played, as far as it remembers, and takes another way from there; gives how far.
+    /// Goes back by `frames` of what was played, as far as it remembers, and takes another way from there, drawn as now; gives how far.
     ///
     /// # Errors
     /// The engine's own.
     pub fn vary(&mut self, engine: &mut dyn Engine, frames: u64) -> Result<u64, EngineError> {
         let wanted = self.released.saturating_sub(frames.min(self.keep));
         let to = self.mark_before(wanted).or(self.marks.front()).map_or(self.released, Mark::frame).min(self.released);
-        let back = self.released - to;
+        let (back, options) = (self.released - to, *self.options());
         self.held.clear();
         self.released = to;
         self.go_to(engine, to)?;
+        self.generator.state.options = options;
         self.branch(engine)?;
         self.pending.clear();
         Ok(back)

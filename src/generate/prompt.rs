@@ -122,8 +122,8 @@ impl Prompt {
     }
 }
 
-/// Factor that brings `samples` to the level that models are trained at; 1 for silence.
-fn gain_to_model(samples: &[f32]) -> f32 {
+/// Factor that brings `samples` to the level that models are trained at, or as near as it may; 1 for silence.
+pub fn gain_to_model(samples: &[f32]) -> f32 {
     if rms(samples) < SILENT_RMS { 1.0 } else { level::gain(samples).map_or(1.0, |gain| gain.min(MOST_GAIN)) }
 }
 

@@ -72,18 +72,21 @@ impl Speed {
 
     /// Whether to play, given the buffer that was asked for (ms) and how long it is to last (seconds; `None`: for ever).
     pub fn admit(&self, buffer_ms: Option<f64>, seconds: Option<f64>) -> Admission {
-        // The slowest step that was ever seen, three times over, or a request, twice over, and the buffer still holds.
-        let needed = (3.0 * self.p999_ms).max(2.0 * self.turn_ms).clamp(BUFFER_MS[0], BUFFER_MS[1]);
         if self.x_real_time >= LEAST_X_REAL_TIME {
-            return Admission::Play { buffer_ms: buffer_ms.unwrap_or(needed).max(self.frame_ms) };
+            return Admission::Play { buffer_ms: buffer_ms.unwrap_or(self.needed_ms(0.0)).max(self.frame_ms) };
         }
         // Too slow for ever, but perhaps not for a while.
         match (buffer_ms, seconds) {
-            (Some(buffer_ms), Some(seconds)) if 1e3 * seconds * (1.0 - self.x_real_time) + needed <= buffer_ms => {
-                Admission::Play { buffer_ms }
-            }
+            (Some(buffer_ms), Some(seconds)) if self.needed_ms(seconds) <= buffer_ms => Admission::Play { buffer_ms },
             _ => Admission::TooSlow,
         }
+    }
+
+    /// The buffer that it takes to play for so many seconds, ms.
+    pub fn needed_ms(&self, seconds: f64) -> f64 {
+        // The slowest step that was ever seen, three times over, or a request, twice over, and the buffer still holds.
+        let needed = (3.0 * self.p999_ms).max(2.0 * self.turn_ms).clamp(BUFFER_MS[0], BUFFER_MS[1]);
+        1e3 * seconds * (1.0 - self.x_real_time).max(0.0) + needed
     }
 }
 
@@ -107,6 +110,10 @@ mod tests {
         // 10 s at half speed need 5 s ahead.
         assert_eq!(speed(64.0, 64.0, 0.0).admit(Some(4000.0), Some(10.0)), Admission::TooSlow);
         assert_eq!(speed(64.0, 64.0, 0.0).admit(Some(6000.0), Some(10.0)), Admission::Play { buffer_ms: 6000.0 });
+        let (s, seconds) = (speed(64.0, 700.0, 900.0), 10.0);
+        let buffer_ms = s.needed_ms(seconds);
+        assert_eq!(s.admit(Some(buffer_ms), Some(seconds)), Admission::Play { buffer_ms });
+        assert_eq!(s.admit(Some(buffer_ms - 1.0), Some(seconds)), Admission::TooSlow);
         let s = speed(5.0, 80.0, 0.0);
         assert_eq!((s.p50_ms, s.p999_ms), (5.0, 80.0));
         // Looks at ways on take as long again as the frames do.

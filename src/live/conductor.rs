@@ -34,6 +34,8 @@ pub struct Conductor {
     bands: Vec<f32>,
     /// It is to hold its first frame, which has not been played yet.
     holds_first: bool,
+    /// While it holds: where the plan came from before, and since which frame.
+    held: Option<(Guide, u64)>,
     /// The end of the voice that was left.
     leaving: Leaving,
     volume: Volume,
@@ -63,6 +65,7 @@ impl Conductor {
             voice,
             bands: Vec::new(),
             holds_first: false,
+            held: None,
             leaving: Leaving::default(),
             volume: Volume { gain: 1.0, target: 1.0, step: 1.0 },
             played: VecDeque::with_capacity(most_played),
@@ -183,12 +186,21 @@ impl Conductor {
                 self.volume.step = (self.volume.target - self.volume.gain) / n;
             }
             Change::Hold(held) if self.bands.is_empty() => self.holds_first = held,
-            Change::Hold(true) => path.set_guide(engine, Guide::Still(self.bands.clone()))?,
-            Change::Hold(false) if !matches!(path.guide(), Guide::Still(_)) => {}
-            Change::Hold(false) | Change::Follow(None) => path.set_guide(engine, Guide::Own)?,
-            Change::Follow(Some(bands)) => {
+            Change::Hold(true) if self.held.is_none() => {
+                self.held = Some((path.guide().clone(), path.released()));
+                path.set_guide(engine, Guide::Still(self.bands.clone()))?;
+            }
+            Change::Hold(true) => {}
+            Change::Hold(false) => {
+                if let Some((guide, since)) = self.held.take() {
+                    let frames = path.released().saturating_sub(since);
+                    path.set_guide(engine, guide.later(frames))?;
+                }
+            }
+            Change::Follow(bands) => {
+                (self.holds_first, self.held) = (false, None);
                 let start = path.released();
-                path.set_guide(engine, Guide::Other { bands, start })?;
+                path.set_guide(engine, bands.map_or(Guide::Own, |bands| Guide::Other { bands, start }))?;
             }
             Change::Vary(seconds) => return self.voice.vary(seconds),
             Change::Voice(voice) => {
@@ -198,7 +210,8 @@ impl Conductor {
                     self.leave(&last);
                 }
                 self.voice = *voice;
-                self.since_change = 0;
+                self.bands.clear();
+                (self.holds_first, self.held, self.since_change) = (false, None, 0);
             }
         }
         Ok(0.0)

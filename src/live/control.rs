@@ -13,8 +13,10 @@ pub enum Request {
     TopP(f32),
     /// How it sounds: breath and noise.
     Grain(f32),
-    /// Volume as a factor, reached in so many seconds.
-    Volume { gain: f32, seconds: f32 },
+    /// Volume as a factor.
+    Volume(f32),
+    /// Silence, or the volume again, reached in so many seconds.
+    Mute { muted: bool, seconds: f32 },
     /// The plan stands still: the sound freezes; or goes on.
     Hold(bool),
     /// Go back these seconds and take another way.
@@ -52,9 +54,9 @@ pub const HELP: &str = "temperature X | top-p X | grain X | volume X | mute | un
 vary [SECONDS] | follow FILE | own | prompt FILE | \
 listen [SECONDS] | take [SECONDS] [FILE] | seed N | status | help | quit";
 
-/// Seconds that `mute` and `unmute` take.
+/// Seconds that changes of the volume take, and fades.
 pub const RAMP_S: f32 = 0.01;
-const FADE_S: f32 = 2.0;
+pub const FADE_S: f32 = 2.0;
 const VARY_S: f64 = 4.0;
 const TAKE_S: f64 = 30.0;
 /// A line is cut here in messages.
@@ -90,10 +92,10 @@ impl Request {
             "temperature" => Ok(Self::Temperature(number(0.0, 10.0, None)? as f32)),
             "top-p" => Ok(Self::TopP(number(0.0, 1.0, None)? as f32)),
             "grain" => Ok(Self::Grain(number(0.0, 10.0, None)? as f32)),
-            "volume" => Ok(Self::Volume { gain: number(0.0, 1.0, None)? as f32, seconds: RAMP_S }),
-            "mute" => alone(Self::Volume { gain: 0.0, seconds: RAMP_S }),
-            "unmute" => alone(Self::Volume { gain: 1.0, seconds: RAMP_S }),
-            "fade" => Ok(Self::Volume { gain: 0.0, seconds: number(0.01, 600.0, Some(FADE_S.into()))? as f32 }),
+            "volume" => Ok(Self::Volume(number(0.0, 1.0, None)? as f32)),
+            "mute" => alone(Self::Mute { muted: true, seconds: RAMP_S }),
+            "unmute" => alone(Self::Mute { muted: false, seconds: RAMP_S }),
+            "fade" => Ok(Self::Mute { muted: true, seconds: number(0.01, 600.0, Some(FADE_S.into()))? as f32 }),
             "hold" => alone(Self::Hold(true)),
             "go" => alone(Self::Hold(false)),
             "vary" => Ok(Self::Vary(number(0.0, MOST_VARY_S, Some(VARY_S))?)),
@@ -143,9 +145,10 @@ mod tests {
             ("temperature 0.9", Request::Temperature(0.9)),
             ("  top-p 0.5 ", Request::TopP(0.5)),
             ("grain 0", Request::Grain(0.0)),
-            ("volume 0.5", Request::Volume { gain: 0.5, seconds: RAMP_S }),
-            ("mute", Request::Volume { gain: 0.0, seconds: RAMP_S }),
-            ("fade 5", Request::Volume { gain: 0.0, seconds: 5.0 }),
+            ("volume 0.5", Request::Volume(0.5)),
+            ("mute", Request::Mute { muted: true, seconds: RAMP_S }),
+            ("unmute", Request::Mute { muted: false, seconds: RAMP_S }),
+            ("fade 5", Request::Mute { muted: true, seconds: 5.0 }),
             ("hold", Request::Hold(true)),
             ("go", Request::Hold(false)),
             ("vary", Request::Vary(VARY_S)),

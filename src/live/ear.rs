@@ -12,6 +12,8 @@ use crate::audio::Clip;
 pub struct Ear {
     producer: Producer<f32>,
     channels: usize,
+    /// Frames that it does not hear yet.
+    deaf: usize,
     given: Arc<AtomicU64>,
 }
 
@@ -25,16 +27,16 @@ pub struct Heard {
     handed_out: u64,
 }
 
-/// Room for `frames` frames of `channels` samples, at `sample_rate` Hz.
+/// Room for `frames` frames of `channels` samples, at `sample_rate` Hz, that come after the first `deaf`.
 ///
 /// # Panics
 /// No channel.
-pub fn ear(frames: usize, channels: usize, sample_rate: u32) -> (Ear, Heard) {
+pub fn ear(deaf: usize, frames: usize, channels: usize, sample_rate: u32) -> (Ear, Heard) {
     assert!(channels > 0, "no channel");
     let (producer, consumer) = RingBuffer::new(frames * channels);
     let given = Arc::new(AtomicU64::new(0));
     let heard = Heard { consumer, channels, sample_rate, given: given.clone(), handed_out: 0 };
-    (Ear { producer, channels, given }, heard)
+    (Ear { producer, channels, deaf, given }, heard)
 }
 
 impl Ear {
@@ -45,6 +47,9 @@ impl Ear {
 
     /// Takes whole frames, as many as there is room for.
     pub fn hear(&mut self, interleaved: &[f32]) {
+        let deaf = self.deaf.min(interleaved.len() / self.channels);
+        self.deaf -= deaf;
+        let interleaved = &interleaved[deaf * self.channels..];
         let n = interleaved.len() / self.channels;
         let fits = n.min(self.producer.slots() / self.channels);
         // There is room: nobody else fills it.
@@ -84,8 +89,10 @@ mod tests {
 
     #[test]
     fn whole_frames_are_kept_until_it_is_full_and_time_goes_on() {
-        let (mut ear, mut heard) = ear(100, 2, 1000);
-        ear.hear(&[0.5; 60]);
+        let (mut ear, mut heard) = ear(30, 100, 2, 1000);
+        ear.hear(&[1.0; 40]);
+        assert_eq!((heard.seconds(), heard.since_s()), (0.0, 0.0));
+        ear.hear(&[[1.0; 20].as_slice(), &[0.5; 60]].concat());
         ear.hear(&[0.25; 61]);
         assert_eq!((heard.seconds(), heard.is_full(), heard.since_s()), (0.06, false, 0.06));
         ear.hear(&[0.125; 120]);

@@ -3,6 +3,7 @@
 
 use std::ffi::CString;
 use std::pin::Pin;
+use std::sync::mpsc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -25,6 +26,8 @@ const FRAGMENT_MS: u32 = 10;
 /// Frames that are converted at a time.
 const BLOCK: usize = 1024;
 const BYTES: usize = size_of::<f32>();
+/// Longer than this nobody waits for the server.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A connection that ends when it is dropped.
 struct Connection(Client);
@@ -51,8 +54,20 @@ fn with_cause(error: &dyn std::error::Error) -> String {
     }
 }
 
+/// What the server is asked for, unless it hangs.
+fn in_time<T: Send + 'static>(ask: impl FnOnce() -> Result<T, String> + Send + 'static) -> Result<T, String> {
+    let (tell, told) = mpsc::channel();
+    // Where it comes too late, it is dropped.
+    std::thread::spawn(move || drop(tell.send(ask())));
+    told.recv_timeout(PATIENCE).map_err(|_| "the PulseAudio or PipeWire server hangs".to_owned())?
+}
+
 /// The server's sinks and sources.
 pub fn devices() -> Result<Vec<Device>, String> {
+    in_time(ask_devices)
+}
+
+fn ask_devices() -> Result<Vec<Device>, String> {
     let Connection(client) = &connect()?;
     let ask = async {
         Ok::<_, ClientError>((client.server_info().await?, client.list_sinks().await?, client.list_sources().await?))
@@ -89,6 +104,11 @@ fn bytes_per_ms(device: &Device) -> u32 {
 
 /// Opens a stream on a sink.
 pub fn play(device: &Device, pull: Pull) -> Result<Box<dyn Running>, String> {
+    let device = device.clone();
+    in_time(move || open_sink(&device, pull))
+}
+
+fn open_sink(device: &Device, pull: Pull) -> Result<Box<dyn Running>, String> {
     let client = connect()?;
     let per_ms = bytes_per_ms(device);
     let params = PlaybackStreamParams {
@@ -109,11 +129,16 @@ pub fn play(device: &Device, pull: Pull) -> Result<Box<dyn Running>, String> {
     let source = Source { pull, block: [0.0; BLOCK] };
     let stream = block_on(client.0.create_playback_stream(params, source)).map_err(|error| with_cause(&error))?;
     let latency_ms = f64::from(stream.buffer_attr().target_length) / f64::from(per_ms);
-    Ok(Box::new(Stream { latency_ms, stream: Some(stream), _client: client }))
+    Ok(Box::new(Stream { latency_ms, _stream: stream, _client: client }))
 }
 
 /// Opens a stream from a source.
-pub fn listen(device: &Device, mut ear: Ear) -> Result<Box<dyn Running>, String> {
+pub fn listen(device: &Device, ear: Ear) -> Result<Box<dyn Running>, String> {
+    let device = device.clone();
+    in_time(move || open_source(&device, ear))
+}
+
+fn open_source(device: &Device, mut ear: Ear) -> Result<Box<dyn Running>, String> {
     let client = connect()?;
     let params = RecordStreamParams {
         sample_spec: spec_of(device),
@@ -135,7 +160,7 @@ pub fn listen(device: &Device, mut ear: Ear) -> Result<Box<dyn Running>, String>
         }
     };
     let stream = block_on(client.0.create_record_stream(params, hear)).map_err(|error| with_cause(&error))?;
-    Ok(Box::new(Listening { stream: Some(stream), _client: client }))
+    Ok(Box::new(Listening { _stream: stream, _client: client }))
 }
 
 fn channel_map(channels: usize) -> ChannelMap {
@@ -175,8 +200,9 @@ impl PlaybackSource for Source {
 }
 
 struct Stream {
-    stream: Option<PlaybackStream>,
     latency_ms: f64,
+    /// Dropped before the connection: asks the server to delete it, and waits for no answer, for the server may hang.
+    _stream: PlaybackStream,
     _client: Connection,
 }
 
@@ -188,31 +214,19 @@ impl Running for Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if let Some(stream) = self.stream.take() {
-            // What it was given last is still on its way.
-            std::thread::sleep(Duration::from_secs_f64(2.0 * self.latency_ms / 1e3));
-            // A server that is gone has nothing to delete.
-            let _ = block_on(stream.delete());
-        }
+        // What it was given last is still on its way.
+        std::thread::sleep(Duration::from_secs_f64(2.0 * self.latency_ms / 1e3));
     }
 }
 
 struct Listening {
-    stream: Option<RecordStream>,
+    /// As of [`Stream`].
+    _stream: RecordStream,
     _client: Connection,
 }
 
 impl Running for Listening {
     fn latency_ms(&self) -> f64 {
         FRAGMENT_MS.into()
-    }
-}
-
-impl Drop for Listening {
-    fn drop(&mut self) {
-        if let Some(stream) = self.stream.take() {
-            // A server that is gone has nothing to delete.
-            let _ = block_on(stream.delete());
-        }
     }
 }

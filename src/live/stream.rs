@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
 use super::clock::SimulatedClock;
@@ -13,7 +13,7 @@ use crate::sink::Sink;
 
 /// How long it sleeps where the ring is full.
 const NAP: Duration = Duration::from_millis(2);
-/// How often it looks for a new device where the old one is gone.
+/// How often it looks for orders, a new device among them, where the old one is gone.
 const PATIENCE: Duration = Duration::from_millis(50);
 /// Seconds of the fade at the end.
 const END_FADE_S: f32 = 0.01;
@@ -177,16 +177,7 @@ impl Streamer {
                 Err(error) => break Err(error),
             }
             if state.feed.is_abandoned() {
-                match orders.recv_timeout(PATIENCE) {
-                    Ok(Order::Feed(feed)) => state.feed = feed,
-                    Ok(Order::Stop) | Err(RecvTimeoutError::Disconnected) => break Ok(()),
-                    Ok(order) => {
-                        if let Err(error) = self.follow(order, &mut state, &tell) {
-                            break Err(error);
-                        }
-                    }
-                    Err(RecvTimeoutError::Timeout) => {}
-                }
+                std::thread::sleep(PATIENCE);
                 continue;
             }
             let begun = Instant::now();
@@ -229,42 +220,34 @@ impl Streamer {
         loop {
             match orders.try_recv() {
                 Ok(Order::Stop) | Err(TryRecvError::Disconnected) => return Ok(false),
-                Ok(Order::Feed(feed)) => state.feed = feed,
-                Ok(order) => self.follow(order, state, tell)?,
                 Err(TryRecvError::Empty) => return Ok(true),
-            }
-        }
-    }
-
-    fn follow(&mut self, order: Order, state: &mut State, tell: &dyn Fn(Report)) -> Result<(), GenerateError> {
-        match order {
-            // Another voice is not to be heard after the rest of the recording, but instead of it.
-            Order::Change(change @ Change::Voice(_)) if state.at < self.prelude.len() => {
-                self.conductor.leave(&self.prelude.split_off(state.at));
-                tell(Report::Changed(self.conductor.apply(change)?));
-            }
-            Order::Change(change) => tell(Report::Changed(self.conductor.apply(change)?)),
-            Order::Take(seconds) => tell(Report::Took(self.conductor.take(seconds))),
-            Order::Listen => {
-                if let Some(recording) = &mut self.recording {
-                    recording.wait();
+                Ok(Order::Feed(feed)) => state.feed = feed,
+                // Another voice is not to be heard after the rest of the recording, but instead of it.
+                Ok(Order::Change(change @ Change::Voice(_))) if state.at < self.prelude.len() => {
+                    self.conductor.leave(&self.prelude.split_off(state.at));
+                    tell(Report::Changed(self.conductor.apply(change)?));
+                }
+                Ok(Order::Change(change)) => tell(Report::Changed(self.conductor.apply(change)?)),
+                Ok(Order::Take(seconds)) => tell(Report::Took(self.conductor.take(seconds))),
+                Ok(Order::Listen) => {
+                    if let Some(recording) = &mut self.recording {
+                        recording.wait();
+                    }
+                }
+                Ok(Order::Heard { samples, ago_s }) => {
+                    let before = self.conductor.add(&samples, ago_s);
+                    if let Some(recording) = &mut self.recording {
+                        recording.add(&samples, before);
+                        self.keep(Recording::go_on, tell);
+                    }
                 }
             }
-            Order::Heard { samples, ago_s } => {
-                let before = self.conductor.add(&samples, ago_s);
-                if let Some(recording) = &mut self.recording {
-                    recording.add(&samples, before);
-                    self.keep(Recording::go_on, tell);
-                }
-            }
-            Order::Feed(_) | Order::Stop => {}
         }
-        Ok(())
     }
 
     /// One piece of work, whichever is the most urgent.
     fn step(&mut self, state: &mut State, tell: &dyn Fn(Report)) -> Result<Did, GenerateError> {
-        let (sample_rate, channels) = self.conductor.shape();
+        let (_, channels) = self.conductor.shape();
         if state.pushed < state.out.len() {
             let n = state.feed.push(&state.out[state.pushed..]) * channels;
             state.pushed += n;
@@ -278,13 +261,7 @@ impl Streamer {
         if state.feed.waiting() < self.target {
             state.out.clear();
             state.pushed = 0;
-            let step = (self.conductor.step_s() * f64::from(sample_rate)) as usize * channels;
-            let prelude = &self.prelude[state.at..self.prelude.len().min(state.at + step)];
-            state.at += prelude.len();
-            match prelude.is_empty() {
-                true => self.conductor.next(&mut state.out)?,
-                false => self.conductor.send(prelude, &mut state.out),
-            }
+            self.make(&mut state.at, &mut state.out)?;
             if let Some(most) = self.most_frames {
                 let left = usize::try_from(most - self.stats.frames()).unwrap_or(usize::MAX);
                 state.out.truncate(left.saturating_mul(channels));
@@ -307,6 +284,21 @@ impl Streamer {
         Ok(Did::Work)
     }
 
+    /// Appends to `out` what comes next: the recording, from `at` on, and then what the conductor makes.
+    fn make(&mut self, at: &mut usize, out: &mut Vec<f32>) -> Result<(), GenerateError> {
+        let (sample_rate, channels) = self.conductor.shape();
+        let step = (self.conductor.step_s() * f64::from(sample_rate)) as usize * channels;
+        let prelude = &self.prelude[*at..self.prelude.len().min(*at + step)];
+        *at += prelude.len();
+        match prelude.is_empty() {
+            true => self.conductor.next(out),
+            false => {
+                self.conductor.send(prelude, out);
+                Ok(())
+            }
+        }
+    }
+
     fn record(&mut self, interleaved: &[f32], tell: &dyn Fn(Report)) {
         self.keep(|recording| recording.write(interleaved), tell);
     }
@@ -316,27 +308,27 @@ impl Streamer {
         if let Some(recording) = &mut self.recording
             && let Err(error) = write(recording)
         {
-            tell(Report::NotRecorded(error));
             // What there is stays readable.
-            if let Some(Err(error)) = self.recording.take().map(Recording::finish) {
-                tell(Report::NotRecorded(error));
-            }
+            let finished = self.recording.take().map_or(Ok(()), Recording::finish);
+            [Err(error), finished].into_iter().filter_map(Result::err).for_each(|e| tell(Report::NotRecorded(e)));
         }
     }
 
     /// Fades out, lets the device play the rest, and completes the recording.
     fn end(mut self, state: &mut State, tell: &dyn Fn(Report), mut clock: Option<SimulatedClock>) {
         let stopped = self.most_frames.is_none_or(|most| self.stats.frames() < most);
+        let (sample_rate, channels) = self.conductor.shape();
         let mut rest = state.out.split_off(state.pushed);
         if stopped {
             let fade = Change::Volume { gain: 0.0, seconds: END_FADE_S };
+            let fade_samples = (END_FADE_S * sample_rate as f32) as usize * channels;
             let mut last = Vec::new();
-            if self.conductor.apply(fade).is_ok() && self.conductor.next(&mut last).is_ok() {
+            if self.conductor.apply(fade).is_ok() {
+                while last.len() <= fade_samples && self.make(&mut state.at, &mut last).is_ok() {}
                 self.record(&last, tell);
                 rest.extend(last);
             }
         }
-        let (sample_rate, channels) = self.conductor.shape();
         let begun = Instant::now();
         let waiting = (state.feed.waiting() + rest.len() / channels) as f64 / f64::from(sample_rate);
         let patience = DRAIN + Duration::from_secs_f64(if stopped { 0.0 } else { waiting });

@@ -1,15 +1,13 @@
-//! Where audio goes: a WAV file, a pipe or bare samples, behind one trait.
+//! Where audio goes: a file or a pipe, behind one trait.
 //!
 //! A new sink is one new file here and one line in [`open`]. Sinks know nothing about models or tokens.
 
 mod pipe;
-mod raw;
 mod wav_file;
 
 use std::path::Path;
 
 pub use pipe::PipeSink;
-pub use raw::RawSink;
 pub use wav_file::WavFileSink;
 
 use crate::audio::{AudioError, Decoder, Result, WavFormat, WavPrompt};
@@ -52,7 +50,7 @@ pub trait Sink: Send {
     }
 }
 
-/// The sink for a path: `-` is standard output, a pipe or device is written as it goes, anything else becomes a WAV file
+/// The sink for a path: `-` is standard output, a pipe or device is written as it goes, anything else becomes a file
 /// that appears whole or not at all. An existing file is refused unless `force`.
 ///
 /// # Errors
@@ -103,8 +101,7 @@ mod tests {
             return;
         }
         let mut sink = open(Path::new("/dev/full"), false).unwrap();
-        sink.start(&WavFormat::new(8000, 1, SampleFormat::I16)).unwrap();
-        let error = sink.write(&[0.0; 10]).unwrap_err();
+        let error = sink.start(&WavFormat::new(8000, 1, SampleFormat::I16)).unwrap_err();
         assert!(error.to_string().starts_with("/dev/full: "), "{error}");
     }
 

@@ -1,13 +1,13 @@
-//! Turns audio into a WAV stream of unknown length on standard output, a pipe or a device.
+//! Turns audio into a WAV stream of unknown length, or bare samples, on standard output, a pipe or a device.
 
 use std::fs::OpenOptions;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::path::Path;
 
 use super::Sink;
 use crate::audio::{AudioError, Result, WavFormat, WavPrompt, WavWriter};
 
-/// Writes a WAV stream; every write is passed on at once.
+/// Writes a stream; every write is passed on at once.
 pub struct PipeSink {
     name: String,
     state: State,
@@ -15,7 +15,7 @@ pub struct PipeSink {
 
 enum State {
     Opened(Box<dyn Write + Send>),
-    Writing(WavWriter<BufWriter<Box<dyn Write + Send>>>),
+    Writing(WavWriter<Box<dyn Write + Send>>),
     Finished,
 }
 
@@ -37,7 +37,7 @@ impl PipeSink {
         }
     }
 
-    fn writer(&mut self) -> &mut WavWriter<BufWriter<Box<dyn Write + Send>>> {
+    fn writer(&mut self) -> &mut WavWriter<Box<dyn Write + Send>> {
         match &mut self.state {
             State::Writing(writer) => writer,
             _ => panic!("a sink takes audio between its start and its finish"),
@@ -50,7 +50,7 @@ impl Sink for PipeSink {
         let State::Opened(out) = std::mem::replace(&mut self.state, State::Finished) else {
             panic!("a sink is started once");
         };
-        self.state = State::Writing(WavWriter::new(BufWriter::new(out), &self.name, format.clone())?);
+        self.state = State::Writing(WavWriter::new(out, &self.name, format.clone())?);
         Ok(())
     }
 

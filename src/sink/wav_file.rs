@@ -1,6 +1,5 @@
-//! Turns audio into a WAV file that appears under its name when it is whole, and not before.
+//! Turns audio into a file, of WAV or bare samples, that appears under its name when it is whole, and not before.
 
-use std::io::BufWriter;
 use std::path::Path;
 
 use super::Sink;
@@ -16,7 +15,7 @@ pub struct WavFileSink {
 
 enum State {
     Opened(Part),
-    Writing(WavWriter<BufWriter<Part>>),
+    Writing(WavWriter<Part>),
     Finished,
 }
 
@@ -36,15 +35,11 @@ impl WavFileSink {
         }
     }
 
-    fn writer(&mut self) -> &mut WavWriter<BufWriter<Part>> {
+    fn writer(&mut self) -> &mut WavWriter<Part> {
         match &mut self.state {
             State::Writing(writer) => writer,
             _ => panic!("a sink takes audio between its start and its finish"),
         }
-    }
-
-    fn error(&self, source: std::io::Error) -> AudioError {
-        AudioError::Io { path: self.name.clone(), source }
     }
 }
 
@@ -53,7 +48,7 @@ impl Sink for WavFileSink {
         let State::Opened(part) = std::mem::replace(&mut self.state, State::Finished) else {
             panic!("a sink is started once");
         };
-        self.state = State::Writing(WavWriter::new(BufWriter::new(part), &self.name, format.clone())?);
+        self.state = State::Writing(WavWriter::new(part, &self.name, format.clone())?);
         Ok(())
     }
 
@@ -69,11 +64,8 @@ impl Sink for WavFileSink {
         let State::Writing(writer) = std::mem::replace(&mut self.state, State::Finished) else {
             return Ok(());
         };
-        let file = writer.finish_file()?.into_inner().map_err(|error| self.error(error.into_error()))?;
-        file.finish(self.force).map_err(|error| match error.kind() {
-            std::io::ErrorKind::AlreadyExists => AudioError::Exists { path: self.name.clone() },
-            _ => self.error(error),
-        })
+        let named = writer.finish_file()?.finish(self.force);
+        named.map_err(|source| AudioError::Io { path: self.name.clone(), source })
     }
 }
 
@@ -117,9 +109,14 @@ mod tests {
         late.start(&format()).unwrap();
         std::fs::write(&path, "precious").unwrap();
         assert!(matches!(WavFileSink::new(&path, false), Err(AudioError::Exists { .. })));
-        // A file that came into being meanwhile is kept as well.
-        assert!(matches!(late.finish(), Err(AudioError::Exists { .. })));
+        // A file that came into being meanwhile is kept as well, and so is what was written.
+        late.write(&[0.25; 100]).unwrap();
+        let error = late.finish().unwrap_err().to_string();
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+        let part = names(folder.path()).into_iter().find(|name| name != "out.wav").unwrap();
+        assert!(error.contains("out.wav: already exists") && error.contains(&part), "{error}");
+        assert_eq!(hound::WavReader::open(folder.path().join(&part)).unwrap().duration(), 100);
+        std::fs::remove_file(folder.path().join(&part)).unwrap();
 
         let mut sink = WavFileSink::new(&path, true).unwrap();
         sink.start(&format()).unwrap();

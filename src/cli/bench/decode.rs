@@ -19,8 +19,9 @@ use wavegen::simd::Isa;
 use super::super::Outcome;
 use super::super::check::{Distance, chords, costs, draws, play, play_together};
 use super::super::common::{ModelArgs, Talk, Usage, catch_interrupt, interrupted, print};
+use super::super::memory;
 use super::gpu;
-use super::machine::{Machine, Peak, cpu_seconds, resident_bytes};
+use super::machine::{Machine, Peak, cpu_seconds};
 
 /// Plan frames that every case plays first: to warm up, and to be compared.
 const CHECKED_FRAMES: usize = 2;
@@ -264,10 +265,10 @@ fn measure_model(args: &Args, checkpoint: &Checkpoint, isas: &[Isa], machine: &M
 
 impl Case {
     fn new(engine: &'static str, isa: Option<Isa>, make: impl FnOnce() -> Result<Streams>) -> Result<Self> {
-        let (before, begun) = (resident_bytes(), Instant::now());
+        let (before, begun) = (memory::resident(), Instant::now());
         let streams = make()?;
         let prepare_ms = 1e3 * begun.elapsed().as_secs_f64();
-        let memory = resident_bytes().zip(before).map(|(after, before)| after.saturating_sub(before));
+        let memory = memory::resident().zip(before).map(|(after, before)| after.saturating_sub(before));
         Ok(Self {
             engine,
             isa,

@@ -69,15 +69,6 @@ fn cpu_name() -> String {
     proc_field("/proc/cpuinfo", find).unwrap_or_else(|| format!("unknown {}", std::env::consts::ARCH))
 }
 
-/// Bytes of this process that lie in memory; `None` where the system does not say.
-pub fn resident_bytes() -> Option<u64> {
-    let find = |text: &str| {
-        let line = text.lines().find(|line| line.starts_with("VmRSS:"))?;
-        line.split_whitespace().nth(1)?.parse::<u64>().ok()
-    };
-    Some(1024 * proc_field("/proc/self/status", find)?)
-}
-
 /// Processor time of this process so far, of all threads, in seconds, in hundredths; `None` where the system does not say.
 pub fn cpu_seconds() -> Option<f64> {
     let find = |text: &str| {

@@ -3,15 +3,15 @@
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 use wavegen::audio::decode::decode_tail;
-use wavegen::audio::{AudioSource, Clip, SampleFormat, WavFormat};
+use wavegen::audio::{AudioSource, Clip, SampleFormat, Tail, WavFormat};
 use wavegen::checkpoint::Checkpoint;
 use wavegen::generate::{CONTEXT_S, Intervention, Options, Prompt};
-use wavegen::live::control::{HELP, MOST_LISTEN_S, RAMP_S};
+use wavegen::live::control::{FADE_S, HELP, MOST_LISTEN_S, RAMP_S};
 use wavegen::live::stream::Stats;
 use wavegen::live::{Change, Order, Report, Request, Voice};
 use wavegen::plan::bands_of;
@@ -31,15 +31,19 @@ const TICK: Duration = Duration::from_millis(20);
 const STATUS: Duration = Duration::from_millis(500);
 /// Seconds in which it falls silent to listen.
 const HUSH_S: f32 = 0.2;
+/// How much longer its own music may be heard: a plan frame on its way, and what a room gives back.
+const ROOM_MS: f64 = 150.0;
 
 /// What requests have set.
 pub struct Settings {
     pub options: Options,
     pub held: bool,
     pub volume: f32,
+    pub muted: bool,
 }
 
 /// Who waits for what.
+#[derive(Default)]
 pub struct Pending {
     pub answer: Option<Sender<String>>,
     /// What is said when it is done, if anything.
@@ -59,8 +63,10 @@ pub struct Desk<'a> {
     pub stats: Arc<Stats>,
     pub settings: Settings,
     pub listening: Option<Listening>,
-    /// Whether there is anything to be heard yet; with --listen there is not until somebody was listened to.
+    /// Whether there is anything to play yet; with --listen there is not until somebody was listened to.
     pub heard: bool,
+    /// Whether all that was to be recorded was.
+    pub recorded: bool,
     /// Orders that were not yet carried out.
     pub pending: VecDeque<Pending>,
     pub interventions: Vec<Intervention>,
@@ -70,25 +76,31 @@ pub struct Desk<'a> {
 }
 
 impl Desk<'_> {
-    /// Looks after everything until the music ends.
+    /// Looks after everything until the music ends; somebody can ask as long.
     pub fn attend(&mut self, asked: &Receiver<Asked>, reports: &Receiver<Report>) -> Result<()> {
         let (mut stopping, mut shown) = (false, Instant::now());
         while !self.ended {
-            match asked.recv_timeout(TICK) {
-                Ok(asked) => stopping |= self.hear(asked),
-                Err(RecvTimeoutError::Timeout) => {}
-                // Nobody can ask.
-                Err(RecvTimeoutError::Disconnected) => std::thread::sleep(TICK),
+            if let Ok(asked) = asked.recv_timeout(TICK) {
+                stopping |= self.hear(asked);
             }
-            for report in reports.try_iter() {
-                self.read(report)?;
+            loop {
+                match reports.try_recv() {
+                    Ok(report) => self.read(report)?,
+                    Err(TryRecvError::Empty) => break,
+                    // The thread ended badly.
+                    Err(TryRecvError::Disconnected) => {
+                        self.ended = true;
+                        break;
+                    }
+                }
             }
             if interrupted() || stopping {
                 stopping = true;
                 let _ = self.order.send(Order::Stop);
+            } else {
+                self.look_after_device();
+                self.look_after_listening();
             }
-            self.look_after_device();
-            self.look_after_listening();
             if shown.elapsed() > STATUS {
                 shown = Instant::now();
                 let status = self.status();
@@ -109,19 +121,21 @@ impl Desk<'_> {
             }
             Report::Took(clip) => {
                 if let Some(Pending { answer, path, .. }) = self.pending.pop_front() {
-                    let text = match save_take(&clip, path) {
-                        Ok(text) => text,
-                        Err(error) => format!("error: {}", one_line(&error)),
-                    };
-                    self.reply(answer, &text);
+                    match save_take(&clip, path) {
+                        Ok(text) => self.reply(answer, &text),
+                        Err(error) => self.refuse(answer, &error),
+                    }
                 }
             }
             Report::Intervened(intervention) => {
                 self.screen.note(&describe(&intervention));
                 self.interventions.push(intervention);
             }
+            // Nobody hears what is neither played nor recorded.
+            Report::NotRecorded(error) if self.outlet.device.is_none() => return Err(error.into()),
             Report::NotRecorded(error) => {
-                self.screen.warn(&format!("warning: recording ended, the music goes on: {error}"));
+                self.recorded = false;
+                self.screen.warn(&format!("warning: nothing more is recorded: {error}"));
             }
             Report::Failed(error) => self.failed = Some(error),
             Report::Ended => self.ended = true,
@@ -130,7 +144,7 @@ impl Desk<'_> {
     }
 
     fn look_after_device(&mut self) {
-        if let Some(reason) = self.outlet.loss(self.stats.waiting()) {
+        if let Some(reason) = self.outlet.loss() {
             self.screen.warn(&format!("warning: the sound device is lost ({reason}); looking for it every second"));
         }
         if let Some((name, feed)) = self.outlet.reopen(self.args.device.as_deref()) {
@@ -150,7 +164,7 @@ impl Desk<'_> {
             Err(error) => self.speak_again(None).and(Err(error)),
         };
         if let Err(error) = joined {
-            self.reply(None, &format!("error: {}", one_line(&error)));
+            self.refuse(None, &error);
         }
     }
 
@@ -162,6 +176,15 @@ impl Desk<'_> {
         }
     }
 
+    /// Says why something cannot be, even where only errors are to be told.
+    fn refuse(&self, answer: Option<Sender<String>>, error: &Error) {
+        let text = format!("error: {}", one_line(error));
+        match answer {
+            None => self.screen.warn(&text),
+            answer => self.reply(answer, &text),
+        }
+    }
+
     /// Hears one request; `true` to end.
     fn hear(&mut self, Asked { line, answer }: Asked) -> bool {
         if line == CLOSED {
@@ -170,36 +193,29 @@ impl Desk<'_> {
         }
         let request = match line.strip_prefix("key ").filter(|_| answer.is_none()) {
             Some(key) => self.key(key),
-            None => Request::parse(&line).map_err(|error| error.to_string()),
+            None => Request::parse(&line).map_err(Error::from),
         };
-        match request.map(|request| self.order(request, answer.clone())) {
-            Ok(Ok(ends)) => ends,
-            Ok(Err(error)) => {
-                self.reply(answer, &format!("error: {}", one_line(&error)));
-                false
-            }
-            Err(nonsense) => {
-                self.reply(answer, &format!("error: {nonsense}"));
-                false
-            }
-        }
+        request.and_then(|request| self.order(request, answer.clone())).unwrap_or_else(|error| {
+            self.refuse(answer, &error);
+            false
+        })
     }
 
     /// Keys that step or switch.
-    fn key(&self, key: &str) -> Result<Request, String> {
-        let Settings { options, held, volume } = &self.settings;
+    fn key(&self, key: &str) -> Result<Request> {
+        let Settings { options, held, muted, .. } = &self.settings;
         let step = |value: f32, by: f32, most: f32| ((value + by).clamp(0.0, most) * 100.0).round() / 100.0;
         let by = if key.ends_with('+') { 0.05 } else { -0.05 };
         Ok(match key {
             "hold" => Request::Hold(!held),
-            "mute" => Request::Volume { gain: if *volume > 0.0 { 0.0 } else { 1.0 }, seconds: RAMP_S },
-            "fade" => Request::Volume { gain: if *volume > 0.0 { 0.0 } else { 1.0 }, seconds: 2.0 },
+            "mute" => Request::Mute { muted: !muted, seconds: RAMP_S },
+            "fade" => Request::Mute { muted: !muted, seconds: FADE_S },
             "temperature +" | "temperature -" => Request::Temperature(step(options.plan.temperature, by, 10.0)),
             "top-p +" | "top-p -" => Request::TopP(step(options.plan.top_p, by, 1.0)),
             "grain +" | "grain -" => Request::Grain(step(options.wave.grain, by, 10.0)),
             "seed" => Request::Seed(options.seed.wrapping_add(1)),
             "help" => Request::Help,
-            other => return Err(format!("{other:?} is no key")),
+            other => bail!("{other:?} is no key"),
         })
     }
 
@@ -236,10 +252,16 @@ impl Desk<'_> {
                 self.settings.options.seed = seed;
                 (self.change_options(), format!("seed {seed}"))
             }
-            Request::Volume { gain, seconds } => {
-                self.settings.volume = gain;
-                self.heard = true;
-                (Order::Change(Change::Volume { gain, seconds }), format!("volume {gain}"))
+            Request::Volume(volume) => {
+                (self.settings.volume, self.settings.muted) = (volume, false);
+                self.heard |= self.listening.is_none();
+                (self.change_volume(RAMP_S), format!("volume {volume}"))
+            }
+            Request::Mute { muted, seconds } => {
+                self.settings.muted = muted;
+                self.heard |= self.listening.is_none();
+                let volume = if muted { 0.0 } else { self.settings.volume };
+                (self.change_volume(seconds), format!("volume {volume}"))
             }
             Request::Hold(held) => {
                 self.settings.held = held;
@@ -251,28 +273,30 @@ impl Desk<'_> {
                 (Order::Change(Change::Follow(None)), "its own way".to_owned())
             }
             Request::Follow(file) => {
-                let (name, clip) = decode(&file, MOST_PRELUDE_S)?;
-                let prompt = Prompt::new(&clip, clip.n_frames() as u64, &self.checkpoint.config.codec)?;
+                let (name, Tail { clip, total_frames, .. }) = decode(&file, MOST_PRELUDE_S)?;
+                let n_frames = clip.n_frames() as u64;
+                let part =
+                    if n_frames < total_frames { format!("the last {MOST_PRELUDE_S:.0} s of ") } else { String::new() };
+                let prompt = Prompt::new(&clip, n_frames, &self.checkpoint.config.codec)?;
                 if prompt.is_silent() {
                     bail!("{name}: is silent");
                 }
                 let bands = bands_of(&self.loaded.stream()?.plan_of(prompt.tokens())?);
                 self.settings.held = false;
-                (Order::Change(Change::Follow(Some(Arc::new(bands)))), format!("following {name}"))
+                (Order::Change(Change::Follow(Some(Arc::new(bands)))), format!("following {part}{name}"))
             }
             Request::Prompt(file) => {
-                let (name, clip) = decode(&file, CONTEXT_S)?;
-                let clip = song::reshaped(&clip, self.outlet.shape)?;
+                let (name, tail) = decode(&file, CONTEXT_S)?;
+                let clip = song::reshaped(&tail.clip, self.outlet.shape)?;
                 let prompt = song::prompt_after(&clip, &self.checkpoint.config.codec)?.without_offsets();
                 if prompt.is_silent() {
                     bail!("{name}: its end is silent");
                 }
                 let voice = self.voice_after(&prompt)?;
                 self.play(voice, format!("playing on after {name}"), answer)?;
-                if self.listening.take().is_some() || !self.heard {
-                    self.heard = true;
-                    self.speak_again(None)?;
-                }
+                self.listening = None;
+                self.heard = true;
+                self.speak_again(None)?;
                 return Ok(false);
             }
             Request::Listen(seconds) => {
@@ -301,7 +325,10 @@ impl Desk<'_> {
         if let Some(listening) = self.listening.take() {
             return self.join_in(listening, answer);
         }
-        let listening = Listening::start(self.args.source.as_deref(), seconds)?;
+        // So long its own music is heard yet, if there was any.
+        let own_ms = 1e3 * f64::from(HUSH_S) + self.buffer_ms + self.outlet.latency_ms() + ROOM_MS;
+        let deaf_s = if self.heard { own_ms / 1e3 } else { 0.0 };
+        let listening = Listening::start(self.args.source.as_deref(), seconds, deaf_s)?;
         let until = match seconds {
             Some(seconds) => format!("for {seconds} s"),
             None => format!("until `listen` is said again (key: l), {MOST_LISTEN_S} s at most"),
@@ -310,8 +337,7 @@ impl Desk<'_> {
         self.listening = Some(listening);
         // Where the music has ended, the next order says so.
         let _ = self.order.send(Order::Listen);
-        let hush = Change::Volume { gain: 0.0, seconds: HUSH_S };
-        self.send(Order::Change(hush), Pending { answer, said, path: None })
+        self.send(self.change_volume(HUSH_S), Pending { answer, said, path: None })
     }
 
     /// Plays on from what was heard, or where that was nothing as before.
@@ -355,21 +381,24 @@ impl Desk<'_> {
 
     /// Back to the volume that was set, after listening; what was heard, and how long before the voice changed, is recorded.
     fn speak_again(&mut self, heard: Option<(Clip, f64)>) -> Result<()> {
-        if heard.is_some() {
-            self.heard = true;
-            if self.settings.volume == 0.0 {
-                self.settings.volume = 1.0;
-            }
-        }
-        let gain = if self.heard { self.settings.volume } else { 0.0 };
-        let volume = Change::Volume { gain, seconds: RAMP_S };
-        self.send(Order::Change(volume), Pending { answer: None, said: None, path: None })?;
+        self.heard |= heard.is_some();
+        self.send(self.change_volume(RAMP_S), Pending::default())?;
         let (samples, ago_s) = match heard {
             Some((clip, ago_s)) => (song::reshaped(&clip, self.outlet.shape)?.samples, ago_s),
             None => (Vec::new(), 0.0),
         };
         let _ = self.order.send(Order::Heard { samples, ago_s });
         Ok(())
+    }
+
+    /// The volume as it is to be now: no music plays into what is listened to.
+    fn gain(&self) -> f32 {
+        let silent = self.settings.muted || !self.heard || self.listening.is_some();
+        if silent { 0.0 } else { self.settings.volume }
+    }
+
+    fn change_volume(&self, seconds: f32) -> Order {
+        Order::Change(Change::Volume { gain: self.gain(), seconds })
     }
 
     fn change_options(&self) -> Order {
@@ -381,10 +410,11 @@ impl Desk<'_> {
         let (underruns, _) = self.outlet.underruns();
         let latency_ms = self.outlet.latency_ms();
         let held = if self.settings.held { ", held" } else { "" };
+        let muted = if self.settings.muted { ", muted" } else { "" };
         let listening = self.listening.as_ref();
         let listening = listening.map_or(String::new(), |of| format!(", listening {:.1} s", of.heard.seconds()));
         format!(
-            "{:.1} s, {:.1} x real time, buffer {:.0} of {:.0} ms + {latency_ms:.0}, {underruns} underruns, surprisal {:.1} bits{held}{listening}",
+            "{:.1} s, {:.1} x real time, buffer {:.0} of {:.0} ms + {latency_ms:.0}, {underruns} underruns, surprisal {:.1} bits{held}{muted}{listening}",
             self.stats.frames() as f64 / rate,
             self.stats.x_real_time(),
             1e3 * self.stats.waiting() as f64 / rate,
@@ -395,13 +425,12 @@ impl Desk<'_> {
 }
 
 /// A file's name and its last seconds.
-fn decode(file: &Path, seconds: f64) -> Result<(String, Clip)> {
+fn decode(file: &Path, seconds: f64) -> Result<(String, Tail)> {
     if is_pipe(file) {
         bail!("-: give a file");
     }
     let source = AudioSource::open(file)?;
-    let tail = decode_tail(&source, seconds)?;
-    Ok((source.name().to_owned(), tail.clip))
+    Ok((source.name().to_owned(), decode_tail(&source, seconds)?))
 }
 
 /// Writes a take, without a name to `wavegen-take-N.wav`; tells where.

@@ -20,14 +20,14 @@ pub struct Listening {
 }
 
 impl Listening {
-    /// Listens from now on, for so many seconds or as many as a model hears.
-    pub fn start(source: Option<&str>, seconds: Option<f64>) -> Result<Self> {
+    /// Listens from `deaf_s` seconds after now on, for so many seconds or as many as a model hears.
+    pub fn start(source: Option<&str>, seconds: Option<f64>, deaf_s: f64) -> Result<Self> {
         let device = device::find(Direction::Input, source)?;
         let seconds = seconds.unwrap_or(MOST_LISTEN_S);
-        let frames = (seconds * f64::from(device.sample_rate)) as usize;
-        let (ear, heard) = ear(frames, device.channels, device.sample_rate);
+        let frames = |seconds: f64| (seconds * f64::from(device.sample_rate)) as usize;
+        let (ear, heard) = ear(frames(deaf_s), frames(seconds), device.channels, device.sample_rate);
         let input = device::listen(&device, ear)?;
-        let until = Instant::now() + Duration::from_secs_f64(seconds) + PATIENCE;
+        let until = Instant::now() + Duration::from_secs_f64(deaf_s + seconds) + PATIENCE;
         Ok(Self { name: device.description, heard, input, until })
     }
 

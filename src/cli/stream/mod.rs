@@ -15,6 +15,7 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use serde::Serialize;
+use wavegen::atomic::remove_parts;
 use wavegen::audio::decode::decode_tail;
 use wavegen::audio::{AudioSource, SampleFormat, WavFormat};
 use wavegen::checkpoint::Checkpoint;
@@ -24,7 +25,7 @@ use wavegen::live::control::{LEAST_LISTEN_S, MOST_LISTEN_S};
 use wavegen::live::ring::ring;
 use wavegen::live::stream::Stats;
 use wavegen::live::{Admission, Change, Conductor, Device, Direction, Recording, Speed, Streamer, Voice, device};
-use wavegen::sink::{self, RawSink, Sink};
+use wavegen::sink;
 
 use self::desk::{Desk, Settings};
 use self::outlet::Outlet;
@@ -91,10 +92,12 @@ pub struct Args {
     #[arg(long)]
     no_audio: bool,
     /// Without a sound device: frames a second
-    #[arg(long, value_name = "HZ", default_value = "48000", value_parser = clap::value_parser!(u32).range(1000..=768_000))]
+    #[arg(long, value_name = "HZ", default_value = "48000", requires = "no_audio",
+        value_parser = clap::value_parser!(u32).range(1000..=768_000))]
     rate: u32,
     /// Without a sound device: channels
-    #[arg(long, value_name = "N", default_value = "2", value_parser = clap::value_parser!(u8).range(1..=32))]
+    #[arg(long, value_name = "N", default_value = "2", requires = "no_audio",
+        value_parser = clap::value_parser!(u8).range(1..=32))]
     channels: u8,
     /// Without a sound device: what paces it [default: simulated where --to is a pipe, which paces by itself; else real]
     #[arg(long, value_enum, requires = "no_audio")]
@@ -217,7 +220,8 @@ pub fn run(args: &Args) -> Result<Outcome> {
             speed.x_real_time,
             speed.p50_ms,
             speed.p999_ms,
-            1e4 * (1.0 - speed.x_real_time).max(0.1) + 2.0 * speed.p999_ms
+            // The next measurement may find it a little slower.
+            1.2 * speed.needed_ms(10.0)
         ),
     };
     let stats = Arc::new(Stats::default());
@@ -282,26 +286,27 @@ pub fn run(args: &Args) -> Result<Outcome> {
         },
         screen,
         stats,
-        settings: Settings { options, held: false, volume: 1.0 },
+        settings: Settings { options, held: false, volume: 1.0, muted: false },
         listening: None,
         heard: args.listen.is_none(),
+        recorded: true,
         pending: VecDeque::new(),
         interventions: Vec::new(),
         buffer_ms,
         ended: false,
         failed: None,
     };
-    if let Some(seconds) = args.listen {
-        desk.listen(seconds, None)?;
-    }
-    desk.attend(&asked, &reports)?;
+    let listening = args.listen.map_or(Ok(()), |seconds| desk.listen(seconds, None));
+    let attended = listening.and_then(|()| desk.attend(&asked, &reports));
+    desk.screen.clear();
+    // Where nothing is to be heard, the thread's recording is of no use; it has that still.
+    attended.inspect_err(|_| remove_parts())?;
     // Dropping orders ends the thread where it has not ended by itself.
-    let Desk { outlet, mut screen, stats, interventions, failed, order, .. } = desk;
+    let Desk { outlet, stats, recorded, interventions, failed, order, .. } = desk;
     drop(order);
     if thread.join().is_err() {
         bail!("the engine's thread ended badly");
     }
-    screen.clear();
     let (underruns, missing) = outlet.underruns();
     drop((outlet, keys));
     if let Some(error) = failed {
@@ -320,11 +325,11 @@ pub fn run(args: &Args) -> Result<Outcome> {
         underruns,
         missing_ms: 1e3 * missing as f64 / f64::from(rate),
         interventions,
-        to: args.to.as_ref().map(|path| path.display().to_string()),
+        to: args.to.as_ref().filter(|_| recorded).map(|path| path.display().to_string()),
     };
     summary.tell(&args.talk);
     args.talk.json(&summary, to_stdout)?;
-    Ok(Outcome::Done)
+    Ok(if recorded { Outcome::Done } else { Outcome::Failed })
 }
 
 fn list_devices(talk: &Talk) -> Result<Outcome> {
@@ -344,11 +349,11 @@ fn list_devices(talk: &Talk) -> Result<Outcome> {
 }
 
 fn open_recording(args: &Args, path: &Path, rate: u32, channels: usize) -> Result<Recording> {
-    let (mut sink, format): (Box<dyn Sink>, _) = match args.format.unwrap_or(Recorded::Wav(SampleFormat::I16)) {
-        Recorded::Wav(format) => (sink::open(path, args.force)?, format),
-        Recorded::Raw(format) => (Box::new(RawSink::open(path, format, args.force)?), format),
-    };
-    sink.start(&WavFormat::new(rate, channels, format))?;
+    let mut sink = sink::open(path, args.force)?;
+    sink.start(&match args.format.unwrap_or(Recorded::Wav(SampleFormat::I16)) {
+        Recorded::Wav(format) => WavFormat::new(rate, channels, format),
+        Recorded::Raw(format) => WavFormat::bare(rate, channels, format),
+    })?;
     let is_live = is_pipe(path) || sink::is_device(path);
     Ok(Recording::new(sink, is_live))
 }

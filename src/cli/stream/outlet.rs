@@ -8,7 +8,7 @@ use wavegen::live::clock::RealClock;
 use wavegen::live::ring::{Counters, ring};
 use wavegen::live::{Device, Direction, Feed, Pull, Running, device};
 
-/// A device that took nothing for so long while there was something is lost.
+/// A device that took nothing for so long, not even silence, is lost.
 const LOST: Duration = Duration::from_secs(2);
 /// How often a lost device is looked for.
 const RETRY: Duration = Duration::from_secs(1);
@@ -53,11 +53,11 @@ impl Outlet {
     }
 
     /// Why the device is lost, if it just was.
-    pub fn loss(&mut self, waiting: u64) -> Option<String> {
+    pub fn loss(&mut self) -> Option<String> {
         // A clock cannot be lost.
         let (Some(playing), Some(_)) = (&self.playing, &self.device) else { return None };
         let taken = self.counters.taken();
-        if taken != self.taken.0 || waiting == 0 {
+        if taken != self.taken.0 {
             self.taken = (taken, Instant::now());
         }
         let reason = match playing.error() {
@@ -76,9 +76,10 @@ impl Outlet {
         if self.lost?.elapsed() < RETRY {
             return None;
         }
-        self.lost = Some(Instant::now());
         let (sample_rate, channels) = self.shape;
-        let found = device::find(Direction::Output, name).ok()?;
+        let found = device::find(Direction::Output, name);
+        self.lost = Some(Instant::now());
+        let found = found.ok()?;
         // A server takes any rate and channels; of others only the same will do.
         let device = if found.host == device::Host::Pulse { Device { sample_rate, channels, ..found } } else { found };
         if (device.sample_rate, device.channels) != self.shape {
