@@ -27,11 +27,12 @@ struct Failing {
     silent: bool,
     /// Falls silent whatever the uniforms say.
     doomed: bool,
+    gain: f32,
 }
 
 impl Failing {
     fn new(doomed: bool) -> Self {
-        Self { config: ModelConfig::preset("tiny").unwrap(), n: 0, silent: false, doomed }
+        Self { config: ModelConfig::preset("tiny").unwrap(), n: 0, silent: false, doomed, gain: 1.0 }
     }
 
     fn sample(n: u64) -> f32 {
@@ -56,7 +57,9 @@ impl Engine for Failing {
         (self.n, self.silent) = (0, false);
         Ok(())
     }
-    fn set_sampling(&mut self, _: PlanSampling, _: WaveSampling) {}
+    fn set_sampling(&mut self, _: PlanSampling, wave: WaveSampling) {
+        self.gain = 10.0f32.powf(wave.level_db / 20.0);
+    }
     fn prefill(&mut self, prompt: &[Token]) -> Result<(), EngineError> {
         self.reset()?;
         self.n = prompt.len() as u64;
@@ -77,7 +80,7 @@ impl Engine for Failing {
         for token in out {
             // The last bit of the plan is heard, so that every frame tells which uniform it had.
             let sample = if self.silent { 0.0 } else { Self::sample(self.n) * (1.0 + 0.1 * (plan.bands[0] - LOUD)) };
-            *token = self.config.codec.encode(sample);
+            *token = self.config.codec.encode(self.gain * sample);
             self.n += 1;
         }
         Ok(())
@@ -185,6 +188,21 @@ fn live_there_is_something_to_play_while_another_way_is_taken() {
         path.advance(&mut engine).unwrap();
     }
     assert!(!path.interventions().is_empty());
+}
+
+#[test]
+fn a_level_that_was_asked_for_alarms_nobody() {
+    let interventions = |level_db: f32| {
+        let mut engine = Failing::new(false);
+        let prompt = engine.prompt();
+        let wave = WaveSampling { level_db, ..WaveSampling::default() };
+        let mut path = Path::new(&mut engine, &Options { wave, ..Options::default() }, &prompt, true).unwrap();
+        frames(&mut path, &mut engine, 1200);
+        path.interventions().iter().map(|i| (i.alarm, i.from_s, i.attempt)).collect::<Vec<_>>()
+    };
+    let usual = interventions(0.0);
+    assert!(!usual.is_empty());
+    assert_eq!([interventions(9.0), interventions(-18.0)], [usual.clone(), usual]);
 }
 
 #[test]

@@ -334,6 +334,11 @@ pub fn is_pipe(path: &Path) -> bool {
     path.as_os_str() == "-"
 }
 
+/// Whether what is written there comes where this program's own words do.
+pub fn is_stdout(path: &Path) -> bool {
+    is_pipe(path) || ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"].iter().any(|name| path == Path::new(name))
+}
+
 /// Where output goes that was not given a place: beside the input as `name.suffix`, or to stdout when it came from stdin.
 ///
 /// Refuses to pour audio into a terminal.
@@ -343,7 +348,7 @@ pub fn output_path(given: Option<&Path>, input: &Path, suffix: &str) -> Result<P
         None if is_pipe(input) => PathBuf::from("-"),
         None => input.with_extension(suffix),
     };
-    if is_pipe(&path) && io::stdout().is_terminal() {
+    if is_stdout(&path) && io::stdout().is_terminal() {
         return Err(Usage("standard output is a terminal; give a file with -o, or redirect it".into()).into());
     }
     Ok(path)

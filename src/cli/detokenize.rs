@@ -10,7 +10,7 @@ use wavegen::audio::{SampleFormat, WavFormat};
 use wavegen::sink;
 
 use super::Outcome;
-use super::common::{Talk, is_pipe, output_path};
+use super::common::{Talk, is_pipe, is_stdout, output_path};
 use super::token_file::TokenFile;
 
 /// Turn tokens back into audio: mono, at the rate of the tokens' codec and the recording's level
@@ -71,6 +71,6 @@ pub fn run(args: &Args) -> Result<Outcome> {
         seconds: file.tokens.len() as f64 / f64::from(file.codec.sample_rate),
     };
     args.talk.note(&format!("{}: {:.2} s at {} Hz", report.output, report.seconds, report.sample_rate));
-    args.talk.json(&report, is_pipe(&output))?;
+    args.talk.json(&report, is_stdout(&output))?;
     Ok(Outcome::Done)
 }

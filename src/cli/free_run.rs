@@ -127,9 +127,8 @@ pub fn play_all(
     let places = places(pieces, spectrum.hop(), setup)?;
     for directory in [setup.keep, setup.spectrograms].into_iter().flatten() {
         std::fs::create_dir_all(directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
-        let first = ["000.wav", "000.png"].map(|name| directory.join(name)).into_iter().find(|path| path.exists());
-        if let Some(first) = first {
-            bail!("{}: already exists; give a new folder", first.display());
+        if std::fs::read_dir(directory).is_ok_and(|mut entries| entries.next().is_some()) {
+            bail!("{}: is not empty; give a new folder", directory.display());
         }
     }
     let bar = talk.bar((places.len() * setup.frames) as u64, "{bar:40} {percent} %, {eta} left");

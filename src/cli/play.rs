@@ -17,7 +17,9 @@ use wavegen::generate::{Intervention, Options, Played, Player, Progress, Prompt,
 use wavegen::sink::{self, Sink};
 
 use super::Outcome;
-use super::common::{SamplingArgs, Talk, Usage, catch_interrupt, check_output, interrupted, is_pipe, seconds};
+use super::common::{
+    SamplingArgs, Talk, Usage, catch_interrupt, check_output, interrupted, is_pipe, is_stdout, one_line, seconds,
+};
 use super::engine::EngineArgs;
 use super::familiar::{PlayModelArgs, judge};
 
@@ -142,7 +144,7 @@ impl PlayArgs {
             judge(checkpoint, prompt, player.context_bits(), self.save_session.is_none(), talk);
             Ok(player)
         };
-        let mut reports = Vec::new();
+        let (mut reports, mut failed) = (Vec::new(), None);
         if n_takes == 1 {
             for one in takes {
                 let mut engine = loaded.stream()?;
@@ -162,7 +164,7 @@ impl PlayArgs {
                 }
             };
             let mut takes = takes.into_iter().enumerate();
-            while reports.len() < n_takes && !interrupted() {
+            while reports.len() < n_takes && failed.is_none() && !interrupted() {
                 let engines = loaded.streams(n_takes - reports.len())?;
                 let some: Vec<_> = engines.into_iter().zip(&mut takes).collect();
                 let played = std::thread::scope(|scope| {
@@ -180,7 +182,11 @@ impl PlayArgs {
                         .collect::<Vec<_>>()
                 });
                 for report in played {
-                    reports.push(report?);
+                    match report {
+                        Ok(report) => reports.push(report),
+                        Err(error) if failed.is_none() => failed = Some(error),
+                        Err(error) => talk.warn(&one_line(&error)),
+                    }
                 }
             }
         }
@@ -195,10 +201,13 @@ impl PlayArgs {
                 played_s / elapsed_s.max(1e-9)
             ));
         }
-        let to_pipe = reports.iter().any(|report| is_pipe(Path::new(&report.output)));
+        let to_stdout = reports.iter().any(|report| is_stdout(Path::new(&report.output)));
         match &reports[..] {
-            [report] if n_takes == 1 => talk.json(report, to_pipe)?,
-            reports => talk.json(&reports, to_pipe)?,
+            [report] if n_takes == 1 => talk.json(report, to_stdout)?,
+            reports => talk.json(&reports, to_stdout)?,
+        }
+        if let Some(error) = failed {
+            return Err(error);
         }
         let whole = reports.len() == n_takes && reports.iter().all(|report| !report.interrupted);
         Ok(if whole { Outcome::Done } else { Outcome::Interrupted })

@@ -7,7 +7,7 @@ use serde::Serialize;
 use wavegen::baselines::{mixture_bits, residual_entropy, token_entropy};
 use wavegen::checkpoint::Checkpoint;
 use wavegen::forecast::forecasts;
-use wavegen::plan::Spectrum;
+use wavegen::plan::{Spectrum, bands_of};
 
 use super::common::interrupted;
 use super::engine::Loaded;
@@ -94,7 +94,7 @@ pub fn score(
     let wave_bits = segments.iter().map(|n| n.wave).sum::<f64>() * bits / piece.tokens.len() as f64;
     let plan_bits_per_frame = segments.iter().map(|n| n.plan).sum::<f64>() * bits / (n_frames - 1).max(1) as f64;
     let plan_bits = plan_bits_per_frame / hop as f64;
-    let baselines = if baselines { Some(score_baselines(checkpoint, spectrum, piece)?) } else { None };
+    let baselines = if baselines { Some(score_baselines(checkpoint, engine, spectrum, piece)?) } else { None };
     Ok(Some(Scored {
         name: piece.name.clone(),
         seconds: piece.tokens.len() as f64 / f64::from(codec.sample_rate),
@@ -127,11 +127,11 @@ fn score_segment(engine: &Loaded, piece: &Piece, range: std::ops::Range<usize>, 
     Ok(Nats { wave, plan })
 }
 
-fn score_baselines(checkpoint: &Checkpoint, spectrum: &Spectrum, piece: &Piece) -> Result<Baselines> {
+fn score_baselines(checkpoint: &Checkpoint, engine: &Loaded, spectrum: &Spectrum, piece: &Piece) -> Result<Baselines> {
     let codec = &checkpoint.config.codec;
     let heard = codec.decode_all(&piece.tokens);
-    let quantizer = &checkpoint.quantizer;
-    let plan = quantizer.decode_all(quantizer.encode_all(spectrum.analyse(&heard).view())?.view())?;
+    let whole = piece.tokens.len() / spectrum.hop() * spectrum.hop();
+    let plan = bands_of(&engine.stream()?.plan_of(&piece.tokens[..whole])?);
     let forecasts = forecasts(&heard, plan.view(), spectrum, &checkpoint.config.forecast)?;
     Ok(Baselines {
         token_bits: token_entropy(&piece.tokens, codec),

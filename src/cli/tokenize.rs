@@ -9,7 +9,7 @@ use wavegen::atomic::write_whole;
 use wavegen::generate::gain_to_model;
 
 use super::Outcome;
-use super::common::{ModelArgs, Talk, check_output, is_pipe, output_path, read_mono, seconds};
+use super::common::{ModelArgs, Talk, check_output, is_pipe, is_stdout, output_path, read_mono, seconds};
 use super::token_file::TokenFile;
 
 /// Turn a recording into a model's tokens
@@ -78,6 +78,6 @@ pub fn run(args: &Args) -> Result<Outcome> {
         "{}: {} tokens, {:.2} s at {} Hz",
         report.output, report.n_tokens, report.seconds, report.sample_rate
     ));
-    args.talk.json(&report, is_pipe(&output))?;
+    args.talk.json(&report, is_stdout(&output))?;
     Ok(Outcome::Done)
 }

@@ -246,6 +246,7 @@ impl Engine for ReferenceEngine {
     fn score(&mut self, tokens: &[Token], nll: &mut [f32]) -> Result<(), EngineError> {
         expect("values", tokens.len(), nll.len())?;
         check_tokens(&self.config, tokens)?;
+        self.reset()?;
         let hop = self.config.plan.hop;
         let n_frames = tokens.len() / hop;
         expect("tokens (whole plan frames)", n_frames * hop, tokens.len())?;

@@ -52,6 +52,9 @@ impl Colour {
         // The first frames look back into silence.
         let first = spectrum.window_len().div_ceil(hop).min(plan.len());
         plan.drain(..first);
+        if plan.is_empty() {
+            return Ok((Self::default(), plan));
+        }
         let wanted = spectrum.analyse(&engine.config().codec.decode_all(prompt));
         let wanted = wanted.slice(s![first.., ..]);
         let mut colour = Self::of(bands_of(&plan).view(), wanted);

@@ -203,6 +203,11 @@ impl Governor {
         (self.over_plan, self.quiet, self.lead) = (0, 0, Lead::default());
     }
 
+    /// Forgets what was tried: another way was asked for.
+    pub(super) fn start_afresh(&mut self) {
+        self.tries = Tries::default();
+    }
+
     fn last(&self, seconds: f32) -> Option<impl Iterator<Item = &Heard> + Clone> {
         let first = self.heard.len().checked_sub(self.frames(seconds))?;
         Some(self.heard.range(first..))

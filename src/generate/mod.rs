@@ -4,7 +4,7 @@
 //! tail of a file --Prompt--> tokens --Generator(engine, uniforms)--> tokens --Path(Governor)--> tokens --Seam--> frames --> sink
 //! ```
 //! Every quarter of a second a generator looks at several plans for the next and takes the one that, with what it took before, is played most like the prompt
-//! ([`Manner`]) and keeps its beat best ([`Rhythm`]; [`Options::choices`]). Every plan frame gets the prompt's [`Colour`].
+//! ([`Manner`]) and keeps its beat best ([`Rhythm`]; [`Options::choices`]). Frames that the model plans get the prompt's [`Colour`].
 //! A seam brings samples to the recording's rate, channels and level, and makes what the model lacks of them.
 //! A path runs ahead and goes back where its [`Governor`] finds that the continuation fails. A [`Player`] is all of it in one; a [`Session`] is a player and its engine's state as plain data, for files and takes.
 //! Uniforms are drawn by (seed, stream, kind, t) with t counted from the join, so the same seed gives the same bytes.
@@ -123,7 +123,7 @@ struct GeneratorState {
     played: Option<Manner>,
     /// The prompt's, after all that was played.
     rhythm: Rhythm,
-    /// The prompt's, which every frame gets.
+    /// The prompt's, which frames that the model plans get.
     colour: Arc<Colour>,
 }
 

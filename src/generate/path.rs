@@ -102,6 +102,7 @@ pub(super) struct PathState {
     governor: Option<Governor>,
     branches: u64,
     released_since: u64,
+    own_level_db: f32,
 }
 
 impl PathState {
@@ -126,6 +127,8 @@ pub struct Path {
     firm: u64,
     /// Branches taken so far, so that none is taken twice.
     branches: u64,
+    /// The model's own level.
+    own_level_db: f32,
     /// Interventions after `released`.
     pending: Vec<(u64, Intervention)>,
     done: Vec<Intervention>,
@@ -143,11 +146,12 @@ impl Path {
         governed: bool,
     ) -> Result<Self, EngineError> {
         let spectrum = spectrum_of(engine)?;
+        let own_level_db = engine.generation().level_db;
         let governor = if governed { Some(Governor::new(engine, &spectrum, context)?) } else { None };
-        Ok(Self::at(Generator::new(engine, options, context)?, governor))
+        Ok(Self::at(Generator::new(engine, options, context)?, governor, own_level_db))
     }
 
-    fn at(generator: Generator, governor: Option<Governor>) -> Self {
+    fn at(generator: Generator, governor: Option<Governor>, own_level_db: f32) -> Self {
         Self {
             released: generator.state.n_frames,
             branches: generator.state.branch,
@@ -159,6 +163,7 @@ impl Path {
             keep: 0,
             block: BLOCK,
             firm: 0,
+            own_level_db,
             pending: Vec::new(),
             done: Vec::new(),
         }
@@ -333,13 +338,11 @@ impl Path {
         let (plan, tokens) = self.generator.next_frame(engine, given.as_deref())?;
         let draw = if given.is_some() { PlanDraw::default() } else { engine.plan_draw() };
         let frame = Frame { tokens: tokens.to_vec(), plan: plan.clone(), draw };
+        // As loud as the model would play it, whatever level was asked for.
+        let gain = 10.0f32.powf((self.own_level_db - self.options().wave.level_db) / 20.0);
         let Some(governor) = &mut self.governor else { return Ok((frame, None)) };
-        let alarm = governor.hear(
-            &engine.config().codec.decode_all(&frame.tokens),
-            &frame.plan.bands,
-            draw,
-            &self.generator.spectrum,
-        )?;
+        let samples: Vec<f32> = engine.config().codec.decode_all(&frame.tokens).iter().map(|x| gain * x).collect();
+        let alarm = governor.hear(&samples, &frame.plan.bands, draw, &self.generator.spectrum)?;
         if given.is_some() {
             // A plan that comes from elsewhere may ask for silence, or for one tone.
             governor.forget();
@@ -405,6 +408,7 @@ impl Path {
         self.released = to;
         self.go_to(engine, to)?;
         self.generator.state.options = options;
+        self.governor.iter_mut().for_each(Governor::start_afresh);
         self.branch(engine)?;
         self.pending.clear();
         Ok(back)
@@ -419,6 +423,7 @@ impl Path {
                 governor: self.governor.clone(),
                 branches: self.branches,
                 released_since: 0,
+                own_level_db: self.own_level_db,
             };
             return Ok((state, engine.save()?));
         };
@@ -431,6 +436,7 @@ impl Path {
             governor: mark.governor.clone(),
             branches: mark.branches,
             released_since: self.released - mark.frame(),
+            own_level_db: self.own_level_db,
         };
         Ok((state, saved?))
     }
@@ -438,7 +444,7 @@ impl Path {
     /// The path that a state was taken of; the engine has been brought to where it belongs.
     pub(super) fn from_state(engine: &mut dyn Engine, state: &PathState) -> Result<Self, EngineError> {
         let generator = Generator::from_state(engine, spectrum_of(engine)?, state.generator.clone());
-        let mut path = Self::at(generator, state.governor.clone());
+        let mut path = Self::at(generator, state.governor.clone(), state.own_level_db);
         path.branches = state.branches;
         path.released += state.released_since;
         while path.generator.state.n_frames < path.released {

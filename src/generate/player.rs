@@ -23,7 +23,7 @@ pub struct Played {
     pub n_frames: u64,
     /// Whether it ended before the seconds asked for.
     pub interrupted: bool,
-    /// The join; `None` without a prompt, or when an earlier call made it.
+    /// The join; `None` without a prompt, and where a session goes on.
     pub seam: Option<SeamReport>,
     /// What the governor did about these frames.
     pub interventions: Vec<Intervention>,

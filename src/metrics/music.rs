@@ -103,12 +103,12 @@ pub fn kinship(before: &[f32], after: &[f32], sample_rate: u32) -> Kinship {
     let rhythms_of = |samples: &[f32]| rhythms(&flux(log_mel(samples, sample_rate).view()), sample_rate);
     let long = (RHYTHM_S * sample_rate as f32) as usize;
     let end = &before[before.len().saturating_sub(long)..];
-    let (Some(rhythm), rhythms) = (rhythms_of(end).pop(), rhythms_of(after)) else { return Kinship::default() };
+    let (Some(rhythm), true) = (rhythms_of(end).pop(), after.len() >= long) else { return Kinship::default() };
     let shares = |samples: &[f32]| chroma(samples, sample_rate).mean_axis(Axis(0)).unwrap_or_default();
     let notes = shares(end);
     let kin = |stretch: &[f32]| cosine(shares(stretch).view(), notes.view());
     Kinship {
-        beat: mean(&rhythms.iter().map(|r| correlation(r, &rhythm)).collect::<Vec<_>>()),
+        beat: mean(&rhythms_of(after).iter().map(|r| correlation(r, &rhythm)).collect::<Vec<_>>()),
         harmony: mean(&after.chunks_exact(long).map(kin).collect::<Vec<_>>()),
         themes: themes(chroma(&[before, after].concat(), sample_rate), before.len().div_ceil(LONG_HOP)),
     }
