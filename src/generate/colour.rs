@@ -12,7 +12,6 @@ use crate::plan::{PlanFrame, Spectrum, bands_of};
 const USUAL: f64 = 100.0;
 /// Added to the squares of the bands: as much as 5,600 frames of 9 dB about their mean that say that the map changes nothing.
 const RIDGE: f64 = 1500.0;
-
 /// Most frames after a prompt in which it is still felt what its last one lacked: 2 s at 16 kHz.
 const FELT: usize = 64;
 
