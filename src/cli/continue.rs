@@ -67,7 +67,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
                    with `wavegen adapt` and give it with --model";
         return Err(Usage(why.into()).into());
     }
-    let takes = args.play.open(&output)?;
+    let takes = args.play.outputs(&output)?;
     let source = args.input.as_deref().map(AudioSource::open).transpose()?;
     let source = source.map(|source| args.from.into_iter().fold(source, AudioSource::until));
     let model = &args.play.model;

@@ -31,7 +31,7 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<Outcome> {
     let output = output_path(Some(&args.output), &args.output, "wav")?;
-    let takes = args.play.open(&output)?;
+    let takes = args.play.outputs(&output)?;
     let checkpoint = args.play.model.load()?;
     let prompt = Prompt::silence(&checkpoint.config.codec);
     let format = WavFormat::new(prompt.sample_rate(), prompt.channels(), args.format);

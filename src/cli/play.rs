@@ -77,13 +77,12 @@ impl Before {
 /// Where a take goes.
 pub struct Take {
     output: PathBuf,
-    sink: Box<dyn Sink>,
     session: Option<PathBuf>,
 }
 
 impl PlayArgs {
-    /// Opens what `output` means for each take; refuses what exists before anything is computed.
-    pub fn open(&self, output: &Path) -> Result<Vec<Take>> {
+    /// What `output` means for each take; refuses what exists before anything is computed.
+    pub fn outputs(&self, output: &Path) -> Result<Vec<Take>> {
         if self.takes > 1 && is_pipe(output) {
             return Err(Usage("several takes need files to go to; give one with -o".into()).into());
         }
@@ -100,7 +99,10 @@ impl PlayArgs {
                     return Err(Usage(why).into());
                 }
             }
-            Ok(Take { sink: sink::open(&output, self.force)?, output, session })
+            if !is_pipe(&output) && !sink::is_device(&output) {
+                sink::open(&output, self.force)?;
+            }
+            Ok(Take { output, session })
         };
         (0..self.takes).map(take).collect()
     }
@@ -117,7 +119,7 @@ impl PlayArgs {
         let talk = &self.talk;
         let loaded = self.engine.load(checkpoint, talk)?;
         let model = self.save_session.as_ref().map(|_| checkpoint.fingerprint());
-        let shared = Shared { seconds: self.seconds, before, recording, model };
+        let shared = Shared { seconds: self.seconds, force: self.force, before, recording, model };
         let own = match &start {
             Start::Prompt(_) => Options { wave: checkpoint.generation, ..Options::default() },
             Start::Session(session) => *session.options(),
@@ -217,6 +219,7 @@ impl PlayArgs {
 /// What all takes share.
 struct Shared<'a> {
     seconds: f64,
+    force: bool,
     before: &'a Before,
     recording: &'a Recording,
     /// The model's fingerprint, for sessions.
@@ -227,17 +230,18 @@ impl Shared<'_> {
     /// Writes what was before, plays on, and takes down where that ended.
     fn play(
         &self,
-        mut take: Take,
+        take: Take,
         engine: &mut dyn Engine,
         mut player: Player,
         follow: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<PlayReport> {
         let begun = Instant::now();
-        let Self { seconds, before, recording, model } = self;
-        take.sink.start(&recording.format)?;
-        before.copy(take.sink.as_mut())?;
-        let played = player.play(engine, *seconds, take.sink.as_mut(), follow)?;
-        take.sink.finish()?;
+        let Self { seconds, force, before, recording, model } = self;
+        let mut sink = sink::open(&take.output, *force)?;
+        sink.start(&recording.format)?;
+        before.copy(sink.as_mut())?;
+        let played = player.play(engine, *seconds, sink.as_mut(), follow)?;
+        sink.finish()?;
         if let (Some(path), Some(model)) = (&take.session, model) {
             let n_frames = recording.n_frames + played.n_frames;
             let recording = Recording { n_frames, ..(*recording).clone() };
