@@ -69,7 +69,7 @@ impl Colour {
             let pairs = lacks.rows().into_iter().skip(lag).zip(lacks.rows());
             pairs.map(|(later, earlier)| f64::from(later.dot(&earlier))).sum::<f64>() / (n - lag) as f64
         };
-        let all = if n > 0 { likeness(0) } else { 0.0 };
+        let all = likeness(0);
         if all > 0.0 {
             let fading = |lag: usize| 1.0 - lag as f64 / FELT as f64;
             let share = |lag: usize| (likeness(lag) / all).clamp(0.0, 1.0) * fading(lag);
