@@ -32,6 +32,7 @@ pub enum Quantizer {
 
 /// What a token means: the rate and the quantisation, as kept in a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Codec {
     /// Tokens per second, Hz.
     pub sample_rate: u32,

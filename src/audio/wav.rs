@@ -296,6 +296,8 @@ fn find_data(file: &mut (impl Read + Seek), file_bytes: u64) -> io::Result<Optio
         let start = file.stream_position()?;
         let bytes = u64::from(u32_of(&head[4..]));
         match &head[..4] {
+            // What nobody ever wrote; no chunk has that name.
+            b"\0\0\0\0" => return Ok(None),
             b"fmt " => {
                 let mut chunk = Vec::new();
                 file.take(bytes.min(0xffff)).read_to_end(&mut chunk)?;

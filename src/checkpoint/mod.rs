@@ -113,8 +113,11 @@ impl Checkpoint {
         let path = Path::new(name);
         let mut parts = Parts::read(bytes, path)?;
         let own: BTreeSet<String> = parts.weights.keys().map(|weight| part(weight).to_owned()).collect();
-        let others = Parts::read(BUILT_IN, Path::new(BUILT_IN_NAME))?.weights;
-        parts.weights.extend(others.into_iter().filter(|(weight, _)| !own.contains(part(weight))));
+        let built_in = Parts::read(BUILT_IN, Path::new(BUILT_IN_NAME))?;
+        if !own.contains(part(BOOKS)) {
+            parts.config.plan = built_in.config.plan;
+        }
+        parts.weights.extend(built_in.weights.into_iter().filter(|(weight, _)| !own.contains(part(weight))));
         Ok(parts.join(path)?.licensed())
     }
 
@@ -199,6 +202,7 @@ impl Checkpoint {
         let books = ndarray::Array3::from_shape_simple_fn(shape, || 0.3 * rng.normal());
         let quantizer =
             ResidualQuantizer::new(mean, books).map_err(|e| ParamsError::Tensor(candle_core::Error::wrap(e)))?;
+        let quantizer = quantizer.with_hysteresis(config.plan.hysteresis);
         let mut params = Params::new(seed);
         Model::new(&mut params, &config, n_bands)?;
         let weights = weights(params.into_vars().iter().map(|(name, var)| (name, var.as_tensor())))?;

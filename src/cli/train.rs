@@ -429,7 +429,7 @@ fn start(args: &Args, talk: &Talk) -> Result<Start> {
             ),
         });
     }
-    let as_it_was = init.config.codec == model.config.codec && init.quantizer == model.quantizer;
+    let as_it_was = init.config.codec == model.config.codec && init.quantizer.books == model.quantizer.books;
     Ok(match as_it_was {
         true => Start::From(model.into()),
         false => Start::Refitted { model: model.into(), books: init.quantizer.into(), was: init.config.codec },

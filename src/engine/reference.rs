@@ -14,7 +14,7 @@ use crate::codec::Token;
 use crate::forecast::{PAST, PLANNED, PastForecast, PlannedForecast};
 use crate::model::Model;
 use crate::model::block::KvCache;
-use crate::model::config::{GenerationSettings, ModelConfig};
+use crate::model::config::{GenerationSettings, ModelConfig, WAVE_CONTEXT};
 use crate::model::excerpt::{Excerpt, Piece};
 use crate::model::features::{features, residual_code};
 use crate::model::head;
@@ -22,8 +22,6 @@ use crate::model::wave_transformer::{PLAN_FRAMES, WaveState, WaveTransformer};
 use crate::plan::{PlanFrame, ResidualQuantizer, Spectrum};
 use crate::sampler::{Drive, LogitSampler, Mixture, PlanSampling, WaveSampling};
 
-/// Plan frames of the prompt that the wave transformer reads: more than its attention windows hold.
-const WAVE_CONTEXT: usize = 32;
 /// Plan frames scored at a time, after [`SCORE_CONTEXT`] frames that are only read.
 const SCORE_CHUNK: usize = 32;
 const SCORE_CONTEXT: usize = 16;

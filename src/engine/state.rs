@@ -74,6 +74,9 @@ pub fn wave_cache(tier: usize, block: usize) -> String {
     format!("wave.{tier}.{block}")
 }
 
+/// No stream gets so far: 2,000 years of samples.
+const LAST_POSITION: u64 = 1 << 50;
+
 impl SavedStream {
     pub fn to_bytes(&self) -> Result<Vec<u8>, EngineError> {
         let bytes = |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|v| v.to_le_bytes()).collect() };
@@ -130,6 +133,12 @@ impl SavedStream {
             super::expect("plan bands", n_bands, frame.len())?;
         }
         super::check_tokens(config, &counters.tokens)?;
+        if [counters.past.config(), counters.planned.config()] != [&config.forecast; 2] {
+            return Err(state_error("forecasts of another model"));
+        }
+        if counters.plan_pos.max(counters.n) > LAST_POSITION {
+            return Err(state_error(format!("frame {}, sample {}", counters.plan_pos, counters.n)));
+        }
         if usize::from(counters.residual_code) >= N_CODES {
             return Err(state_error(format!("residual code {}", counters.residual_code)));
         }

@@ -34,7 +34,7 @@ pub const PLANNED: usize = 1;
 
 /// What the forecasts are computed from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct ForecastConfig {
     /// Coefficients of the forecast from the past.
     pub order: usize,

@@ -42,6 +42,11 @@ impl PastForecast {
         ramp(n - fall).map(f64::sin).chain(ramp(fall).map(f64::cos)).collect()
     }
 
+    /// What it is computed from.
+    pub(crate) fn config(&self) -> &ForecastConfig {
+        &self.config
+    }
+
     /// The forecast of a stream's first sample, before which there is silence.
     ///
     /// # Errors

@@ -50,6 +50,11 @@ pub struct PlannedForecast {
 }
 
 impl PlannedForecast {
+    /// What it is computed from.
+    pub(crate) fn config(&self) -> &ForecastConfig {
+        &self.config
+    }
+
     /// The forecast of a stream's first sample, before which there is silence; [`begin_frame`](Self::begin_frame)
     /// comes next.
     ///

@@ -26,6 +26,12 @@ pub struct ModelConfig {
 /// worse than nothing.
 pub const PLAN_CONTEXT: usize = 512;
 
+/// Plan frames that an engine reads into the wave transformer of a prompt, however long; no attention window may reach further.
+pub(crate) const WAVE_CONTEXT: usize = 32;
+
+/// Numbers that the attention of one stream remembers as keys at most, and as many as values.
+const LARGEST_CACHE: usize = 1 << 26;
+
 /// The causal language model over plan frames.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -230,8 +236,8 @@ impl ModelConfig {
         if !self.plan.hop.is_multiple_of(wave.slices) {
             return fail(format!("{} slices do not divide the plan's hop of {}", wave.slices, self.plan.hop));
         }
-        if wave.own_scale.is_nan() || wave.own_scale <= 0.0 {
-            return fail(format!("own_scale must be positive, got {}", wave.own_scale));
+        if !wave.own_scale.is_finite() || wave.own_scale <= 0.0 {
+            return fail(format!("own_scale must be positive and finite, got {}", wave.own_scale));
         }
         if wave.tiers.last().is_none_or(|t| t.hop != 1) {
             return fail("wave transformer: the last tier must have hop 1".into());
@@ -245,7 +251,19 @@ impl ModelConfig {
             if tier.window == 0 || tier.n_layers == 0 {
                 return fail(format!("tier {i}: window and n_layers must be at least 1"));
             }
+            if tier.window * tier.hop > WAVE_CONTEXT * self.plan.hop {
+                return fail(format!(
+                    "tier {i}: a window of {} steps of {} samples reaches further back than {WAVE_CONTEXT} plan frames",
+                    tier.window, tier.hop
+                ));
+            }
             hop_above = tier.hop;
+        }
+        let of_tier = |t: &TierConfig| t.n_layers.saturating_mul(t.window * t.dim);
+        let cache = wave.tiers.iter().map(of_tier).fold(0, usize::saturating_add);
+        let cache = cache.saturating_add(plan.n_layers.saturating_mul(plan.window * plan.dim));
+        if cache > LARGEST_CACHE {
+            return fail(format!("attention would remember {cache} keys' features a stream, {LARGEST_CACHE} at most"));
         }
         Ok(())
     }

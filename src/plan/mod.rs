@@ -14,7 +14,7 @@ pub use spectrum::{DB_PER_UNIT, Spectrum};
 
 /// What a plan frame is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct PlanConfig {
     /// Samples per plan frame.
     pub hop: usize,
@@ -28,11 +28,23 @@ pub struct PlanConfig {
     pub n_codebooks: usize,
     /// Different values of a plan token.
     pub n_entries: usize,
+    /// How much a frame's tokens stay those of the frame before: it keeps the first j of them, for the largest j that leaves no more
+    /// than `1 + hysteresis j` times the power that the nearest entries leave. 0: each frame has the nearest. What hardly changes then
+    /// has tokens that hardly change, which a language model finds much likelier.
+    pub hysteresis: f32,
 }
 
 impl Default for PlanConfig {
     fn default() -> Self {
-        Self { hop: 512, window: 2048, lowest_hz: 27.5, highest_hz: 7700.0, n_codebooks: 4, n_entries: 256 }
+        Self {
+            hop: 512,
+            window: 2048,
+            lowest_hz: 27.5,
+            highest_hz: 7700.0,
+            n_codebooks: 4,
+            n_entries: 256,
+            hysteresis: 0.0,
+        }
     }
 }
 
@@ -52,12 +64,18 @@ impl PlanConfig {
         if self.n_codebooks == 0 || self.n_entries == 0 || self.n_entries > MAX_ENTRIES {
             return Err(PlanError::Codebooks { n_codebooks: self.n_codebooks, n_entries: self.n_entries });
         }
+        if !(0.0..=MAX_HYSTERESIS).contains(&self.hysteresis) {
+            return Err(PlanError::Hysteresis(self.hysteresis));
+        }
         Ok(())
     }
 }
 
 /// Plan tokens are u16.
 const MAX_ENTRIES: usize = 1 << 16;
+
+/// With more, plans would not move.
+const MAX_HYSTERESIS: f32 = 10.0;
 
 /// What one hop sounds like.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -108,6 +126,9 @@ pub enum PlanError {
         /// Values per token.
         n_entries: usize,
     },
+    /// A share of power, and not many times it.
+    #[error("a plan hysteresis of {0}: expected 0 to {MAX_HYSTERESIS}")]
+    Hysteresis(f32),
     /// A frame of another plan.
     #[error("plan frame of {got} bands, expected {expected}")]
     BandCount {
@@ -179,6 +200,8 @@ mod tests {
             (PlanConfig { highest_hz: 9000.0, ..config.clone() }, "9000"),
             (PlanConfig { n_entries: 70_000, ..config.clone() }, "70000"),
             (PlanConfig { n_codebooks: 0, ..config.clone() }, "0 plan codebooks"),
+            (PlanConfig { hysteresis: -0.1, ..config.clone() }, "hysteresis of -0.1"),
+            (PlanConfig { hysteresis: f32::NAN, ..config.clone() }, "hysteresis of NaN"),
         ] {
             let message = bad.validate(16_000).unwrap_err().to_string();
             assert!(message.contains(said), "{message}");

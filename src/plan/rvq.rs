@@ -22,6 +22,8 @@ pub struct ResidualQuantizer {
     entries: Vec<Entries>,
     /// What a band decodes to at most, `[n_bands]`.
     ceiling: Array1<f32>,
+    /// What a frame may lose by each token that it keeps of the frame before ([`PlanConfig::hysteresis`](super::PlanConfig)).
+    hysteresis: f32,
 }
 
 /// A band decodes to at most the loudest that the first codebook holds for it and this much, in plan units (4 dB): drawn
@@ -44,7 +46,12 @@ impl ResidualQuantizer {
         let entries = books.outer_iter().map(Entries::new).collect();
         let loudest = books.index_axis(Axis(0), 0).fold_axis(Axis(0), f32::NEG_INFINITY, |top, &x| top.max(x));
         let ceiling = &mean + &loudest + HEADROOM;
-        Ok(Self { mean, books, entries, ceiling })
+        Ok(Self { mean, books, entries, ceiling, hysteresis: 0.0 })
+    }
+
+    /// These codebooks, whose tokens stay where they are by so much.
+    pub fn with_hysteresis(self, hysteresis: f32) -> Self {
+        Self { hysteresis, ..self }
     }
 
     /// Learns codebooks from frames `[n_frames, n_bands]`: k-means with `rounds` rounds on what the codebooks
@@ -179,14 +186,29 @@ impl ResidualQuantizer {
         Ok(self.encode_all(ArrayView1::from(bands).insert_axis(Axis(0)))?.into_iter().collect())
     }
 
-    /// [`encode`](Self::encode) for each row of a plan `[n_frames, n_bands]`, on all threads.
+    /// The tokens of a plan `[n_frames, n_bands]`, `[n_frames, n_codebooks]`, on all threads: those nearest to each frame, but for those that it
+    /// keeps of the frame before.
     ///
     /// # Errors
     /// As `encode`.
     pub fn encode_all(&self, plan: ArrayView2<f32>) -> Result<Array2<u16>, PlanError> {
+        self.encode_after(None, plan)
+    }
+
+    /// [`encode_all`](Self::encode_all) where `before`, the tokens of a frame, comes before the first row.
+    ///
+    /// # Errors
+    /// As `encode`, and when `before` is no frame of these codebooks.
+    pub fn encode_after(
+        &self,
+        before: Option<ArrayView1<u16>>,
+        plan: ArrayView2<f32>,
+    ) -> Result<Array2<u16>, PlanError> {
         if plan.ncols() != self.n_bands() {
             return Err(PlanError::BandCount { expected: self.n_bands(), got: plan.ncols() });
         }
+        let before = before.map(|tokens| tokens.to_vec());
+        before.iter().try_for_each(|tokens| self.check(tokens))?;
         let mut left = &plan - &self.mean;
         let mut tokens = Array2::zeros((plan.nrows(), self.entries.len()));
         for ((book, entries), mut tokens) in self.books.outer_iter().zip(&self.entries).zip(tokens.columns_mut()) {
@@ -194,7 +216,60 @@ impl ResidualQuantizer {
             tokens.iter_mut().zip(&nearest).for_each(|(token, &nearest)| *token = nearest as u16);
             take_away(&mut left, book, &nearest);
         }
+        if self.hysteresis > 0.0 {
+            self.keep(before, plan, left.view(), &mut tokens);
+        }
         Ok(tokens)
+    }
+
+    /// Lets frames keep tokens of the one before: the first j for the largest j that leaves no more than `1 + hysteresis j` times the power
+    /// `left` over by the nearest.
+    fn keep(
+        &self,
+        mut before: Option<Vec<u16>>,
+        plan: ArrayView2<f32>,
+        left: ArrayView2<f32>,
+        tokens: &mut Array2<u16>,
+    ) {
+        let power = |rest: &[f32]| rest.iter().map(|x| x * x).sum::<f32>();
+        for ((frame, left), mut tokens) in plan.outer_iter().zip(left.outer_iter()).zip(tokens.rows_mut()) {
+            let (greedy, frame) = (left.pow2().sum(), (&frame - &self.mean).to_vec());
+            let same =
+                before.iter().flat_map(|before| before.iter().zip(&tokens).take_while(|(last, token)| last == token));
+            let n_same = same.count();
+            // What the first j tokens of the frame before leave over.
+            let rests = before.iter().flatten().zip(self.books.outer_iter()).scan(frame, |rest, (&token, book)| {
+                take_one(rest, book, token);
+                Some(rest.clone())
+            });
+            let rests: Vec<_> = rests.collect();
+            for (kept, mut rest) in rests.into_iter().enumerate().skip(n_same).rev() {
+                let later = self.books.outer_iter().zip(&self.entries).skip(kept + 1).map(|(book, entries)| {
+                    let token = entries.nearest(&rest)[0] as u16;
+                    take_one(&mut rest, book, token);
+                    token
+                });
+                let later: Vec<_> = later.collect();
+                if power(&rest) <= greedy * (1.0 + self.hysteresis * (kept + 1) as f32) {
+                    let kept = before.iter().flatten().take(kept + 1);
+                    tokens.iter_mut().zip(kept.chain(&later)).for_each(|(token, &x)| *token = x);
+                    break;
+                }
+            }
+            before = Some(tokens.to_vec());
+        }
+    }
+
+    /// Whether `tokens` are those of a frame.
+    fn check(&self, tokens: &[u16]) -> Result<(), PlanError> {
+        let (n_codebooks, n_entries, _) = self.books.dim();
+        if tokens.len() != n_codebooks {
+            return Err(PlanError::TokenCount { expected: n_codebooks, got: tokens.len() });
+        }
+        match tokens.iter().enumerate().find(|(_, token)| usize::from(**token) >= n_entries) {
+            Some((codebook, &token)) => Err(PlanError::Token { token, codebook, n_entries }),
+            None => Ok(()),
+        }
     }
 
     /// The bands that a frame's tokens stand for, `[n_bands]`.
@@ -212,16 +287,10 @@ impl ResidualQuantizer {
     /// # Errors
     /// As `decode`.
     pub fn decode_into(&self, tokens: &[u16], bands: &mut Vec<f32>) -> Result<(), PlanError> {
-        let (n_codebooks, n_entries, _) = self.books.dim();
-        if tokens.len() != n_codebooks {
-            return Err(PlanError::TokenCount { expected: n_codebooks, got: tokens.len() });
-        }
+        self.check(tokens)?;
         bands.clear();
         bands.extend(&self.mean);
-        for (codebook, (&token, entries)) in tokens.iter().zip(self.books.outer_iter()).enumerate() {
-            if usize::from(token) >= n_entries {
-                return Err(PlanError::Token { token, codebook, n_entries });
-            }
+        for (&token, entries) in tokens.iter().zip(self.books.outer_iter()) {
             bands.iter_mut().zip(entries.row(token.into())).for_each(|(x, entry)| *x += entry);
         }
         bands.iter_mut().zip(&self.ceiling).for_each(|(x, &most)| *x = x.min(most));
@@ -310,6 +379,11 @@ fn take_away(frames: &mut Array2<f32>, centres: ArrayView2<f32>, of: &[usize]) {
     }
 }
 
+/// What is left of a frame without the entry `token` of a codebook.
+fn take_one(frame: &mut [f32], book: ArrayView2<f32>, token: u16) {
+    frame.iter_mut().zip(book.row(token.into())).for_each(|(x, entry)| *x -= entry);
+}
+
 /// Frames that are compared with a codebook at a time.
 const ROWS: usize = 64;
 
@@ -338,17 +412,19 @@ impl Entries {
     fn nearest_to(&self, frames: ArrayView2<f32>) -> Vec<usize> {
         let frames: Vec<f32> = frames.iter().copied().collect();
         let some = frames.par_chunks(ROWS * self.weights.n_in);
-        some.flat_map_iter(|frames| {
-            let n = frames.len() / self.weights.n_in;
-            let mut dots = vec![0.0; n * self.half_powers.len()];
-            (Kernels::chosen().gemm_f32)(&self.weights, frames, &vec![1.0; n], &mut dots);
-            let nearest = |dots: &[f32]| {
-                let distances = self.half_powers.iter().zip(dots).map(|(half_power, dot)| half_power - dot);
-                distances.enumerate().fold((0, f32::INFINITY), |best, x| if x.1 < best.1 { x } else { best }).0
-            };
-            dots.chunks_exact(self.half_powers.len()).map(nearest).collect::<Vec<_>>()
-        })
-        .collect()
+        some.flat_map_iter(|frames| self.nearest(frames)).collect()
+    }
+
+    /// The same for few frames, flat, on this thread.
+    fn nearest(&self, frames: &[f32]) -> Vec<usize> {
+        let n = frames.len() / self.weights.n_in;
+        let mut dots = vec![0.0; n * self.half_powers.len()];
+        (Kernels::chosen().gemm_f32)(&self.weights, frames, &vec![1.0; n], &mut dots);
+        let nearest = |dots: &[f32]| {
+            let distances = self.half_powers.iter().zip(dots).map(|(half_power, dot)| half_power - dot);
+            distances.enumerate().fold((0, f32::INFINITY), |best, x| if x.1 < best.1 { x } else { best }).0
+        };
+        dots.chunks_exact(self.half_powers.len()).map(nearest).collect()
     }
 }
 
@@ -489,6 +565,67 @@ mod tests {
                 left -= &book.row(token.into());
             }
         }
+    }
+
+    /// By the definition: candidates that keep ever fewer of the last tokens, until one is good enough.
+    fn encode_by_definition(quantizer: &ResidualQuantizer, plan: &Array2<f32>) -> Array2<u16> {
+        let n = quantizer.books.dim().0;
+        let mut tokens = Array2::<u16>::zeros((plan.nrows(), n));
+        for t in 0..plan.nrows() {
+            let with_kept = |kept: usize| {
+                let mut rest: Vec<f64> =
+                    plan.row(t).iter().zip(&quantizer.mean).map(|(&x, &m)| (x - m).into()).collect();
+                let mut chosen = Vec::new();
+                for (q, book) in quantizer.books.outer_iter().enumerate() {
+                    let power = |i: usize| -> f64 {
+                        rest.iter().zip(book.row(i)).map(|(x, &entry)| (x - f64::from(entry)).powi(2)).sum()
+                    };
+                    let nearest = || (0..book.nrows()).min_by(|&a, &b| power(a).total_cmp(&power(b))).unwrap();
+                    let token = if q < kept { tokens[[t - 1, q]].into() } else { nearest() };
+                    rest.iter_mut().zip(book.row(token)).for_each(|(x, &entry)| *x -= f64::from(entry));
+                    chosen.push(token as u16);
+                }
+                (chosen, rest.iter().map(|x| x * x).sum::<f64>())
+            };
+            let (nearest, least) = with_kept(0);
+            let enough = |&(kept, _, power): &(usize, Vec<u16>, f64)| {
+                power <= least * (1.0 + f64::from(quantizer.hysteresis) * kept as f64)
+            };
+            let most = if t > 0 { n } else { 0 };
+            let candidates = (1..=most).rev().map(|kept| (kept, with_kept(kept)));
+            let kept = candidates.map(|(kept, (tokens, power))| (kept, tokens, power)).find(enough);
+            let chosen = kept.map_or(nearest, |(_, tokens, _)| tokens);
+            tokens.row_mut(t).assign(&Array1::from(chosen));
+        }
+        tokens
+    }
+
+    #[test]
+    fn tokens_with_hysteresis_are_those_of_the_definition_and_change_less() {
+        // Sound that hardly changes for some frames, then does.
+        let (steps, mut rng) = (frames(40, 9), Rng::new(10));
+        let plan = Array2::from_shape_fn((320, 24), |(t, band)| steps[[t / 8, band]] + 0.15 * rng.normal());
+        let greedy = ResidualQuantizer::fit(plan.view(), 4, 16, 6, 0).unwrap();
+        let changes =
+            |tokens: &Array2<u16>| tokens.axis_windows(Axis(0), 2).into_iter().filter(|w| w.row(0) != w.row(1)).count();
+        let mut before = changes(&greedy.encode_all(plan.view()).unwrap());
+        for hysteresis in [0.05, 0.3, 1.0] {
+            let quantizer = greedy.clone().with_hysteresis(hysteresis);
+            let tokens = quantizer.encode_all(plan.view()).unwrap();
+            assert_eq!(tokens, encode_by_definition(&quantizer, &plan), "{hysteresis}");
+            let now = changes(&tokens);
+            assert!(now < before, "{now} and {before} of 319 frames change, {hysteresis}");
+            before = now;
+            let (first, rest) = plan.view().split_at(Axis(0), 100);
+            let mut parts = quantizer.encode_all(first).unwrap();
+            let rest = quantizer.encode_after(parts.outer_iter().last(), rest).unwrap();
+            parts.append(Axis(0), rest.view()).unwrap();
+            assert_eq!(parts, tokens, "{hysteresis}");
+            let other = Array1::from(vec![0, 0, 16, 0]);
+            let refused = quantizer.encode_after(Some(other.view()), plan.view());
+            assert_eq!(refused, Err(PlanError::Token { token: 16, codebook: 2, n_entries: 16 }));
+        }
+        assert_eq!(greedy.clone().with_hysteresis(0.0).encode_all(plan.view()), greedy.encode_all(plan.view()));
     }
 
     #[test]

@@ -97,7 +97,8 @@ impl Recording {
         let (mut power, mut n, mut blocks) = (0.0, 0, Vec::new());
         for first in (0..n_frames).step_by(BLOCK) {
             let plan = self.plan(first..n_frames.min(first + BLOCK), spectrum, codec)?;
-            let codes = quantizer.encode_all(plan.view())?;
+            let before = blocks.last().and_then(|codes: &Array2<u16>| codes.outer_iter().last());
+            let codes = quantizer.encode_after(before, plan.view())?;
             let rest = plan - quantizer.decode_all(codes.view())?;
             power += rest.iter().map(|&d| f64::from(d * d)).sum::<f64>();
             n += rest.len();

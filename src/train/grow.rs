@@ -48,29 +48,31 @@ pub enum Fate {
 /// that it has not want to [`inherit`] as well then.
 ///
 /// # Errors
-/// When sample rate or plan differ in more than new codebooks and entries, or the configuration does not hold together.
+/// When sample rate or plan differ in more than new codebooks and entries and hysteresis, or the configuration does not hold together.
 pub fn grow(old: &Checkpoint, config: &ModelConfig, seed: u64) -> Result<(Checkpoint, [(Part, Fate); 2]), GrowError> {
     config.validate()?;
     if config.codec.sample_rate != old.config.codec.sample_rate {
         return Err(GrowError::Codebooks { what: "sample rate" });
     }
-    let PlanConfig { n_codebooks, n_entries, .. } = old.config.plan;
-    if (PlanConfig { n_codebooks, n_entries, ..config.plan.clone() }) != old.config.plan
+    let PlanConfig { n_codebooks, n_entries, hysteresis, .. } = old.config.plan;
+    if (PlanConfig { n_codebooks, n_entries, hysteresis, ..config.plan.clone() }) != old.config.plan
         || config.plan.n_codebooks < n_codebooks
         || config.plan.n_entries < n_entries
     {
         return Err(GrowError::Codebooks { what: "plan" });
     }
-    let refined = config.plan != old.config.plan;
+    let refined = (config.plan.n_codebooks, config.plan.n_entries) != (n_codebooks, n_entries);
     let mut model = Checkpoint::untrained(config.clone(), seed)?;
-    model.quantizer = old.quantizer.padded(config.plan.n_codebooks, config.plan.n_entries)?;
+    model.quantizer =
+        old.quantizer.padded(config.plan.n_codebooks, config.plan.n_entries)?.with_hysteresis(config.plan.hysteresis);
     model.notes = old.notes.clone();
     let (from, to) = (&old.config.plan_transformer, &config.plan_transformer);
     let requantised = config.codec != old.config.codec;
+    let kept_otherwise = config.plan.hysteresis != hysteresis;
     let same_sizes = PlanTransformerConfig { dropout: from.dropout, ..to.clone() } == *from && !refined;
     let plan = match obstacle(from, to) {
         Some(why) => Fate::New(why),
-        None if same_sizes && requantised => Fate::Moved,
+        None if same_sizes && (requantised || kept_otherwise) => Fate::Moved,
         None if same_sizes => Fate::Kept,
         None => Fate::Grown,
     };
@@ -359,6 +361,11 @@ mod tests {
         let (new, fates) = grow(&old, &config, 1).unwrap();
         assert_eq!(fates, [(Part::Plan, Fate::Moved), (Part::Wave, Fate::Moved)]);
         assert_eq!(new.weights, old.weights);
+        let mut config = old.config.clone();
+        config.plan.hysteresis = 0.05;
+        let (new, fates) = grow(&old, &config, 1).unwrap();
+        assert_eq!(fates, [(Part::Plan, Fate::Moved), (Part::Wave, Fate::Kept)]);
+        assert_eq!(new.quantizer, old.quantizer.clone().with_hysteresis(0.05));
         config.plan.n_entries = 16;
         assert!(matches!(grow(&old, &config, 1), Err(GrowError::Codebooks { what: "plan" })));
     }

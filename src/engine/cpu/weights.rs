@@ -11,14 +11,11 @@ use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
 use crate::engine::{EngineError, UNIFORMS_PER_SAMPLE, expect, state_error};
 use crate::forecast::{PAST, PLANNED};
-use crate::model::config::{GenerationSettings, ModelConfig};
+use crate::model::config::{GenerationSettings, ModelConfig, WAVE_CONTEXT};
 use crate::model::features::{features, residual_code};
 use crate::plan::{ResidualQuantizer, Spectrum};
 use crate::sampler::Mixture;
 use crate::simd::Kernels;
-
-/// Plan frames of the prompt that the wave transformer reads: more than its attention windows hold.
-const WAVE_CONTEXT: usize = 32;
 
 /// A packed model.
 pub struct Weights {

@@ -19,7 +19,7 @@ use super::{Engine, EngineError, PlanDraw, Snapshot, UNIFORMS_PER_SAMPLE, check_
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
 use crate::cuda::launch::{DecodeGeometry, Element};
-use crate::model::config::{GenerationSettings, ModelConfig};
+use crate::model::config::{GenerationSettings, ModelConfig, WAVE_CONTEXT};
 use crate::model::wave_transformer::PLAN_FRAMES;
 use crate::plan::PlanFrame;
 use crate::sampler::{PlanSampling, WaveSampling};
@@ -29,8 +29,6 @@ use state::Kept;
 pub use machine::{Machine, MachineError};
 pub use streams::{Model, Plan, Played, Sampling, Streams, Wave};
 
-/// Plan frames of the prompt that the wave transformer reads: more than its attention windows hold.
-const WAVE_CONTEXT: usize = 32;
 /// Plan frames that are read in a launch, and that are played too: what plays meanwhile waits until the launches before its own have run.
 const PLANNED: usize = 16;
 const SCORED: usize = 4;
