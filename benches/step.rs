@@ -108,30 +108,30 @@ fn sampler(bencher: Bencher) {
     bencher.bench_local(|| draw(black_box(0.3)));
 }
 
-/// A plan frame of streams of a model with random weights, planned and rendered together. Items: samples.
-fn frame(bencher: Bencher, isa_name: &str, preset: &str, n_streams: usize) {
+/// A plan frame of a model with random weights, planned and rendered. Items: samples.
+fn frame(bencher: Bencher, isa_name: &str, preset: &str) {
     let checkpoint = Checkpoint::untrained(ModelConfig::preset(preset).unwrap(), 1).unwrap();
     let (hop, books) = (checkpoint.config.plan.hop, checkpoint.config.plan.n_codebooks);
-    let options = CpuOptions { isa: isa(isa_name), precision: Precision::Int8 };
-    let mut alone = CpuEngine::new(&checkpoint, &options).unwrap();
-    alone.prefill(&checkpoint.config.codec.encode_all(&sound(4096))).unwrap();
-    let state = alone.save().unwrap();
-    let mut engines: Vec<CpuEngine> = (0..n_streams).map(|_| alone.fork().unwrap()).collect();
-    engines.iter_mut().for_each(|engine| engine.restore(&state).unwrap());
-    let draws = vec![vec![0.4; UNIFORMS_PER_SAMPLE * hop]; n_streams];
-    let plan_draws = vec![vec![0.5; books]; n_streams];
-    let (mut plan, mut expected) = (PlanFrame::default(), vec![0; hop]);
-    alone.next_plan(&plan_draws[0], &mut plan).unwrap();
-    alone.render(&plan, &draws[0], &mut expected).unwrap();
-    let (mut plans, mut out) = (vec![PlanFrame::default(); n_streams], vec![vec![0; hop]; n_streams]);
-    let mut play = || {
-        let mut together: Vec<_> = engines.iter_mut().collect();
-        CpuEngine::plan_together(&mut together, &plan_draws, &mut plans).unwrap();
-        CpuEngine::render_together(&mut together, &plans, &draws, &mut out).unwrap();
-        out.iter().all(|tokens| *tokens == expected)
+    let prompt = checkpoint.config.codec.encode_all(&sound(4096));
+    let of = |isa: Isa| {
+        let mut engine = CpuEngine::new(&checkpoint, &CpuOptions { isa, precision: Precision::Int8 }).unwrap();
+        engine.prefill(&prompt).unwrap();
+        engine
     };
-    assert!(play(), "{isa_name}, {preset}: {n_streams} together play something else than one alone");
-    bencher.counter(ItemsCount::new(n_streams * hop)).bench_local(|| black_box(play()));
+    let (plan_draws, wave_draws) = (vec![0.5; books], vec![0.4; UNIFORMS_PER_SAMPLE * hop]);
+    let play = |engine: &mut CpuEngine, plan: &mut PlanFrame, out: &mut [Token]| {
+        engine.next_plan(&plan_draws, plan).unwrap();
+        engine.render(plan, &wave_draws, out).unwrap();
+    };
+    let (mut plan, mut out, mut expected) = (PlanFrame::default(), vec![0; hop], vec![0; hop]);
+    play(&mut of(Isa::Scalar), &mut plan, &mut expected);
+    let mut engine = of(isa(isa_name));
+    play(&mut engine, &mut plan, &mut out);
+    assert_eq!(out, expected, "{isa_name}, {preset}");
+    bencher.counter(ItemsCount::new(hop)).bench_local(|| {
+        play(&mut engine, &mut plan, &mut out);
+        black_box(&out);
+    });
 }
 
 /// All but `scalar`, which would take minutes.
@@ -142,15 +142,10 @@ fn fast_isas() -> Vec<&'static str> {
 
 #[divan::bench(args = fast_isas(), sample_count = 20, sample_size = 1)]
 fn steps_of_small(bencher: Bencher, isa: &str) {
-    frame(bencher, isa, "small", 1);
+    frame(bencher, isa, "small");
 }
 
 #[divan::bench(args = fast_isas(), sample_count = 20, sample_size = 1)]
 fn steps_of_base(bencher: Bencher, isa: &str) {
-    frame(bencher, isa, "base", 1);
-}
-
-#[divan::bench(args = fast_isas(), sample_count = 20, sample_size = 1)]
-fn steps_of_base_in_8_streams(bencher: Bencher, isa: &str) {
-    frame(bencher, isa, "base", 8);
+    frame(bencher, isa, "base");
 }

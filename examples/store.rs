@@ -1,8 +1,7 @@
 //! Stores a model in another precision, or two parts that were trained apart as one model:
 //! `cargo run --release --example store -- wave.safetensors out.safetensors int8 plan.safetensors`.
 //! `built-in` for the model inside the program; `f32`, `f16` or `int8`; with a fourth name the codebooks and the plan transformer come from there,
-//! with `wave-alone` or `plan-alone` the file has
-//! only that part, as those of the small and the broad model inside the program.
+//! with `wave-alone` the file has only the wave transformer, as that of the small model inside the program.
 
 use std::path::Path;
 
@@ -11,8 +10,7 @@ use safetensors::SafeTensors;
 use wavegen::checkpoint::{Checkpoint, Precision, safetensors_in_order};
 use wavegen::plan::PlanConfig;
 
-const USAGE: &str =
-    "usage: store built-in|IN.safetensors OUT.safetensors f32|f16|int8 [PLAN.safetensors|wave-alone|plan-alone]";
+const USAGE: &str = "usage: store built-in|IN.safetensors OUT.safetensors f32|f16|int8 [PLAN.safetensors|wave-alone]";
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -21,13 +19,9 @@ fn main() -> Result<()> {
     let precision = all.into_iter().find(|p| p.name() == name).context(USAGE)?;
     let load = |name: &str| Checkpoint::named(Path::new(name));
     let mut checkpoint = load(input)?;
-    let alone: Option<&[&str]> = match plan {
-        [name] if name == "wave-alone" => Some(&["wave."]),
-        [name] if name == "plan-alone" => Some(&["plan.", "codebooks."]),
-        _ => None,
-    };
+    let alone = matches!(plan, [name] if name == "wave-alone");
     if let [name] = plan
-        && alone.is_none()
+        && !alone
     {
         let other = load(name)?;
         let PlanConfig { n_codebooks, n_entries, hysteresis, .. } = other.config.plan;
@@ -44,11 +38,11 @@ fn main() -> Result<()> {
         checkpoint.weights.extend(other.weights.into_iter().filter(|(name, _)| name.starts_with("plan.")));
     }
     checkpoint.save(Path::new(output), precision)?;
-    if let Some(parts) = alone {
+    if alone {
         let bytes = std::fs::read(output)?;
         let (_, header) = SafeTensors::read_metadata(&bytes)?;
         let whole = SafeTensors::deserialize(&bytes)?;
-        let part = whole.iter().filter(|(name, _)| parts.iter().any(|part| name.starts_with(part)));
+        let part = whole.iter().filter(|(name, _)| name.starts_with("wave."));
         let metadata = header.metadata().clone().unwrap_or_default();
         let bytes = safetensors_in_order(part, metadata)?;
         std::fs::write(output, bytes)?;

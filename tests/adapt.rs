@@ -249,16 +249,18 @@ fn who_plays_on_what_the_model_does_not_know_is_told_of_adapting() {
     scene.write("blips.wav", &blips(5, 1));
     let prompt = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/prompt.wav");
     let play = |input: &str, args: &[&str]| {
-        let all = ["continue", input, "-o", "out.wav", "--force", "--seconds", "0.1", "--model", "built-in"];
+        let all = ["continue", input, "-o", "out.wav", "--force", "--seconds", "0.1"];
         let all = [&all[..], args].concat();
         let run = scene.wavegen(&all).assert().success();
         String::from_utf8(run.get_output().stderr.clone()).unwrap()
     };
-    let stream =
-        ["stream", "blips.wav", "--no-audio", "--clock", "simulated", "--seconds", "5.2", "--model", "built-in"];
+    let stream = ["stream", "blips.wav", "--no-audio", "--clock", "simulated", "--seconds", "5.2"];
     let streamed = scene.wavegen(&stream).assert().success();
     for told in [play("blips.wav", &[]), String::from_utf8_lossy(&streamed.get_output().stderr).into()] {
-        assert!(told.contains("unlike what the model 'piano' learned from") && told.contains("--adapt 30"), "{told}");
+        assert!(
+            told.contains("unlike what the model 'built-in' learned from") && told.contains("--adapt 30"),
+            "{told}"
+        );
     }
     assert!(!play(prompt, &[]).contains("--adapt"));
     assert!(!play("blips.wav", &["--quiet"]).contains("--adapt"));

@@ -210,7 +210,7 @@ fn bad_models_are_refused_by_name() {
     let whole = std::fs::read(scene.path("tiny.safetensors")).unwrap();
     std::fs::write(scene.path("cut.safetensors"), &whole[..whole.len() / 2]).unwrap();
     // A part of a model.
-    std::fs::write(scene.path("part.safetensors"), include_bytes!("../models/piano-small.safetensors")).unwrap();
+    std::fs::write(scene.path("part.safetensors"), include_bytes!("../models/small.safetensors")).unwrap();
     for name in ["text.safetensors", "cut.safetensors", "missing.safetensors", "part.safetensors"] {
         let command = scene.wavegen(&["continue", "in.wav", "--model", name]);
         scene.refuses(command, 1, name);
@@ -392,28 +392,6 @@ fn sessions_that_do_not_fit_are_refused() {
         let both = format!("{same}: cannot be both the audio and the session");
         scene.refuses(scene.play_on(&["in.wav", "-o", "out.wav", "--save-session", same]), 2, &both);
     }
-}
-
-#[test]
-fn what_is_no_piano_is_played_by_the_model_for_other_music() {
-    let scene = Scene::new();
-    let mut rng = wavegen::rng::Rng::new(1);
-    // Another loudness, pitch and share of noise every 50 ms.
-    let mut bit = || {
-        let (loudness, period, noise) = (0.3 * rng.uniform().powi(3), 20.0 + 300.0 * rng.uniform(), rng.uniform());
-        let buzz = |i: usize, x: f32| loudness * (noise * x + (1.0 - noise) * (i as f32 / period).fract());
-        (0..RATE as usize / 20).map(|i| buzz(i, rng.normal())).collect::<Vec<_>>()
-    };
-    let odd: Vec<f32> = (0..100).flat_map(|_| bit()).collect();
-    scene.write_wav("odd.wav", 1, &odd);
-    let play_on = |args: &[&str]| scene.wavegen(&["continue", "--seconds", "0.2"]).args(args).assert().success();
-    play_on(&["odd.wav", "-o", "a.wav", "--save-session", "s.bin"]).stderr(contains("the model 'broad' plays it"));
-    play_on(&["odd.wav", "-o", "b.wav", "--model", "broad"]).stderr(contains("plays it").not());
-    assert!(std::fs::read(scene.path("a.wav")).unwrap() == std::fs::read(scene.path("b.wav")).unwrap());
-    play_on(&["a.wav", "--resume", "s.bin", "-o", "c.wav"]);
-    let piano = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/prompt.wav");
-    play_on(&[piano, "-o", "d.wav", "--save-session", "p.bin"]).stderr(contains("broad").not());
-    play_on(&["--resume", "p.bin", "-o", "e.wav", "--model", "piano"]);
 }
 
 #[test]
@@ -794,6 +772,10 @@ fn a_benchmark_checks_what_it_measures() {
     assert!(cases.iter().any(|case| case["engine"] == "reference") && cases.iter().any(|case| case["batch"] == 2));
     let unknown = scene.wavegen(&[&bench[..], &["--isas", "mmx"]].concat());
     scene.refuses(unknown, 2, "this machine has");
+    for unused in [&["--seconds", "1"][..], &["--presets", "none"], &["--isas", "scalar"], &["--no-reference"]] {
+        let on_a_gpu = scene.wavegen(&[&bench[..], &["--engine", "cuda"], unused].concat());
+        scene.refuses(on_a_gpu, 2, unused[0]);
+    }
 }
 
 #[test]

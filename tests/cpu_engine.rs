@@ -136,7 +136,7 @@ fn in_f32_it_plays_the_reference_engines_tokens_with_the_models_inside_the_progr
 
 #[test]
 fn the_small_model_plays_the_built_in_models_plans() {
-    let [large, small, _] = Checkpoint::INSIDE.map(|name| Checkpoint::named(name.as_ref()).unwrap());
+    let [large, small] = Checkpoint::INSIDE.map(|name| Checkpoint::named(name.as_ref()).unwrap());
     assert!(2 * small.n_weights("wave.") < large.n_weights("wave."));
     assert_eq!(small.config.codec, large.config.codec);
     let prompt = music(&large, 9000);
@@ -261,42 +261,19 @@ fn a_model_stored_in_whole_numbers_plays_the_same_tokens() {
 }
 
 #[test]
-fn streams_rendered_together_play_what_they_play_alone() {
-    let checkpoint = tiny(3);
-    let hop = checkpoint.config.plan.hop;
-    for n_streams in [1, 2, 5, 8] {
-        let mut first = CpuEngine::new(&checkpoint, &CpuOptions::default()).unwrap();
-        let mut engines = vec![first.fork().unwrap()];
-        engines.extend((1..n_streams).map(|_| first.fork().unwrap()));
-        for (i, engine) in engines.iter_mut().enumerate() {
-            engine.prefill(&music(&checkpoint, 2000 + 700 * i)).unwrap();
-        }
-        let mut together = vec![Vec::new(); n_streams];
-        for k in 0..3 {
-            let mut plans = vec![PlanFrame::default(); n_streams];
-            let draws = |kind, n| (0..n_streams).map(|i| uniforms(i as u32, kind, k, n)).collect::<Vec<_>>();
-            let mut out = vec![vec![0; hop]; n_streams];
-            let mut all: Vec<&mut CpuEngine> = engines.iter_mut().collect();
-            CpuEngine::plan_together(&mut all, &draws(Kind::Plan, plan_books(&checkpoint)), &mut plans).unwrap();
-            let draws = draws(Kind::Wave, UNIFORMS_PER_SAMPLE * hop);
-            CpuEngine::render_together(&mut all, &plans, &draws, &mut out).unwrap();
-            together.iter_mut().zip(out).for_each(|(tokens, out)| tokens.extend(out));
-        }
-        for (i, tokens) in together.into_iter().enumerate() {
-            first.prefill(&music(&checkpoint, 2000 + 700 * i)).unwrap();
-            assert!(play(&mut first, 0..3, i as u32, None).1 == tokens, "stream {i} of {n_streams}");
-        }
-    }
-}
-
-#[test]
 fn streams_in_lockstep_play_what_they_play_alone_and_leave_when_they_like() {
     let checkpoint = &tiny(5);
     let mut first = CpuEngine::new(checkpoint, &CpuOptions::default()).unwrap();
+    for n_streams in [1, 2, 5, 8] {
+        assert_lockstep_is_alone(checkpoint, &mut first, n_streams);
+    }
+}
+
+fn assert_lockstep_is_alone(checkpoint: &Checkpoint, first: &mut CpuEngine, n_streams: usize) {
     let n_frames = |i: usize| 3 + i % 3;
     let given = |i: usize| (i == 2).then(|| PlanFrame { tokens: vec![], bands: vec![-1.0; 148] });
     let together: Vec<Vec<Token>> = std::thread::scope(|scope| {
-        let engines = first.fork_in_lockstep(5).unwrap().into_iter().enumerate();
+        let engines = first.fork_in_lockstep(n_streams).unwrap().into_iter().enumerate();
         let threads: Vec<_> = engines
             .map(|(i, mut engine)| {
                 scope.spawn(move || {
@@ -314,14 +291,10 @@ fn streams_in_lockstep_play_what_they_play_alone_and_leave_when_they_like() {
     });
     for (i, tokens) in together.into_iter().enumerate() {
         first.prefill(&music(checkpoint, 2000 + 700 * i)).unwrap();
-        let mut alone = given(i).map_or_else(Vec::new, |plan| render(&mut first, &plan, i as u32, 9));
-        alone.extend(play(&mut first, 0..n_frames(i), i as u32, None).1);
-        assert!(alone == tokens, "stream {i}");
+        let mut alone = given(i).map_or_else(Vec::new, |plan| render(first, &plan, i as u32, 9));
+        alone.extend(play(first, 0..n_frames(i), i as u32, None).1);
+        assert!(alone == tokens, "stream {i} of {n_streams}");
     }
-}
-
-fn plan_books(checkpoint: &Checkpoint) -> usize {
-    checkpoint.config.plan.n_codebooks
 }
 
 #[test]
@@ -377,19 +350,6 @@ fn an_instruction_set_that_is_not_there_and_damaged_input_are_refused() {
     let mut out = vec![0; 511];
     assert!(engine.render(&PlanFrame::default(), &[], &mut out).is_err());
     assert!(engine.begin_frame(&[0.0; 3]).is_err());
-    let mut other = CpuEngine::new(&checkpoint, &F32).unwrap();
-    let plan = PlanFrame { tokens: vec![], bands: vec![-1.0; 148] };
-    let draws = vec![vec![0.5; 1024]; 2];
-    let mut plans = vec![PlanFrame::default(); 2];
-    let refused = CpuEngine::plan_together(&mut [&mut engine, &mut other], &vec![vec![0.5; 2]; 2], &mut plans);
-    assert!(refused.is_err());
-    let refused = CpuEngine::render_together(
-        &mut [&mut engine, &mut other],
-        &[plan.clone(), plan],
-        &draws,
-        &mut [vec![0; 512], vec![0; 512]],
-    );
-    assert!(refused.is_err());
 }
 
 #[test]

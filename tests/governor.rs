@@ -60,10 +60,10 @@ impl Engine for Failing {
     fn set_sampling(&mut self, _: PlanSampling, wave: WaveSampling) {
         self.gain = 10.0f32.powf(wave.level_db / 20.0);
     }
-    fn prefill(&mut self, prompt: &[Token]) -> Result<(), EngineError> {
+    fn prefill(&mut self, prompt: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {
         self.reset()?;
         self.n = prompt.len() as u64;
-        Ok(())
+        self.plan_of(prompt)
     }
     fn plan_of(&self, tokens: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {
         Ok(vec![PlanFrame { tokens: vec![0], bands: vec![LOUD; 148] }; tokens.len() / HOP])

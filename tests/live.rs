@@ -49,8 +49,9 @@ impl Engine for Tone {
     fn set_sampling(&mut self, plan: PlanSampling, _: WaveSampling) {
         self.temperature = plan.temperature;
     }
-    fn prefill(&mut self, _: &[Token]) -> Outcome<()> {
-        self.reset()
+    fn prefill(&mut self, _: &[Token]) -> Outcome<Vec<PlanFrame>> {
+        self.reset()?;
+        Ok(Vec::new())
     }
     fn plan_of(&self, _: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {
         Ok(Vec::new())

@@ -191,6 +191,26 @@ fn garbage_is_listed_and_left_out() {
 }
 
 #[test]
+fn what_an_earlier_version_refused_and_this_one_reads_is_a_piece() {
+    let scene = Scene::new();
+    std::fs::write(scene.path("in/noise.txt"), "this is no audio").unwrap();
+    scene.json(&["prepare", "in", "-o", "corpus"]);
+    let manifest = scene.path("corpus/part-1of1.jsonl");
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let piece = lines.iter().find(|line| line.get("n_samples").is_some()).unwrap();
+    let mut bad = lines.iter().find(|line| line.get("why").is_some()).unwrap().clone();
+    (bad["content"], bad["program"]) = (piece["content"].clone(), "0".into());
+    let (first, rest) = text.split_once('\n').unwrap();
+    std::fs::write(&manifest, format!("{first}\n{bad}\n{rest}")).unwrap();
+    let before = scene.state("corpus");
+    let report = scene.json(&["prepare", "in", "-o", "corpus"]);
+    assert_eq!((&report["unchanged"], &report["pieces"]), (&4.into(), &4.into()), "{report}");
+    assert_eq!(report["bad"].as_array().unwrap().len(), 1, "{report}");
+    assert!(scene.state("corpus") == before, "written although nothing had changed");
+}
+
+#[test]
 fn a_killed_run_goes_on_to_the_same_bytes() {
     let scene = Scene::new();
     for i in 0..8 {
@@ -312,6 +332,10 @@ fn what_cannot_be_prepared_or_trained_on_is_refused_with_a_way_out() {
     refuses(&["prepare", "in", "-o", "in/a.wav"], "in/a.wav");
     let itself = scene.wavegen(&["prepare", "in", "-o", "./in"]).assert().code(2);
     itself.stderr(contains("./in: is what is read"));
+    scene.wavegen(&["prepare", "in", "-o", "corpus"]).assert().success();
+    let corpus = scene.wavegen(&["prepare", "in", "corpus", "-o", "more"]).assert().code(2);
+    corpus.stderr(contains("corpus: is a corpus already"));
+    assert!(!scene.path("more").exists());
     scene.wavegen(&["prepare", "in", "-o", "slow", "--sample-rate", "8000"]).assert().success();
     refuses(&["prepare", "in", "-o", "slow"], "made at 8000 Hz, 16000 Hz are needed");
     let train = ["train", "slow", "-o", "m.safetensors", "--preset", "tiny", "--steps", "1"];

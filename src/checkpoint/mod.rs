@@ -3,7 +3,7 @@
 mod file;
 mod weight;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
@@ -19,15 +19,12 @@ use weight::weights;
 pub use weight::{Weight, Weights};
 pub(crate) use weight::{matrix, rounded};
 
-const BUILT_IN: &[u8] = include_bytes!("../../models/piano.safetensors");
+const BUILT_IN: &[u8] = include_bytes!("../../models/built-in.safetensors");
 /// A wave transformer alone, which plays the plans of the built-in model.
-const SMALL: &[u8] = include_bytes!("../../models/piano-small.safetensors");
-/// A plan transformer alone, with codebooks, which has heard more than a piano; the wave transformer of the built-in model plays its plans.
-const BROAD: &[u8] = include_bytes!("../../models/broad.safetensors");
+const SMALL: &[u8] = include_bytes!("../../models/small.safetensors");
 /// What error messages call the models inside the program.
 const BUILT_IN_NAME: &str = "(built-in model)";
 const SMALL_NAME: &str = "(small built-in model)";
-const BROAD_NAME: &str = "(broad built-in model)";
 /// The models inside the program have this note, and so has what is trained on from them.
 const LICENCE: &str = "CC BY 4.0; made with Salamander Grand Piano V3 by Alexander Holm (CC BY 3.0), GiantMIDI-Piano by ByteDance \
                        (CC BY 4.0), scores of the Mutopia Project (public domain) and recordings of Rusted Music Studio (CC BY 4.0)";
@@ -38,7 +35,7 @@ pub enum CheckpointError {
     #[error("{path}: cannot be read or written ({source})")]
     Io { path: PathBuf, source: std::io::Error },
     #[error(
-        "{path}: there is no such model; give a .safetensors file, or one of those inside the program: built-in, small or broad"
+        "{path}: there is no such model; give a .safetensors file, or one of those inside the program: built-in or small"
     )]
     Missing { path: PathBuf },
     #[error("{path}: not a wavegen model ({reason}); models are .safetensors files made by `wavegen train`")]
@@ -97,28 +94,13 @@ impl Checkpoint {
 
     /// The built-in model's plan transformer with a smaller wave transformer, for slow machines.
     pub fn built_in_small() -> Result<Self, CheckpointError> {
-        Self::on_built_in(SMALL, SMALL_NAME)
-    }
-
-    /// The built-in model's wave transformer with a plan transformer that has heard more than a piano.
-    pub fn built_in_broad() -> Result<Self, CheckpointError> {
-        Self::on_built_in(BROAD, BROAD_NAME)
-    }
-
-    /// A file of some parts of a model, the others from the built-in one.
-    fn on_built_in(bytes: &[u8], name: &str) -> Result<Self, CheckpointError> {
-        fn part(weight: &str) -> &str {
-            weight.split('.').next().unwrap_or(weight)
-        }
-        let path = Path::new(name);
-        let mut parts = Parts::read(bytes, path)?;
-        let own: BTreeSet<String> = parts.weights.keys().map(|weight| part(weight).to_owned()).collect();
-        let built_in = Parts::read(BUILT_IN, Path::new(BUILT_IN_NAME))?;
-        if !own.contains(part(BOOKS)) {
-            parts.config.plan = built_in.config.plan;
-        }
-        parts.weights.extend(built_in.weights.into_iter().filter(|(weight, _)| !own.contains(part(weight))));
-        Ok(parts.join(path)?.licensed())
+        let path = Path::new(SMALL_NAME);
+        let mut small = Parts::read(SMALL, path)?;
+        let whole = Parts::read(BUILT_IN, Path::new(BUILT_IN_NAME))?;
+        small.config.plan = whole.config.plan;
+        small.config.plan_transformer = whole.config.plan_transformer;
+        small.weights.extend(whole.weights.into_iter().filter(|(weight, _)| !weight.starts_with("wave.")));
+        Ok(small.join(path)?.licensed())
     }
 
     fn licensed(mut self) -> Self {
@@ -129,19 +111,18 @@ impl Checkpoint {
     /// A model by what users call it: one of [`Checkpoint::INSIDE`] or a file.
     pub fn named(name: &Path) -> Result<Self, CheckpointError> {
         match name.to_str() {
-            Some("built-in" | "piano") => Self::built_in(),
+            Some("built-in") => Self::built_in(),
             Some("small") => Self::built_in_small(),
-            Some("broad") => Self::built_in_broad(),
             _ => Self::load(name),
         }
     }
 
-    /// What users call the models inside the program; the first has the name `piano` too.
-    pub const INSIDE: [&str; 3] = ["built-in", "small", "broad"];
+    /// What users call the models inside the program.
+    pub const INSIDE: [&str; 2] = ["built-in", "small"];
 
     /// Whether `name` is that of a model inside the program.
     pub fn is_inside(name: &Path) -> bool {
-        Self::INSIDE.iter().chain(&["piano"]).any(|inside| name.as_os_str() == *inside)
+        Self::INSIDE.iter().any(|inside| name.as_os_str() == *inside)
     }
 
     /// Reads a file and checks that its tensors make the model that it describes.
@@ -159,8 +140,8 @@ impl Checkpoint {
         let parts = Parts::read(bytes, path)?;
         let lacks = |part: &str| !parts.weights.keys().any(|weight| weight.starts_with(part));
         if lacks("plan.") || lacks("wave.") {
-            let what = "it is a part of a model, which the others are to be added to by examples/store; those of the program are \
-                        --model small and --model broad";
+            let what = "it is a part of a model, which the others are to be added to by examples/store; that of the program is \
+                        --model small";
             return Err(CheckpointError::Damaged { path: path.to_owned(), what: what.into() });
         }
         parts.join(path)

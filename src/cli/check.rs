@@ -1,5 +1,9 @@
 //! Turns engines into what they play and how far apart they are: what `bench` and `selftest` rest on.
 
+use std::ops::Range;
+use std::panic::resume_unwind;
+use std::thread;
+
 use anyhow::Result;
 use wavegen::codec::{Codec, Token};
 use wavegen::engine::cpu::CpuEngine;
@@ -28,7 +32,7 @@ pub fn draws(engine: &dyn Engine, stream: u32, frame: usize) -> (Vec<f32>, Vec<f
 }
 
 /// Plays `frames` plan frames of `stream`, one engine alone.
-pub fn play(engine: &mut dyn Engine, stream: u32, frames: std::ops::Range<usize>) -> Result<Vec<Token>> {
+pub fn play(engine: &mut dyn Engine, stream: u32, frames: Range<usize>) -> Result<Vec<Token>> {
     let hop = engine.config().plan.hop;
     let (mut plan, mut tokens) = (PlanFrame::default(), Vec::new());
     for frame in frames {
@@ -41,20 +45,26 @@ pub fn play(engine: &mut dyn Engine, stream: u32, frames: std::ops::Range<usize>
     Ok(tokens)
 }
 
-/// Plays `frames` plan frames with all engines side by side, engine i as stream i; tokens per stream.
-pub fn play_together(engines: &mut [CpuEngine], frames: std::ops::Range<usize>) -> Result<Vec<Vec<Token>>> {
-    let mut played = vec![Vec::new(); engines.len()];
-    for frame in frames {
-        let mut plans = vec![PlanFrame::default(); engines.len()];
-        let (plan_draws, wave_draws): (Vec<_>, Vec<_>) =
-            (0..).zip(&*engines).map(|(stream, engine)| draws(engine, stream, frame)).unzip();
-        let mut out: Vec<Vec<Token>> = engines.iter().map(|engine| vec![0; engine.config().plan.hop]).collect();
-        let mut together: Vec<_> = engines.iter_mut().collect();
-        CpuEngine::plan_together(&mut together, &plan_draws, &mut plans)?;
-        CpuEngine::render_together(&mut together, &plans, &wave_draws, &mut out)?;
-        played.iter_mut().zip(out).for_each(|(all, new)| all.extend(new));
-    }
-    Ok(played)
+/// Plays `frames` plan frames with `engines` that are in lockstep, each on a thread of its own, engine i as stream i; tokens per stream.
+pub fn play_in_lockstep(engines: &mut Vec<CpuEngine>, frames: Range<usize>) -> Result<Vec<Vec<Token>>> {
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..)
+            .zip(engines.drain(..))
+            .map(|(stream, mut engine)| {
+                let frames = frames.clone();
+                // An engine that fails is dropped with its thread, and the others do not wait for it.
+                scope.spawn(move || play(&mut engine, stream, frames).map(|tokens| (engine, tokens)))
+            })
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| {
+                let (engine, tokens) = thread.join().unwrap_or_else(|panic| resume_unwind(panic))?;
+                engines.push(engine);
+                Ok(tokens)
+            })
+            .collect()
+    })
 }
 
 /// How far two engines' distributions are apart, teacher-forced, in bits per sample.

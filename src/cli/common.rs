@@ -68,11 +68,13 @@ fn factor(text: &str) -> Result<f32, String> {
     number_in(text, 0.0..=10.0)
 }
 
+/// The model that plays where nobody says which.
+pub const BUILT_IN: &str = Checkpoint::INSIDE[0];
+
 #[derive(Args)]
 pub struct ModelArgs {
-    /// Model file (.safetensors); inside the program are `built-in`, `small` (for slow machines) and `broad` (for
-    /// other music than a piano's)
-    #[arg(long, short, value_name = "FILE", default_value = "built-in")]
+    /// Model file (.safetensors); inside the program are `built-in` and `small` (for slow machines)
+    #[arg(long, short, value_name = "FILE", default_value = BUILT_IN)]
     pub model: PathBuf,
 }
 

@@ -73,14 +73,15 @@ pub fn run(args: &Args) -> Result<Outcome> {
     let model = &args.play.model;
     let (mut checkpoint, start, before, recording) = match (&args.resume, source.clone()) {
         (Some(path), source) => {
-            let (session, checkpoint) = model.session(path)?;
+            let checkpoint = model.load()?;
+            let session = Box::new(Session::load(path, &checkpoint.fingerprint())?);
             let (before, recording) = resumed(path, &session, source)?;
             (checkpoint, Start::Session(session), before, recording)
         }
         (None, Some(source)) => {
             let checkpoint = model.load()?;
             let (prompt, before, recording) = listen(args, source, &checkpoint)?;
-            (model.suited_to(&prompt, checkpoint, &args.play.talk)?, Start::Prompt(prompt), before, recording)
+            (checkpoint, Start::Prompt(prompt), before, recording)
         }
         (None, None) => return Err(Usage("give a recording, or a session with --resume; see --help".into()).into()),
     };

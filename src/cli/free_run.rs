@@ -188,8 +188,9 @@ fn play(
         PlanFrom::Own => None,
         PlanFrom::True => Some(true_track.bands.clone()),
         PlanFrom::Quantized => {
-            let (colour, _) = Colour::of_prompt(engine.as_ref(), context, spectrum)?;
-            let mut frames = engine.plan_of(&place.piece.tokens[from..to])?.split_off(setup.prompt_frames);
+            let mut plan = engine.plan_of(&place.piece.tokens[from..to])?;
+            let mut frames = plan.split_off(setup.prompt_frames);
+            let (colour, _) = Colour::of_prompt(plan, &heard_before, spectrum);
             for (k, frame) in (0..).zip(&mut frames) {
                 colour.apply_after(k, &mut frame.bands);
             }
@@ -248,9 +249,9 @@ fn play(
     let context_db = metrics::level_db(&heard_before);
     let figures = |samples: &[f32], planned: &Track| -> Result<Figures> {
         let heard = Track::analyse(&heard_before, samples, spectrum)?;
-        let mut failures = failures(samples, &heard, planned, per_second);
+        let mut failures = failures(samples, &heard, planned, spectrum);
         // A plan may ask for silence; only the model's own is to blame for it.
-        let died = setup.plan == PlanFrom::Own && last_second(&heard, per_second) < context_db - DIED_DB;
+        let died = setup.plan == PlanFrom::Own && last_second(samples, codec.sample_rate, hop) < context_db - DIED_DB;
         if died && !failures.contains(&Failure::Collapse) {
             failures.push(Failure::Collapse);
         }
@@ -281,10 +282,10 @@ fn play(
 /// A continuation that ends this far below its prompt has died.
 const DIED_DB: f32 = 40.0;
 
-fn last_second(heard: &Track, per_second: f32) -> f32 {
-    let n = heard.n_frames();
-    let last = &heard.level_db[n.saturating_sub(per_second as usize)..];
-    last.iter().copied().fold(metrics::SILENCE_DB, f32::max)
+/// Level of the loudest `hop` samples of the last second. Of the samples themselves: plan frames have a floor of -70 dB.
+fn last_second(samples: &[f32], sample_rate: u32, hop: usize) -> f32 {
+    let last = &samples[samples.len().saturating_sub(sample_rate as usize)..];
+    last.chunks(hop).map(metrics::level_db).fold(metrics::SILENCE_DB, f32::max)
 }
 
 fn keep(path: &Path, sample_rate: u32, before: &[f32], after: &[f32]) -> Result<()> {

@@ -21,7 +21,6 @@ use super::common::{Talk, is_pipe, print, report_damage};
 Examples:
   wavegen info                     the built-in model: sizes, licence, data
   wavegen info small               the smaller model inside the program, for slow machines
-  wavegen info broad               the one for other music than a piano's
   wavegen info my.safetensors
   wavegen info song.m4a --json")]
 pub struct Args {

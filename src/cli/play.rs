@@ -18,10 +18,11 @@ use wavegen::sink::{self, Sink};
 
 use super::Outcome;
 use super::common::{
-    SamplingArgs, Talk, Usage, catch_interrupt, check_output, interrupted, is_pipe, is_stdout, one_line, seconds,
+    BUILT_IN, ModelArgs, SamplingArgs, Talk, Usage, catch_interrupt, check_output, interrupted, is_pipe, is_stdout,
+    one_line, seconds,
 };
 use super::engine::EngineArgs;
-use super::familiar::{PlayModelArgs, judge};
+use super::familiar::judge;
 
 #[derive(Args)]
 pub struct PlayArgs {
@@ -41,7 +42,7 @@ pub struct PlayArgs {
     #[arg(long, value_name = "FILE")]
     pub save_session: Option<PathBuf>,
     #[command(flatten)]
-    pub model: PlayModelArgs,
+    pub model: ModelArgs,
     #[command(flatten)]
     pub engine: EngineArgs,
     #[command(flatten)]
@@ -193,7 +194,7 @@ impl PlayArgs {
             }
         }
         bar.finish();
-        reports.iter().for_each(|report| report.tell(talk, self.model.model.as_deref()));
+        reports.iter().for_each(|report| report.tell(talk, &self.model.model));
         if n_takes > 1 {
             let (played_s, elapsed_s): (f64, f64) =
                 (reports.iter().map(|r| r.played_s).sum(), begun.elapsed().as_secs_f64());
@@ -307,7 +308,7 @@ impl PlayReport {
     }
 
     /// Tells people.
-    fn tell(&self, talk: &Talk, model: Option<&Path>) {
+    fn tell(&self, talk: &Talk, model: &Path) {
         let name = if is_pipe(Path::new(&self.output)) { "standard output" } else { &self.output };
         let before = if self.prompt_s > 0.0 { format!("{:.2} s of prompt + ", self.prompt_s) } else { String::new() };
         let how = if self.interrupted { ", interrupted" } else { "" };
@@ -320,7 +321,8 @@ impl PlayReport {
         }
         self.interventions.iter().for_each(|intervention| talk.note(&describe(intervention)));
         if let Some(session) = &self.session {
-            let with = model.map_or(String::new(), |model| format!(" --model {}", model.display()));
+            let other = (model != Path::new(BUILT_IN)).then(|| format!(" --model {}", model.display()));
+            let with = other.unwrap_or_default();
             talk.note(&format!("{session}: play on from here with `wavegen continue --resume {session}{with}`"));
         }
     }

@@ -77,7 +77,10 @@ struct Bad {
 pub fn run(args: &Args) -> Result<Outcome> {
     let talk = &args.talk;
     check_inputs(&args.inputs)?;
-    // What is a corpus is not searched for recordings.
+    if let Some(input) = args.inputs.iter().find(|input| Corpus::is(input)) {
+        let why = format!("{}: is a corpus already; give it to `wavegen train` beside the new one", input.display());
+        return Err(Usage(why).into());
+    }
     let output = args.output.canonicalize().ok();
     if output.is_some() && args.inputs.iter().any(|input| input.canonicalize().ok() == output) {
         let why = format!("{}: is what is read; give another folder with -o", args.output.display());

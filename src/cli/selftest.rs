@@ -10,7 +10,7 @@ use wavegen::engine::reference::ReferenceEngine;
 use wavegen::simd::Isa;
 
 use super::Outcome;
-use super::check::{Distance, chords, costs, play, play_together};
+use super::check::{Distance, chords, costs, play, play_in_lockstep};
 use super::common::{ModelArgs, Talk, catch_interrupt, interrupted, print};
 
 /// Plan frames that are played where the result is compared: about a second.
@@ -23,7 +23,7 @@ const PROMPT_FRAMES: usize = 31;
 const MOST_F32_BITS: f64 = 0.002;
 /// Most bits per sample that 8-bit weights may cost.
 const MOST_INT8_BITS: f64 = 0.02;
-/// Streams that are played together.
+/// Streams that play in lockstep.
 const BATCH: usize = 3;
 /// Characters of a hash that are shown.
 const SHOWN: usize = 16;
@@ -199,15 +199,15 @@ impl Bench<'_> {
     }
 
     fn together(&self) -> Result<String> {
-        let first = self.cpu(Isa::chosen(), Precision::Int8)?;
-        let mut engines = (0..BATCH).map(|_| Ok(first.fork()?)).collect::<Result<Vec<_>>>()?;
+        let mut one = self.cpu(Isa::chosen(), Precision::Int8)?;
+        let mut engines = one.fork_in_lockstep(BATCH)?;
         let mut alone = Vec::new();
         for (stream, engine) in (0..).zip(&mut engines) {
-            engine.prefill(&self.prompt)?;
-            alone.push(play(engine, stream, 0..4)?);
+            one.prefill(&self.prompt)?;
+            alone.push(play(&mut one, stream, 0..4)?);
             engine.prefill(&self.prompt)?;
         }
-        ensure!(play_together(&mut engines, 0..4)? == alone, "a stream plays otherwise beside others");
+        ensure!(play_in_lockstep(&mut engines, 0..4)? == alone, "a stream plays otherwise beside others");
         Ok(format!("{BATCH} streams"))
     }
 

@@ -157,13 +157,17 @@ impl Index {
                 }
             }
             Line::Piece(stored) => {
+                // What a program before could not read.
+                self.bad.remove(&stored.content);
                 if !self.pieces.contains_key(&stored.content) {
                     self.order.push(stored.content.clone());
                     self.pieces.insert(stored.content.clone(), (part.to_owned(), stored));
                 }
             }
             Line::Bad { content, why, program } => {
-                self.bad.insert(content, (why, program));
+                if !self.pieces.contains_key(&content) {
+                    self.bad.insert(content, (why, program));
+                }
             }
             Line::Done => {}
         }

@@ -60,11 +60,11 @@ pub trait Engine: Send {
     /// How plan tokens and samples are drawn from now on.
     fn set_sampling(&mut self, plan: PlanSampling, wave: WaveSampling);
 
-    /// Resets, then reads `prompt` so that the next plan frame begins with the sample after it.
+    /// Resets, then reads `prompt` so that the next plan frame begins with the sample after it; gives the prompt's [plan](Engine::plan_of).
     ///
     /// The frame grid ends with the prompt's last token; a prompt that does not fill its first frame is padded in
     /// front with silence.
-    fn prefill(&mut self, prompt: &[Token]) -> Result<(), EngineError>;
+    fn prefill(&mut self, prompt: &[Token]) -> Result<Vec<PlanFrame>, EngineError>;
 
     /// The plan of `tokens` (whole frames) through the codebooks, as the model takes it: what sounds are scored and read under. The
     /// stream stays as it is.

@@ -19,7 +19,7 @@ use crate::model::excerpt::{Excerpt, Piece};
 use crate::model::features::{features, residual_code};
 use crate::model::head;
 use crate::model::wave_transformer::{PLAN_FRAMES, WaveState, WaveTransformer};
-use crate::plan::{PlanFrame, ResidualQuantizer, Spectrum};
+use crate::plan::{PlanFrame, ResidualQuantizer, Spectrum, frames_of};
 use crate::sampler::{Drive, LogitSampler, Mixture, PlanSampling, WaveSampling};
 
 /// Plan frames scored at a time, after [`SCORE_CONTEXT`] frames that are only read.
@@ -132,13 +132,13 @@ impl Engine for ReferenceEngine {
         self.wave_sampling = wave;
     }
 
-    fn prefill(&mut self, prompt: &[Token]) -> Result<(), EngineError> {
+    fn prefill(&mut self, prompt: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {
         check_tokens(&self.config, prompt)?;
         self.reset()?;
         let hop = self.config.plan.hop;
         let n_frames = prompt.len().div_ceil(hop);
         if n_frames == 0 {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let mut tokens = vec![self.config.codec.silence(); n_frames * hop - prompt.len()];
         tokens.extend_from_slice(prompt);
@@ -164,14 +164,13 @@ impl Engine for ReferenceEngine {
         let rows = bands.rows().into_iter().map(|row| row.to_vec());
         let frames: Vec<Vec<f32>> = before.into_iter().chain(rows).collect();
         stream.wave.plan = frames[frames.len() - PLAN_FRAMES..].to_vec();
-        Ok(())
+        Ok(frames_of(&codes.into_iter().collect::<Vec<_>>(), bands.view()))
     }
 
     fn plan_of(&self, tokens: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {
         check_tokens(&self.config, tokens)?;
         let (codes, bands) = self.refined(tokens)?;
-        let frames = codes.rows().into_iter().zip(bands.rows());
-        Ok(frames.map(|(tokens, bands)| PlanFrame { tokens: tokens.to_vec(), bands: bands.to_vec() }).collect())
+        Ok(frames_of(&codes.into_iter().collect::<Vec<_>>(), bands.view()))
     }
 
     fn next_plan(&mut self, uniforms: &[f32], out: &mut PlanFrame) -> Result<(), EngineError> {

@@ -4,8 +4,6 @@ use ndarray::{ArrayView1, ArrayView2, Axis, s};
 use serde::{Deserialize, Serialize};
 
 use crate::cholesky::solve;
-use crate::codec::Token;
-use crate::engine::{Engine, EngineError};
 use crate::plan::{PlanFrame, Spectrum, bands_of};
 
 /// Frames that count as much as the assumption that bands have no bias.
@@ -36,30 +34,20 @@ pub struct Colour {
 }
 
 impl Colour {
-    /// Of the last whole frames of a prompt: its colour, and its frames as the model reads them, coloured.
-    ///
-    /// # Errors
-    /// The engine's own.
-    pub fn of_prompt(
-        engine: &dyn Engine,
-        prompt: &[Token],
-        spectrum: &Spectrum,
-    ) -> Result<(Self, Vec<PlanFrame>), EngineError> {
-        let hop = spectrum.hop();
-        let prompt = &prompt[prompt.len() % hop..];
-        let mut plan = engine.plan_of(prompt)?;
+    /// Of a prompt, samples as the model hears them, and its `plan` as the model reads it: its colour, and its frames coloured.
+    pub fn of_prompt(mut plan: Vec<PlanFrame>, prompt: &[f32], spectrum: &Spectrum) -> (Self, Vec<PlanFrame>) {
+        let wanted = spectrum.analyse(&prompt[prompt.len() % spectrum.hop()..]);
         // The first frames look back into silence.
-        let first = spectrum.window_len().div_ceil(hop).min(plan.len());
-        plan.drain(..first);
-        if plan.is_empty() {
-            return Ok((Self::default(), plan));
-        }
-        let wanted = spectrum.analyse(&engine.config().codec.decode_all(prompt));
+        let first = spectrum.window_frames().min(wanted.nrows());
         let wanted = wanted.slice(s![first.., ..]);
+        plan.drain(..plan.len().saturating_sub(wanted.nrows()));
+        if plan.is_empty() {
+            return (Self::default(), plan);
+        }
         let mut colour = Self::of(bands_of(&plan).view(), wanted);
         plan.iter_mut().for_each(|frame| colour.apply(&mut frame.bands));
         colour.remember((&wanted - &bands_of(&plan)).view());
-        Ok((colour, plan))
+        (colour, plan)
     }
 
     /// Learns of what frames of the prompt lack, coloured, `[n_frames, n_bands]`, how long it is felt.

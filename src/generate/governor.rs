@@ -179,7 +179,7 @@ impl Governor {
         self.samples.drain(..surplus);
         let bands = spectrum.analyse_last(&self.samples);
         let heard = Heard::new(samples, &bands, draw);
-        if self.asked.len() == spectrum.window_len().div_ceil(spectrum.hop()) {
+        if self.asked.len() == spectrum.window_frames() {
             self.asked.pop_front();
         }
         self.asked.push_back(power_db(plan, spectrum)?);

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::engine::PlanDraw;
-use crate::metrics::{SILENCE_DB, level_db};
+use crate::metrics::{SILENCE_DB, flatness_db, leader, level_db};
 use crate::plan::{DB_PER_UNIT, Spectrum};
 
 /// Prompts shorter than this have no habits; the model's usual ones stand in.
@@ -53,13 +53,10 @@ pub struct Heard {
 
 impl Heard {
     pub fn new(samples: &[f32], bands: &[f32], draw: PlanDraw) -> Self {
-        let leader = (0..bands.len()).max_by(|&a, &b| bands[a].total_cmp(&bands[b])).unwrap_or(0);
-        // A band holds ln(power) / 4.
-        let power = bands.iter().map(|band| f64::from(4.0 * band).exp()).sum::<f64>() / bands.len().max(1) as f64;
-        let mean = bands.iter().sum::<f32>() / bands.len().max(1) as f32;
+        let leader = leader(bands.into());
         Self {
             level_db: level_db(samples),
-            flatness_db: mean * DB_PER_UNIT - 10.0 * power.max(1e-12).log10() as f32,
+            flatness_db: flatness_db(bands.into()),
             leader: leader as u16,
             leader_db: bands.get(leader).copied().unwrap_or_default() * DB_PER_UNIT,
             draw,
@@ -144,8 +141,8 @@ impl Habits {
         quiet: 60,
         lead: 60,
         flatness_db: -16.0,
-        surprisal: 9.0,
-        most_surprisal: 14.0,
+        surprisal: 5.0,
+        most_surprisal: 10.0,
     };
 }
 

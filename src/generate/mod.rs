@@ -153,12 +153,12 @@ impl Generator {
     /// The engine's own.
     pub fn new(engine: &mut dyn Engine, options: &Options, context: &[Token]) -> Result<Self, EngineError> {
         let spectrum = Spectrum::new(engine.config().codec.sample_rate, &engine.config().plan)?;
-        let (colour, plan) = Colour::of_prompt(engine, context, &spectrum)?;
+        let plan = engine.prefill(context)?;
+        let (colour, plan) = Colour::of_prompt(plan, &engine.config().codec.decode_all(context), &spectrum);
         let heard = telling(&plan, &spectrum);
         let frames = || heard.iter().copied().flatten().map(|frame| frame.bands.as_slice());
         let manner = heard.map(|_| Manner::of(frames(), &spectrum));
         let rhythm = Rhythm::of(frames());
-        engine.prefill(context)?;
         let state = GeneratorState {
             options: *options,
             n_frames: 0,

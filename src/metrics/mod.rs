@@ -56,13 +56,27 @@ pub fn median(values: &[f32]) -> f32 {
     }
 }
 
-/// Level of the sound that a plan frame's `bands` describe, dB against full scale; never below [`SILENCE_DB`].
+/// Level of the sound that a plan frame's `bands` describe, dB against full scale; of silence -70, the floor of bands.
 ///
 /// # Errors
 /// When these are no frame of `spectrum`.
 pub fn power_db(bands: &[f32], spectrum: &Spectrum) -> Result<f32, PlanError> {
     let power = spectrum.autocorrelation(bands, 0, 0.0)?[0];
     Ok(((10.0 * power.max(1e-12).log10()) as f32).max(SILENCE_DB))
+}
+
+/// How far the mean of a plan frame's bands in dB lies below their power's: white noise about 0, a tone far below.
+pub fn flatness_db(bands: ArrayView1<f32>) -> f32 {
+    let n = bands.len().max(1) as f64;
+    // A band holds ln(power) / 4.
+    let power = bands.iter().map(|&band| (4.0 * f64::from(band)).exp()).sum::<f64>() / n;
+    let mean = bands.iter().map(|&band| f64::from(band)).sum::<f64>() / n;
+    (mean * f64::from(DB_PER_UNIT) - 10.0 * power.max(1e-12).log10()) as f32
+}
+
+/// The loudest band of a plan frame, of equals the last.
+pub fn leader(bands: ArrayView1<f32>) -> usize {
+    (0..bands.len()).max_by(|&a, &b| bands[a].total_cmp(&bands[b])).unwrap_or(0)
 }
 
 /// Plan frames with the level that each stands for.
@@ -181,7 +195,7 @@ pub enum Failure {
     Noise,
     /// For a second one band leads the spectrum and lies more than [`STUCK_DB`] above its plan.
     StuckTone,
-    /// More than one sample in a thousand lies at the codec's end.
+    /// More than one sample in a thousand lies within 0.3 dB of full scale.
     Clipping,
 }
 
@@ -205,28 +219,19 @@ pub const BURST_DB: f32 = 12.0;
 pub const NOISE_DB: f32 = 12.0;
 /// See [`Failure::StuckTone`].
 pub const STUCK_DB: f32 = 15.0;
-/// Plan frames that a window of analysis spans.
-const WINDOW_FRAMES: usize = 4;
 /// A plan below this level asks for nothing, dB against full scale.
 const AUDIBLE_DB: f32 = -55.0;
-/// The outermost mu-law codes decode to 0.978.
+/// Within 0.3 dB of full scale: the outermost mu-law codes decode to 0.978.
 const CLIPPED: f32 = 0.97;
 
-/// What went wrong in one continuation: `heard` re-analysed from `samples`, which were rendered after `planned`.
-pub fn failures(samples: &[f32], heard: &Track, planned: &Track, frames_per_second: f32) -> Vec<Failure> {
+/// What went wrong in one continuation: `heard` re-analysed by `spectrum` from `samples`, which were rendered after `planned`.
+pub fn failures(samples: &[f32], heard: &Track, planned: &Track, spectrum: &Spectrum) -> Vec<Failure> {
     let n = heard.n_frames().min(planned.n_frames());
-    let second = (frames_per_second.round() as usize).max(2);
+    let second = ((spectrum.sample_rate() as f32 / spectrum.hop() as f32).round() as usize).max(2);
+    let window = spectrum.window_frames();
     let runs = |long: usize, holds: &dyn Fn(usize) -> bool| longest_run(n, holds) >= long;
     let above = |k: usize| heard.level_db[k] - planned.level_db[k];
-    let flatness = |bands: ArrayView1<f32>| {
-        let power: f64 = bands.iter().map(|l| f64::from(4.0 * l).exp()).sum::<f64>() / bands.len() as f64;
-        f64::from(bands.mean().unwrap_or(0.0)) * f64::from(DB_PER_UNIT) - 10.0 * power.max(1e-12).log10()
-    };
-    let leader = |k: usize| {
-        let frame = heard.bands.row(k);
-        (0..frame.len()).max_by(|&a, &b| frame[a].total_cmp(&frame[b])).unwrap_or(0)
-    };
-    let leaders: Vec<usize> = (0..n).map(leader).collect();
+    let leaders: Vec<usize> = heard.bands.rows().into_iter().take(n).map(leader).collect();
     let stuck = |k: usize| {
         let band = leaders[k];
         let over = (heard.bands[[k, band]] - planned.bands[[k, band]]) * DB_PER_UNIT;
@@ -238,14 +243,13 @@ pub fn failures(samples: &[f32], heard: &Track, planned: &Track, frames_per_seco
     }
     // A frame's analysis still hears the frames before it, which may have been loud by plan; the first ones hear the prompt.
     let asked =
-        |k: usize| planned.level_db[k.saturating_sub(WINDOW_FRAMES - 1)..=k].iter().copied().fold(SILENCE_DB, f32::max);
-    let knows = |k: usize| k + 1 >= WINDOW_FRAMES;
+        |k: usize| planned.level_db[k.saturating_sub(window - 1)..=k].iter().copied().fold(SILENCE_DB, f32::max);
+    let knows = |k: usize| k + 1 >= window;
     if runs(2, &|k| knows(k) && heard.level_db[k] > AUDIBLE_DB && heard.level_db[k] - asked(k) > BURST_DB) {
         found.push(Failure::Burst);
     }
     if runs(second, &|k| {
-        heard.level_db[k] > AUDIBLE_DB
-            && flatness(heard.bands.row(k)) - flatness(planned.bands.row(k)) > f64::from(NOISE_DB)
+        heard.level_db[k] > AUDIBLE_DB && flatness_db(heard.bands.row(k)) - flatness_db(planned.bands.row(k)) > NOISE_DB
     }) {
         found.push(Failure::Noise);
     }
@@ -344,20 +348,20 @@ mod tests {
     fn good_audio_has_no_failures() {
         let samples = tone(48_000, 440.0, 0.1);
         let it = track(&samples);
-        assert_eq!(failures(&samples, &it, &it, 31.25), []);
+        assert_eq!(failures(&samples, &it, &it, &spectrum()), []);
     }
 
     #[test]
     fn each_failure_is_told_from_the_others() {
         let planned_samples = tone(48_000, 440.0, 0.05);
         let planned = track(&planned_samples);
-        let found = |samples: &[f32]| failures(samples, &track(samples), &planned, 31.25);
+        let found = |samples: &[f32]| failures(samples, &track(samples), &planned, &spectrum());
         assert_eq!(found(&tone(48_000, 440.0, 0.0004)), [Failure::Collapse]);
         let mut burst = planned_samples.clone();
         burst[20_000..23_000].copy_from_slice(&tone(3000, 440.0, 0.5));
         assert_eq!(found(&burst), [Failure::Burst]);
         let after_a_loud_prompt = Track::analyse(&tone(4096, 440.0, 0.5), &planned_samples, &spectrum()).unwrap();
-        assert_eq!(failures(&planned_samples, &after_a_loud_prompt, &planned, 31.25), []);
+        assert_eq!(failures(&planned_samples, &after_a_loud_prompt, &planned, &spectrum()), []);
         let noisy: Vec<f32> = planned_samples.iter().zip(noise(48_000, 0.05)).map(|(a, b)| a + b).collect();
         assert_eq!(found(&noisy), [Failure::Noise]);
         let stuck: Vec<f32> = planned_samples.iter().zip(tone(48_000, 1200.0, 0.12)).map(|(a, b)| a + b).collect();

@@ -5,7 +5,7 @@ pub(crate) mod response;
 pub mod rvq;
 pub mod spectrum;
 
-use ndarray::Array2;
+use ndarray::{Array2, ArrayView2};
 use serde::{Deserialize, Serialize};
 
 pub use rvq::ResidualQuantizer;
@@ -93,6 +93,12 @@ pub struct PlanFrame {
 pub fn bands_of(frames: &[PlanFrame]) -> Array2<f32> {
     let n_bands = frames.first().map_or(0, |frame| frame.bands.len());
     Array2::from_shape_fn((frames.len(), n_bands), |(frame, band)| frames[frame].bands[band])
+}
+
+/// Frames of tokens `[frames, n_codebooks]`, flat, and bands `[frames, n_bands]`.
+pub(crate) fn frames_of(tokens: &[u16], bands: ArrayView2<f32>) -> Vec<PlanFrame> {
+    let frames = tokens.chunks_exact(tokens.len() / bands.nrows().max(1)).zip(bands.rows());
+    frames.map(|(tokens, bands)| PlanFrame { tokens: tokens.to_vec(), bands: bands.to_vec() }).collect()
 }
 
 /// Why a plan could not be made or read.

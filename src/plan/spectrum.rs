@@ -164,6 +164,11 @@ impl Spectrum {
         self.window.len()
     }
 
+    /// Plan frames that a window spans.
+    pub fn window_frames(&self) -> usize {
+        self.window_len().div_ceil(self.hop())
+    }
+
     /// The plan frame that ends with the samples `heard`, `[n_bands]`; before them there is silence.
     pub fn analyse_last(&self, heard: &[f32]) -> Vec<f32> {
         let mut bands = vec![0.0; self.n_bands()];

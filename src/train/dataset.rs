@@ -80,7 +80,7 @@ impl Recording {
     /// The plan frames `frames`.
     pub fn plan(&self, frames: Range<usize>, spectrum: &Spectrum, codec: &Codec) -> Result<Array2<f32>, CorpusError> {
         let hop = spectrum.hop();
-        let before = spectrum.window_len().div_ceil(hop).min(frames.start);
+        let before = spectrum.window_frames().min(frames.start);
         let tokens = self.tokens((frames.start - before) * hop..frames.end * hop, 1.0, codec)?;
         let plan = spectrum.analyse(&codec.decode_all(&tokens));
         Ok(plan.slice_axis(Axis(0), Slice::from(before..)).to_owned())

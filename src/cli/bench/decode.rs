@@ -1,7 +1,8 @@
 //! `wavegen bench decode`: turns engines, instruction sets, models and batch sizes into samples per second.
 //!
 //! Every case first plays two frames that are compared with the scalar engine's; then all cases of a model are measured
-//! in turn, round after round, so that whatever else the machine does falls on all of them.
+//! in turn, round after round, so that whatever else the machine does falls on all of them. Figures by the clock are medians of
+//! rounds; processor time comes in ticks of 10 ms, too coarse for a round, and is summed over all of them.
 
 use std::time::Instant;
 
@@ -17,16 +18,18 @@ use wavegen::plan::PlanFrame;
 use wavegen::simd::Isa;
 
 use super::super::Outcome;
-use super::super::check::{Distance, chords, costs, draws, play, play_together};
+use super::super::check::{Distance, chords, costs, draws, play, play_in_lockstep};
 use super::super::common::{ModelArgs, Talk, Usage, catch_interrupt, interrupted, print};
 use super::super::memory;
 use super::gpu;
-use super::machine::{Machine, Peak, cpu_seconds};
+use super::machine::{Machine, Peak, TICK_S, cpu_seconds};
 
 /// Plan frames that every case plays first: to warm up, and to be compared.
 const CHECKED_FRAMES: usize = 2;
 /// Plan frames that the reference engine plays in a round: it is slow, and its time per sample hardly varies.
-const REFERENCE_FRAMES: usize = 4;
+const REFERENCE_FRAMES: usize = 8;
+/// Seconds of sound in a round unless told otherwise: of five rounds' processor time a tick is about 1 % or less.
+const SECONDS: f64 = 3.0;
 /// Seconds of prompt.
 const PROMPT_S: f64 = 2.0;
 /// Seconds that distributions are compared over.
@@ -52,19 +55,19 @@ pub struct Args {
     /// What computes: the CPU's engines and the reference, or a GPU
     #[arg(long, value_enum, default_value = "cpu")]
     engine: Engines,
-    /// Presets to measure beside the model, with random weights; `none` for none
-    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "small,base")]
-    presets: Vec<String>,
+    /// Presets to measure beside the model, with random weights; `none` for none [default: small,base]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    presets: Option<Vec<String>>,
     /// Instruction sets [default: all that this machine has but `scalar`, which takes minutes]
     #[arg(long, value_name = "NAMES", value_delimiter = ',', value_parser = isa)]
     isas: Option<Vec<Isa>>,
-    /// Streams that are played together [default: 1,8; on a GPU 1,16,256,2048]
+    /// Streams that play in lockstep [default: 1,8; on a GPU 1,16,256,2048]
     #[arg(long, value_name = "NUMBERS", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=4096))]
     batches: Option<Vec<u16>>,
-    /// Seconds of sound that a stream plays in a round
-    #[arg(long, default_value = "0.5", value_parser = super::super::common::seconds)]
-    seconds: f64,
-    /// Rounds; figures are medians over them
+    /// Seconds of sound in a round, all streams together [default: 3]
+    #[arg(long, value_parser = super::super::common::seconds)]
+    seconds: Option<f64>,
+    /// Rounds; figures by the clock are medians over them, those of processor time sums
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     rounds: u16,
     /// Leave the reference engine out
@@ -78,7 +81,7 @@ pub struct Args {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Engines {
     Cpu,
-    /// With the model and the preset `base`; without a GPU it says so
+    /// With the model and the preset `base`, and neither --presets, --isas, --seconds nor --no-reference; without a GPU it says so
     Cuda,
 }
 
@@ -117,7 +120,9 @@ struct CaseReport {
     samples_per_s: f64,
     samples_per_s_range: [f64; 2],
     x_real_time: f64,
-    /// Samples per second of processor time, as multiples of real time.
+    /// Processor time of all rounds, in ticks of 10 ms.
+    core_s: Option<f64>,
+    /// Samples per second of it, as multiples of real time.
     x_core: Option<f64>,
     /// The same against the reference engine's; of the clock's time where there is no other.
     x_reference: Option<f64>,
@@ -161,19 +166,30 @@ struct Case {
     distance: Option<Distance>,
     /// Samples per second, one value a round.
     rounds: Vec<f64>,
-    /// The same of processor time.
-    core_rounds: Vec<f64>,
+    /// Of all rounds.
+    n_samples: usize,
+    core_s: Option<f64>,
     steps_us: Vec<f64>,
     frame: usize,
 }
 
 pub fn run(args: &Args) -> Result<Outcome> {
     if args.engine == Engines::Cuda {
-        let Args { model, batches, rounds, talk, .. } = args;
+        let Args { model, batches, rounds, talk, presets, isas, seconds, no_reference, engine: _ } = args;
+        let unused = [
+            ("--presets", presets.is_some()),
+            ("--isas", isas.is_some()),
+            ("--seconds", seconds.is_some()),
+            ("--no-reference", *no_reference),
+        ];
+        if let Some((option, _)) = unused.into_iter().find(|(_, given)| *given) {
+            return Err(Usage(format!("{option} is for --engine cpu; leave it out")).into());
+        }
         return gpu::generation(&gpu::Generation { model, batches: batches.as_deref(), rounds: *rounds, talk });
     }
     let mut models = vec![args.model.load()?];
-    for name in args.presets.iter().filter(|name| *name != "none") {
+    let presets = args.presets.clone().unwrap_or_else(|| ["small", "base"].map(String::from).into());
+    for name in presets.iter().filter(|name| *name != "none") {
         let config = ModelConfig::preset(name).map_err(|e| Usage(e.to_string()))?;
         models.push(Checkpoint::untrained(ModelConfig { name: format!("{name}, random"), ..config }, 1)?);
     }
@@ -186,12 +202,12 @@ pub fn run(args: &Args) -> Result<Outcome> {
     let mut report = Report {
         machine,
         version: env!("CARGO_PKG_VERSION"),
-        seconds: args.seconds,
+        seconds: args.seconds.unwrap_or(SECONDS),
         rounds: args.rounds,
         models: Vec::new(),
     };
     for checkpoint in &models {
-        let Some(model) = measure_model(args, checkpoint, &isas, &report.machine)? else {
+        let Some(model) = measure_model(args, checkpoint, &isas, &report)? else {
             return Ok(Outcome::Interrupted);
         };
         report.models.push(model);
@@ -205,7 +221,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
 }
 
 /// All cases of a model; `None` when interrupted.
-fn measure_model(args: &Args, checkpoint: &Checkpoint, isas: &[Isa], machine: &Machine) -> Result<Option<ModelReport>> {
+fn measure_model(args: &Args, checkpoint: &Checkpoint, isas: &[Isa], report: &Report) -> Result<Option<ModelReport>> {
     let config = &checkpoint.config;
     let rate = f64::from(config.codec.sample_rate);
     let prompt = chords(&config.codec, (PROMPT_S * rate) as usize);
@@ -220,10 +236,15 @@ fn measure_model(args: &Args, checkpoint: &Checkpoint, isas: &[Isa], machine: &M
     let batches = args.batches.as_deref().unwrap_or(&[1, 8]);
     let mut cases = Vec::new();
     for precision in [Precision::Int8, Precision::F32] {
-        let most_streams = batches.iter().copied().max().unwrap_or(1).into();
-        let mut scalar = Case::cpu(checkpoint, Isa::Scalar, precision, most_streams)?;
+        let mut scalar = CpuEngine::new(checkpoint, &CpuOptions { isa: Isa::Scalar, precision })?;
         scalar.prefill(&prompt)?;
-        let expected = scalar.alone()?;
+        let begun = scalar.snapshot()?;
+        let most_streams = batches.iter().copied().max().unwrap_or(1);
+        let alone = (0..most_streams.into()).map(|stream| {
+            scalar.rewind(&begun)?;
+            play(&mut scalar, stream, 0..CHECKED_FRAMES)
+        });
+        let expected = alone.collect::<Result<Vec<_>>>()?;
         for &isa in isas {
             for &batch in batches {
                 if interrupted() {
@@ -232,7 +253,7 @@ fn measure_model(args: &Args, checkpoint: &Checkpoint, isas: &[Isa], machine: &M
                 let mut case = Case::cpu(checkpoint, isa, precision, batch.into())?;
                 case.distance = Some(case.distance(&exact, &compared)?);
                 case.prefill(&prompt)?;
-                case.tokens_as_scalar = Some(case.together()? == expected[..batch.into()]);
+                case.tokens_as_scalar = Some(case.begin()? == expected[..batch.into()]);
                 cases.push(case);
             }
         }
@@ -240,7 +261,7 @@ fn measure_model(args: &Args, checkpoint: &Checkpoint, isas: &[Isa], machine: &M
     if !args.no_reference {
         cases.push(reference);
     }
-    let n_frames = ((args.seconds * rate / config.plan.hop as f64).round() as usize).max(1);
+    let n_frames = (report.seconds * rate / config.plan.hop as f64).round() as usize;
     let bar = args.talk.bar(u64::from(args.rounds) * cases.len() as u64, "{bar:40} {msg} {percent} %, {eta} left");
     bar.set_message(config.name.clone());
     for _ in 0..args.rounds {
@@ -259,7 +280,7 @@ fn measure_model(args: &Args, checkpoint: &Checkpoint, isas: &[Isa], machine: &M
         multiply_adds: config.wave_transformer.multiply_adds_per_sample(),
         plan_parameters: checkpoint.n_weights("plan."),
         wave_parameters: checkpoint.n_weights("wave."),
-        cases: cases.into_iter().map(|case| case.report(checkpoint, machine, reference_speed)).collect(),
+        cases: cases.into_iter().map(|case| case.report(checkpoint, &report.machine, reference_speed)).collect(),
     }))
 }
 
@@ -279,7 +300,8 @@ impl Case {
             tokens_as_scalar: None,
             distance: None,
             rounds: Vec::new(),
-            core_rounds: Vec::new(),
+            n_samples: 0,
+            core_s: Some(0.0),
             steps_us: Vec::new(),
             frame: 0,
         })
@@ -291,11 +313,8 @@ impl Case {
             Precision::F32 => "cpu-f32",
         };
         Self::new(name, Some(isa), || {
-            let mut engines = vec![CpuEngine::new(checkpoint, &CpuOptions { isa, precision })?];
-            while engines.len() < batch {
-                engines.push(engines[0].fork()?);
-            }
-            Ok(Streams::Cpu(engines))
+            let engine = CpuEngine::new(checkpoint, &CpuOptions { isa, precision })?;
+            Ok(Streams::Cpu(if batch == 1 { vec![engine] } else { engine.fork_in_lockstep(batch)? }))
         })
     }
 
@@ -334,25 +353,16 @@ impl Case {
         }
     }
 
-    /// The first frames, stream by stream.
-    fn alone(&mut self) -> Result<Vec<Vec<Token>>> {
+    /// The first frames, as the case is measured; tokens per stream.
+    fn begin(&mut self) -> Result<Vec<Vec<Token>>> {
+        self.frame = CHECKED_FRAMES;
         match &mut self.streams {
-            Streams::Cpu(engines) => {
-                (0..).zip(engines).map(|(stream, engine)| play(engine, stream, 0..CHECKED_FRAMES)).collect()
-            }
+            Streams::Cpu(engines) => play_in_lockstep(engines, 0..CHECKED_FRAMES),
             Streams::Reference(engine) => Ok(vec![play(engine.as_mut(), 0, 0..CHECKED_FRAMES)?]),
         }
     }
 
-    /// The first frames, as the case is measured.
-    fn together(&mut self) -> Result<Vec<Vec<Token>>> {
-        self.frame = CHECKED_FRAMES;
-        match &mut self.streams {
-            Streams::Cpu(engines) => play_together(engines, 0..CHECKED_FRAMES),
-            Streams::Reference(_) => self.alone(),
-        }
-    }
-
+    /// Plays `n_frames` of all streams together, at least one of each; the reference engine [`REFERENCE_FRAMES`].
     fn round(&mut self, n_frames: usize) -> Result<()> {
         let (begun, core_begun) = (Instant::now(), cpu_seconds());
         let n_samples = match &mut self.streams {
@@ -363,25 +373,31 @@ impl Case {
                 played
             }
             Streams::Cpu(engines) => {
-                let last = self.frame + n_frames;
-                let played = match &mut engines[..] {
-                    [engine] => play_timed(engine, self.frame..last, &mut self.steps_us)?,
-                    engines => play_together(engines, self.frame..last)?.iter().map(Vec::len).sum(),
+                let last = self.frame + (n_frames / engines.len()).max(1);
+                let played = if engines.len() == 1 {
+                    play_timed(&mut engines[0], self.frame..last, &mut self.steps_us)?
+                } else {
+                    play_in_lockstep(engines, self.frame..last)?.iter().map(Vec::len).sum()
                 };
                 self.frame = last;
                 played
             }
         };
         self.rounds.push(n_samples as f64 / begun.elapsed().as_secs_f64());
-        if let Some(seconds) = cpu_seconds().zip(core_begun).map(|(now, begun)| now - begun).filter(|&s| s > 0.0) {
-            self.core_rounds.push(n_samples as f64 / seconds);
-        }
+        self.n_samples += n_samples;
+        let core_s = cpu_seconds().zip(core_begun).map(|(now, begun)| now - begun);
+        self.core_s = self.core_s.zip(core_s).map(|(sum, round)| sum + round);
         Ok(())
+    }
+
+    /// Samples per second of processor time; `None` where none was counted.
+    fn core_speed(&self) -> Option<f64> {
+        self.core_s.filter(|&seconds| seconds > 0.0).map(|seconds| self.n_samples as f64 / seconds)
     }
 
     /// Samples per second of processor time, or of the clock's where there is no other.
     fn speed(&self) -> f64 {
-        median(if self.core_rounds.is_empty() { &self.rounds } else { &self.core_rounds })
+        self.core_speed().unwrap_or_else(|| median(&self.rounds))
     }
 
     fn report(self, checkpoint: &Checkpoint, machine: &Machine, reference_speed: Option<f64>) -> CaseReport {
@@ -403,7 +419,8 @@ impl Case {
                 self.rounds.iter().copied().fold(0.0, f64::max),
             ],
             x_real_time: samples_per_s / f64::from(config.codec.sample_rate),
-            x_core: (!self.core_rounds.is_empty()).then(|| self.speed() / f64::from(config.codec.sample_rate)),
+            core_s: self.core_s,
+            x_core: self.core_speed().map(|speed| speed / f64::from(config.codec.sample_rate)),
             x_reference: reference_speed.filter(|_| self.isa.is_some()).map(|speed| self.speed() / speed),
             step_us: Quantiles::of(self.steps_us),
             gmac_s,
@@ -467,13 +484,19 @@ impl Report {
             model.print(self.rounds)?;
         }
         print("")?;
+        let core_s = self.models.iter().flat_map(|model| &model.cases).filter_map(|case| case.core_s);
         print(
             "x core: per second of processor time, and so are x ref and GMAC/s (the wave transformer's matrices only): other work",
         )?;
-        print("takes caches and clock, but not that. A check fails where tokens are not the scalar engine's, or the")?;
         print(&format!(
-            "distributions lie further from the reference's than {MOST_INT8_BITS} (int8) or {MOST_F32_BITS} (f32) bits."
+            "takes caches and clock, but not that. It is counted over all rounds in ticks of {:.0} ms, at most {:.1} % of a case's.",
+            1e3 * TICK_S,
+            100.0 * TICK_S / core_s.fold(f64::INFINITY, f64::min)
         ))?;
+        print(
+            "A check fails where tokens are not the scalar engine's, or the distributions lie further from the reference's",
+        )?;
+        print(&format!("than {MOST_INT8_BITS} (int8) or {MOST_F32_BITS} (f32) bits."))?;
         Ok(())
     }
 }

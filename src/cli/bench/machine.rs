@@ -14,6 +14,8 @@ const I8_SHAPE: (usize, usize) = (256, 768);
 const F32_SHAPE: (usize, usize) = (128, 512);
 /// Bytes that the bandwidth probe reads: more than caches hold.
 const STREAM_BYTES: usize = 256 << 20;
+/// What the system counts processor time in, seconds.
+pub const TICK_S: f64 = 0.01;
 /// How long a probe looks for its best time.
 const PROBE_TIME: Duration = Duration::from_millis(100);
 
@@ -69,14 +71,14 @@ fn cpu_name() -> String {
     proc_field("/proc/cpuinfo", find).unwrap_or_else(|| format!("unknown {}", std::env::consts::ARCH))
 }
 
-/// Processor time of this process so far, of all threads, in seconds, in hundredths; `None` where the system does not say.
+/// Processor time of this process so far, of all threads, in seconds, a multiple of [`TICK_S`]; `None` where the system does not say.
 pub fn cpu_seconds() -> Option<f64> {
     let find = |text: &str| {
         // Fields 14 and 15: user and system; the second, a name in brackets, may hold anything.
         let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
         Some(fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?)
     };
-    Some(proc_field("/proc/self/stat", find)? as f64 / 100.0)
+    Some(proc_field("/proc/self/stat", find)? as f64 * TICK_S)
 }
 
 /// Products of square matrices by candle, 10^9 multiply-adds/s: on a CPU of matrices that lie in the caches, with as many threads as

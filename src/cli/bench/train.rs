@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use serde::Serialize;
@@ -250,7 +250,12 @@ impl Agreement {
         let (exact, exact_gradients) = plain.gradients(items)?;
         let (mut apart, mut power) = (0.0, 0.0);
         for (name, var) in plain.vars.iter().filter(|(name, _)| name.starts_with(part.name())) {
-            let (Some(a), Some(b)) = (gradients.get(&fused.vars[name]), exact_gradients.get(var)) else { continue };
+            let (a, b) = match (gradients.get(&fused.vars[name]), exact_gradients.get(var)) {
+                (Some(a), Some(b)) => (a, b),
+                (None, None) => continue,
+                (Some(_), None) => bail!("{name}: only fused has a gradient"),
+                (None, Some(_)) => bail!("{name}: only plain has a gradient"),
+            };
             apart += f64::from((a.to_device(b.device())? - b)?.sqr()?.sum_all()?.to_scalar::<f32>()?);
             power += f64::from(b.sqr()?.sum_all()?.to_scalar::<f32>()?);
         }

@@ -32,9 +32,11 @@ use self::outlet::Outlet;
 use self::screen::Screen;
 use super::Outcome;
 use super::adapt::fitted;
-use super::common::{SamplingArgs, Talk, Usage, catch_interrupt, is_pipe, moment, print, report_damage, seconds};
+use super::common::{
+    ModelArgs, SamplingArgs, Talk, Usage, catch_interrupt, is_pipe, moment, print, report_damage, seconds,
+};
 use super::engine::EngineArgs;
-use super::familiar::{PlayModelArgs, judge};
+use super::familiar::judge;
 use super::keys::{KEYS, Keys, Socket, read_stdin};
 
 /// Play a recording and then on and on: the model's music on the speakers, steered while it plays
@@ -109,7 +111,7 @@ pub struct Args {
     #[arg(long, value_name = "-|PATH")]
     control: Option<PathBuf>,
     #[command(flatten)]
-    model: PlayModelArgs,
+    model: ModelArgs,
     #[command(flatten)]
     pub engine: EngineArgs,
     #[command(flatten)]
@@ -185,9 +187,6 @@ pub fn run(args: &Args) -> Result<Outcome> {
         Some(source) => read(source, (rate, channels), &checkpoint, &args.talk)?,
         None => (Vec::new(), Prompt::silence_at(&checkpoint.config.codec, rate, song::fronts(channels))),
     };
-    if source.is_some() {
-        checkpoint = args.model.suited_to(&prompt, checkpoint, &args.talk)?;
-    }
     if let (Some(adapt_s), Some(source)) = (args.adapt, &source) {
         match fitted(&checkpoint, source, adapt_s, &args.talk)? {
             Some(adapted) => checkpoint = adapted,

@@ -110,9 +110,10 @@ impl Member {
             let mut guards: Vec<_> = who.iter().map(|&seat| lock(&seats[seat])).collect();
             let seats = guards.iter_mut();
             match task {
-                Task::Plan => weights.draw_all(seats.map(|seat| seat.plan_turn()), work),
+                Task::Plan => weights.draw(&mut seats.map(|seat| seat.plan_turn()).collect::<Vec<_>>(), work),
                 Task::Render => {
-                    weights.render_all(seats.map(|seat| seat.turn()), work);
+                    let (mut lanes, mut steps): (Vec<_>, Vec<_>) = seats.map(|seat| seat.turn().split()).unzip();
+                    weights.render(&mut lanes, &mut steps, work);
                     Ok(())
                 }
             }

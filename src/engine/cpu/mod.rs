@@ -19,7 +19,7 @@ use super::{Engine, EngineError, PlanDraw, Snapshot, UNIFORMS_PER_SAMPLE, check_
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
 use crate::model::config::{GenerationSettings, ModelConfig};
-use crate::plan::PlanFrame;
+use crate::plan::{PlanFrame, frames_of};
 use crate::sampler::{PlanSampling, WaveSampling};
 use crate::simd::Isa;
 use lockstep::Member;
@@ -111,7 +111,7 @@ impl CpuEngine {
         if self.stream.plan.pos > 0 {
             return Ok(());
         }
-        self.prefill(&vec![self.weights.config.codec.silence(); self.weights.config.plan.hop])
+        self.prefill(&vec![self.weights.config.codec.silence(); self.weights.config.plan.hop]).map(drop)
     }
 
     /// The instruction set that it runs on.
@@ -152,79 +152,6 @@ impl CpuEngine {
             }
         }
     }
-
-    /// [`Engine::next_plan`] for several streams over the same weights, each weight read once for all of them; every stream has
-    /// read a prompt.
-    ///
-    /// # Errors
-    /// When numbers are missing, a stream is at its very beginning, or the engines do not share their weights.
-    pub fn plan_together(
-        engines: &mut [&mut CpuEngine],
-        uniforms: &[Vec<f32>],
-        out: &mut [PlanFrame],
-    ) -> Result<(), EngineError> {
-        for (what, got) in [("rows of uniforms", uniforms.len()), ("plans", out.len())] {
-            expect(what, engines.len(), got)?;
-        }
-        let Some(weights) = Self::shared_weights(engines)? else { return Ok(()) };
-        for (engine, uniforms) in engines.iter().zip(uniforms) {
-            expect("uniforms", weights.config.plan.n_codebooks, uniforms.len())?;
-            if engine.stream.plan.pos == 0 {
-                return Err(EngineError::State("a stream that has heard nothing cannot be planned together".into()));
-            }
-        }
-        let mut work = engines.first_mut().map(|first| std::mem::take(&mut first.work)).unwrap_or_default();
-        let turns = engines.iter_mut().zip(uniforms).zip(out).map(|((engine, uniforms), frame)| {
-            let CpuEngine { plan_sampling: sampling, stream, plan_draw: draw, .. } = &mut **engine;
-            PlanTurn { state: &mut stream.plan, sampling, uniforms, frame, draw }
-        });
-        let drawn = weights.draw_all(turns, &mut work);
-        if let Some(first) = engines.first_mut() {
-            first.work = work;
-        }
-        drawn
-    }
-
-    /// The weights of all of `engines`; `None` if there are none.
-    fn shared_weights(engines: &[&mut CpuEngine]) -> Result<Option<Arc<Weights>>, EngineError> {
-        let Some(first) = engines.first() else { return Ok(None) };
-        if engines.iter().any(|engine| !Arc::ptr_eq(&engine.weights, &first.weights)) {
-            return Err(EngineError::State("streams of different models cannot be played together".into()));
-        }
-        Ok(Some(first.weights.clone()))
-    }
-
-    /// [`Engine::render`] for several streams over the same weights in lockstep, each weight read once for all of them.
-    ///
-    /// # Errors
-    /// When numbers are missing, or the engines do not share their weights (see [`CpuEngine::fork`]).
-    pub fn render_together(
-        engines: &mut [&mut CpuEngine],
-        plans: &[PlanFrame],
-        uniforms: &[Vec<f32>],
-        out: &mut [Vec<Token>],
-    ) -> Result<(), EngineError> {
-        for (what, got) in [("plans", plans.len()), ("rows of uniforms", uniforms.len()), ("rows of tokens", out.len())]
-        {
-            expect(what, engines.len(), got)?;
-        }
-        let Some(weights) = Self::shared_weights(engines)? else { return Ok(()) };
-        for (i, (engine, plan)) in engines.iter_mut().zip(plans).enumerate() {
-            expect("tokens", weights.config.plan.hop, out[i].len())?;
-            expect("uniforms", UNIFORMS_PER_SAMPLE * out[i].len(), uniforms[i].len())?;
-            engine.begin_frame(&plan.bands)?;
-        }
-        let mut work = engines.first_mut().map(|first| std::mem::take(&mut first.work)).unwrap_or_default();
-        let turns = engines.iter_mut().zip(uniforms).zip(out).map(|((engine, uniforms), out)| {
-            let CpuEngine { wave_sampling: sampling, stream, .. } = &mut **engine;
-            Turn { sound: &mut stream.sound, sampling, uniforms, out }
-        });
-        weights.render_all(turns, &mut work);
-        if let Some(first) = engines.first_mut() {
-            first.work = work;
-        }
-        Ok(())
-    }
 }
 
 impl Engine for CpuEngine {
@@ -246,27 +173,27 @@ impl Engine for CpuEngine {
         self.wave_sampling = wave;
     }
 
-    fn prefill(&mut self, prompt: &[Token]) -> Result<(), EngineError> {
+    fn prefill(&mut self, prompt: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {
         check_tokens(&self.weights.config, prompt)?;
         self.reset()?;
         let Self { weights, stream, work, .. } = self;
         let hop = weights.config.plan.hop;
         let n_frames = prompt.len().div_ceil(hop);
         if n_frames == 0 {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let mut tokens = vec![weights.config.codec.silence(); n_frames * hop - prompt.len()];
         tokens.extend_from_slice(prompt);
-        let (_, bands) = weights.read_plan(&mut stream.plan, &tokens, &mut work.plan)?;
-        weights.read_end(&mut stream.sound, bands.view(), &tokens, work)
+        let (codes, bands) = weights.read_plan(&mut stream.plan, &tokens, &mut work.plan)?;
+        weights.read_end(&mut stream.sound, bands.view(), &tokens, work)?;
+        Ok(frames_of(&codes, bands.view()))
     }
 
     fn plan_of(&self, tokens: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {
         check_tokens(&self.weights.config, tokens)?;
         let mut state = self.weights.plan.new_state();
         let (codes, bands) = self.weights.read_plan(&mut state, tokens, &mut PlanWork::default())?;
-        let frames = codes.chunks_exact(self.weights.config.plan.n_codebooks).zip(bands.rows());
-        Ok(frames.map(|(tokens, bands)| PlanFrame { tokens: tokens.to_vec(), bands: bands.to_vec() }).collect())
+        Ok(frames_of(&codes, bands.view()))
     }
 
     fn next_plan(&mut self, uniforms: &[f32], out: &mut PlanFrame) -> Result<(), EngineError> {

@@ -5,7 +5,7 @@ use ndarray::{Array2, ArrayView2, s};
 use super::CpuOptions;
 use super::linear::Source;
 use super::plan::{PlanState, PlanTransformer, PlanTurn, PlanWork};
-use super::stream::{Lane, Sound, Turn, Work};
+use super::stream::{Lane, Sound, Work};
 use super::wave::{Step, WaveTransformer};
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
@@ -81,21 +81,6 @@ impl Weights {
     /// Draws the next plan frame of every stream.
     pub fn draw(&self, turns: &mut [PlanTurn], work: &mut Work) -> Result<(), EngineError> {
         Ok(self.plan.draw(self.kernels, &self.quantizer, turns, &mut work.plan)?)
-    }
-
-    /// As [`draw`](Self::draw).
-    pub fn draw_all<'a>(
-        &self,
-        turns: impl IntoIterator<Item = PlanTurn<'a>>,
-        work: &mut Work,
-    ) -> Result<(), EngineError> {
-        self.draw(&mut turns.into_iter().collect::<Vec<_>>(), work)
-    }
-
-    /// Renders several streams in lockstep.
-    pub fn render_all<'a>(&self, turns: impl IntoIterator<Item = Turn<'a>>, work: &mut Work) {
-        let (mut lanes, mut steps): (Vec<_>, Vec<_>) = turns.into_iter().map(Turn::split).unzip();
-        self.render(&mut lanes, &mut steps, work);
     }
 
     /// As many samples as the lanes have room for, within one plan frame.

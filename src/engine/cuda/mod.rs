@@ -160,7 +160,7 @@ impl<M: Machine> CudaEngine<M> {
         }
         let config = &self.model().config;
         let silence = vec![config.codec.silence(); config.plan.hop];
-        self.prefill(&silence)
+        self.prefill(&silence).map(drop)
     }
 
     /// The plan tokens of tokens, `[frames, n_codebooks]`.
@@ -217,7 +217,7 @@ impl<M: Machine> Engine for CudaEngine<M> {
         self.sampling = Sampling { plan, wave };
     }
 
-    fn prefill(&mut self, prompt: &[Token]) -> Result<(), EngineError> {
+    fn prefill(&mut self, prompt: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {
         let model = self.model().clone();
         let config = &model.config;
         check_tokens(config, prompt)?;
@@ -225,7 +225,7 @@ impl<M: Machine> Engine for CudaEngine<M> {
         let (hop, history) = (config.plan.hop, config.wave_transformer.history());
         let n_frames = prompt.len().div_ceil(hop);
         if n_frames == 0 {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let mut tokens = vec![config.codec.silence(); n_frames * hop - prompt.len()];
         tokens.extend_from_slice(prompt);
@@ -260,7 +260,7 @@ impl<M: Machine> Engine for CudaEngine<M> {
         let rest: Vec<f32> = bands.rows().into_iter().skip(first).flatten().copied().collect();
         self.read(&tokens[first * hop..], &rest)?;
         self.heard = true;
-        Ok(())
+        Ok(self.frames(&Played { plan_tokens: codes, bands: bands.into_iter().collect(), ..Played::default() }))
     }
 
     fn plan_of(&self, tokens: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {
