@@ -618,6 +618,8 @@ fn an_interrupt_before_there_is_anything_leaves_nothing() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
+    // Waiting would close it, and what then comes first is chance.
+    let stdin = child.stdin.take();
     let spooled = || std::fs::read_dir(&temporary).unwrap().count();
     let start = Instant::now();
     while spooled() == 0 && start.elapsed() < Duration::from_secs(60) {
@@ -625,6 +627,7 @@ fn an_interrupt_before_there_is_anything_leaves_nothing() {
     }
     Process::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(130));
+    drop(stdin);
     assert_eq!((spooled(), scene.files()), (0, vec!["in.wav".into(), "temporary".into()]));
 }
 

@@ -26,7 +26,7 @@ pub struct ModelConfig {
 /// worse than nothing.
 pub const PLAN_CONTEXT: usize = 512;
 
-/// Plan frames that an engine reads into the wave transformer of a prompt, however long; no attention window may reach further.
+/// Plan frames that an engine reads into the wave transformer of a prompt, however long: more than the attention windows of the presets hold.
 pub(crate) const WAVE_CONTEXT: usize = 32;
 
 /// Numbers that the attention of one stream remembers as keys at most, and as many as values.
@@ -250,12 +250,6 @@ impl ModelConfig {
             }
             if tier.window == 0 || tier.n_layers == 0 {
                 return fail(format!("tier {i}: window and n_layers must be at least 1"));
-            }
-            if tier.window * tier.hop > WAVE_CONTEXT * self.plan.hop {
-                return fail(format!(
-                    "tier {i}: a window of {} steps of {} samples reaches further back than {WAVE_CONTEXT} plan frames",
-                    tier.window, tier.hop
-                ));
             }
             hop_above = tier.hop;
         }
