@@ -113,8 +113,15 @@ fn in_f32_it_plays_the_reference_engines_tokens_over_many_ring_wraps() {
     let mut reference = ReferenceEngine::new(&checkpoint).unwrap();
     let mut cpu = CpuEngine::new(&checkpoint, &F32).unwrap();
     let prompt = music(&checkpoint, 5000);
-    reference.prefill(&prompt).unwrap();
-    cpu.prefill(&prompt).unwrap();
+    for engine in [&mut reference as &mut dyn Engine, &mut cpu] {
+        let mut plan = engine.prefill(&prompt).unwrap();
+        let padded = [vec![checkpoint.config.codec.silence(); 120], prompt.clone()].concat();
+        assert_eq!(plan, engine.plan_of(&padded).unwrap());
+        let as_read = engine.save().unwrap();
+        plan.iter_mut().for_each(|frame| frame.bands[3] += 0.2);
+        engine.heard_as(&plan[plan.len() - 2..]).unwrap();
+        assert!(engine.save().unwrap() != as_read && engine.plan_of(&padded).unwrap() != plan);
+    }
     assert_plays_like(&mut cpu, &mut reference, 6, "tiny");
     let tokens = play(&mut cpu, 6..7, 0, None).1;
     assert!(tokens.iter().collect::<std::collections::HashSet<_>>().len() > 20, "nothing is heard: {tokens:?}");

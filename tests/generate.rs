@@ -13,6 +13,8 @@ use wavegen::generate::{
     Colour, Manner, Options, Path, Played, Player, Prompt, Recording, Session, SessionError, telling,
 };
 use wavegen::model::config::ModelConfig;
+use wavegen::plan::PlanFrame;
+use wavegen::rng::{Kind, Rng, uniform};
 
 use memory::Memory;
 
@@ -127,7 +129,8 @@ fn second_after_second_the_way_most_like_the_prompt_is_taken() {
     let mut gained = [0.0; 2];
     for seed in 0..3 {
         let (first, chosen) = (play(1, seed), play(8, seed));
-        assert!(first[..8] == chosen[..8], "the first quarter of a second is played at once");
+        // The last of these frames already knows what comes next.
+        assert!(first[..7] == chosen[..7], "the first quarter of a second is played at once");
         // Both come from the same frames; what came first was one of the eight.
         let second = [far(&first[8..16]), far(&chosen[8..16])];
         assert!(second[1] <= second[0], "seed {seed}: {second:?}");
@@ -135,6 +138,40 @@ fn second_after_second_the_way_most_like_the_prompt_is_taken() {
         gained[1] += second[1];
     }
     assert!(gained[1] < 0.8 * gained[0], "{gained:?}");
+}
+
+#[test]
+fn what_is_played_is_what_the_model_plans_in_the_recordings_colour_and_steadied() {
+    let checkpoint = Checkpoint::built_in().unwrap();
+    let (spectrum, codec) = (checkpoint.spectrum().unwrap(), &checkpoint.config.codec);
+    let mut rng = Rng::new(5);
+    let sound = |i: usize| {
+        let age = (i % 5000) as f32 / 16_000.0;
+        0.3 * (-6.0 * age).exp() * (0.1 * [1.0, 1.26, 1.5][i / 5000 % 3] * i as f32).sin() + 0.01 * rng.normal()
+    };
+    let prompt = codec.encode_all(&(0..120 * 512 + 100).map(sound).collect::<Vec<_>>());
+    let options = Options { seed: 3, choices: 1, ..Options::default() };
+    let mut engine = CpuEngine::new(&checkpoint, &CpuOptions::default()).unwrap();
+    let mut path = Path::new(&mut engine, &options, &prompt, false).unwrap();
+    let played: Vec<_> = (0..20).map(|_| path.next(&mut engine).unwrap().plan).collect();
+
+    let plan = engine.prefill(&prompt).unwrap();
+    let (colour, mut before) = Colour::of_prompt(plan, &codec.decode_all(&prompt), &spectrum);
+    let mut last = before.pop().unwrap().bands;
+    colour.feel(0, &mut last);
+    engine.set_sampling(options.plan, options.wave);
+    let frame = |k: u64| {
+        let n = checkpoint.config.plan.n_codebooks as u64;
+        let uniforms: Vec<f32> = (k * n..(k + 1) * n).map(|t| uniform(3, 0, Kind::Plan, t)).collect();
+        let mut frame = PlanFrame::default();
+        engine.next_plan(&uniforms, &mut frame).unwrap();
+        colour.apply_after(k, &mut frame.bands);
+        frame
+    };
+    let mut frames: Vec<_> = (0..21).map(frame).collect();
+    let unsteady = frames.clone();
+    colour.steady_all(Some(last), &mut frames);
+    assert!(played == frames[..20] && frames != unsteady);
 }
 
 #[test]

@@ -65,6 +65,9 @@ impl Engine for Failing {
         self.n = prompt.len() as u64;
         self.plan_of(prompt)
     }
+    fn heard_as(&mut self, _: &[PlanFrame]) -> Result<(), EngineError> {
+        Ok(())
+    }
     fn plan_of(&self, tokens: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {
         Ok(vec![PlanFrame { tokens: vec![0], bands: vec![LOUD; 148] }; tokens.len() / HOP])
     }

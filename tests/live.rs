@@ -53,6 +53,9 @@ impl Engine for Tone {
         self.reset()?;
         Ok(Vec::new())
     }
+    fn heard_as(&mut self, _: &[PlanFrame]) -> Outcome<()> {
+        Ok(())
+    }
     fn plan_of(&self, _: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {
         Ok(Vec::new())
     }

@@ -190,10 +190,11 @@ fn play(
         PlanFrom::Quantized => {
             let mut plan = engine.plan_of(&place.piece.tokens[from..to])?;
             let mut frames = plan.split_off(setup.prompt_frames);
-            let (colour, _) = Colour::of_prompt(plan, &heard_before, spectrum);
+            let (colour, before) = Colour::of_prompt(plan, &heard_before, spectrum);
             for (k, frame) in (0..).zip(&mut frames) {
                 colour.apply_after(k, &mut frame.bands);
             }
+            colour.steady_all(before.last().map(|frame| frame.bands.clone()), &mut frames);
             Some(bands_of(&frames))
         }
         PlanFrom::Shuffled => Some(shuffled(&true_track.bands, setup.options.seed ^ i as u64)),

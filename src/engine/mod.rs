@@ -66,6 +66,13 @@ pub trait Engine: Send {
     /// front with silence.
     fn prefill(&mut self, prompt: &[Token]) -> Result<Vec<PlanFrame>, EngineError>;
 
+    /// Takes the last frames of what was heard for these from here on, oldest first, at the level that frames are played at: what comes next is told
+    /// from them.
+    ///
+    /// # Errors
+    /// When they are no plan frames of the model.
+    fn heard_as(&mut self, plan: &[PlanFrame]) -> Result<(), EngineError>;
+
     /// The plan of `tokens` (whole frames) through the codebooks, as the model takes it: what sounds are scored and read under. The
     /// stream stays as it is.
     fn plan_of(&self, tokens: &[Token]) -> Result<Vec<PlanFrame>, EngineError>;
@@ -151,6 +158,16 @@ fn state_error(e: impl std::fmt::Display) -> EngineError {
 
 fn expect(what: &'static str, expected: usize, got: usize) -> Result<(), EngineError> {
     if expected == got { Ok(()) } else { Err(EngineError::Length { what, expected, got }) }
+}
+
+/// What [`Engine::heard_as`] does to the last frames that an engine remembers, oldest first, `[n_bands]` each.
+fn hear_as(last: &mut [Vec<f32>], plan: &[PlanFrame], sampling: &WaveSampling) -> Result<(), EngineError> {
+    for (was, is) in last.iter_mut().rev().zip(plan.iter().rev()) {
+        expect("plan bands", was.len(), is.bands.len())?;
+        was.clear();
+        was.extend(is.bands.iter().map(|&band| sampling.played(band)));
+    }
+    Ok(())
 }
 
 fn check_tokens(config: &ModelConfig, tokens: &[Token]) -> Result<(), EngineError> {

@@ -8,7 +8,7 @@ use ndarray::{Array2, ArrayView2};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::state::{Counters, SavedCache, SavedStream, plan_cache, wave_cache};
-use super::{Engine, EngineError, PlanDraw, UNIFORMS_PER_SAMPLE, check_tokens, expect, state_error};
+use super::{Engine, EngineError, PlanDraw, UNIFORMS_PER_SAMPLE, check_tokens, expect, hear_as, state_error};
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
 use crate::forecast::{PAST, PLANNED, PastForecast, PlannedForecast};
@@ -165,6 +165,10 @@ impl Engine for ReferenceEngine {
         let frames: Vec<Vec<f32>> = before.into_iter().chain(rows).collect();
         stream.wave.plan = frames[frames.len() - PLAN_FRAMES..].to_vec();
         Ok(frames_of(&codes.into_iter().collect::<Vec<_>>(), bands.view()))
+    }
+
+    fn heard_as(&mut self, plan: &[PlanFrame]) -> Result<(), EngineError> {
+        hear_as(&mut self.stream.wave.plan, plan, &self.wave_sampling)
     }
 
     fn plan_of(&self, tokens: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {

@@ -1,6 +1,6 @@
 //! Turns plan frames into those of one recording: what codebooks that are for all music lose of this one, it has shown itself.
 
-use ndarray::{ArrayView1, ArrayView2, Axis, s};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
 use serde::{Deserialize, Serialize};
 
 use crate::cholesky::solve;
@@ -13,12 +13,21 @@ const RIDGE: f64 = 1500.0;
 /// Most frames after a prompt in which it is still felt what its last one lacked: 2 s at 16 kHz.
 const FELT: usize = 64;
 
-/// What plan frames lack to be those of a recording: a linear map of their bands, and in the first frames after a prompt some of what its
-/// last one lacked, too.
+/// Bands on either side of one that jump with it where codebooks are to blame.
+const REACH: usize = 8;
+/// Most of a jump that is taken back for each of the frames beside it.
+const MOST_TAKEN: f64 = 0.5;
+
+/// What plan frames lack to be those of a recording: a linear map of their bands, in the first frames after a prompt some of what its
+/// last one lacked, too, and steadiness.
 ///
 /// The map is by least squares from the frames of a prompt as the model reads them and as they are (ridge regression: Hoerl and Kennard,
 /// 1970; as recognizers of speech adapt to a speaker: Gales, 1998); a short prompt changes little. How much of what a frame lacks the
 /// later ones lack as well is the autocorrelation of what they do.
+///
+/// Where one frame has other entries of the codebooks than the next, many neighbouring bands jump together, which sounds like an attack. Of
+/// what a band's neighbourhood jumps by, seen from the frame before and from the one after, shares are taken back that bring the prompt's
+/// frames nearest to the recording.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Colour {
     /// What is added whatever is read, `[n_bands]`; empty where nothing changes.
@@ -31,6 +40,8 @@ pub struct Colour {
     last: Vec<f32>,
     /// The share of it that each of the next frames lacks, `[FELT]` at most.
     felt: Vec<f32>,
+    /// The shares of the difference from the frame before and from the one after that are taken back.
+    steady: [f32; 2],
 }
 
 impl Colour {
@@ -46,7 +57,10 @@ impl Colour {
         }
         let mut colour = Self::of(bands_of(&plan).view(), wanted);
         plan.iter_mut().for_each(|frame| colour.apply(&mut frame.bands));
-        colour.remember((&wanted - &bands_of(&plan)).view());
+        let bands = bands_of(&plan);
+        let lacks = &wanted - &bands;
+        colour.remember(lacks.view());
+        colour.steady = steadiness(bands.view(), lacks.view());
         (colour, plan)
     }
 
@@ -105,16 +119,58 @@ impl Colour {
     /// The same for the bands of frame `k` after the prompt.
     pub fn apply_after(&self, k: u64, bands: &mut [f32]) {
         self.apply(bands);
+        self.feel(k, bands);
+    }
+
+    /// What of it the prompt's end has to do with.
+    pub fn feel(&self, k: u64, bands: &mut [f32]) {
         if let Some(share) = usize::try_from(k).ok().and_then(|k| self.felt.get(k)) {
             bands.iter_mut().zip(&self.last).for_each(|(band, lacks)| *band += share * lacks);
         }
     }
+
+    /// Takes back what coloured bands jump by from the frame `before` and to the one `after`, as far as they are there; `[n_bands]` each.
+    pub fn steady(&self, before: Option<&[f32]>, bands: &mut [f32], after: Option<&[f32]>) {
+        let jumps = [before, after].map(|other| other.map(|other| jumps(other, bands)));
+        for (share, jumps) in self.steady.iter().zip(jumps) {
+            bands.iter_mut().zip(jumps.iter().flatten()).for_each(|(band, jump)| *band += share * jump);
+        }
+    }
+
+    /// [`steady`](Self::steady) for successive frames after one, coloured all of them.
+    pub fn steady_all(&self, mut before: Option<Vec<f32>>, frames: &mut [PlanFrame]) {
+        for k in 0..frames.len() {
+            let (now, after) = frames[k..].split_at_mut(1);
+            let unsteady = now[0].bands.clone();
+            self.steady(before.as_deref(), &mut now[0].bands, after.first().map(|frame| &frame.bands[..]));
+            before = Some(unsteady);
+        }
+    }
+}
+
+/// What another frame has more than `bands`, on the average over each band's neighbourhood.
+fn jumps(other: &[f32], bands: &[f32]) -> Vec<f32> {
+    let differences: Vec<f32> = other.iter().zip(bands).map(|(other, band)| other - band).collect();
+    let around = |b: usize| &differences[b.saturating_sub(REACH)..(b + REACH + 1).min(differences.len())];
+    (0..bands.len()).map(|b| around(b).iter().sum::<f32>() / around(b).len() as f32).collect()
+}
+
+/// Of successive coloured frames and what they lack, `[n_frames, n_bands]`, the shares of their jumps that are best taken back.
+fn steadiness(frames: ArrayView2<f32>, lacks: ArrayView2<f32>) -> [f32; 2] {
+    let frames: Vec<Vec<f32>> = frames.rows().into_iter().map(|row| row.to_vec()).collect();
+    let jumps = |[before, bands, after]: &[Vec<f32>; 3]| {
+        let pairs = jumps(before, bands).into_iter().zip(jumps(after, bands));
+        pairs.map(|(before, after)| [f64::from(before), f64::from(after)]).collect::<Vec<_>>()
+    };
+    let jumps: Array2<f64> = frames.array_windows().flat_map(jumps).collect::<Vec<_>>().into();
+    let lacks = lacks.rows().into_iter().skip(1).flatten().take(jumps.nrows()).map(|&x| f64::from(x));
+    let lacks = lacks.collect::<Array1<f64>>().insert_axis(Axis(1));
+    let shares = solve(jumps.t().dot(&jumps) + Array2::<f64>::eye(2), jumps.t().dot(&lacks));
+    [0, 1].map(|i| shares[[i, 0]].clamp(0.0, MOST_TAKEN) as f32)
 }
 
 #[cfg(test)]
 mod tests {
-    use ndarray::Array2;
-
     use super::*;
     use crate::rng::Rng;
 
@@ -164,6 +220,40 @@ mod tests {
         let share =
             last(&colour, 0).map(f32::abs).iter().sum::<f32>() / colour.last.iter().map(|x| x.abs()).sum::<f32>();
         assert!(share < 0.1, "noise has no memory: {share}");
+    }
+
+    /// Sounds that begin every 25 frames, suddenly, and die away, and the same as one reads them whose codebooks jump up and down by 2 dB.
+    #[test]
+    fn what_codebooks_jump_by_is_taken_back_and_attacks_stay() {
+        let mut rng = Rng::new(7);
+        let wanted = Array2::from_shape_fn((600, 40), |(k, _)| 2.0 - 0.05 * (k % 25) as f32);
+        let mut read = wanted.clone();
+        for mut row in read.rows_mut() {
+            row += if rng.uniform() < 0.5 { 0.11 } else { -0.11 };
+        }
+        let steady = steadiness(read.view(), (&wanted - &read).view());
+        let colour = Colour { steady, ..Colour::default() };
+        let plan = |bands: &Array2<f32>| -> Vec<PlanFrame> {
+            let frame = |row: ArrayView1<f32>| PlanFrame { tokens: Vec::new(), bands: row.to_vec() };
+            bands.rows().into_iter().map(frame).collect()
+        };
+        let mut steadied = plan(&read);
+        colour.steady_all(None, &mut steadied);
+        let steadied = bands_of(&steadied);
+        let lacks = |of: &Array2<f32>| (&wanted - of).mapv(|x| x * x).sum();
+        assert!(lacks(&steadied) < 0.75 * lacks(&read), "{} of {}, {steady:?}", lacks(&steadied), lacks(&read));
+        let attack = |of: &Array2<f32>| (1..24).map(|i| of[[25 * i, 20]] - of[[25 * i - 1, 20]]).sum::<f32>() / 23.0;
+        assert!(attack(&steadied) > 0.7 * attack(&wanted), "{} of {}", attack(&steadied), attack(&wanted));
+        // What is read as it is needs no steadying, and neither does a prompt of a frame or two.
+        assert_eq!(steadiness(wanted.view(), Array2::zeros(wanted.dim()).view()), [0.0; 2]);
+        for n in 0..3 {
+            let few = read.slice(s![..n, ..]);
+            assert!(steadiness(few, (&wanted.slice(s![..n, ..]) - &few).view())[0] < 0.5);
+        }
+        // The first frame has none before it, the last none after it.
+        let mut alone = plan(&read.slice(s![..1, ..]).to_owned());
+        colour.steady_all(None, &mut alone);
+        assert_eq!(alone, plan(&read.slice(s![..1, ..]).to_owned()));
     }
 
     #[test]

@@ -29,7 +29,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::audio::AudioError;
 use crate::codec::Token;
-use crate::engine::{Engine, EngineError, UNIFORMS_PER_SAMPLE};
+use crate::engine::{Engine, EngineError, PlanDraw, UNIFORMS_PER_SAMPLE};
+use crate::model::wave_transformer::PLAN_FRAMES;
 use crate::plan::{PlanFrame, Spectrum};
 use crate::rng::{Kind, uniform};
 use crate::sampler::{PlanSampling, WaveSampling};
@@ -39,7 +40,7 @@ pub use extrapolate::resample_end;
 pub use governor::{Alarm, Governor, Intervention};
 pub use join::SeamReport;
 pub use manner::{Manner, telling};
-pub use path::{Frame, Guide, Path};
+pub use path::{Guide, Path};
 pub use player::{Played, Player, Progress};
 pub use prompt::{CONTEXT_S, Prompt, gain_to_model};
 pub use rhythm::Rhythm;
@@ -96,8 +97,26 @@ pub struct Generator {
     spectrum: Spectrum,
     /// The ways that it has looked at for the stretch that begins here.
     looked_at: Vec<Way>,
+    frame: Frame,
+}
+
+/// One frame that is played.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Frame {
+    /// `[hop]`
+    pub tokens: Vec<Token>,
+    /// What they were rendered after.
+    pub plan: PlanFrame,
+    /// How surprising the plan was; zero where it was given.
+    pub draw: PlanDraw,
+}
+
+/// A frame that the model has planned.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Planned {
+    /// Coloured.
     plan: PlanFrame,
-    tokens: Vec<Token>,
+    draw: PlanDraw,
 }
 
 /// A way on as it would be played.
@@ -111,7 +130,12 @@ struct Way {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct GeneratorState {
     options: Options,
+    /// Frames played.
     n_frames: u64,
+    /// The frame that is played next, once one was planned: what is played is steadied by what comes after it.
+    next: Option<Planned>,
+    /// The frame before that one, `[n_bands]`, where there is one.
+    last: Option<Vec<f32>>,
     /// Which of a seed's many ways is taken from here on.
     branch: u64,
     /// Which of that way's own is taken, and the frame before which the next is chosen.
@@ -136,6 +160,11 @@ const STRETCH: u64 = 8;
 const OFFBEAT: f32 = 0.67;
 
 impl GeneratorState {
+    /// Frames planned so far.
+    fn n_planned(&self) -> u64 {
+        self.n_frames + u64::from(self.next.is_some())
+    }
+
     /// The uniforms of a frame, `n` of them, on the way `choice`.
     fn draws(&self, kind: Kind, choice: u64, frame: u64, n: usize) -> impl Iterator<Item = f32> {
         let Options { seed, stream, .. } = self.options;
@@ -155,6 +184,11 @@ impl Generator {
         let spectrum = Spectrum::new(engine.config().codec.sample_rate, &engine.config().plan)?;
         let plan = engine.prefill(context)?;
         let (colour, plan) = Colour::of_prompt(plan, &engine.config().codec.decode_all(context), &spectrum);
+        // What comes next would otherwise begin with the colour as an attack.
+        let mut end = plan[plan.len().saturating_sub(PLAN_FRAMES)..].to_vec();
+        end.iter_mut().for_each(|frame| colour.feel(0, &mut frame.bands));
+        engine.set_sampling(options.plan, options.wave);
+        engine.heard_as(&end)?;
         let heard = telling(&plan, &spectrum);
         let frames = || heard.iter().copied().flatten().map(|frame| frame.bands.as_slice());
         let manner = heard.map(|_| Manner::of(frames(), &spectrum));
@@ -162,6 +196,8 @@ impl Generator {
         let state = GeneratorState {
             options: *options,
             n_frames: 0,
+            next: None,
+            last: end.pop().map(|frame| frame.bands),
             branch: 0,
             choice: 0,
             due: STRETCH,
@@ -178,8 +214,7 @@ impl Generator {
             state,
             spectrum,
             looked_at: Vec::new(),
-            plan: PlanFrame::default(),
-            tokens: vec![0; engine.config().plan.hop],
+            frame: Frame { tokens: vec![0; engine.config().plan.hop], ..Frame::default() },
         }
     }
 
@@ -194,20 +229,22 @@ impl Generator {
         let manner = self.manner();
         let Self { state, spectrum, looked_at, .. } = self;
         let Options { choices, plan, wave, .. } = state.options;
-        if state.n_frames < state.due {
+        let first = state.n_planned();
+        if first < state.due {
             return Ok(false);
         }
         if let Some(manner) = manner {
             let n_codebooks = engine.config().plan.n_codebooks;
             let draws = |way: u64| {
-                let frames = state.n_frames..state.n_frames + STRETCH;
-                frames.flat_map(|k| state.draws(Kind::Plan, way, k, n_codebooks)).collect::<Vec<f32>>()
+                (first..first + STRETCH)
+                    .flat_map(|k| state.draws(Kind::Plan, way, k, n_codebooks))
+                    .collect::<Vec<f32>>()
             };
             let ways = looked_at.len() as u64..u64::from(choices);
             let ways: Vec<_> = ways.take(engine.ways_at_once()).map(draws).collect();
             engine.set_sampling(plan, wave);
             for mut plan in engine.plan_ahead(&ways)? {
-                for (k, frame) in (state.n_frames..).zip(&mut plan) {
+                for (k, frame) in (first..).zip(&mut plan) {
                     state.colour.apply_after(k, &mut frame.bands);
                 }
                 let of = Manner::of(plan.iter().map(|frame| frame.bands.as_slice()), spectrum);
@@ -227,13 +264,13 @@ impl Generator {
         } else {
             state.choice = 0;
         }
-        state.due = state.n_frames + STRETCH;
+        state.due = first + STRETCH;
         Ok(false)
     }
 
     /// Takes another way from here on, a stretch of it at once: there may be little to play meanwhile.
     fn branch(&mut self, branch: u64) {
-        (self.state.branch, self.state.due) = (branch, self.state.n_frames + STRETCH);
+        (self.state.branch, self.state.due) = (branch, self.state.n_planned() + STRETCH);
         self.looked_at.clear();
     }
 
@@ -243,34 +280,55 @@ impl Generator {
         self.looked_at.clear();
     }
 
-    /// The next plan frame and its `hop` tokens. `given`: bands to play instead of the engine's own choice, `[n_bands]`.
+    /// Plans one more frame.
+    fn plan(&mut self, engine: &mut dyn Engine) -> Result<Planned, EngineError> {
+        while self.consider(engine)? {}
+        let Options { plan: sampling, wave, .. } = self.state.options;
+        engine.set_sampling(sampling, wave);
+        let (k, n_codebooks) = (self.state.n_planned(), engine.config().plan.n_codebooks);
+        let uniforms: Vec<f32> = self.state.draws(Kind::Plan, self.state.choice, k, n_codebooks).collect();
+        let mut plan = PlanFrame::default();
+        engine.next_plan(&uniforms, &mut plan)?;
+        self.state.colour.apply_after(k, &mut plan.bands);
+        self.state.rhythm.hear(&plan.bands);
+        Ok(Planned { plan, draw: engine.plan_draw() })
+    }
+
+    /// The frame that comes next in the plan, steadied by the one after it, which is planned now.
+    fn planned(&mut self, engine: &mut dyn Engine) -> Result<Planned, EngineError> {
+        if self.state.next.is_none() {
+            self.state.next = Some(self.plan(engine)?);
+        }
+        let after = self.plan(engine)?;
+        let GeneratorState { next, last, colour, .. } = &mut self.state;
+        let mut now = next.replace(after).unwrap_or_default();
+        let unsteady = now.plan.bands.clone();
+        let after = next.as_ref().map(|after| &after.plan.bands[..]);
+        colour.steady(last.as_deref(), &mut now.plan.bands, after);
+        *last = Some(unsteady);
+        Ok(now)
+    }
+
+    /// The next frame. `given`: bands to play instead of the engine's own choice, `[n_bands]`.
     ///
     /// # Errors
     /// The engine's own.
-    pub fn next_frame(
-        &mut self,
-        engine: &mut dyn Engine,
-        given: Option<&[f32]>,
-    ) -> Result<(&PlanFrame, &[Token]), EngineError> {
-        let (Options { plan, wave, .. }, frame) = (self.state.options, self.state.n_frames);
-        while given.is_none() && self.consider(engine)? {}
-        engine.set_sampling(plan, wave);
-        let draws = |kind, n| self.state.draws(kind, self.state.choice, frame, n).collect::<Vec<f32>>();
-        let plan_uniforms = draws(Kind::Plan, engine.config().plan.n_codebooks);
-        let wave_uniforms = draws(Kind::Wave, self.tokens.len() * UNIFORMS_PER_SAMPLE);
-        match given {
+    pub fn next_frame(&mut self, engine: &mut dyn Engine, given: Option<&[f32]>) -> Result<&Frame, EngineError> {
+        let Planned { plan, draw } = match given {
             Some(bands) => {
-                self.plan = PlanFrame { tokens: Vec::new(), bands: bands.to_vec() };
-                engine.render(&self.plan, &wave_uniforms, &mut self.tokens)?;
+                self.state.rhythm.hear(bands);
+                self.state.last = Some(bands.to_vec());
+                Planned { plan: PlanFrame { tokens: Vec::new(), bands: bands.to_vec() }, draw: PlanDraw::default() }
             }
-            None => {
-                engine.next_plan(&plan_uniforms, &mut self.plan)?;
-                self.state.colour.apply_after(frame, &mut self.plan.bands);
-                engine.render(&self.plan, &wave_uniforms, &mut self.tokens)?;
-            }
-        }
-        self.state.rhythm.hear(&self.plan.bands);
-        self.state.n_frames += 1;
-        Ok((&self.plan, &self.tokens))
+            None => self.planned(engine)?,
+        };
+        let Self { state, frame, .. } = self;
+        let n_uniforms = frame.tokens.len() * UNIFORMS_PER_SAMPLE;
+        let uniforms: Vec<f32> = state.draws(Kind::Wave, 0, state.n_frames, n_uniforms).collect();
+        engine.set_sampling(state.options.plan, state.options.wave);
+        engine.render(&plan, &uniforms, &mut frame.tokens)?;
+        (frame.plan, frame.draw) = (plan, draw);
+        state.n_frames += 1;
+        Ok(frame)
     }
 }

@@ -15,10 +15,10 @@ use std::sync::Arc;
 use ndarray::Array2;
 
 use super::governor::{Alarm, Governor, Intervention};
-use super::{Generator, GeneratorState, Options};
+use super::{Frame, Generator, GeneratorState, Options};
 use crate::codec::Token;
-use crate::engine::{Engine, EngineError, PlanDraw, Snapshot};
-use crate::plan::{PlanError, PlanFrame, Spectrum};
+use crate::engine::{Engine, EngineError, Snapshot};
+use crate::plan::{PlanError, Spectrum};
 
 /// Frames between two marks.
 const BLOCK: u64 = 8;
@@ -68,17 +68,6 @@ impl Guide {
             }
         }
     }
-}
-
-/// One frame that is played.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Frame {
-    /// `[hop]`
-    pub tokens: Vec<Token>,
-    /// What they were rendered after.
-    pub plan: PlanFrame,
-    /// How surprising the plan was; zero where it was given.
-    pub draw: PlanDraw,
 }
 
 /// Where the path can go back to: everything as it was before frame `generator.n_frames`.
@@ -335,14 +324,12 @@ impl Path {
     /// One frame, which the governor hears; and what it thinks of it.
     fn generate(&mut self, engine: &mut dyn Engine) -> Result<(Frame, Option<Alarm>), EngineError> {
         let given = self.guide.at(self.generator.state.n_frames);
-        let (plan, tokens) = self.generator.next_frame(engine, given.as_deref())?;
-        let draw = if given.is_some() { PlanDraw::default() } else { engine.plan_draw() };
-        let frame = Frame { tokens: tokens.to_vec(), plan: plan.clone(), draw };
+        let frame = self.generator.next_frame(engine, given.as_deref())?.clone();
         // As loud as the model would play it, whatever level was asked for.
         let gain = 10.0f32.powf((self.own_level_db - self.options().wave.level_db) / 20.0);
         let Some(governor) = &mut self.governor else { return Ok((frame, None)) };
         let samples: Vec<f32> = engine.config().codec.decode_all(&frame.tokens).iter().map(|x| gain * x).collect();
-        let alarm = governor.hear(&samples, &frame.plan.bands, draw, &self.generator.spectrum)?;
+        let alarm = governor.hear(&samples, &frame.plan.bands, frame.draw, &self.generator.spectrum)?;
         if given.is_some() {
             // A plan that comes from elsewhere may ask for silence, or for one tone.
             governor.forget();

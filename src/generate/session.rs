@@ -19,7 +19,7 @@ use crate::engine::{Engine, EngineError};
 /// Value of the metadata key `format`.
 const FORMAT: &str = "wavegen session";
 /// Version of the file's layout; a file of another version is refused.
-const VERSION: &str = "8";
+const VERSION: &str = "9";
 /// The tensor that holds the engine's state.
 const ENGINE: &str = "engine";
 /// Characters of a fingerprint that messages show.

@@ -346,8 +346,16 @@ fn it_plays_the_cpu_engines_tokens_however_the_work_is_shared() {
         let mut cuda = cuda(&machine, &checkpoint, Element::F32, geometry);
         let mut cpu = cpu(&checkpoint);
         let prompt = music(&checkpoint, 1000);
-        cuda.prefill(&prompt).unwrap();
-        cpu.prefill(&prompt).unwrap();
+        let mut plan = cpu.prefill(&prompt).unwrap();
+        let read = cuda.prefill(&prompt).unwrap();
+        for (read, expected) in read.iter().zip(&plan) {
+            let far = read.bands.iter().zip(&expected.bands).any(|(a, b)| (a - b).abs() > 1e-3);
+            assert!(read.tokens == expected.tokens && !far);
+        }
+        assert_eq!(read.len(), plan.len());
+        plan.iter_mut().for_each(|frame| frame.bands[3] += 0.2);
+        cpu.heard_as(&plan).unwrap();
+        cuda.heard_as(&plan).unwrap();
         plays_like(&mut cuda, &mut cpu, 5).unwrap_or_else(|e| panic!("{geometry:?}: {e}"));
     }
 }

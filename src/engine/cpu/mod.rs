@@ -15,7 +15,7 @@ mod weights;
 
 use std::sync::Arc;
 
-use super::{Engine, EngineError, PlanDraw, Snapshot, UNIFORMS_PER_SAMPLE, check_tokens, expect};
+use super::{Engine, EngineError, PlanDraw, Snapshot, UNIFORMS_PER_SAMPLE, check_tokens, expect, hear_as};
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
 use crate::model::config::{GenerationSettings, ModelConfig};
@@ -187,6 +187,10 @@ impl Engine for CpuEngine {
         let (codes, bands) = weights.read_plan(&mut stream.plan, &tokens, &mut work.plan)?;
         weights.read_end(&mut stream.sound, bands.view(), &tokens, work)?;
         Ok(frames_of(&codes, bands.view()))
+    }
+
+    fn heard_as(&mut self, plan: &[PlanFrame]) -> Result<(), EngineError> {
+        hear_as(&mut self.stream.sound.wave.plan, plan, &self.wave_sampling)
     }
 
     fn plan_of(&self, tokens: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use ndarray::{Array2, s};
 
 use super::state::SavedStream;
-use super::{Engine, EngineError, PlanDraw, Snapshot, UNIFORMS_PER_SAMPLE, check_tokens, expect};
+use super::{Engine, EngineError, PlanDraw, Snapshot, UNIFORMS_PER_SAMPLE, check_tokens, expect, hear_as};
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
 use crate::cuda::launch::{DecodeGeometry, Element};
@@ -261,6 +261,12 @@ impl<M: Machine> Engine for CudaEngine<M> {
         self.read(&tokens[first * hop..], &rest)?;
         self.heard = true;
         Ok(self.frames(&Played { plan_tokens: codes, bands: bands.into_iter().collect(), ..Played::default() }))
+    }
+
+    fn heard_as(&mut self, plan: &[PlanFrame]) -> Result<(), EngineError> {
+        let mut state = self.stream()?;
+        hear_as(&mut state.counters.plan, plan, &self.sampling.wave)?;
+        self.member.streams().load(self.member.seat(), &state)
     }
 
     fn plan_of(&self, tokens: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {
