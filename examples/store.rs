@@ -1,7 +1,8 @@
 //! Stores a model in another precision, or two parts that were trained apart as one model:
 //! `cargo run --release --example store -- wave.safetensors out.safetensors int8 plan.safetensors`.
 //! `built-in` for the model inside the program; `f32`, `f16` or `int8`; with a fourth name the codebooks and the plan transformer come from there,
-//! with `wave-alone` the file has only the wave transformer, as that of the small model inside the program.
+//! with `wave-alone` the file has only the wave transformer, as that of the small model inside the program; after `mean` every weight is the mean of both models'
+//! (what a model learned on other data and what it knew before, in one: Wortsman et al., 2022).
 
 use std::path::Path;
 
@@ -10,7 +11,7 @@ use safetensors::SafeTensors;
 use wavegen::checkpoint::{Checkpoint, Precision, safetensors_in_order};
 use wavegen::plan::PlanConfig;
 
-const USAGE: &str = "usage: store built-in|IN.safetensors OUT.safetensors f32|f16|int8 [PLAN.safetensors|wave-alone]";
+const USAGE: &str = "usage: store built-in|IN.safetensors OUT.safetensors f32|f16|int8 [PLAN.safetensors|wave-alone|mean OTHER.safetensors]";
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -19,6 +20,16 @@ fn main() -> Result<()> {
     let precision = all.into_iter().find(|p| p.name() == name).context(USAGE)?;
     let load = |name: &str| Checkpoint::named(Path::new(name));
     let mut checkpoint = load(input)?;
+    if let [mean, name] = plan
+        && mean == "mean"
+    {
+        let other = load(name)?;
+        ensure!(other.config == checkpoint.config, "{name}: is of other sizes or settings than {input}");
+        for (name, weight) in &mut checkpoint.weights {
+            let theirs = other.weights.get(name).with_context(|| format!("{name} is missing"))?;
+            weight.change(|ours| *ours = (&*ours + &*theirs.floats()) / 2.0);
+        }
+    }
     let alone = matches!(plan, [name] if name == "wave-alone");
     if let [name] = plan
         && !alone

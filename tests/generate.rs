@@ -156,22 +156,20 @@ fn what_is_played_is_what_the_model_plans_in_the_recordings_colour_and_steadied(
     let played: Vec<_> = (0..20).map(|_| path.next(&mut engine).unwrap().plan).collect();
 
     let plan = engine.prefill(&prompt).unwrap();
-    let (colour, mut before) = Colour::of_prompt(plan, &codec.decode_all(&prompt), &spectrum);
-    let mut last = before.pop().unwrap().bands;
-    colour.feel(0, &mut last);
+    let (colour, before) = Colour::of_prompt(plan, &codec.decode_all(&prompt), &spectrum);
     engine.set_sampling(options.plan, options.wave);
     let frame = |k: u64| {
         let n = checkpoint.config.plan.n_codebooks as u64;
         let uniforms: Vec<f32> = (k * n..(k + 1) * n).map(|t| uniform(3, 0, Kind::Plan, t)).collect();
         let mut frame = PlanFrame::default();
         engine.next_plan(&uniforms, &mut frame).unwrap();
-        colour.apply_after(k, &mut frame.bands);
         frame
     };
     let mut frames: Vec<_> = (0..21).map(frame).collect();
-    let unsteady = frames.clone();
-    colour.steady_all(Some(last), &mut frames);
-    assert!(played == frames[..20] && frames != unsteady);
+    let mut coloured = frames.clone();
+    colour.follow(&before, &mut frames);
+    (0..).zip(&mut coloured).for_each(|(k, frame)| colour.apply_after(k, &mut frame.bands));
+    assert!(played == frames[..20] && frames != coloured);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use wavegen::codec::{Codec, Token};
 use wavegen::engine::{Engine, EngineError, PlanDraw};
 use wavegen::generate::{Alarm, Guide, Options, Path, Played, Player, Prompt, Recording, Session};
 use wavegen::model::config::{GenerationSettings, ModelConfig};
-use wavegen::plan::PlanFrame;
+use wavegen::plan::{PlanFrame, Spectrum};
 use wavegen::sampler::{PlanSampling, WaveSampling};
 
 use memory::Memory;
@@ -69,7 +69,10 @@ impl Engine for Failing {
         Ok(())
     }
     fn plan_of(&self, tokens: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {
-        Ok(vec![PlanFrame { tokens: vec![0], bands: vec![LOUD; 148] }; tokens.len() / HOP])
+        // As it is, so that there is nothing to be coloured.
+        let spectrum = Spectrum::new(16_000, &self.config.plan)?;
+        let plan = spectrum.analyse(&self.config.codec.decode_all(tokens));
+        Ok(plan.outer_iter().map(|bands| PlanFrame { tokens: vec![0], bands: bands.to_vec() }).collect())
     }
     fn next_plan(&mut self, uniforms: &[f32], out: &mut PlanFrame) -> Result<(), EngineError> {
         self.silent |= uniforms[0] < 1.0 / 240.0 || (self.doomed && self.n > 16_000 * 9);
@@ -209,7 +212,7 @@ fn a_level_that_was_asked_for_alarms_nobody() {
 }
 
 #[test]
-fn settings_and_guides_act_on_the_very_next_frame() {
+fn sound_settings_and_guides_act_on_the_very_next_frame() {
     let mut engine = Failing::new(false);
     let mut path = path(&mut engine, 3, true);
     let before = frames(&mut path, &mut engine, 21);

@@ -180,7 +180,7 @@ fn garbage_is_listed_and_left_out() {
     for run in 0..2 {
         let report = scene.json(&["prepare", "in", "-o", "corpus"]);
         let text = report["bad"].to_string();
-        for name in ["noise.txt", "empty.wav", "noise.mp3", "short.wav: shorter than 2.0 s"] {
+        for name in ["noise.txt", "empty.wav", "noise.mp3", "short.wav: shorter than 2.048 s"] {
             assert!(text.contains(name), "run {run}: {name} is not in {text}");
         }
         assert_eq!(text.contains("gone.wav"), cfg!(unix));

@@ -39,8 +39,10 @@ pub(super) fn probe(source: &AudioSource, prompt: Option<&WavPrompt>) -> Result<
     };
     let stream = MediaSourceStream::new(media, Default::default());
     let probe = symphonia::default::get_probe();
-    guarded(|| probe.probe(&Hint::new(), stream, Default::default(), Default::default())).map_err(|error| {
-        AudioError::NotAudio {
+    guarded(|| probe.probe(&Hint::new(), stream, Default::default(), Default::default())).map_err(|error| match error {
+        // The system's own have a number.
+        Error::IoError(error) if error.raw_os_error().is_some() => source.io_error(error),
+        error => AudioError::NotAudio {
             path: source.name().into(),
             reason: match error {
                 Error::IoError(error) if error.kind() == io::ErrorKind::UnexpectedEof => "it ends too soon".into(),
@@ -48,7 +50,7 @@ pub(super) fn probe(source: &AudioSource, prompt: Option<&WavPrompt>) -> Result<
                 Error::Unsupported(what) | Error::DecodeError(what) => what.into(),
                 error => error.to_string(),
             },
-        }
+        },
     })
 }
 

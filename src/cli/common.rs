@@ -114,7 +114,7 @@ pub struct SamplingArgs {
     /// How it sounds: weight of the learned correction, 0 to 1 [default: the model's]
     #[arg(long, value_parser = share)]
     pub offset: Option<f32>,
-    /// How it sounds: dB added to the planned level [default: the model's]
+    /// How it sounds: dB added to the planned level [default: the model's; 0 with plans that did not go through codebooks]
     #[arg(long, value_name = "DB", allow_negative_numbers = true, value_parser = level)]
     pub level: Option<f32>,
     /// Whether a governor watches silence, noise, stuck tones and level; a resumed session keeps its own

@@ -8,12 +8,11 @@ use wavegen::audio::level;
 use wavegen::checkpoint::Checkpoint;
 use wavegen::codec::Token;
 use wavegen::generate::Options;
-use wavegen::plan::Spectrum;
 
 use super::common::{ModelArgs, SamplingArgs, Talk, Usage, catch_interrupt, print, read_mono, seconds};
-use super::engine::{EngineArgs, Loaded};
+use super::engine::EngineArgs;
 use super::free_run::{FreeRun, PlanFrom, Setup};
-use super::score::{Scored, score};
+use super::score::{Scored, score_all};
 use super::{Outcome, free_run};
 
 /// Judge a model by recordings: bits per sample, baselines, and what it plays by itself
@@ -99,39 +98,59 @@ pub fn run(args: &Args) -> Result<Outcome> {
     let engine = args.engine.load(&checkpoint, talk)?;
     catch_interrupt();
     let mut report = Report { files: Vec::new(), total: None, free_run: None };
+    // What cannot be played is told before hours of scores.
+    let free_run = if args.free_run { Some(args.setup(&checkpoint, &pieces)?) } else { None };
+    let mut is_whole = true;
     if !args.free_run || args.baselines {
-        let Some(files) = score_all(&checkpoint, &engine, &spectrum, &pieces, args.baselines, talk)? else {
-            return Ok(Outcome::Interrupted);
-        };
-        let total = Scored::total(&files);
-        if !talk.json {
-            print_scores(&files, &total)?;
+        report.files = score_all(&checkpoint, &engine, &spectrum, &pieces, args.baselines, talk)?;
+        is_whole = report.files.len() == pieces.len();
+        if !report.files.is_empty() {
+            let total = Scored::total(&report.files);
+            if !talk.json {
+                print_scores(&report.files, &total)?;
+            }
+            report.total = Some(total);
         }
-        (report.files, report.total) = (files, Some(total));
     }
-    if args.free_run {
-        let rate = f64::from(checkpoint.config.codec.sample_rate);
-        let frames = |seconds: f64| ((seconds * rate / spectrum.hop() as f64).round() as usize).max(1);
-        let setup = Setup {
-            plan: args.plan,
-            n_prompts: args.prompts as usize,
-            prompt_frames: frames(args.prompt_seconds),
-            frames: frames(args.seconds),
-            options: args.sampling.options(Options { wave: checkpoint.generation, ..Options::default() }),
-            governed: args.sampling.governor.is_on(),
-            keep: args.keep.as_deref(),
-            spectrograms: args.spectrograms.as_deref(),
-        };
-        let Some(result) = free_run::play_all(&checkpoint, &engine, &spectrum, &pieces, &setup, talk)? else {
-            return Ok(Outcome::Interrupted);
-        };
-        if !talk.json {
+    if let (Some(setup), true) = (free_run, is_whole) {
+        report.free_run = free_run::play_all(&checkpoint, &engine, &spectrum, &setup, talk)?;
+        let n_done = report.free_run.as_ref().map_or(0, |result| result.continuations.len());
+        is_whole = n_done == setup.places.len();
+        if let (Some(result), false) = (&report.free_run, talk.json) {
             result.print()?;
         }
-        report.free_run = Some(result);
     }
-    talk.json(&report, false)?;
-    Ok(Outcome::Done)
+    if report.total.is_some() || report.free_run.is_some() {
+        talk.json(&report, false)?;
+    }
+    Ok(if is_whole { Outcome::Done } else { Outcome::Interrupted })
+}
+
+impl Args {
+    /// How and where to play, in folders that are there.
+    fn setup<'a>(&'a self, checkpoint: &Checkpoint, pieces: &'a [Piece]) -> Result<Setup<'a>> {
+        let hop = checkpoint.config.plan.hop;
+        let rate = f64::from(checkpoint.config.codec.sample_rate);
+        let frames = |seconds: f64| ((seconds * rate / hop as f64).round() as usize).max(1);
+        let (prompt_frames, frames) = (frames(self.prompt_seconds), frames(self.seconds));
+        let mut wave = checkpoint.generation;
+        if !self.plan.is_through_codebooks() {
+            // The level makes up for what the codebooks do.
+            wave.level_db = 0.0;
+        }
+        let setup = Setup {
+            plan: self.plan,
+            places: free_run::places(pieces, hop, self.prompts as usize, prompt_frames, frames)?,
+            prompt_frames,
+            frames,
+            options: self.sampling.options(Options { wave, ..Options::default() }),
+            governed: self.sampling.governor.is_on(),
+            keep: self.keep.as_deref(),
+            spectrograms: self.spectrograms.as_deref(),
+        };
+        setup.make_folders()?;
+        Ok(setup)
+    }
 }
 
 fn read_piece(path: &Path, checkpoint: &Checkpoint, max_s: Option<f64>, talk: &Talk) -> Result<Piece> {
@@ -147,28 +166,6 @@ fn read_piece(path: &Path, checkpoint: &Checkpoint, max_s: Option<f64>, talk: &T
         level::gain(&samples).with_context(|| format!("{}: silent, there is nothing to judge", path.display()))?;
     let tokens = samples.iter().map(|x| codec.encode(x * gain)).collect();
     Ok(Piece { name: path.display().to_string(), tokens })
-}
-
-/// Every piece's figures; `None` when interrupted.
-fn score_all(
-    checkpoint: &Checkpoint,
-    engine: &Loaded,
-    spectrum: &Spectrum,
-    pieces: &[Piece],
-    baselines: bool,
-    talk: &Talk,
-) -> Result<Option<Vec<Scored>>> {
-    let n_frames: usize = pieces.iter().map(|p| p.tokens.len() / spectrum.hop()).sum();
-    let bar = talk.bar(n_frames as u64, "{bar:40} {percent} %, {eta} left");
-    let mut scored = Vec::new();
-    for piece in pieces {
-        match score(checkpoint, engine, spectrum, piece, baselines, &bar)? {
-            Some(figures) => scored.push(figures),
-            None => return Ok(None),
-        }
-    }
-    bar.finish_and_clear();
-    Ok(Some(scored))
 }
 
 fn print_scores(files: &[Scored], total: &Scored) -> Result<()> {

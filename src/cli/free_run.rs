@@ -38,10 +38,16 @@ pub enum PlanFrom {
     Shuffled,
 }
 
+impl PlanFrom {
+    pub fn is_through_codebooks(self) -> bool {
+        matches!(self, Self::Own | Self::Quantized)
+    }
+}
+
 /// What to play.
 pub struct Setup<'a> {
     pub plan: PlanFrom,
-    pub n_prompts: usize,
+    pub places: Vec<Place<'a>>,
     /// Plan frames before and after the join.
     pub prompt_frames: usize,
     pub frames: usize,
@@ -109,63 +115,67 @@ pub struct FreeRun {
     pub continuations: Vec<Continuation>,
 }
 
-struct Place<'a> {
+/// A prompt and what follows it.
+pub struct Place<'a> {
     piece: &'a Piece,
     // Plan frame of the join.
     join: usize,
 }
 
-/// Plays after every prompt, on all cores; `None` when interrupted.
+impl Setup<'_> {
+    /// Makes the folders that it writes to.
+    pub fn make_folders(&self) -> Result<()> {
+        for directory in [self.keep, self.spectrograms].into_iter().flatten() {
+            std::fs::create_dir_all(directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
+            if std::fs::read_dir(directory).is_ok_and(|mut entries| entries.next().is_some()) {
+                bail!("{}: is not empty; give a new folder", directory.display());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Plays after every prompt, on all cores; when interrupted only what is done by then, `None` where nothing is.
 pub fn play_all(
     checkpoint: &Checkpoint,
     engine: &Loaded,
     spectrum: &Spectrum,
-    pieces: &[Piece],
     setup: &Setup,
     talk: &Talk,
 ) -> Result<Option<FreeRun>> {
-    let places = places(pieces, spectrum.hop(), setup)?;
-    for directory in [setup.keep, setup.spectrograms].into_iter().flatten() {
-        std::fs::create_dir_all(directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
-        if std::fs::read_dir(directory).is_ok_and(|mut entries| entries.next().is_some()) {
-            bail!("{}: is not empty; give a new folder", directory.display());
-        }
-    }
-    let bar = talk.bar((places.len() * setup.frames) as u64, "{bar:40} {percent} %, {eta} left");
-    let continuations = places
-        .par_iter()
-        .enumerate()
-        .map(|(i, place)| play(checkpoint, engine, spectrum, place, i, setup, &mut || bar.inc(1)))
-        .collect::<Result<Option<Vec<_>>>>()?;
+    let bar = talk.bar((setup.places.len() * setup.frames) as u64, "{bar:40} {percent} %, {eta} left");
+    let play = |(i, place)| play(checkpoint, engine, spectrum, place, i, setup, &mut || bar.inc(1));
+    let all = setup.places.par_iter().enumerate().map(play).collect::<Result<Vec<_>>>()?;
     bar.finish_and_clear();
-    Ok(continuations.map(|all| {
-        let truths: Vec<&Figures> = all.iter().map(|c| &c.truth).collect();
-        let model = summarise(&all.iter().map(|c| &c.model).collect::<Vec<_>>(), &truths);
-        let floor = summarise(&all.iter().map(|c| &c.floor).collect::<Vec<_>>(), &truths);
-        let truth = summarise(&truths, &truths);
-        FreeRun { plan: setup.plan, model, floor, truth, continuations: all }
-    }))
+    let all: Vec<Continuation> = all.into_iter().flatten().collect();
+    if all.is_empty() {
+        return Ok(None);
+    }
+    let truths: Vec<&Figures> = all.iter().map(|c| &c.truth).collect();
+    let model = summarise(&all.iter().map(|c| &c.model).collect::<Vec<_>>(), &truths);
+    let floor = summarise(&all.iter().map(|c| &c.floor).collect::<Vec<_>>(), &truths);
+    let truth = summarise(&truths, &truths);
+    Ok(Some(FreeRun { plan: setup.plan, model, floor, truth, continuations: all }))
 }
 
-/// Joins spread evenly over all places where a prompt and its continuation fit.
-fn places<'a>(pieces: &'a [Piece], hop: usize, setup: &Setup) -> Result<Vec<Place<'a>>> {
-    let long = setup.prompt_frames + setup.frames;
-    let room = |piece: &Piece| (piece.tokens.len() / hop + 1).saturating_sub(long);
+/// `n` joins spread evenly over all places of files where a prompt and its continuation fit, of so many plan frames.
+pub fn places(pieces: &[Piece], hop: usize, n: usize, prompt_frames: usize, frames: usize) -> Result<Vec<Place<'_>>> {
+    let room = |piece: &Piece| (piece.tokens.len() / hop + 1).saturating_sub(prompt_frames + frames);
     let total: usize = pieces.iter().map(room).sum();
     if total == 0 {
         bail!("no file is long enough for a prompt and its continuation; lower --prompt-seconds or --seconds");
     }
     let place = |i: usize| {
-        let mut at = (2 * i + 1) * total / (2 * setup.n_prompts);
+        let mut at = (2 * i + 1) * total / (2 * n);
         for piece in pieces {
             if at < room(piece) {
-                return Ok(Place { piece, join: at + setup.prompt_frames });
+                return Ok(Place { piece, join: at + prompt_frames });
             }
             at -= room(piece);
         }
         bail!("a place lies outside the files")
     };
-    (0..setup.n_prompts).map(place).collect()
+    (0..n).map(place).collect()
 }
 
 fn play(
@@ -191,20 +201,13 @@ fn play(
             let mut plan = engine.plan_of(&place.piece.tokens[from..to])?;
             let mut frames = plan.split_off(setup.prompt_frames);
             let (colour, before) = Colour::of_prompt(plan, &heard_before, spectrum);
-            for (k, frame) in (0..).zip(&mut frames) {
-                colour.apply_after(k, &mut frame.bands);
-            }
-            colour.steady_all(before.last().map(|frame| frame.bands.clone()), &mut frames);
+            colour.follow(&before, &mut frames);
             Some(bands_of(&frames))
         }
         PlanFrom::Shuffled => Some(shuffled(&true_track.bands, setup.options.seed ^ i as u64)),
     };
 
-    let mut options = Options { stream: i as u32, ..setup.options };
-    if !matches!(setup.plan, PlanFrom::Own | PlanFrom::Quantized) {
-        // The level makes up for what the codebooks do.
-        options.wave.level_db = 0.0;
-    }
+    let options = Options { stream: i as u32, ..setup.options };
     let mut path = Continued::new(engine.as_mut(), &options, context, setup.governed)?;
     if let Some(bands) = given {
         path.set_guide(engine.as_mut(), Guide::Other { bands: bands.into(), start: 0 })?;
@@ -313,6 +316,10 @@ fn timbre(of: &[&Figures]) -> Timbre {
 fn summarise(all: &[&Figures], truths: &[&Figures]) -> Summary {
     let n = all.len().max(1) as f32;
     let mean = |of: &dyn Fn(&Figures) -> f32| all.iter().copied().map(of).sum::<f32>() / n;
+    // What is silent has no timbre and no harmony.
+    let sounding: Vec<&Music> = all.iter().map(|f| &f.music).filter(|music| music.centroid_hz > 0.0).collect();
+    let mean_sound =
+        |of: &dyn Fn(&Music) -> f32| sounding.iter().copied().map(of).sum::<f32>() / sounding.len().max(1) as f32;
     let worst = |of: &dyn Fn(&Figures) -> f32| {
         all.iter().copied().map(of).fold(0.0f32, |a, b| if b.abs() > a.abs() { b } else { a })
     };
@@ -325,11 +332,11 @@ fn summarise(all: &[&Figures], truths: &[&Figures]) -> Summary {
         tonality_db: mean(&|f| f.tonality_db),
         n_failed: all.iter().filter(|f| !f.failures.is_empty()).count(),
         music: Music {
-            centroid_hz: mean(&|f| f.music.centroid_hz),
-            flatness_db: mean(&|f| f.music.flatness_db),
+            centroid_hz: mean_sound(&|music| music.centroid_hz),
+            flatness_db: mean_sound(&|music| music.flatness_db),
             onsets_per_s: mean(&|f| f.music.onsets_per_s),
-            chroma_bits: mean(&|f| f.music.chroma_bits),
-            chroma_flux: mean(&|f| f.music.chroma_flux),
+            chroma_bits: mean_sound(&|music| music.chroma_bits),
+            chroma_flux: mean_sound(&|music| music.chroma_flux),
             pulse: mean(&|f| f.music.pulse),
         },
         kinship: Kinship {

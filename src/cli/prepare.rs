@@ -103,6 +103,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
             PrepareEvent::Waiting => bar.suspend(|| talk.note("another process prepares this part; waiting for it")),
             PrepareEvent::Found { new, unchanged } => {
                 bar.set_length(new as u64);
+                bar.set_position(0);
                 bar.suspend(|| talk.note(&format!("{new} files to look into, {unchanged} known and unchanged")));
             }
             PrepareEvent::Piece { facts } => {

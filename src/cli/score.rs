@@ -9,14 +9,14 @@ use wavegen::checkpoint::Checkpoint;
 use wavegen::forecast::forecasts;
 use wavegen::plan::{Spectrum, bands_of};
 
-use super::common::interrupted;
+use super::common::{Talk, interrupted};
 use super::engine::Loaded;
 use super::eval::Piece;
 
 /// Plan frames scored at a time; each after the frames that its transformers look back on.
 const SEGMENT: usize = 512;
-/// Frames before a segment that the wave transformer reads.
-const WAVE_RUN_UP: usize = 32;
+/// Frames before a segment that the wave transformer reads: as far as its slowest tier looks back through all blocks (64), after what forecasts hear.
+const WAVE_RUN_UP: usize = 96;
 
 /// Bits per sample of a file, or of all.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -64,16 +64,36 @@ impl Scored {
     }
 }
 
-/// Scores a piece on all cores; `None` when interrupted.
-pub fn score(
+/// Scores pieces on all cores; when interrupted only those that are done.
+pub fn score_all(
     checkpoint: &Checkpoint,
     engine: &Loaded,
     spectrum: &Spectrum,
-    piece: &Piece,
+    pieces: &[Piece],
     baselines: bool,
-    bar: &ProgressBar,
-) -> Result<Option<Scored>> {
-    let codec = &checkpoint.config.codec;
+    talk: &Talk,
+) -> Result<Vec<Scored>> {
+    let n_frames: usize = pieces.iter().map(|p| p.tokens.len() / spectrum.hop()).sum();
+    let bar = talk.bar(n_frames as u64, "{bar:40} {percent} %, {eta} left");
+    let scored = pieces.par_iter().map(|piece| score(engine, spectrum, piece, &bar)).collect::<Result<Vec<_>>>()?;
+    bar.finish_and_clear();
+    let mut done = Vec::new();
+    for (piece, scored) in pieces.iter().zip(scored) {
+        let Some(mut scored) = scored else { continue };
+        if baselines {
+            // One after the other: the forecasts of an hour are a gigabyte.
+            if interrupted() {
+                break;
+            }
+            scored.baselines = Some(score_baselines(checkpoint, engine, spectrum, piece)?);
+        }
+        done.push(scored);
+    }
+    Ok(done)
+}
+
+/// `None` when interrupted.
+fn score(engine: &Loaded, spectrum: &Spectrum, piece: &Piece, bar: &ProgressBar) -> Result<Option<Scored>> {
     let hop = spectrum.hop();
     let n_frames = piece.tokens.len() / hop;
     let starts: Vec<usize> = (0..n_frames).step_by(SEGMENT).collect();
@@ -94,15 +114,14 @@ pub fn score(
     let wave_bits = segments.iter().map(|n| n.wave).sum::<f64>() * bits / piece.tokens.len() as f64;
     let plan_bits_per_frame = segments.iter().map(|n| n.plan).sum::<f64>() * bits / (n_frames - 1).max(1) as f64;
     let plan_bits = plan_bits_per_frame / hop as f64;
-    let baselines = if baselines { Some(score_baselines(checkpoint, engine, spectrum, piece)?) } else { None };
     Ok(Some(Scored {
         name: piece.name.clone(),
-        seconds: piece.tokens.len() as f64 / f64::from(codec.sample_rate),
+        seconds: piece.tokens.len() as f64 / f64::from(spectrum.sample_rate()),
         wave_bits,
         plan_bits,
         total_bits: wave_bits + plan_bits,
         plan_bits_per_frame,
-        baselines,
+        baselines: None,
     }))
 }
 

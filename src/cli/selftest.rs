@@ -126,7 +126,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
     Ok(if report.passed { Outcome::Done } else { Outcome::Failed })
 }
 
-/// Every token comes back, and every value within half a step of its token's.
+/// Every token comes back, and every value within a step of its token's.
 fn codec_round_trip(codec: &Codec) -> Result<String> {
     for token in 0..codec.levels() {
         let back = codec.encode(codec.decode(token as Token));

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::CorpusError;
 use super::sound::{Sound, levels};
-use crate::audio::{AudioSource, Decoder, StreamResampler, level};
+use crate::audio::{AudioError, AudioSource, Decoder, StreamResampler, level};
 
 /// This near to full scale for [`CLIPPED_RUN`] samples a recording was cut off.
 const FULL_SCALE: f32 = 0.999;
@@ -30,35 +30,48 @@ pub struct Facts {
     pub sound: Sound,
 }
 
-/// Why a file makes no piece, for people: it names the file.
-pub type Refusal = String;
+/// Why a file makes no piece.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Refusal {
+    /// For people: it names the file.
+    pub why: String,
+    /// Whether it always would be: the system may let it be read another time.
+    pub lasts: bool,
+}
+
+impl From<AudioError> for Refusal {
+    fn from(e: AudioError) -> Self {
+        Self { why: e.to_string(), lasts: !matches!(e, AudioError::Io { .. }) }
+    }
+}
 
 /// Decodes, mixes down, resamples and levels a whole file: samples * 32767, rounded, and its facts.
 ///
 /// # Errors
 /// Not audio, damaged from its beginning, shorter than `least_s`, silent.
 pub fn read(source: &AudioSource, sample_rate: u32, least_s: f64) -> Result<(Vec<i16>, Facts), Refusal> {
-    let refused = |e: crate::audio::AudioError| e.to_string();
-    let mut decoder = Decoder::from_source(source).map_err(refused)?;
+    let refused = |why: &str| Refusal { why: format!("{}: {why}", source.name()), lasts: true };
+    let mut decoder = Decoder::from_source(source)?;
     let (rate, channels) = (decoder.spec().sample_rate, decoder.spec().channels);
-    let mut resampler = StreamResampler::new(rate, sample_rate).map_err(refused)?;
+    let mut resampler = StreamResampler::new(rate, sample_rate)?;
     let mut clipping = Clipping { runs: vec![0; channels], clipped: 0 };
     let (mut mono, mut mixed) = (Vec::new(), Vec::new());
-    while let Some(block) = decoder.next_block().map_err(refused)? {
+    while let Some(block) = decoder.next_block()? {
         clipping.hear(block);
         mixed.clear();
         let scale = 1.0 / channels as f32;
         mixed.extend(block.chunks_exact(channels).map(|frame| frame.iter().sum::<f32>() * scale));
-        resampler.push(&mixed, &mut mono).map_err(refused)?;
+        resampler.push(&mixed, &mut mono)?;
     }
-    resampler.finish(&mut mono).map_err(refused)?;
+    resampler.finish(&mut mono)?;
     if (mono.len() as f64) < least_s * f64::from(sample_rate) {
-        return Err(format!("{}: shorter than {least_s:.1} s", source.name()));
+        return Err(refused(&format!("shorter than {least_s} s")));
     }
     let Some(gain) = level::gain(&mono) else {
-        return Err(format!("{}: silent", source.name()));
+        return Err(refused("silent"));
     };
     let samples: Vec<i16> = mono.iter().map(|x| (x * gain * 32767.0).round().clamp(-32768.0, 32767.0) as i16).collect();
+    drop(mono);
     let mut warnings = decoder.warnings().to_vec();
     if decoder.damaged_packets() > 0 {
         warnings.push(format!("{} damaged packets were skipped", decoder.damaged_packets()));
@@ -82,7 +95,12 @@ pub fn read(source: &AudioSource, sample_rate: u32, least_s: f64) -> Result<(Vec
 
 /// BLAKE3 of samples as they are stored, in hexadecimal.
 pub fn hash(samples: &[i16]) -> String {
-    blake3::hash(&to_bytes(samples)).to_hex().to_string()
+    const AT_ONCE: usize = 1 << 16;
+    let mut hasher = blake3::Hasher::new();
+    for some in samples.chunks(AT_ONCE) {
+        hasher.update(&to_bytes(some));
+    }
+    hasher.finalize().to_hex().to_string()
 }
 
 /// BLAKE3 of a file's bytes, in hexadecimal.

@@ -139,11 +139,12 @@ enum What {
     /// A content that the corpus had before this run.
     Known,
     Piece(Vec<i16>, Facts),
-    Bad(Refusal),
+    /// For good, and why.
+    Bad(String),
 }
 
-/// Hashes a file, and decodes it if it is new.
-fn look_into(path: &Path, index: &Index, settings: &PrepareSettings) -> Result<Looked, Refusal> {
+/// Hashes a file, and decodes it if it is new; else says why that could not be done this time.
+fn look_into(path: &Path, index: &Index, settings: &PrepareSettings) -> Result<Looked, String> {
     let gone = |e: std::io::Error| format!("{}: {e}", path.display());
     let (size, modified_ns) = stamp(path).map_err(gone)?;
     let content = piece::content_hash(path).map_err(|e| e.to_string())?;
@@ -151,10 +152,11 @@ fn look_into(path: &Path, index: &Index, settings: &PrepareSettings) -> Result<L
     let what = if index.pieces.contains_key(&content) || known_bad {
         What::Known
     } else {
-        let read = |source: &AudioSource| piece::read(source, settings.sample_rate, settings.least_s);
-        match AudioSource::open(path).map_err(|e| e.to_string()).and_then(|source| read(&source)) {
+        let read = |source: AudioSource| piece::read(&source, settings.sample_rate, settings.least_s);
+        match AudioSource::open(path).map_err(Refusal::from).and_then(read) {
             Ok((samples, facts)) => What::Piece(samples, facts),
-            Err(why) => What::Bad(why),
+            Err(Refusal { why, lasts: true }) => What::Bad(why),
+            Err(Refusal { why, lasts: false }) => return Err(why),
         }
     };
     // What was decoded must be what was hashed.
@@ -179,7 +181,7 @@ impl Writer<'_> {
     fn take(
         &mut self,
         path: &Path,
-        looked: Result<Looked, Refusal>,
+        looked: Result<Looked, String>,
         observe: &mut Observer,
     ) -> Result<ControlFlow<()>, CorpusError> {
         let Looked { seen, what } = match looked {

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cholesky::solve;
 use crate::plan::{PlanFrame, Spectrum, bands_of};
+use crate::simd::Kernels;
 
 /// Frames that count as much as the assumption that bands have no bias.
 const USUAL: f64 = 100.0;
@@ -17,6 +18,10 @@ const FELT: usize = 64;
 const REACH: usize = 8;
 /// Most of a jump that is taken back for each of the frames beside it.
 const MOST_TAKEN: f64 = 0.5;
+/// Frames at the end of a prompt that details are taken from, at most and at least: 20 s and 2 s at 16 kHz.
+const SHOWN: std::ops::Range<usize> = 62..625;
+/// Share of what the likest of them lacks.
+const DETAIL: f32 = 0.6;
 
 /// What plan frames lack to be those of a recording: a linear map of their bands, in the first frames after a prompt some of what its
 /// last one lacked, too, and steadiness.
@@ -28,6 +33,9 @@ const MOST_TAKEN: f64 = 0.5;
 /// Where one frame has other entries of the codebooks than the next, many neighbouring bands jump together, which sounds like an attack. Of
 /// what a band's neighbourhood jumps by, seen from the frame before and from the one after, shares are taken back that bring the prompt's
 /// frames nearest to the recording.
+///
+/// Codebooks draw all sounds with the same few strokes, so at last a frame gets a share of what that frame of the prompt lacks which is likest to it, with its
+/// neighbours: not the nearest that could be said of it, but as detailed as the recording (as concatenative synthesis takes units: Schwarz, 2006).
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Colour {
     /// What is added whatever is read, `[n_bands]`; empty where nothing changes.
@@ -42,6 +50,15 @@ pub struct Colour {
     felt: Vec<f32>,
     /// The shares of the difference from the frame before and from the one after that are taken back.
     steady: [f32; 2],
+    /// The end of the prompt, oldest first; nothing where that is too short.
+    shown: Vec<Shown>,
+}
+
+/// A coloured frame of the prompt and what it lacks, `[n_bands]`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Shown {
+    bands: Vec<f32>,
+    lacks: Vec<f32>,
 }
 
 impl Colour {
@@ -61,6 +78,14 @@ impl Colour {
         let lacks = &wanted - &bands;
         colour.remember(lacks.view());
         colour.steady = steadiness(bands.view(), lacks.view());
+        if plan.len() >= SHOWN.start {
+            let frames = plan.iter().zip(lacks.rows()).skip(plan.len().saturating_sub(SHOWN.end));
+            let shown = |(frame, lacks): (&PlanFrame, ArrayView1<f32>)| Shown {
+                bands: frame.bands.clone(),
+                lacks: lacks.to_vec(),
+            };
+            colour.shown = frames.map(shown).collect();
+        }
         (colour, plan)
     }
 
@@ -129,21 +154,43 @@ impl Colour {
         }
     }
 
-    /// Takes back what coloured bands jump by from the frame `before` and to the one `after`, as far as they are there; `[n_bands]` each.
-    pub fn steady(&self, before: Option<&[f32]>, bands: &mut [f32], after: Option<&[f32]>) {
+    /// Takes back what coloured bands jump by from the frame `before` and to the one `after`, as far as they are there, and gives them
+    /// their details; `[n_bands]` each.
+    pub fn finish(&self, before: Option<&[f32]>, bands: &mut [f32], after: Option<&[f32]>) {
+        let details = self.likest([before, Some(bands), after]).map_or(&[][..], |shown| &shown.lacks);
         let jumps = [before, after].map(|other| other.map(|other| jumps(other, bands)));
         for (share, jumps) in self.steady.iter().zip(jumps) {
             bands.iter_mut().zip(jumps.iter().flatten()).for_each(|(band, jump)| *band += share * jump);
         }
+        bands.iter_mut().zip(details).for_each(|(band, lacks)| *band += DETAIL * lacks);
     }
 
-    /// [`steady`](Self::steady) for successive frames after one, coloured all of them.
-    pub fn steady_all(&self, mut before: Option<Vec<f32>>, frames: &mut [PlanFrame]) {
+    /// The frame of the prompt that is likest to the second of three, each with those beside it.
+    fn likest(&self, frames: [Option<&[f32]>; 3]) -> Option<&Shown> {
+        let dot = Kernels::chosen().dot;
+        let far = |a: &[f32], b: &[f32]| dot(a, a) + dot(b, b) - 2.0 * dot(a, b);
+        let distance = |k: usize| {
+            let beside = |i: usize| self.shown.get((k + i).checked_sub(1)?);
+            let distances = (0..3).filter_map(|i| Some(far(frames[i]?, &beside(i)?.bands)));
+            let (sum, n) = distances.fold((0.0, 0), |(sum, n), far| (sum + far, n + 1));
+            sum / n as f32
+        };
+        let all = self.shown.iter().enumerate().map(|(k, shown)| (shown, distance(k)));
+        all.min_by(|a, b| a.1.total_cmp(&b.1)).map(|(shown, _)| shown)
+    }
+
+    /// Gives the frames that follow a prompt, whose own are coloured, the recording's colour, and finishes them.
+    pub fn follow(&self, prompt: &[PlanFrame], frames: &mut [PlanFrame]) {
+        let mut before = prompt.last().map(|frame| frame.bands.clone());
+        before.iter_mut().for_each(|bands| self.feel(0, bands));
+        for (k, frame) in (0..).zip(&mut *frames) {
+            self.apply_after(k, &mut frame.bands);
+        }
         for k in 0..frames.len() {
             let (now, after) = frames[k..].split_at_mut(1);
-            let unsteady = now[0].bands.clone();
-            self.steady(before.as_deref(), &mut now[0].bands, after.first().map(|frame| &frame.bands[..]));
-            before = Some(unsteady);
+            let unfinished = now[0].bands.clone();
+            self.finish(before.as_deref(), &mut now[0].bands, after.first().map(|frame| &frame.bands[..]));
+            before = Some(unfinished);
         }
     }
 }
@@ -152,17 +199,17 @@ impl Colour {
 fn jumps(other: &[f32], bands: &[f32]) -> Vec<f32> {
     let differences: Vec<f32> = other.iter().zip(bands).map(|(other, band)| other - band).collect();
     let around = |b: usize| &differences[b.saturating_sub(REACH)..(b + REACH + 1).min(differences.len())];
-    (0..bands.len()).map(|b| around(b).iter().sum::<f32>() / around(b).len() as f32).collect()
+    (0..differences.len()).map(|b| around(b).iter().sum::<f32>() / around(b).len() as f32).collect()
 }
 
 /// Of successive coloured frames and what they lack, `[n_frames, n_bands]`, the shares of their jumps that are best taken back.
 fn steadiness(frames: ArrayView2<f32>, lacks: ArrayView2<f32>) -> [f32; 2] {
     let frames: Vec<Vec<f32>> = frames.rows().into_iter().map(|row| row.to_vec()).collect();
-    let jumps = |[before, bands, after]: &[Vec<f32>; 3]| {
-        let pairs = jumps(before, bands).into_iter().zip(jumps(after, bands));
+    let jumps = |three: &[Vec<f32>]| {
+        let pairs = jumps(&three[0], &three[1]).into_iter().zip(jumps(&three[2], &three[1]));
         pairs.map(|(before, after)| [f64::from(before), f64::from(after)]).collect::<Vec<_>>()
     };
-    let jumps: Array2<f64> = frames.array_windows().flat_map(jumps).collect::<Vec<_>>().into();
+    let jumps: Array2<f64> = frames.windows(3).flat_map(jumps).collect::<Vec<_>>().into();
     let lacks = lacks.rows().into_iter().skip(1).flatten().take(jumps.nrows()).map(|&x| f64::from(x));
     let lacks = lacks.collect::<Array1<f64>>().insert_axis(Axis(1));
     let shares = solve(jumps.t().dot(&jumps) + Array2::<f64>::eye(2), jumps.t().dot(&lacks));
@@ -238,7 +285,7 @@ mod tests {
             bands.rows().into_iter().map(frame).collect()
         };
         let mut steadied = plan(&read);
-        colour.steady_all(None, &mut steadied);
+        colour.follow(&[], &mut steadied);
         let steadied = bands_of(&steadied);
         let lacks = |of: &Array2<f32>| (&wanted - of).mapv(|x| x * x).sum();
         assert!(lacks(&steadied) < 0.75 * lacks(&read), "{} of {}, {steady:?}", lacks(&steadied), lacks(&read));
@@ -252,8 +299,28 @@ mod tests {
         }
         // The first frame has none before it, the last none after it.
         let mut alone = plan(&read.slice(s![..1, ..]).to_owned());
-        colour.steady_all(None, &mut alone);
+        colour.follow(&[], &mut alone);
         assert_eq!(alone, plan(&read.slice(s![..1, ..]).to_owned()));
+    }
+
+    /// Two sounds that take turns, the same but for what comes before.
+    #[test]
+    fn a_frame_gets_its_details_from_the_likest_with_its_neighbours() {
+        let sound = |k: usize| vec![[1.0, 2.0, 1.0, 3.0][k % 4]; 10];
+        let shown = |k: usize| Shown { bands: sound(k), lacks: vec![0.1 * (k % 4) as f32; 10] };
+        let colour = Colour { shown: (0..80).map(shown).collect(), ..Colour::default() };
+        let near = |k: usize| sound(k).iter().map(|x| x + 0.05).collect::<Vec<f32>>();
+        for k in 4..8 {
+            let (before, mut bands, after) = (near(k - 1), near(k), near(k + 1));
+            colour.finish(Some(&before), &mut bands, Some(&after));
+            let expected = near(k)[0] + DETAIL * 0.1 * (k % 4) as f32;
+            assert!(bands.iter().all(|band| (band - expected).abs() < 1e-5), "{k}: {bands:?}, {expected}");
+        }
+        let mut alone = near(1);
+        colour.finish(None, &mut alone, None);
+        assert!((alone[3] - near(1)[3] - DETAIL * 0.1).abs() < 1e-5);
+        Colour::default().finish(Some(&near(1)), &mut alone, None);
+        assert!((alone[3] - near(1)[3] - DETAIL * 0.1).abs() < 1e-5);
     }
 
     #[test]

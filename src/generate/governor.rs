@@ -14,8 +14,6 @@ use crate::engine::{Engine, EngineError, PlanDraw};
 use crate::metrics::{SILENCE_DB, power_db};
 use crate::plan::{PlanError, Spectrum};
 
-/// Seconds at the end of a prompt that habits are taken from.
-const HABITS_S: f32 = 20.0;
 /// Silence is an alarm after this long, or after half as long again as the prompt was ever quiet, seconds.
 const SILENCE_S: f32 = 1.5;
 /// One band may lead undiminished for this long, or half as long again as it ever did in the prompt, seconds.
@@ -129,12 +127,10 @@ impl Governor {
     /// The engine's own.
     pub fn new(engine: &mut dyn Engine, spectrum: &Spectrum, prompt: &[Token]) -> Result<Self, EngineError> {
         let frames_per_second = spectrum.sample_rate() as f32 / spectrum.hop() as f32;
-        let most = (HABITS_S * frames_per_second) as usize * spectrum.hop();
-        let last = &prompt[prompt.len().saturating_sub(most)..];
         // The frame grid ends with the prompt.
-        let last = &last[last.len() % spectrum.hop()..];
-        let samples = engine.config().codec.decode_all(last);
-        let surprisals = if (last.len() / spectrum.hop()) < 2 { Vec::new() } else { engine.score_plan(last)? };
+        let prompt = &prompt[prompt.len() % spectrum.hop()..];
+        let samples = engine.config().codec.decode_all(prompt);
+        let surprisals = if (prompt.len() / spectrum.hop()) < 2 { Vec::new() } else { engine.score_plan(prompt)? };
         let habits = Habits::of(&samples, &surprisals, spectrum, frames_per_second);
         let samples = samples[samples.len().saturating_sub(spectrum.window_len())..].to_vec();
         // The first windows still hear the prompt.
@@ -365,6 +361,15 @@ mod tests {
     fn music_like_the_prompt_raises_no_alarm() {
         assert_eq!(alarm_at(&notes(12.0, 0.25), |usual| usual), None);
         assert_eq!(alarm_at(&notes(12.0, 0.4), |usual| usual), None);
+    }
+
+    #[test]
+    fn what_was_played_before_the_end_of_a_prompt_is_its_habit_too() {
+        let prompt = [notes(10.0, 0.3), noise(16_000 * 25, 0.003)].concat();
+        let (mut governor, spectrum, usual) = governor_after(&prompt);
+        for (i, frame) in notes(6.0, 0.3).chunks_exact(HOP).enumerate() {
+            assert_eq!(heard(&mut governor, frame, usual, &spectrum), None, "frame {i}");
+        }
     }
 
     /// Many partials are flatter than one, which is all that the prompt had.

@@ -97,11 +97,10 @@ pub struct Generator {
     spectrum: Spectrum,
     /// The ways that it has looked at for the stretch that begins here.
     looked_at: Vec<Way>,
-    frame: Frame,
 }
 
 /// One frame that is played.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Frame {
     /// `[hop]`
     pub tokens: Vec<Token>,
@@ -119,7 +118,7 @@ struct Planned {
     draw: PlanDraw,
 }
 
-/// A way on as it would be played.
+/// A way on as it would be planned.
 struct Way {
     /// What was chosen before it counted in.
     manner: Manner,
@@ -132,7 +131,7 @@ struct GeneratorState {
     options: Options,
     /// Frames played.
     n_frames: u64,
-    /// The frame that is played next, once one was planned: what is played is steadied by what comes after it.
+    /// The frame that is played next, once one was planned: it is finished by what comes after it.
     next: Option<Planned>,
     /// The frame before that one, `[n_bands]`, where there is one.
     last: Option<Vec<f32>>,
@@ -143,9 +142,10 @@ struct GeneratorState {
     due: u64,
     /// How the prompt is played, where that can be told.
     manner: Option<Manner>,
-    /// How what was chosen is played, the later the more; the prompt before it.
+    /// How what was chosen before this stretch is played, the later the more; the prompt before it. And with this stretch, if it was chosen.
     played: Option<Manner>,
-    /// The prompt's, after all that was played.
+    playing: Option<Manner>,
+    /// The prompt's, after all that was planned or given.
     rhythm: Rhythm,
     /// The prompt's, which frames that the model plans get.
     colour: Arc<Colour>,
@@ -160,7 +160,7 @@ const STRETCH: u64 = 8;
 const OFFBEAT: f32 = 0.67;
 
 impl GeneratorState {
-    /// Frames planned so far.
+    /// The frame that is planned next.
     fn n_planned(&self) -> u64 {
         self.n_frames + u64::from(self.next.is_some())
     }
@@ -203,19 +203,15 @@ impl Generator {
             due: STRETCH,
             manner,
             played: manner,
+            playing: None,
             rhythm,
             colour: colour.into(),
         };
-        Ok(Self::from_state(engine, spectrum, state))
+        Ok(Self::from_state(spectrum, state))
     }
 
-    fn from_state(engine: &dyn Engine, spectrum: Spectrum, state: GeneratorState) -> Self {
-        Self {
-            state,
-            spectrum,
-            looked_at: Vec::new(),
-            frame: Frame { tokens: vec![0; engine.config().plan.hop], ..Frame::default() },
-        }
+    fn from_state(spectrum: Spectrum, state: GeneratorState) -> Self {
+        Self { state, spectrum, looked_at: Vec::new() }
     }
 
     /// What ways are chosen by, if they are.
@@ -233,6 +229,7 @@ impl Generator {
         if first < state.due {
             return Ok(false);
         }
+        state.played = state.playing.take().or(state.played);
         if let Some(manner) = manner {
             let n_codebooks = engine.config().plan.n_codebooks;
             let draws = |way: u64| {
@@ -258,7 +255,7 @@ impl Generator {
             }
             let distances = looked_at.iter().map(|way| manner.distance(&way.manner).hypot(way.offbeat / OFFBEAT));
             if let Some((nearest, _)) = distances.enumerate().min_by(|(_, a), (_, b)| a.total_cmp(b)) {
-                (state.choice, state.played) = (nearest as u64, Some(looked_at[nearest].manner));
+                (state.choice, state.playing) = (nearest as u64, Some(looked_at[nearest].manner));
             }
             looked_at.clear();
         } else {
@@ -268,9 +265,10 @@ impl Generator {
         Ok(false)
     }
 
-    /// Takes another way from here on, a stretch of it at once: there may be little to play meanwhile.
+    /// Takes another way from the next frame on that is planned, a stretch of it at once: there may be little to play meanwhile.
     fn branch(&mut self, branch: u64) {
         (self.state.branch, self.state.due) = (branch, self.state.n_planned() + STRETCH);
+        self.state.playing = None;
         self.looked_at.clear();
     }
 
@@ -283,8 +281,6 @@ impl Generator {
     /// Plans one more frame.
     fn plan(&mut self, engine: &mut dyn Engine) -> Result<Planned, EngineError> {
         while self.consider(engine)? {}
-        let Options { plan: sampling, wave, .. } = self.state.options;
-        engine.set_sampling(sampling, wave);
         let (k, n_codebooks) = (self.state.n_planned(), engine.config().plan.n_codebooks);
         let uniforms: Vec<f32> = self.state.draws(Kind::Plan, self.state.choice, k, n_codebooks).collect();
         let mut plan = PlanFrame::default();
@@ -294,7 +290,7 @@ impl Generator {
         Ok(Planned { plan, draw: engine.plan_draw() })
     }
 
-    /// The frame that comes next in the plan, steadied by the one after it, which is planned now.
+    /// The frame that comes next in the plan, finished by the one after it, which is planned now.
     fn planned(&mut self, engine: &mut dyn Engine) -> Result<Planned, EngineError> {
         if self.state.next.is_none() {
             self.state.next = Some(self.plan(engine)?);
@@ -302,10 +298,10 @@ impl Generator {
         let after = self.plan(engine)?;
         let GeneratorState { next, last, colour, .. } = &mut self.state;
         let mut now = next.replace(after).unwrap_or_default();
-        let unsteady = now.plan.bands.clone();
+        let unfinished = now.plan.bands.clone();
         let after = next.as_ref().map(|after| &after.plan.bands[..]);
-        colour.steady(last.as_deref(), &mut now.plan.bands, after);
-        *last = Some(unsteady);
+        colour.finish(last.as_deref(), &mut now.plan.bands, after);
+        *last = Some(unfinished);
         Ok(now)
     }
 
@@ -313,7 +309,8 @@ impl Generator {
     ///
     /// # Errors
     /// The engine's own.
-    pub fn next_frame(&mut self, engine: &mut dyn Engine, given: Option<&[f32]>) -> Result<&Frame, EngineError> {
+    pub fn next_frame(&mut self, engine: &mut dyn Engine, given: Option<&[f32]>) -> Result<Frame, EngineError> {
+        engine.set_sampling(self.state.options.plan, self.state.options.wave);
         let Planned { plan, draw } = match given {
             Some(bands) => {
                 self.state.rhythm.hear(bands);
@@ -322,13 +319,11 @@ impl Generator {
             }
             None => self.planned(engine)?,
         };
-        let Self { state, frame, .. } = self;
-        let n_uniforms = frame.tokens.len() * UNIFORMS_PER_SAMPLE;
-        let uniforms: Vec<f32> = state.draws(Kind::Wave, 0, state.n_frames, n_uniforms).collect();
-        engine.set_sampling(state.options.plan, state.options.wave);
-        engine.render(&plan, &uniforms, &mut frame.tokens)?;
-        (frame.plan, frame.draw) = (plan, draw);
-        state.n_frames += 1;
-        Ok(frame)
+        let mut tokens = vec![0; engine.config().plan.hop];
+        let n_uniforms = tokens.len() * UNIFORMS_PER_SAMPLE;
+        let uniforms: Vec<f32> = self.state.draws(Kind::Wave, 0, self.state.n_frames, n_uniforms).collect();
+        engine.render(&plan, &uniforms, &mut tokens)?;
+        self.state.n_frames += 1;
+        Ok(Frame { tokens, plan, draw })
     }
 }

@@ -30,6 +30,8 @@ const LIVE_FIRM: u64 = 4;
 const HOLD: usize = 64;
 /// Of played marks that lie nearer together than this the middle ones go: two seconds.
 const SPARSE: u64 = 64;
+/// No continuation gets so far: 700,000 years.
+const LAST_FRAME: u64 = 1 << 40;
 
 /// Where the plan comes from.
 #[derive(Clone, Debug, Default)]
@@ -238,10 +240,16 @@ impl Path {
     /// The engine's own.
     pub fn advance(&mut self, engine: &mut dyn Engine) -> Result<bool, EngineError> {
         let at = self.generator.state.n_frames;
+        let is_marked = self.marks.back().is_some_and(|mark| mark.frame() == at);
+        if self.remembers() && !is_marked && (at.is_multiple_of(self.block) || self.marks.is_empty()) {
+            self.mark(engine)?;
+        }
+        let due = self.generator.state.due;
         if self.guide.at(at).is_none() && self.generator.consider(engine)? {
             return Ok(false);
         }
-        if self.remembers() && (at.is_multiple_of(self.block) || self.marks.is_empty()) {
+        if self.keep > 0 && self.generator.state.due != due {
+            // Where nobody can wait, going back is not to choose once more.
             self.mark(engine)?;
         }
         let (frame, alarm) = self.generate(engine)?;
@@ -324,7 +332,7 @@ impl Path {
     /// One frame, which the governor hears; and what it thinks of it.
     fn generate(&mut self, engine: &mut dyn Engine) -> Result<(Frame, Option<Alarm>), EngineError> {
         let given = self.guide.at(self.generator.state.n_frames);
-        let frame = self.generator.next_frame(engine, given.as_deref())?.clone();
+        let frame = self.generator.next_frame(engine, given.as_deref())?;
         // As loud as the model would play it, whatever level was asked for.
         let gain = 10.0f32.powf((self.own_level_db - self.options().wave.level_db) / 20.0);
         let Some(governor) = &mut self.governor else { return Ok((frame, None)) };
@@ -338,7 +346,7 @@ impl Path {
         Ok((frame, alarm))
     }
 
-    /// Takes another way from here on.
+    /// Takes another way after the next frame, which is planned already.
     fn branch(&mut self, engine: &dyn Engine) -> Result<(), EngineError> {
         self.branches += 1;
         self.generator.branch(self.branches);
@@ -354,7 +362,7 @@ impl Path {
         Ok(())
     }
 
-    /// Draws otherwise from the next frame on.
+    /// Draws sounds otherwise from the next frame on, and plans from the one after it.
     ///
     /// # Errors
     /// The engine's own.
@@ -430,10 +438,14 @@ impl Path {
 
     /// The path that a state was taken of; the engine has been brought to where it belongs.
     pub(super) fn from_state(engine: &mut dyn Engine, state: &PathState) -> Result<Self, EngineError> {
-        let generator = Generator::from_state(engine, spectrum_of(engine)?, state.generator.clone());
+        let PathState { generator, released_since, .. } = state;
+        if generator.n_frames.max(state.branches) > LAST_FRAME || *released_since > SPARSE {
+            return Err(EngineError::State(format!("{released_since} frames after frame {}", generator.n_frames)));
+        }
+        let generator = Generator::from_state(spectrum_of(engine)?, generator.clone());
         let mut path = Self::at(generator, state.governor.clone(), state.own_level_db);
         path.branches = state.branches;
-        path.released += state.released_since;
+        path.released += released_since;
         while path.generator.state.n_frames < path.released {
             // These frames were played, so whatever was thought of them, nothing was done.
             if let (_, Some(alarm)) = path.generate(engine)?

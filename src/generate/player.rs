@@ -48,7 +48,12 @@ impl Player {
         options: &Options,
         governed: bool,
     ) -> Result<Self, GenerateError> {
-        Ok(Self { seam: Seam::new(prompt)?, path: Path::new(engine, options, prompt.tokens(), governed)? })
+        std::thread::scope(|scope| {
+            let seam = scope.spawn(|| Seam::new(prompt));
+            let path = Path::new(engine, options, prompt.tokens(), governed)?;
+            let seam = seam.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            Ok(Self { path, seam })
+        })
     }
 
     /// How surprising the context is, bits a plan frame: as the governor knows it.
@@ -61,7 +66,7 @@ impl Player {
         self.path.options()
     }
 
-    /// Draws otherwise from here on.
+    /// Draws sounds otherwise from here on, and plans 32 ms later.
     ///
     /// # Errors
     /// The engine's own.

@@ -52,7 +52,7 @@ impl Rhythm {
         !self.pulse.is_empty() && self.rises.len() >= REMEMBERED
     }
 
-    /// Goes on by a frame that is played.
+    /// Goes on by a frame that is planned, or given.
     pub fn hear(&mut self, bands: &[f32]) {
         if self.is_known() {
             self.rises.push(rise(bands, &self.last));

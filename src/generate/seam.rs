@@ -247,7 +247,7 @@ impl Seam {
             let rest: Vec<f32> = last.iter().zip(before).map(|(x, y)| x - gain * y).collect();
             let mut carried = extrapolate(&rest, n_fade);
             for (i, x) in carried.iter_mut().enumerate() {
-                *x *= (FRAC_PI_2 * i as f32 / n_fade as f32).cos().powi(2);
+                *x *= (FRAC_PI_2 * i as f32 / n_fade as f32).cos();
             }
             carried
         };

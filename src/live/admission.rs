@@ -13,7 +13,7 @@ const FRAMES: usize = 62;
 const BEFORE_TURN: usize = 4;
 /// Slower than this is too slow to play: what a machine does beside takes the rest.
 const LEAST_X_REAL_TIME: f64 = 1.1;
-/// Least and largest buffer that is chosen, ms. A request is heard a buffer, a step of 32 ms and the resampler's and the treble's 46 ms later.
+/// Least and largest buffer that is chosen, ms. A request is heard a buffer, a step of 32 ms (two where it changes what is planned) and the resampler's and the treble's 46 ms later.
 const BUFFER_MS: [f64; 2] = [40.0, 2000.0];
 
 /// How long steps take.

@@ -120,6 +120,9 @@ fn themes(mut chroma: Array2<f32>, first: usize) -> f32 {
     chroma.mapv_inplace(f32::sqrt);
     let common = chroma.mean_axis(Axis(0)).unwrap_or_default();
     for mut row in chroma.rows_mut() {
+        if row.sum() == 0.0 {
+            continue; // Silence is like nothing, not even like silence.
+        }
         row -= &common;
         row /= row.dot(&row).sqrt().max(f32::MIN_POSITIVE);
     }
@@ -414,6 +417,8 @@ mod tests {
         let (theme, other) = (melody(), melody());
         let [again, anew] = [&theme, &other].map(|after| kinship(&theme, after, RATE).themes);
         assert!(again > 0.9 && anew < 0.6, "{again} {anew}");
+        let pause = vec![0.0; theme.len()];
+        assert!(kinship(&[&theme[..], &pause].concat(), &pause, RATE).themes < 0.1);
     }
 
     #[test]

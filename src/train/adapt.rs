@@ -290,7 +290,8 @@ fn listen(sounds: &[AudioSource], config: &ModelConfig, spectrum: &Spectrum) -> 
         return Err(AdaptError::Unusable("no recording".into()));
     }
     for source in sounds {
-        let (samples, facts) = piece::read(source, codec.sample_rate, 0.0).map_err(AdaptError::Unusable)?;
+        let (samples, facts) =
+            piece::read(source, codec.sample_rate, 0.0).map_err(|refusal| AdaptError::Unusable(refusal.why))?;
         let n_frames = samples.len() / hop;
         if n_frames < least {
             let (got_s, least_s) = (samples.len() as f64 / rate, (least * hop) as f64 / rate);

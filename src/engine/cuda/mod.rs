@@ -264,9 +264,14 @@ impl<M: Machine> Engine for CudaEngine<M> {
     }
 
     fn heard_as(&mut self, plan: &[PlanFrame]) -> Result<(), EngineError> {
+        if plan.is_empty() {
+            return Ok(());
+        }
         let mut state = self.stream()?;
         hear_as(&mut state.counters.plan, plan, &self.sampling.wave)?;
-        self.member.streams().load(self.member.seat(), &state)
+        // Others of the group wait only while it is written.
+        let laid = self.model().laid(&state)?;
+        self.member.streams().put(self.member.seat(), &laid)
     }
 
     fn plan_of(&self, tokens: &[Token]) -> Result<Vec<PlanFrame>, EngineError> {
