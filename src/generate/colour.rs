@@ -24,7 +24,7 @@ const SHOWN: std::ops::Range<usize> = 62..625;
 const DETAIL: f32 = 0.6;
 
 /// What plan frames lack to be those of a recording: a linear map of their bands, in the first frames after a prompt some of what its
-/// last one lacked, too, and steadiness.
+/// last one lacked, too, steadiness, and details.
 ///
 /// The map is by least squares from the frames of a prompt as the model reads them and as they are (ridge regression: Hoerl and Kennard,
 /// 1970; as recognizers of speech adapt to a speaker: Gales, 1998); a short prompt changes little. How much of what a frame lacks the
