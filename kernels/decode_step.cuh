@@ -58,7 +58,7 @@ struct Row {
   int64_t plan_pos;  // plan frames so far
   float mean_square;
   float log_scale, rms;  // of the frame
-  float forecasts[2];
+  float forecasts[2];    // the plan's may lie beyond what a sample may be, and is held to that where the mixture stands around it
   float partial[2];      // of the forecasts of the sample after the one that is being made: all but what that adds
   float uniform, logit;  // what chooses a component, and the other uniform's ln(u / (1 - u))
   int stream, residual_code, past_code;

@@ -105,8 +105,9 @@ __device__ __forceinline__ void predict(const Room<W, ROWS>& room, int since) {
         with_latest(row.partial[0], room.past()[r * m.order], room.samples()[r * m.n_recent + (latest & (m.n_recent - 1))]),
         with_latest(row.partial[1], room.planned()[r * m.planned_order], room.left()[r * m.n_left + (latest & (m.n_left - 1))])};
     const float tone = m.n_heard > 0 ? room.tones()[r * m.past_hop + since] : 0.f;
-    const auto of = [&](float sum, float base) { return prediction::held(base + (sum == sum ? prediction::held(sum) : 0.f)); };
-    const float past = of(sums[0], 0.f), planned = of(sums[1], tone);
+    const auto of = [&](float sum, float base, float most) { return prediction::held(base + (sum == sum ? sum : 0.f), most); };
+    const float past = of(sums[0], 0.f, 1.f), expected = of(sums[1], tone, prediction::MOST_SAMPLE);
+    const float planned = prediction::held(expected);
     // Two lanes for each kind of feature: of the past's forecast and the plan's.
     const int kind = lane() / 2;
     const float forecast = lane() % 2 ? planned : past, companded = compand(forecast), half = N_CODES / 2;
@@ -124,7 +125,7 @@ __device__ __forceinline__ void predict(const Room<W, ROWS>& room, int since) {
     if (kind <= 5 && lane() % 2 == 0) room.put(room.features(), 2 * kind, r, mine, other);
     if (lane() > 0) continue;
     row.forecasts[0] = past;
-    row.forecasts[1] = planned;
+    row.forecasts[1] = expected;
     row.tone = tone;
     row.past_code = int(code);
   }
@@ -225,7 +226,7 @@ __device__ __forceinline__ void draw(const Room<W, ROWS>& room, int r, int t, in
   const Codec codec(room.tables(), m.pcm);
   const int n = m.n_components, k = min(lane(), n - 1), of = k / (n / 2);
   const auto head = [&](int i) { return room.head()[i * ROWS + r] + room.head()[(3 * n + i) * ROWS + r]; };
-  const float mine = lane() < n ? head(k) : -INFINITY, top = lanes_max<WARP>(mine), forecast = row.forecasts[of];
+  const float mine = lane() < n ? head(k) : -INFINITY, top = lanes_max<WARP>(mine), forecast = prediction::held(row.forecasts[of]);
   const auto bounded = [](float x) { return 1.f - __fdividef(2.f, __fadd_rn(1.f, __expf(2.f * x))); };  // tanh
   const float unit = 0.5f * __expf(row.log_scale) + 0.25f * codec.bin_width(forecast);
   const float mean = forecast + unit * MAX_OFFSET * bounded(head(n + k) / MAX_OFFSET);
@@ -244,14 +245,14 @@ __device__ __forceinline__ void draw(const Room<W, ROWS>& room, int r, int t, in
     const float all = __shfl_sync(ALL_LANES, sum, n - 1);
     // The first component that reaches it.
     const int chosen = n - 1 - int(lanes_max<WARP>(lane() < n && row.uniform * all < sum ? float(n - 1 - lane()) : 0.f));
-    const float centre = row.forecasts[chosen / (n / 2)];
+    const float centre = prediction::held(row.forecasts[chosen / (n / 2)]);
     const float at = fmaf(a.offset, __shfl_sync(ALL_LANES, mean, chosen) - centre, centre);
     const float drawn = fmaf(__shfl_sync(ALL_LANES, scale, chosen), row.logit, at);
     // Drive: holds the power of what is drawn to the plan's.
-    const float innovation = drawn - row.forecasts[1], ratio = innovation / row.rms;
+    const float innovation = drawn - prediction::held(row.forecasts[1]), ratio = innovation / row.rms;
     mean_square += (fminf(ratio * ratio, MOST_SQUARE) - mean_square) / DRIVE_SAMPLES;
     const float factor = fminf(fmaxf(rsqrtf(mean_square), LEAST_DRIVE), MOST_DRIVE);
-    sample = prediction::held(row.forecasts[1] + innovation * factor * a.grain);
+    sample = prediction::held(row.forecasts[1] + innovation * factor * a.grain, prediction::MOST_SAMPLE);
   } else {
     sample = codec.decode(a.tokens[place]);
   }

@@ -125,9 +125,8 @@ __device__ void predict(const PredictArgs& a) {
     for (int j = 0; j < 4; ++j) sums[j] += c[i + j] * latest[-(i + j)];
   for (; i < a.order; ++i) sums[0] += c[i] * latest[-i];
   const float sum = sums[0] + sums[1] + (sums[2] + sums[3]);
-  float forecast = sum == sum ? prediction::held(sum) : 0.f;
-  if (a.tones) forecast = prediction::held(forecast + a.tones[size_t(blockIdx.y) * a.len + begin + n]);
-  a.forecasts[size_t(blockIdx.y) * (a.len - begin) + n] = forecast;
+  const float tone = a.tones ? a.tones[size_t(blockIdx.y) * a.len + begin + n] : 0.f;
+  a.forecasts[size_t(blockIdx.y) * (a.len - begin) + n] = prediction::held(tone + (sum == sum ? sum : 0.f));
 }
 
 // ---- entry points --------------------------------------------------------------------------------------------------

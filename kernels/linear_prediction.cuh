@@ -119,8 +119,10 @@ __device__ __forceinline__ int levinson(double* r, double* a, int order, double&
   return k;
 }
 
+/// What is played, before it is clipped to a token (src/forecast/mod.rs).
+constexpr float MOST_SAMPLE = 4.f;
 /// Held to what a sample may be.
-__device__ __forceinline__ float held(float x) { return fminf(fmaxf(x, -1.f), 1.f); }
+__device__ __forceinline__ float held(float x, float most = 1.f) { return fminf(fmaxf(x, -most), most); }
 
 /// ln of the mean |residual| of a prediction.
 __device__ __forceinline__ float log_scale(double power) { return float(log(sqrt(power) * MEAN_TO_RMS + LEAST_SCALE)); }

@@ -3,7 +3,7 @@
 use ndarray::ArrayView2;
 
 use crate::codec::{Codec, Token};
-use crate::forecast::{ForecastConfig, ForecastError, Forecasts, PlannedForecast};
+use crate::forecast::{ForecastConfig, ForecastError, Forecasts, MOST_SAMPLE, PlannedForecast};
 use crate::metrics::entropy_bits;
 use crate::plan::Spectrum;
 use crate::rng::{Kind, uniform};
@@ -120,9 +120,9 @@ pub fn noise_through_plan(
         before = bands;
         for _ in 0..spectrum.hop() {
             let noise = forecast.residual_rms() * normal(seed, stream, samples.len() as u64);
-            let sample = (forecast.forecast() + noise).clamp(-1.0, 1.0);
+            let sample = (forecast.expected() + noise).clamp(-MOST_SAMPLE, MOST_SAMPLE);
             forecast.push(sample);
-            samples.push(sample);
+            samples.push(sample.clamp(-1.0, 1.0));
         }
     }
     Ok(samples)
@@ -138,8 +138,9 @@ fn normal(seed: u64, stream: u32, t: u64) -> f32 {
 mod tests {
     use super::*;
     use crate::forecast::forecasts;
-    use crate::metrics::{Track, adherence};
+    use crate::metrics::{Track, adherence, level_db};
     use crate::plan::PlanConfig;
+    use ndarray::{Axis, concatenate, s};
 
     fn music() -> Vec<f32> {
         let sample = |i: usize| {
@@ -196,5 +197,35 @@ mod tests {
         let heard = Track::analyse(context, &made, &spectrum).unwrap();
         let result = adherence(heard.bands.view(), planned.bands.view());
         assert!(result.rms_db < 12.0 && result.bias_db.abs() < 6.0, "{result:?}");
+    }
+
+    /// A filter that heard clipped samples took them for new sound and kept itself at full scale.
+    #[test]
+    fn a_chord_beyond_full_scale_ends_where_the_plan_ends_it() {
+        let (spectrum, config) = (
+            spectrum(),
+            ForecastConfig {
+                planned_order: 512,
+                lag_window_hz: 1.0,
+                deconvolution: 20,
+                tones: true,
+                ..ForecastConfig::default()
+            },
+        );
+        let hop = spectrum.hop();
+        let chord = |t: usize, gain: f32| -> f32 {
+            let partial = |k: usize| (std::f32::consts::TAU * 147.3 * k as f32 * t as f32 / 16_000.0).sin() / k as f32;
+            gain * (1..20).map(partial).sum::<f32>()
+        };
+        let soft: Vec<f32> = (0..40 * hop).map(|t| chord(t, 0.02)).collect();
+        let loud: Vec<f32> = (0..40 * hop).map(|t| chord(t, 0.8)).collect();
+        let [soft, loud] = [soft, loud].map(|sound| (spectrum.analyse(&sound), sound));
+        let plan = concatenate![Axis(0), loud.0.slice(s![..6, ..]), soft.0.slice(s![8..24, ..])];
+        for seed in 0..8 {
+            let made = noise_through_plan(&soft.1[..8 * hop], plan.view(), &spectrum, &config, seed, 0).unwrap();
+            let levels: Vec<f32> = made.chunks(hop).map(level_db).collect();
+            let loudest = levels.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            assert!(loudest < -2.0 && levels[7..].iter().all(|&level| level < -30.0), "{levels:.1?}");
+        }
     }
 }

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::codec::{Codec, Token};
+use crate::forecast::MOST_SAMPLE;
 use crate::model::config::N_FORECASTS;
 use crate::simd::portable::{exp, tanh};
 
@@ -233,14 +234,16 @@ impl Default for Drive {
 }
 
 impl Drive {
-    /// The sample to play, in [-1, 1], where `drawn` came from the mixture: `planned_rms` is the innovation's root mean square
+    /// The sample to play, [`MOST_SAMPLE`] at most, where `drawn` came from the mixture and the plan expected `expected`
+    /// ([`PlannedForecast::expected`](crate::forecast::PlannedForecast)): `planned_rms` is the innovation's root mean square
     /// by plan, `grain` a factor on it.
-    pub fn hold(&mut self, drawn: f32, forecast: f32, planned_rms: f32, grain: f32) -> f32 {
-        let innovation = drawn - forecast;
+    pub fn hold(&mut self, drawn: f32, expected: f32, planned_rms: f32, grain: f32) -> f32 {
+        // The mixture stands around what a sample may be.
+        let innovation = drawn - expected.clamp(-1.0, 1.0);
         let ratio = innovation / planned_rms;
         self.mean_square += ((ratio * ratio).min(MOST_SQUARE) - self.mean_square) / DRIVE_SAMPLES;
         let factor = (1.0 / self.mean_square.sqrt()).clamp(LEAST_DRIVE, MOST_DRIVE);
-        (forecast + innovation * factor * grain).clamp(-1.0, 1.0)
+        (expected + innovation * factor * grain).clamp(-MOST_SAMPLE, MOST_SAMPLE)
     }
 }
 
@@ -359,6 +362,9 @@ mod tests {
             );
         }
         let held = Drive::default().hold(f32::MAX, 0.5, 1e-4, 1.0);
-        assert!((-1.0..=1.0).contains(&held), "{held}");
+        assert!((-MOST_SAMPLE..=MOST_SAMPLE).contains(&held), "{held}");
+        // Beyond full scale, too, it is what is new that is held.
+        let drawn = Drive::default().hold(0.99, 1.5, 0.01, 1.0);
+        assert!((drawn - 1.49).abs() < 1e-3, "{drawn}");
     }
 }

@@ -11,7 +11,7 @@ use super::state::{Counters, SavedCache, SavedStream, plan_cache, wave_cache};
 use super::{Engine, EngineError, PlanDraw, UNIFORMS_PER_SAMPLE, check_tokens, expect, hear_as, state_error};
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
-use crate::forecast::{PAST, PLANNED, PastForecast, PlannedForecast};
+use crate::forecast::{PAST, PastForecast, PlannedForecast};
 use crate::model::Model;
 use crate::model::block::KvCache;
 use crate::model::config::{GenerationSettings, ModelConfig, WAVE_CONTEXT};
@@ -226,14 +226,15 @@ impl Engine for ReferenceEngine {
             model.wave.begin_frame(&mut stream.wave, &bands)?;
             let mut mixture = Mixture::default();
             for (token, uniforms) in out.iter_mut().zip(uniforms.chunks_exact(UNIFORMS_PER_SAMPLE)) {
-                let forecasts = [stream.past.forecast(), stream.planned.forecast()];
+                let expected = stream.planned.expected();
+                let forecasts = [stream.past.forecast(), expected.clamp(-1.0, 1.0)];
                 let log_scale = stream.planned.log_scale();
                 let (features, past_code) = features(forecasts, log_scale, codec);
                 let head = model.wave.step(&mut stream.wave, &features, past_code)?;
                 mixture.set(&head, forecasts, log_scale, codec);
                 let drawn = mixture.draw([uniforms[0], uniforms[1]], wave_sampling);
                 let rms = stream.planned.residual_rms();
-                let sample = stream.drive.hold(drawn, forecasts[PLANNED], rms, wave_sampling.grain);
+                let sample = stream.drive.hold(drawn, expected, rms, wave_sampling.grain);
                 *token = codec.encode(sample);
                 stream.past.push(codec.decode(*token));
                 stream.planned.push(sample);

@@ -58,10 +58,10 @@ impl Recursion {
 }
 
 /// The forecast after `recent`, `[order]` samples in the order of time, by coefficients turned round the same way
-/// (the latest sample's last), held to [-1, 1]; 0 when it is not a number.
+/// (the latest sample's last); 0 when it is not a number.
 pub(super) fn predict(rising: &[f32], recent: &[f32], kernels: &Kernels) -> f32 {
     let forecast = (kernels.dot)(rising, recent);
-    if forecast.is_nan() { 0.0 } else { forecast.clamp(-1.0, 1.0) }
+    if forecast.is_nan() { 0.0 } else { forecast }
 }
 
 #[cfg(test)]
@@ -109,7 +109,6 @@ mod tests {
         }
         assert_eq!(levinson(&[2.0], 0).residual_power, 2.0);
         assert_eq!(predict(&[1.0], &[f32::NAN], Kernels::chosen()), 0.0);
-        assert_eq!(predict(&[9.0], &[-0.5], Kernels::chosen()), -1.0);
     }
 
     proptest! {

@@ -27,6 +27,9 @@ pub use planned::PlannedForecast;
 pub(crate) use planned::PlannedPast;
 pub(crate) use tones::lobe as tones_lobe;
 
+/// What is played is held to this before it is clipped to a token: 12 dB over full scale.
+pub const MOST_SAMPLE: f32 = 4.0;
+
 /// Place of the forecast from the past where both are listed.
 pub const PAST: usize = 0;
 /// Place of the forecast from the plan there.

@@ -90,7 +90,7 @@ impl PastForecast {
             self.estimator.estimate(window, self.kernels, &mut self.coefficients);
             self.outdated = false;
         }
-        predict(&self.coefficients, self.history.recent(self.config.order, 0), self.kernels)
+        predict(&self.coefficients, self.history.recent(self.config.order, 0), self.kernels).clamp(-1.0, 1.0)
     }
 
     /// What the next sample was. Cheap without a forecast in between: coefficients that nobody asks for are not

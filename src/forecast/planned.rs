@@ -7,7 +7,7 @@ use super::history::History;
 use super::lpc::{Recursion, predict};
 use super::sharp::Sharpener;
 use super::tones::{self, Tones};
-use super::{ForecastConfig, ForecastError, check_length};
+use super::{ForecastConfig, ForecastError, MOST_SAMPLE, check_length};
 use crate::plan::{Autocorrelation, Spectrum};
 use crate::simd::Kernels;
 use crate::simd::portable::exp;
@@ -152,12 +152,15 @@ impl PlannedForecast {
     }
 
     /// The forecast of the next sample, in [-1, 1].
-    pub fn forecast(&mut self) -> f32 {
+    pub fn forecast(&self) -> f32 {
+        self.expected().clamp(-1.0, 1.0)
+    }
+
+    /// The same as far as [`MOST_SAMPLE`] to either side. What is played follows this: a sharp filter that hears clipped samples takes
+    /// what was clipped for new sound, rings with it, and is clipped again.
+    pub fn expected(&self) -> f32 {
         let rest = predict(&self.coefficients, self.history.recent(self.config.planned_order, 0), self.kernels);
-        match &self.tones {
-            Some(tones) => (tones.next() + rest).clamp(-1.0, 1.0),
-            None => rest,
-        }
+        (self.tones.as_ref().map_or(0.0, Tones::next) + rest).clamp(-MOST_SAMPLE, MOST_SAMPLE)
     }
 
     /// ln of the mean |residual| that the frame implies.

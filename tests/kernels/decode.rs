@@ -360,6 +360,26 @@ fn it_plays_the_cpu_engines_tokens_however_the_work_is_shared() {
     }
 }
 
+/// Tokens are clipped; what the forecast from the plan hears is not.
+#[test]
+fn frames_beyond_full_scale_are_played_as_the_cpu_engine_plays_them() {
+    let checkpoint = tiny(7);
+    let Some(machine) = machine(Schedule::seeded(6)) else { return };
+    let (mut cuda, mut cpu) = (cuda(&machine, &checkpoint, Element::F32, OVERLAPPED), cpu(&checkpoint));
+    let prompt = music(&checkpoint, 1000);
+    cpu.prefill(&prompt).unwrap();
+    cuda.prefill(&prompt).unwrap();
+    let loud = GenerationSettings { level_db: 40.0, ..cpu.generation() };
+    cpu.set_sampling(PlanSampling::default(), loud);
+    cuda.set_sampling(PlanSampling::default(), loud);
+    plays_like(&mut cuda, &mut cpu, 4).unwrap();
+    let (_, tokens) = play(&mut cpu, 4).unwrap();
+    let codec = &cpu.config().codec;
+    let [least, most] = [-1.0, 1.0].map(|sample| codec.encode(sample));
+    let clipped = tokens.iter().filter(|&&token| token == least || token == most).count();
+    assert!(clipped > tokens.len() / 10, "{clipped} of {} are clipped", tokens.len());
+}
+
 #[test]
 fn several_frames_in_a_launch_are_those_of_one_launch_each() {
     let checkpoint = tiny(2);

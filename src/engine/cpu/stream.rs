@@ -49,7 +49,7 @@ pub struct Turn<'a> {
 impl<'a> Turn<'a> {
     pub fn split(self) -> (Lane<'a>, Step<'a>) {
         let Turn { sound: Sound { wave, past, planned, drive }, sampling, uniforms, out } = self;
-        (Lane { past, planned, drive, sampling, uniforms, out }, Step::new(wave))
+        (Lane { past, planned, expected: 0.0, drive, sampling, uniforms, out }, Step::new(wave))
     }
 }
 
@@ -57,6 +57,8 @@ impl<'a> Turn<'a> {
 pub struct Lane<'a> {
     pub past: &'a mut PastForecast,
     pub planned: &'a mut PlannedForecast,
+    /// Of the next sample, by plan.
+    pub expected: f32,
     pub drive: &'a mut Drive,
     pub sampling: &'a WaveSampling,
     pub uniforms: &'a [f32],

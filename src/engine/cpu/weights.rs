@@ -10,7 +10,7 @@ use super::wave::{Step, WaveTransformer};
 use crate::checkpoint::Checkpoint;
 use crate::codec::Token;
 use crate::engine::{EngineError, UNIFORMS_PER_SAMPLE, expect, state_error};
-use crate::forecast::{PAST, PLANNED};
+use crate::forecast::PAST;
 use crate::model::config::{GenerationSettings, ModelConfig, WAVE_CONTEXT};
 use crate::model::features::{features, residual_code};
 use crate::plan::{ResidualQuantizer, Spectrum};
@@ -91,9 +91,9 @@ impl Weights {
         let n = lanes.iter().map(|lane| lane.out.len()).min().unwrap_or(0);
         for t in 0..n {
             for (lane, step) in lanes.iter_mut().zip(&mut *steps) {
-                let forecasts = [lane.past.forecast(), lane.planned.forecast()];
-                (step.features, step.past_code) = features(forecasts, lane.planned.log_scale(), codec);
-                step.forecasts = forecasts;
+                lane.expected = lane.planned.expected();
+                step.forecasts = [lane.past.forecast(), lane.expected.clamp(-1.0, 1.0)];
+                (step.features, step.past_code) = features(step.forecasts, lane.planned.log_scale(), codec);
             }
             self.wave.step(self.kernels, steps, &mut work.wave, &mut work.head);
             for ((lane, step), head) in lanes.iter_mut().zip(&mut *steps).zip(work.head.chunks_exact(head_dim)) {
@@ -101,7 +101,7 @@ impl Weights {
                 let uniforms = [lane.uniforms[UNIFORMS_PER_SAMPLE * t], lane.uniforms[UNIFORMS_PER_SAMPLE * t + 1]];
                 let drawn = work.mixture.draw(uniforms, lane.sampling);
                 let (rms, grain) = (lane.planned.residual_rms(), lane.sampling.grain);
-                let sample = lane.drive.hold(drawn, step.forecasts[PLANNED], rms, grain);
+                let sample = lane.drive.hold(drawn, lane.expected, rms, grain);
                 let token = codec.encode(sample);
                 lane.past.push(codec.decode(token));
                 lane.planned.push(sample);
