@@ -139,6 +139,7 @@ mod tests {
     use super::*;
     use crate::forecast::forecasts;
     use crate::metrics::{Track, adherence, level_db};
+    use crate::model::config::ModelConfig;
     use crate::plan::PlanConfig;
     use ndarray::{Axis, concatenate, s};
 
@@ -202,16 +203,7 @@ mod tests {
     /// A filter that heard clipped samples took them for new sound and kept itself at full scale.
     #[test]
     fn a_chord_beyond_full_scale_ends_where_the_plan_ends_it() {
-        let (spectrum, config) = (
-            spectrum(),
-            ForecastConfig {
-                planned_order: 512,
-                lag_window_hz: 1.0,
-                deconvolution: 20,
-                tones: true,
-                ..ForecastConfig::default()
-            },
-        );
+        let (spectrum, config) = (spectrum(), ModelConfig::preset("base").unwrap().forecast);
         let hop = spectrum.hop();
         let chord = |t: usize, gain: f32| -> f32 {
             let partial = |k: usize| (std::f32::consts::TAU * 147.3 * k as f32 * t as f32 / 16_000.0).sin() / k as f32;

@@ -1,6 +1,6 @@
 //! Kernels for 64-bit ARM: the portable ones, whose loops the compiler turns into NEON, and integer products written out.
 //!
-//! One of the crate's few files with `unsafe`. Compiled, never run on such a machine by its authors.
+//! One of the crate's few files with `unsafe`. Its tests pass in an emulator (qemu); never run on such a machine by its authors.
 #![allow(unsafe_code)]
 
 use std::arch::aarch64::*;
