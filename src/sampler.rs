@@ -56,8 +56,21 @@ impl PlanDraw {
 /// Draws from logits; holds only room for it, so that a draw allocates nothing.
 #[derive(Clone, Debug, Default)]
 pub struct LogitSampler {
-    order: Vec<usize>,
+    order: Vec<u64>,
     weights: Vec<f64>,
+}
+
+/// A logit's place in the order of a draw, as one number: the likelier the less, ties by index; what is not a number comes last.
+fn place(index: usize, logit: f32) -> u64 {
+    let bits = if logit.is_nan() { f32::NEG_INFINITY } else { logit }.to_bits();
+    // Negative numbers fall where their bits rise.
+    let rising = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
+    u64::from(!rising) << 32 | index as u64
+}
+
+/// Which logit a place is that of.
+fn index(place: u64) -> usize {
+    place as u32 as usize
 }
 
 impl LogitSampler {
@@ -69,16 +82,16 @@ impl LogitSampler {
         let value = |i: usize| if logits[i].is_nan() { f32::NEG_INFINITY } else { logits[i] };
         let Self { order, weights } = self;
         order.clear();
-        order.extend(0..logits.len());
-        order.sort_unstable_by(|&a, &b| value(b).total_cmp(&value(a)).then(a.cmp(&b)));
+        order.extend(logits.iter().enumerate().map(|(i, &logit)| place(i, logit)));
+        order.sort_unstable();
         let Some(&best) = order.first() else { return 0 };
         if settings.temperature <= 0.0 {
-            return best;
+            return index(best);
         }
-        let top = f64::from(value(best));
+        let top = f64::from(value(index(best)));
         let temperature = f64::from(settings.temperature);
         weights.clear();
-        weights.extend(order.iter().map(|&i| ((f64::from(value(i)) - top) / temperature).exp()));
+        weights.extend(order.iter().map(|&place| ((f64::from(value(index(place))) - top) / temperature).exp()));
         let total: f64 = weights.iter().sum();
         let limit = if settings.top_k == 0 { order.len() } else { settings.top_k.min(order.len()) };
         let (mut kept, mut mass) = (0, 0.0);
@@ -90,13 +103,13 @@ impl LogitSampler {
         }
         let target = f64::from(uniform) * mass;
         let mut cumulative = 0.0;
-        for (&index, weight) in order.iter().zip(&*weights).take(kept) {
+        for (&place, weight) in order.iter().zip(&*weights).take(kept) {
             cumulative += weight;
             if target < cumulative {
-                return index;
+                return index(place);
             }
         }
-        order[kept - 1]
+        index(order[kept - 1])
     }
 }
 
@@ -292,6 +305,21 @@ mod tests {
                 distance = distance.max(f64::abs(drawn - expected));
             }
             prop_assert!(distance < 0.02, "the cumulative distributions differ by {distance}");
+        }
+
+        #[test]
+        fn places_are_those_of_a_stable_sort(
+            logits in prop::collection::vec(
+                prop_oneof![4 => -9.0f32..9.0, 1 => prop::sample::select(vec![0.0, -0.0, 1.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, -f32::NAN])],
+                0..60,
+            ),
+        ) {
+            let mut order: Vec<u64> = logits.iter().enumerate().map(|(i, &logit)| place(i, logit)).collect();
+            order.sort_unstable();
+            let value = |i: usize| if logits[i].is_nan() { f32::NEG_INFINITY } else { logits[i] };
+            let mut expected: Vec<usize> = (0..logits.len()).collect();
+            expected.sort_by(|&a, &b| value(b).total_cmp(&value(a)));
+            prop_assert_eq!(order.into_iter().map(index).collect::<Vec<_>>(), expected);
         }
     }
 
