@@ -1,5 +1,5 @@
 # What CI runs, and the shortcuts of daily work. One build profile serves all: release.
-.PHONY: check format lint test examples docs opus live mpi cuda nccl cross
+.PHONY: check format lint test examples docs opus live mpi cuda nccl cross neon
 
 check: format lint test examples docs
 
@@ -40,6 +40,13 @@ cross:
 	rustup target add x86_64-pc-windows-gnu aarch64-apple-darwin
 	cargo check --release --target x86_64-pc-windows-gnu --lib --bins
 	cargo check --release --target aarch64-apple-darwin --lib --bins
+
+# The kernels of 64-bit ARM, in an emulator; on Debian after `apt-get install qemu-user g++-aarch64-linux-gnu`. Some ten minutes.
+neon: export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER = aarch64-linux-gnu-gcc
+neon: export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER = qemu-aarch64 -L /usr/aarch64-linux-gnu
+neon:
+	rustup target add aarch64-unknown-linux-gnu
+	cargo test --release --target aarch64-unknown-linux-gnu --lib
 
 # With the settings of `eval "$(scripts/cuda/get-toolkit.sh)"`; no GPU needed.
 cuda:

@@ -4,10 +4,11 @@
 //! in turn, round after round, so that whatever else the machine does falls on all of them. Figures by the clock are medians of
 //! rounds; processor time comes in ticks of 10 ms, too coarse for a round, and is summed over all of them.
 
+mod report;
+
 use std::time::Instant;
 
 use anyhow::Result;
-use serde::Serialize;
 use wavegen::checkpoint::Checkpoint;
 use wavegen::codec::Token;
 use wavegen::engine::Engine;
@@ -19,10 +20,11 @@ use wavegen::simd::Isa;
 
 use super::super::Outcome;
 use super::super::check::{Distance, chords, costs, draws, play, play_in_lockstep};
-use super::super::common::{ModelArgs, Talk, Usage, catch_interrupt, interrupted, print};
+use super::super::common::{ModelArgs, Talk, Usage, catch_interrupt, interrupted, seconds};
 use super::super::memory;
 use super::gpu;
-use super::machine::{Machine, Peak, TICK_S, cpu_seconds};
+use super::machine::{Machine, cpu_seconds};
+use report::{CaseReport, ModelReport, Quantiles, Report};
 
 /// Plan frames that every case plays first: to warm up, and to be compared.
 const CHECKED_FRAMES: usize = 2;
@@ -65,7 +67,7 @@ pub struct Args {
     #[arg(long, value_name = "NUMBERS", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=4096))]
     batches: Option<Vec<u16>>,
     /// Seconds of sound in a round, all streams together [default: 3]
-    #[arg(long, value_parser = super::super::common::seconds)]
+    #[arg(long, value_parser = seconds)]
     seconds: Option<f64>,
     /// Rounds; figures by the clock are medians over them, those of processor time sums
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
@@ -90,64 +92,6 @@ fn isa(name: &str) -> Result<Isa, String> {
     let found = Isa::from_name(name).filter(|isa| available.contains(isa));
     let names: Vec<&str> = available.into_iter().map(Isa::name).collect();
     found.ok_or_else(|| format!("this machine has {}", names.join(", ")))
-}
-
-#[derive(Serialize)]
-struct Report {
-    machine: Machine,
-    version: &'static str,
-    seconds: f64,
-    rounds: u16,
-    models: Vec<ModelReport>,
-}
-
-#[derive(Serialize)]
-struct ModelReport {
-    name: String,
-    /// Multiply-adds per sample of the wave transformer's matrices.
-    multiply_adds: f64,
-    plan_parameters: usize,
-    wave_parameters: usize,
-    cases: Vec<CaseReport>,
-}
-
-#[derive(Serialize)]
-struct CaseReport {
-    engine: &'static str,
-    isa: Option<&'static str>,
-    batch: usize,
-    /// Median over the rounds, all streams together; with the least and the most.
-    samples_per_s: f64,
-    samples_per_s_range: [f64; 2],
-    x_real_time: f64,
-    /// Processor time of all rounds, in ticks of 10 ms.
-    core_s: Option<f64>,
-    /// Samples per second of it, as multiples of real time.
-    x_core: Option<f64>,
-    /// The same against the reference engine's; of the clock's time where there is no other.
-    x_reference: Option<f64>,
-    step_us: Option<Quantiles>,
-    gmac_s: f64,
-    /// Part of the machine's peak.
-    of_peak: Option<f64>,
-    memory_mb: Option<f64>,
-    prepare_ms: f64,
-    /// Reading [`PROMPT_S`] of prompt.
-    prefill_ms: f64,
-    /// Tokens as the scalar engine's, stream by stream.
-    tokens_as_scalar: Option<bool>,
-    /// Against the reference engine.
-    distance: Option<Distance>,
-    passed: bool,
-}
-
-/// Microseconds per step.
-#[derive(Serialize)]
-struct Quantiles {
-    p50: f64,
-    p99: f64,
-    p999: f64,
-    most: f64,
 }
 
 enum Streams {
@@ -456,104 +400,8 @@ fn play_timed(engine: &mut CpuEngine, frames: std::ops::Range<usize>, steps_us: 
     Ok(played)
 }
 
-impl Quantiles {
-    fn of(mut values: Vec<f64>) -> Option<Self> {
-        values.sort_by(f64::total_cmp);
-        let at = |share: f64| values[((values.len() - 1) as f64 * share).round() as usize];
-        (!values.is_empty()).then(|| Self { p50: at(0.5), p99: at(0.99), p999: at(0.999), most: at(1.0) })
-    }
-}
-
 fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
-}
-
-impl Report {
-    fn print(&self) -> Result<()> {
-        let Machine { cpu, cores, load, bandwidth_gb_s, peaks } = &self.machine;
-        let load = load.map_or(String::new(), |load| format!(", load {load:.1}"));
-        print(&format!("{cpu}, {cores} cores{load}; one core reads {bandwidth_gb_s:.1} GB/s"))?;
-        for Peak { isa, int8_gmac_s, f32_gmac_s } in peaks {
-            print(&format!(
-                "  {isa:<11} at most {int8_gmac_s:6.1} GMAC/s in int8, {f32_gmac_s:6.1} in f32 (weights in L2)"
-            ))?;
-        }
-        for model in &self.models {
-            model.print(self.rounds)?;
-        }
-        print("")?;
-        let core_s = self.models.iter().flat_map(|model| &model.cases).filter_map(|case| case.core_s);
-        print(
-            "x core: per second of processor time, and so are x ref and GMAC/s (the wave transformer's matrices only): other work",
-        )?;
-        print(&format!(
-            "takes caches and clock, but not that. It is counted over all rounds in ticks of {:.0} ms, at most {:.1} % of a case's.",
-            1e3 * TICK_S,
-            100.0 * TICK_S / core_s.fold(f64::INFINITY, f64::min)
-        ))?;
-        print(
-            "A check fails where tokens are not the scalar engine's, or the distributions lie further from the reference's",
-        )?;
-        print(&format!("than {MOST_INT8_BITS} (int8) or {MOST_F32_BITS} (f32) bits."))?;
-        Ok(())
-    }
-}
-
-impl ModelReport {
-    fn print(&self, rounds: u16) -> Result<()> {
-        print("")?;
-        print(&format!(
-            "{}: {:.2} M multiply-adds a sample; plan {:.1} M and wave {:.1} M parameters; medians of {rounds}",
-            self.name,
-            self.multiply_adds / 1e6,
-            self.plan_parameters as f64 / 1e6,
-            self.wave_parameters as f64 / 1e6
-        ))?;
-        print(&format!(
-            "{:<9} {:<11} {:>5} {:>10} {:>7} {:>7} {:>6} {:>6} {:>7} {:>7} {:>7} {:>5} {:>6} {:>8} {:>7}  check",
-            "engine",
-            "isa",
-            "batch",
-            "samples/s",
-            "x real",
-            "x core",
-            "x ref",
-            "p50 us",
-            "p99 us",
-            "p99.9",
-            "GMAC/s",
-            "peak",
-            "MB",
-            "prefill",
-            "d bits"
-        ))?;
-        for case in &self.cases {
-            let optional = |value: Option<f64>, digits: usize| {
-                value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"))
-            };
-            let step = |of: fn(&Quantiles) -> f64| optional(case.step_us.as_ref().map(of), 1);
-            print(&format!(
-                "{:<9} {:<11} {:>5} {:>10.0} {:>7.2} {:>7} {:>6} {:>6} {:>7} {:>7} {:>7.1} {:>5} {:>6} {:>5.0} ms {:>7}  {}",
-                case.engine,
-                case.isa.unwrap_or("-"),
-                case.batch,
-                case.samples_per_s,
-                case.x_real_time,
-                optional(case.x_core, 2),
-                optional(case.x_reference, 1),
-                step(|q| q.p50),
-                step(|q| q.p99),
-                step(|q| q.p999),
-                case.gmac_s,
-                case.of_peak.map_or_else(|| "-".to_owned(), |part| format!("{:.0} %", 100.0 * part)),
-                optional(case.memory_mb, 0),
-                case.prefill_ms,
-                optional(case.distance.map(|distance| distance.mean_abs_bits), 4),
-                if case.passed { "ok" } else { "FAILED" }
-            ))?;
-        }
-        Ok(())
-    }
 }
