@@ -35,9 +35,9 @@ fn main() -> Result<()> {
         && !alone
     {
         let other = load(name)?;
-        let PlanConfig { n_codebooks, n_entries, hysteresis, .. } = other.config.plan;
+        let PlanConfig { n_codebooks, n_entries, hysteresis, attack_db, .. } = other.config.plan;
         ensure!(
-            other.config.plan == PlanConfig { n_codebooks, n_entries, hysteresis, ..checkpoint.config.plan }
+            other.config.plan == PlanConfig { n_codebooks, n_entries, hysteresis, attack_db, ..checkpoint.config.plan }
                 && other.config.codec == checkpoint.config.codec,
             "{name}: has another codec or other plan frames than {input}; train one with --init the other"
         );

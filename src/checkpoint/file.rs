@@ -182,7 +182,7 @@ impl Parts {
         let books = take(BOOKS)?.floats().into_owned().into_dimensionality().map_err(shape)?;
         let expected = [config.plan.n_codebooks, config.plan.n_entries];
         let quantizer = ResidualQuantizer::new(mean, books).map_err(|e| damaged(e.to_string()))?;
-        let quantizer = quantizer.with_hysteresis(config.plan.hysteresis);
+        let quantizer = quantizer.with_hysteresis(&config.plan);
         let checkpoint = Checkpoint { config, generation, quantizer, weights, notes, precision };
         let n_bands = checkpoint.spectrum().map_err(|e| damaged(e.to_string()))?.n_bands();
         let got = checkpoint.quantizer.books.shape();

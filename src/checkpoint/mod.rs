@@ -183,7 +183,7 @@ impl Checkpoint {
         let books = ndarray::Array3::from_shape_simple_fn(shape, || 0.3 * rng.normal());
         let quantizer =
             ResidualQuantizer::new(mean, books).map_err(|e| ParamsError::Tensor(candle_core::Error::wrap(e)))?;
-        let quantizer = quantizer.with_hysteresis(config.plan.hysteresis);
+        let quantizer = quantizer.with_hysteresis(&config.plan);
         let mut params = Params::new(seed);
         Model::new(&mut params, &config, n_bands)?;
         let weights = weights(params.into_vars().iter().map(|(name, var)| (name, var.as_tensor())))?;

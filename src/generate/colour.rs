@@ -4,7 +4,7 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
 use serde::{Deserialize, Serialize};
 
 use crate::cholesky::solve;
-use crate::plan::{PlanFrame, Spectrum, bands_of};
+use crate::plan::{PlanFrame, Spectrum, bands_of, neighbourhoods};
 use crate::simd::Kernels;
 
 /// Frames that count as much as the assumption that bands have no bias.
@@ -14,8 +14,6 @@ const RIDGE: f64 = 1500.0;
 /// Most frames after a prompt in which it is still felt what its last one lacked: 2 s at 16 kHz.
 const FELT: usize = 64;
 
-/// Bands on either side of one that jump with it where codebooks are to blame.
-const REACH: usize = 8;
 /// Most of a jump that is taken back for each of the frames beside it.
 const MOST_TAKEN: f64 = 0.5;
 /// Frames at the end of a prompt that details are taken from, at most and at least: 20 s and 2 s at 16 kHz.
@@ -198,8 +196,7 @@ impl Colour {
 /// What another frame has more than `bands`, on the average over each band's neighbourhood.
 fn jumps(other: &[f32], bands: &[f32]) -> Vec<f32> {
     let differences: Vec<f32> = other.iter().zip(bands).map(|(other, band)| other - band).collect();
-    let around = |b: usize| &differences[b.saturating_sub(REACH)..(b + REACH + 1).min(differences.len())];
-    (0..differences.len()).map(|b| around(b).iter().sum::<f32>() / around(b).len() as f32).collect()
+    neighbourhoods(&differences).collect()
 }
 
 /// Of successive coloured frames and what they lack, `[n_frames, n_bands]`, the shares of their jumps that are best taken back.

@@ -32,6 +32,9 @@ pub struct PlanConfig {
     /// than `1 + hysteresis j` times the power that the nearest entries leave. 0: each frame has the nearest. What hardly changes then
     /// has tokens that hardly change, which a language model finds much likelier.
     pub hysteresis: f32,
+    /// A frame in which the mean of some [neighbourhood](neighbourhoods) of bands has risen by so much since the frame before, dB, keeps none of
+    /// its tokens: something begins there, however little that is beside what sounds on. 0: it may keep them whatever begins.
+    pub attack_db: f32,
 }
 
 impl Default for PlanConfig {
@@ -44,6 +47,7 @@ impl Default for PlanConfig {
             n_codebooks: 4,
             n_entries: 256,
             hysteresis: 0.0,
+            attack_db: 0.0,
         }
     }
 }
@@ -67,6 +71,9 @@ impl PlanConfig {
         if !(0.0..=MAX_HYSTERESIS).contains(&self.hysteresis) {
             return Err(PlanError::Hysteresis(self.hysteresis));
         }
+        if !(0.0..=MAX_ATTACK_DB).contains(&self.attack_db) {
+            return Err(PlanError::Attack(self.attack_db));
+        }
         Ok(())
     }
 }
@@ -76,6 +83,20 @@ const MAX_ENTRIES: usize = 1 << 16;
 
 /// With more, plans would not move.
 const MAX_HYSTERESIS: f32 = 10.0;
+
+/// Nothing rises by more from one frame to the next.
+const MAX_ATTACK_DB: f32 = 200.0;
+
+/// Bands on either side of one that a neighbourhood has.
+const REACH: usize = 8;
+
+/// Means over each band's neighbourhood, the 8 bands on either side and itself, as far as there are.
+pub(crate) fn neighbourhoods(bands: &[f32]) -> impl Iterator<Item = f32> + '_ {
+    (0..bands.len()).map(|band| {
+        let around = &bands[band.saturating_sub(REACH)..(band + REACH + 1).min(bands.len())];
+        around.iter().sum::<f32>() / around.len() as f32
+    })
+}
 
 /// What one hop sounds like.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -135,6 +156,9 @@ pub enum PlanError {
     /// A share of power, and not many times it.
     #[error("a plan hysteresis of {0}: expected 0 to {MAX_HYSTERESIS}")]
     Hysteresis(f32),
+    /// A rise, and not a fall.
+    #[error("a plan attack of {0} dB: expected 0 to {MAX_ATTACK_DB}")]
+    Attack(f32),
     /// A frame of another plan.
     #[error("plan frame of {got} bands, expected {expected}")]
     BandCount {
@@ -208,6 +232,7 @@ mod tests {
             (PlanConfig { n_codebooks: 0, ..config.clone() }, "0 plan codebooks"),
             (PlanConfig { hysteresis: -0.1, ..config.clone() }, "hysteresis of -0.1"),
             (PlanConfig { hysteresis: f32::NAN, ..config.clone() }, "hysteresis of NaN"),
+            (PlanConfig { attack_db: -3.0, ..config.clone() }, "attack of -3 dB"),
         ] {
             let message = bad.validate(16_000).unwrap_err().to_string();
             assert!(message.contains(said), "{message}");

@@ -3,7 +3,7 @@
 use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
-use super::{MAX_ENTRIES, PlanError};
+use super::{DB_PER_UNIT, MAX_ENTRIES, PlanConfig, PlanError, neighbourhoods};
 use crate::rng::Rng;
 use crate::simd::Kernels;
 use crate::simd::panels::PanelsF32;
@@ -24,6 +24,8 @@ pub struct ResidualQuantizer {
     ceiling: Array1<f32>,
     /// What a frame may lose by each token that it keeps of the frame before ([`PlanConfig::hysteresis`](super::PlanConfig)).
     hysteresis: f32,
+    /// What must not rise for that, in plan units: infinite where it may ([`PlanConfig::attack_db`](super::PlanConfig)).
+    attack: f32,
 }
 
 /// A band decodes to at most the loudest that the first codebook holds for it and this much, in plan units (4 dB): drawn
@@ -46,12 +48,13 @@ impl ResidualQuantizer {
         let entries = books.outer_iter().map(Entries::new).collect();
         let loudest = books.index_axis(Axis(0), 0).fold_axis(Axis(0), f32::NEG_INFINITY, |top, &x| top.max(x));
         let ceiling = &mean + &loudest + HEADROOM;
-        Ok(Self { mean, books, entries, ceiling, hysteresis: 0.0 })
+        Ok(Self { mean, books, entries, ceiling, hysteresis: 0.0, attack: f32::INFINITY })
     }
 
-    /// These codebooks, whose tokens stay where they are by so much.
-    pub fn with_hysteresis(self, hysteresis: f32) -> Self {
-        Self { hysteresis, ..self }
+    /// These codebooks, whose tokens stay where they are by as much as a plan says, and as long.
+    pub fn with_hysteresis(self, &PlanConfig { hysteresis, attack_db, .. }: &PlanConfig) -> Self {
+        let attack = if attack_db > 0.0 { attack_db / DB_PER_UNIT } else { f32::INFINITY };
+        Self { hysteresis, attack, ..self }
     }
 
     /// Learns codebooks from frames `[n_frames, n_bands]`: k-means with `rounds` rounds on what the codebooks
@@ -195,20 +198,21 @@ impl ResidualQuantizer {
         self.encode_after(None, plan)
     }
 
-    /// [`encode_all`](Self::encode_all) where `before`, the tokens of a frame, comes before the first row.
+    /// [`encode_all`](Self::encode_all) where `before`, the tokens of a frame and its bands as they were, comes before the first row.
     ///
     /// # Errors
     /// As `encode`, and when `before` is no frame of these codebooks.
     pub fn encode_after(
         &self,
-        before: Option<ArrayView1<u16>>,
+        before: Option<(ArrayView1<u16>, ArrayView1<f32>)>,
         plan: ArrayView2<f32>,
     ) -> Result<Array2<u16>, PlanError> {
-        if plan.ncols() != self.n_bands() {
-            return Err(PlanError::BandCount { expected: self.n_bands(), got: plan.ncols() });
+        let n_bands = before.map(|(_, bands)| bands.len()).into_iter().chain([plan.ncols()]);
+        if let Some(got) = n_bands.into_iter().find(|n| *n != self.n_bands()) {
+            return Err(PlanError::BandCount { expected: self.n_bands(), got });
         }
-        let before = before.map(|tokens| tokens.to_vec());
-        before.iter().try_for_each(|tokens| self.check(tokens))?;
+        let before = before.map(|(tokens, bands)| (tokens.to_vec(), bands));
+        before.iter().try_for_each(|(tokens, _)| self.check(tokens))?;
         let mut left = &plan - &self.mean;
         let mut tokens = Array2::zeros((plan.nrows(), self.entries.len()));
         for ((book, entries), mut tokens) in self.books.outer_iter().zip(&self.entries).zip(tokens.columns_mut()) {
@@ -223,22 +227,23 @@ impl ResidualQuantizer {
     }
 
     /// Lets frames keep tokens of the one before: the first j for the largest j that leaves no more than `1 + hysteresis j` times the power
-    /// `left` over by the nearest.
+    /// `left` over by the nearest, if there is no attack.
     fn keep(
         &self,
-        mut before: Option<Vec<u16>>,
+        before: Option<(Vec<u16>, ArrayView1<f32>)>,
         plan: ArrayView2<f32>,
         left: ArrayView2<f32>,
         tokens: &mut Array2<u16>,
     ) {
         let power = |rest: &[f32]| rest.iter().map(|x| x * x).sum::<f32>();
-        for ((frame, left), mut tokens) in plan.outer_iter().zip(left.outer_iter()).zip(tokens.rows_mut()) {
-            let (greedy, frame) = (left.pow2().sum(), (&frame - &self.mean).to_vec());
-            let same =
-                before.iter().flat_map(|before| before.iter().zip(&tokens).take_while(|(last, token)| last == token));
-            let n_same = same.count();
+        let mut before = before;
+        for ((bands, left), mut tokens) in plan.outer_iter().zip(left.outer_iter()).zip(tokens.rows_mut()) {
+            let before_it = before.take().filter(|(_, earlier)| !self.begins(*earlier, bands));
+            let last = before_it.map(|(tokens, _)| tokens).unwrap_or_default();
+            let (greedy, frame) = (left.pow2().sum(), (&bands - &self.mean).to_vec());
+            let n_same = last.iter().zip(&tokens).take_while(|(last, token)| last == token).count();
             // What the first j tokens of the frame before leave over.
-            let rests = before.iter().flatten().zip(self.books.outer_iter()).scan(frame, |rest, (&token, book)| {
+            let rests = last.iter().zip(self.books.outer_iter()).scan(frame, |rest, (&token, book)| {
                 take_one(rest, book, token);
                 Some(rest.clone())
             });
@@ -251,13 +256,18 @@ impl ResidualQuantizer {
                 });
                 let later: Vec<_> = later.collect();
                 if power(&rest) <= greedy * (1.0 + self.hysteresis * (kept + 1) as f32) {
-                    let kept = before.iter().flatten().take(kept + 1);
+                    let kept = last.iter().take(kept + 1);
                     tokens.iter_mut().zip(kept.chain(&later)).for_each(|(token, &x)| *token = x);
                     break;
                 }
             }
-            before = Some(tokens.to_vec());
+            before = Some((tokens.to_vec(), bands));
         }
+    }
+
+    /// Whether something begins between a frame and the next.
+    fn begins(&self, bands: ArrayView1<f32>, next: ArrayView1<f32>) -> bool {
+        self.attack.is_finite() && neighbourhoods(&(&next - &bands).to_vec()).any(|rise| rise >= self.attack)
     }
 
     /// Whether `tokens` are those of a frame.
@@ -568,7 +578,7 @@ mod tests {
     }
 
     /// By the definition: candidates that keep ever fewer of the last tokens, until one is good enough.
-    fn encode_by_definition(quantizer: &ResidualQuantizer, plan: &Array2<f32>) -> Array2<u16> {
+    fn encode_by_definition(quantizer: &ResidualQuantizer, config: &PlanConfig, plan: &Array2<f32>) -> Array2<u16> {
         let n = quantizer.books.dim().0;
         let mut tokens = Array2::<u16>::zeros((plan.nrows(), n));
         for t in 0..plan.nrows() {
@@ -587,11 +597,17 @@ mod tests {
                 }
                 (chosen, rest.iter().map(|x| x * x).sum::<f64>())
             };
+            let rise = |band: usize| {
+                let around = band.saturating_sub(8)..(band + 9).min(plan.ncols());
+                (plan.slice(s![t, around.clone()]).mean().unwrap() - plan.slice(s![t - 1, around]).mean().unwrap())
+                    * DB_PER_UNIT
+            };
             let (nearest, least) = with_kept(0);
             let enough = |&(kept, _, power): &(usize, Vec<u16>, f64)| {
-                power <= least * (1.0 + f64::from(quantizer.hysteresis) * kept as f64)
+                power <= least * (1.0 + f64::from(config.hysteresis) * kept as f64)
             };
-            let most = if t > 0 { n } else { 0 };
+            let begins = || config.attack_db > 0.0 && (0..plan.ncols()).any(|band| rise(band) >= config.attack_db);
+            let most = if t > 0 && !begins() { n } else { 0 };
             let candidates = (1..=most).rev().map(|kept| (kept, with_kept(kept)));
             let kept = candidates.map(|(kept, (tokens, power))| (kept, tokens, power)).find(enough);
             let chosen = kept.map_or(nearest, |(_, tokens, _)| tokens);
@@ -609,23 +625,28 @@ mod tests {
         let changes =
             |tokens: &Array2<u16>| tokens.axis_windows(Axis(0), 2).into_iter().filter(|w| w.row(0) != w.row(1)).count();
         let mut before = changes(&greedy.encode_all(plan.view()).unwrap());
-        for hysteresis in [0.05, 0.3, 1.0] {
-            let quantizer = greedy.clone().with_hysteresis(hysteresis);
+        for (hysteresis, attack_db) in [(0.05, 0.0), (0.3, 0.0), (1.0, 0.0), (1.0, 4.0), (1.0, 2.0)] {
+            let config = PlanConfig { hysteresis, attack_db, ..PlanConfig::default() };
+            let quantizer = greedy.clone().with_hysteresis(&config);
             let tokens = quantizer.encode_all(plan.view()).unwrap();
-            assert_eq!(tokens, encode_by_definition(&quantizer, &plan), "{hysteresis}");
+            assert_eq!(tokens, encode_by_definition(&quantizer, &config, &plan), "{config:?}");
             let now = changes(&tokens);
-            assert!(now < before, "{now} and {before} of 319 frames change, {hysteresis}");
+            assert!((now < before) == (attack_db == 0.0), "{now} and {before} of 319 frames change, {config:?}");
             before = now;
-            let (first, rest) = plan.view().split_at(Axis(0), 100);
+            let (first, rest) = plan.view().split_at(Axis(0), 96);
             let mut parts = quantizer.encode_all(first).unwrap();
-            let rest = quantizer.encode_after(parts.outer_iter().last(), rest).unwrap();
+            let last = parts.outer_iter().last().zip(first.outer_iter().last());
+            let rest = quantizer.encode_after(last, rest).unwrap();
             parts.append(Axis(0), rest.view()).unwrap();
-            assert_eq!(parts, tokens, "{hysteresis}");
+            assert_eq!(parts, tokens, "{config:?}");
             let other = Array1::from(vec![0, 0, 16, 0]);
-            let refused = quantizer.encode_after(Some(other.view()), plan.view());
+            let refused = quantizer.encode_after(Some((other.view(), plan.row(0))), plan.view());
             assert_eq!(refused, Err(PlanError::Token { token: 16, codebook: 2, n_entries: 16 }));
+            let refused = quantizer.encode_after(Some((tokens.row(0), plan.slice(s![0, 1..]))), plan.view());
+            assert_eq!(refused, Err(PlanError::BandCount { expected: 24, got: 23 }));
         }
-        assert_eq!(greedy.clone().with_hysteresis(0.0).encode_all(plan.view()), greedy.encode_all(plan.view()));
+        let plain = greedy.clone().with_hysteresis(&PlanConfig::default());
+        assert_eq!(plain.encode_all(plan.view()), greedy.encode_all(plan.view()));
     }
 
     #[test]

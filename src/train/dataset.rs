@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
 
-use ndarray::{Array2, Axis, Slice, concatenate};
+use ndarray::{Array1, Array2, Axis, Slice, concatenate};
 use rayon::prelude::*;
 
 use super::hash::Hash;
@@ -94,11 +94,13 @@ impl Recording {
         codec: &Codec,
     ) -> Result<(f64, usize), TrainError> {
         let n_frames = self.n_frames(spectrum.hop());
-        let (mut power, mut n, mut blocks) = (0.0, 0, Vec::new());
+        let (mut power, mut n) = (0.0, 0);
+        let (mut blocks, mut end): (Vec<Array2<u16>>, Array1<f32>) = Default::default();
         for first in (0..n_frames).step_by(BLOCK) {
             let plan = self.plan(first..n_frames.min(first + BLOCK), spectrum, codec)?;
-            let before = blocks.last().and_then(|codes: &Array2<u16>| codes.outer_iter().last());
-            let codes = quantizer.encode_after(before, plan.view())?;
+            let before = blocks.last().and_then(|codes| codes.outer_iter().last());
+            let codes = quantizer.encode_after(before.map(|tokens| (tokens, end.view())), plan.view())?;
+            end = plan.row(plan.nrows() - 1).to_owned();
             let rest = plan - quantizer.decode_all(codes.view())?;
             power += rest.iter().map(|&d| f64::from(d * d)).sum::<f64>();
             n += rest.len();

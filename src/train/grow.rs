@@ -48,14 +48,14 @@ pub enum Fate {
 /// that it has not want to [`inherit`] as well then.
 ///
 /// # Errors
-/// When sample rate or plan differ in more than new codebooks and entries and hysteresis, or the configuration does not hold together.
+/// When sample rate or plan differ in more than new codebooks and entries and when tokens stay, or the configuration does not hold together.
 pub fn grow(old: &Checkpoint, config: &ModelConfig, seed: u64) -> Result<(Checkpoint, [(Part, Fate); 2]), GrowError> {
     config.validate()?;
     if config.codec.sample_rate != old.config.codec.sample_rate {
         return Err(GrowError::Codebooks { what: "sample rate" });
     }
-    let PlanConfig { n_codebooks, n_entries, hysteresis, .. } = old.config.plan;
-    if (PlanConfig { n_codebooks, n_entries, hysteresis, ..config.plan.clone() }) != old.config.plan
+    let PlanConfig { n_codebooks, n_entries, hysteresis, attack_db, .. } = old.config.plan;
+    if (PlanConfig { n_codebooks, n_entries, hysteresis, attack_db, ..config.plan.clone() }) != old.config.plan
         || config.plan.n_codebooks < n_codebooks
         || config.plan.n_entries < n_entries
     {
@@ -64,11 +64,11 @@ pub fn grow(old: &Checkpoint, config: &ModelConfig, seed: u64) -> Result<(Checkp
     let refined = (config.plan.n_codebooks, config.plan.n_entries) != (n_codebooks, n_entries);
     let mut model = Checkpoint::untrained(config.clone(), seed)?;
     model.quantizer =
-        old.quantizer.padded(config.plan.n_codebooks, config.plan.n_entries)?.with_hysteresis(config.plan.hysteresis);
+        old.quantizer.padded(config.plan.n_codebooks, config.plan.n_entries)?.with_hysteresis(&config.plan);
     model.notes = old.notes.clone();
     let (from, to) = (&old.config.plan_transformer, &config.plan_transformer);
     let requantised = config.codec != old.config.codec;
-    let kept_otherwise = config.plan.hysteresis != hysteresis;
+    let kept_otherwise = (config.plan.hysteresis, config.plan.attack_db) != (hysteresis, attack_db);
     let same_sizes = PlanTransformerConfig { dropout: from.dropout, ..to.clone() } == *from && !refined;
     let plan = match obstacle(from, to) {
         Some(why) => Fate::New(why),
@@ -362,10 +362,10 @@ mod tests {
         assert_eq!(fates, [(Part::Plan, Fate::Moved), (Part::Wave, Fate::Moved)]);
         assert_eq!(new.weights, old.weights);
         let mut config = old.config.clone();
-        config.plan.hysteresis = 0.05;
+        (config.plan.hysteresis, config.plan.attack_db) = (0.05, 3.0);
         let (new, fates) = grow(&old, &config, 1).unwrap();
         assert_eq!(fates, [(Part::Plan, Fate::Moved), (Part::Wave, Fate::Kept)]);
-        assert_eq!(new.quantizer, old.quantizer.clone().with_hysteresis(0.05));
+        assert_eq!(new.quantizer, old.quantizer.clone().with_hysteresis(&config.plan));
         config.plan.n_entries = 16;
         assert!(matches!(grow(&old, &config, 1), Err(GrowError::Codebooks { what: "plan" })));
     }

@@ -224,7 +224,7 @@ pub fn train_in(group: &dyn Group, settings: &TrainSettings, observe: &mut Obser
             Checkpoint { quantizer, ..Checkpoint::untrained(config.clone(), settings.seed)? }
         }
     };
-    checkpoint.quantizer = checkpoint.quantizer.with_hysteresis(config.plan.hysteresis);
+    checkpoint.quantizer = checkpoint.quantizer.with_hysteresis(&config.plan);
     checkpoint.notes.extend(settings.notes.clone());
     let run_up = config.run_up();
     if settings.parts.contains(&Part::Wave) && data.longest() <= run_up {
