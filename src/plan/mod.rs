@@ -32,7 +32,8 @@ pub struct PlanConfig {
     /// than `1 + hysteresis j` times the power that the nearest entries leave. 0: each frame has the nearest. What hardly changes then
     /// has tokens that hardly change, which a language model finds much likelier.
     pub hysteresis: f32,
-    /// A frame in which the mean of any 17 neighbouring bands has risen by so much since the frame before, dB, keeps none of its tokens: something begins there, however little that is beside what sounds on. 0: it may keep them whatever begins.
+    /// A frame in which the mean of any 17 neighbouring bands has risen by so much since the frame before, dB, keeps none of its tokens:
+    /// something begins there, however little that is beside what sounds on. 0: it may keep them whatever begins.
     pub attack_db: f32,
 }
 
